@@ -1,0 +1,96 @@
+"""What a row costs, by arithmetic alone: parameters and multiply-accumulates, in microseconds instead of seconds.
+
+The tests hold it against the network itself, built and run on the meta device, for every row of the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from normfree.models.variants import STEMS, Variant
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and multiply-accumulates for one image (what [B] table 3 and others print as FLOPs)."""
+
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """One convolution: channels, kernel, groups, and the side of its output map."""
+
+    inputs: int
+    outputs: int
+    kernel_size: int
+    groups: int
+    side: int
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * (self.inputs // self.groups) * self.kernel_size**2
+
+
+def _shrink(side: int, stride: int) -> int:
+    return math.ceil(side / stride)  # SAME padding
+
+
+def _block(
+    variant: Variant, inputs: int, outputs: int, stride: int, side: int, first: bool
+) -> Iterator[_Conv]:
+    width, groups = variant.branch_width(in_channels=inputs, out_channels=outputs, first=first)
+    after = _shrink(side, stride)
+    if stride > 1 or inputs != outputs:
+        yield _Conv(inputs, outputs, 1, 1, after)
+    yield _Conv(inputs, width, 1, 1, side)
+    yield _Conv(width, width, 3, groups, after)
+    if variant.second_conv:
+        yield _Conv(width, width, 3, groups, after)
+    yield _Conv(width, outputs, 1, 1, after)
+
+
+def count(
+    variant: Variant, *, image_size: int | None = None, num_classes: int = 1000, in_channels: int = 3
+) -> Cost:
+    """Parameters and multiply-accumulates of a row for square images of `image_size` (default: its test size).
+
+    Convolutions and matrix products count, elementwise work does not, as in [B] table 3.
+    """
+    side = image_size or variant.test_size
+    batch_norm = variant.norm == "batch"
+    stem = STEMS[variant.stem]
+    convs: list[_Conv] = []
+    channels, norms, linears, others = in_channels, 0, 0, 0
+    for i, (kernel_size, width, stride) in enumerate(stem.convs):
+        out, side = variant.stem_width(width), _shrink(side, stride)
+        norms += channels if i else 0
+        convs.append(_Conv(channels, out, kernel_size, 1, side))
+        channels = out
+    side = _shrink(side, 2) if stem.max_pool else side
+    for s, (depth, width) in enumerate(zip(variant.depths, variant.widths, strict=True)):
+        for j in range(depth):
+            stride, first = variant.strides[s] if j == 0 else 1, s == j == 0
+            convs += _block(variant, channels, width, stride, side, first)
+            side = _shrink(side, stride)
+            branch, _ = variant.branch_width(in_channels=channels, out_channels=width, first=first)
+            norms += channels + branch * (3 if variant.second_conv else 2)
+            if variant.se != "none":
+                gated = branch if variant.se == "middle" else width
+                hidden = max(1, int(gated * variant.se_ratio))
+                linears += 2 * gated * hidden
+                others += gated + hidden  # biases: parameters without multiplications
+            others += 0 if batch_norm else 1  # skip gain
+            channels = width
+    if variant.head_ratio[0]:
+        convs.append(_Conv(channels, variant.head_width, 1, 1, side))
+    norms += variant.head_width
+    linears += variant.head_width * num_classes
+    per_channel = (
+        2 * norms if batch_norm else 2 * sum(c.outputs for c in convs)
+    )  # scale and shift, gain and bias
+    parameters = sum(c.weights for c in convs) + per_channel + linears + others + num_classes
+    return Cost(parameters, sum(c.weights * c.side**2 for c in convs) + linears)

@@ -1,0 +1,326 @@
+"""The layers that make a network trainable without normalization.
+
+Shapes: images and activations are B C H W, convolution kernels O I H W (I per group), linear weights O I.
+Sources: [A] arXiv 2101.08692 (NF-ResNets), [B] arXiv 2102.06171 (NFNets), and DeepMind's released
+`nfnets` code, which produced the published weights and wins wherever it differs from the papers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+#: Floor under variance * fan-in of a standardized filter (reference code, `WSConv2D`).
+WS_EPS = 1e-4
+
+# --- activations and their gains ---------------------------------------------------------------------
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    # The reference calls `jax.nn.gelu`, whose default is the tanh form.
+    return F.gelu(x, approximate="tanh")
+
+
+def _glu(x: Tensor) -> Tensor:
+    return F.glu(x, dim=1)
+
+
+def _log_softmax(x: Tensor) -> Tensor:
+    return F.log_softmax(x, dim=1)
+
+
+#: Functions by the reference's names. Over channels (dimension 1) where the function mixes elements.
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": lambda x: x,
+    "celu": F.celu,
+    "elu": F.elu,
+    "gelu": _gelu_tanh,
+    "glu": _glu,
+    "leaky_relu": F.leaky_relu,
+    "log_sigmoid": F.logsigmoid,
+    "log_softmax": _log_softmax,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "soft_sign": F.softsign,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
+
+#: γ: what an activation of N(0, 1) is multiplied by to have unit variance. These are the reference code's
+#: constants: Monte-Carlo estimates in float32, about 5e-4 above the closed forms, and part of the released
+#: weights' function. `gain_of` computes the exact value.
+GAINS: dict[str, float] = {
+    "identity": 1.0,
+    "celu": 1.270926833152771,
+    "elu": 1.2716004848480225,
+    "gelu": 1.7015043497085571,
+    "glu": 1.8484294414520264,
+    "leaky_relu": 1.70590341091156,
+    "log_sigmoid": 1.9193484783172607,
+    "log_softmax": 1.0002083778381348,
+    "relu": 1.7139588594436646,
+    "relu6": 1.7131484746932983,
+    "selu": 1.0008515119552612,
+    "sigmoid": 4.803835391998291,
+    "silu": 1.7881293296813965,
+    "soft_sign": 2.338853120803833,
+    "softplus": 1.9203323125839233,
+    "tanh": 1.5939117670059204,
+}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `known`, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def activation(name: str) -> Activation:
+    """The unscaled activation function called `name` (a key of `ACTIVATIONS`).
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {name!r} is not known.{nearest(name, ACTIVATIONS)} Known: {', '.join(ACTIVATIONS)}."
+        )
+    return ACTIVATIONS[name]
+
+
+def gain_of(fn: Activation) -> float:
+    """γ of any elementwise activation: Var[fn(z)] ** -0.5 for z ~ N(0, 1) ([A] section 3).
+
+    Integrated in float64 by the trapezoidal rule on [-12, 12], which for smooth integrands converges faster
+    than any power of the step, and for a kink (ReLU at 0) is exact to 1e-9 because 0 is a grid point.
+
+    Raises:
+        ValueError: `fn` is constant, not finite there, or does not act element by element.
+    """
+    z = torch.linspace(-12.0, 12.0, 240_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    y = fn(z)
+    if y.shape != z.shape:
+        raise ValueError(
+            f"gain_of: the activation maps shape {tuple(z.shape)} to {tuple(y.shape)}; "
+            "it must act element by element."
+        )
+    mean = torch.trapezoid(y * density, z)
+    variance = torch.trapezoid((y - mean) ** 2 * density, z).item()
+    if not math.isfinite(variance) or variance < 1e-20:
+        raise ValueError(
+            f"gain_of: the activation has variance {variance} under N(0, 1); "
+            "a gain needs a finite variance above 0."
+        )
+    return variance**-0.5
+
+
+class ScaledActivation(nn.Module):
+    """`act(x) * γ`: maps N(0, 1) to unit variance ([A] section 3). See `scaled_activation`."""
+
+    def __init__(self, fn: Activation, gain: float) -> None:
+        super().__init__()
+        self.fn = fn
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) * self.gain
+
+    def extra_repr(self) -> str:
+        return f"{getattr(self.fn, '__name__', self.fn)}, gain={self.gain:.6g}"
+
+
+def scaled_activation(name: str | Activation) -> ScaledActivation:
+    """An activation with unit variance on N(0, 1), as a module for networks of your own.
+
+    `name` is a key of `GAINS` (the reference's constant is used) or any elementwise function (its γ is
+    computed by `gain_of`). Our own networks carry γ in the next convolution's weight instead.
+
+    Raises:
+        ValueError: the name is unknown, or no gain can be computed.
+    """
+    if isinstance(name, str):
+        fn = activation(name)
+        return ScaledActivation(fn, GAINS[name])
+    return ScaledActivation(name, gain_of(name))
+
+
+# --- scaled weight standardization -------------------------------------------------------------------
+
+
+def standardize(weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: float = WS_EPS) -> Tensor:
+    """The standardized kernel: per output channel, zero mean and variance (gain·scale)² / fan-in.
+
+    ŵ = (w - μ) · gain · scale / sqrt(max(v·N, eps)), with N the fan-in (I·H·W), μ the mean and v the biased
+    variance of a filter. `eps` is a floor on v·N, not an addend: below it no gradient flows through v; at
+    equality half of it does (reference code, `WSConv2D`). `weight`: O I H W; `gain`: O; result: as `weight`.
+    Computed in float32 at least, returned in the weight's type.
+    """
+    rows = weight.flatten(1)
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    centered = rows - rows.mean(dim=1, keepdim=True)
+    power = centered.square().sum(dim=1)  # v·N
+    inverse = torch.rsqrt(torch.maximum(power, power.new_full((), eps)))
+    row_scale = (gain.to(rows.dtype) * inverse * scale).unsqueeze(1)
+    return (centered * row_scale).view_as(weight).to(weight.dtype)
+
+
+def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
+    """(low, high) of XLA's and TensorFlow's SAME rule: ceil(size / stride) outputs, odd padding at the end."""
+    total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2
+
+
+def pad_same(
+    x: Tensor, kernel_size: int, stride: int, *, value: float = 0.0
+) -> tuple[Tensor, tuple[int, int]]:
+    """Pads B C H W for SAME. Returns the tensor and the symmetric padding that the next op should add itself,
+    so that nothing is copied where both sides are equal and the fill is what the op would use."""
+    top, bottom = same_padding(x.shape[-2], kernel_size, stride)
+    left, right = same_padding(x.shape[-1], kernel_size, stride)
+    if top == bottom and left == right:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
+
+
+class WSConv2d(nn.Module):
+    """Convolution with scaled weight standardization and SAME padding ([A] section 4; reference `WSConv2D`).
+
+    y = conv(x, standardize(weight, gain, scale=input_scale), stride, groups) + bias
+
+    `input_scale` is a constant that the input would otherwise be multiplied by: γ of the activation before
+    it and β of the block. It rides in the kernel, so that no activation is touched. Input B C H W, output
+    B O ceil(H/stride) ceil(W/stride). Initial values (reference): weight ~ N(0, 1/fan-in), gain 1, bias 0.
+
+    Raises:
+        ValueError: the fan-in is 1 (every standardized weight would be 0) or `groups` does not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        input_scale: float = 1.0,
+        eps: float = WS_EPS,
+    ) -> None:
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"WSConv2d({in_channels}, {out_channels}, groups={groups}): groups must divide both channel "
+                f"counts; the largest that does is {math.gcd(in_channels, out_channels)}."
+            )
+        fan_in = in_channels // groups * kernel_size**2
+        if fan_in == 1:
+            raise ValueError(
+                f"WSConv2d({in_channels}, {out_channels}, kernel_size={kernel_size}, groups={groups}): fan-in "
+                "is 1, standardized weights would all be zero. Use a larger kernel_size or fewer groups."
+            )
+        self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
+        self.input_scale, self.eps = input_scale, eps
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
+        self.gain = nn.Parameter(torch.ones(out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        nn.init.normal_(self.weight, std=fan_in**-0.5)
+
+    def standardized_weight(self) -> Tensor:
+        """The kernel that the convolution uses, O I H W."""
+        return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = pad_same(x, self.kernel_size, self.stride)
+        return F.conv2d(x, self.standardized_weight(), self.bias, self.stride, padding, 1, self.groups)
+
+    def extra_repr(self) -> str:
+        o, i = self.weight.shape[:2]
+        return (
+            f"{i * self.groups}, {o}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"groups={self.groups}, input_scale={self.input_scale:.6g}, bias={self.bias is not None}"
+        )
+
+
+class Conv2d(nn.Conv2d):
+    """Plain convolution with the same SAME padding, for the batch-norm twins. No bias: the norm has one."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=False)
+        # He et al. 2015: variance 2 / fan-in, as in the papers' batch-norm signal propagation plots.
+        nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, padding = pad_same(x, self.kernel_size[0], self.stride[0])
+        return F.conv2d(x, self.weight, None, self.stride, padding, 1, self.groups)
+
+
+def avg_pool_same(x: Tensor) -> Tensor:
+    """2x2 average pool, stride 2, SAME; at an odd border it divides by the elements inside (reference)."""
+    return F.avg_pool2d(x, 2, stride=2, ceil_mode=True, count_include_pad=False)
+
+
+def max_pool_same(x: Tensor) -> Tensor:
+    """3x3 max pool, stride 2, SAME (the NF-ResNet stem)."""
+    x, padding = pad_same(x, 3, 2, value=-math.inf)
+    return F.max_pool2d(x, 3, stride=2, padding=padding)
+
+
+# --- gates -------------------------------------------------------------------------------------------
+
+
+class SqueezeExcite(nn.Module):
+    """sigmoid(fc1(relu(fc0(mean over H, W)))): B C H W -> a gate B C 1 1.
+
+    Plain ReLU without γ: the reference's default, never overridden, though [B] appendix C writes GELU.
+    Hidden width max(1, int(C * ratio)). Initial weights: normal cut at two sigma, sigma = fan-in ** -0.5,
+    not corrected for the cut (Haiku's default), biases 0.
+    """
+
+    def __init__(self, channels: int, *, ratio: float) -> None:
+        super().__init__()
+        hidden = max(1, int(channels * ratio))
+        self.fc0 = nn.Linear(channels, hidden)
+        self.fc1 = nn.Linear(hidden, channels)
+        for fc in (self.fc0, self.fc1):
+            sigma = fc.in_features**-0.5
+            nn.init.trunc_normal_(fc.weight, std=sigma, a=-2 * sigma, b=2 * sigma)
+            nn.init.zeros_(fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean(dim=(2, 3))
+        return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]
+
+
+class StochasticDepth(nn.Module):
+    """A mask B 1 1 1 of zeros (with probability `rate`) and ones while training; None otherwise.
+
+    Not divided by the keep probability, unlike EfficientNet's (reference, `StochDepth`).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        if not self.training or self.rate <= 0.0:
+            return None
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device, dtype=torch.float32) >= self.rate
+        return keep.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4g}"
