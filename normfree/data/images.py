@@ -1,0 +1,139 @@
+"""One image file or byte string in, one RGB picture out; anything wrong is an `ImageError` that names it."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Formats that are safe to parse. Never EPS, PS or PDF (they start an interpreter), nor the rare containers
+# whose decoders are seldom fuzzed. JPEG includes the multi-picture files of telephones (their first picture).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    ]
+)
+MAX_PIXELS = 64_000_000  # about 256 MB decoded: more than any camera in common use, less than a bomb
+_SIXTEEN_TO_EIGHT = 257  # 65535 / 255
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used: `name` is its path or id, `reason` what is wrong with it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            name, reason
+        )  # both arguments, so that the error survives pickling between processes
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def load_image(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
+) -> Image:
+    """Decode the first picture of a file, or of a byte string, to mode RGB.
+
+    The format is read from the content, not from the name. The size in the header is held against
+    `max_pixels` before anything is decoded. The EXIF orientation is applied; transparency is laid over
+    `background` (0-255); palettes, grey and CMYK are converted; 16-bit grey is scaled to 8 bits, not clipped.
+    Raises `ImageError` for every kind of file that this does not cover, truncated ones and floating-point
+    pixels included.
+    """
+    name = "image bytes" if isinstance(source, bytes) else os.fspath(source)
+    data = source if isinstance(source, bytes) else _read(name)
+    if not data:
+        raise ImageError(name, "the file is empty")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(name, _too_large(f"{image.width} x {image.height} pixels", max_pixels))
+            image.load()
+            _refuse_unknown_range(image, name)
+            return _to_rgb(_upright(image), background)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(name, f"not an image, or not one of {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow guards itself, too
+        raise ImageError(name, _too_large("more than Pillow's own limit", max_pixels)) from None
+    # Damaged files raise OSError, SyntaxError, ValueError, struct.error, EOFError and more.
+    except Exception as error:
+        raise ImageError(name, f"damaged: {error or type(error).__name__}") from error
+
+
+def _read(path: str) -> bytes:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(path, "a folder, not a file")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+            raise ImageError(path, "not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError(path, "no such file") from None
+    except OSError as error:
+        raise ImageError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def _too_large(size: str, max_pixels: int) -> str:
+    return f"too large: {size}, the limit is {max_pixels:,}. Fix: scale it down before training"
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF beside sound pixels is common in the wild, and says nothing about "up"
+        return image
+
+
+def _refuse_unknown_range(image: Image, name: str) -> None:
+    fix = "Fix: save it with 8 or 16 bits"
+    if image.mode == "F":
+        raise ImageError(name, f"floating-point pixels, whose range is unknown. {fix}")
+    # Mode "I" from PNG and PPM holds 16-bit values, as their samples have no more; a TIFF's may have 32 bits.
+    if image.mode == "I" and image.format == "TIFF":
+        raise ImageError(name, f"32-bit integer pixels, whose range is unknown. {fix}")
+
+
+def _to_rgb(image: Image, background: tuple[int, int, int]) -> Image:
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        values: Any = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((values + _SIXTEEN_TO_EIGHT // 2) // _SIXTEEN_TO_EIGHT).astype(np.uint8))
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image.convert("RGB")

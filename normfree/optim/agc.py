@@ -1,0 +1,308 @@
+"""Adaptive gradient clipping: no unit's gradient may be large compared with the unit's own weights.
+
+Source: [B] section 4.1, equation 3, and the reference code. A unit is what feeds one output: dimension 0 of a
+weight in torch's layout, or a whole gain or bias vector. Call it after `loss.backward()`, before any
+optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from normfree.optim.groups import some_names
+
+Clippable: TypeAlias = (
+    nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
+)
+
+MODES = ("agc", "norm", "value", "off")
+
+# Floor of the gradient norm in the division; reference code.
+GRADIENT_FLOOR = 1e-6
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient holds Inf or NaN. `names` lists the parameters; no gradient was changed."""
+
+    def __init__(self, names: list[str], total: int) -> None:
+        self.names = tuple(names)
+        super().__init__(
+            f"{len(names)} of {total} gradients are not finite: {some_names(names)}. Only finite gradients "
+            "can be applied; none was changed. Skip this step or lower the learning rate; under a "
+            "GradScaler pass error_if_nonfinite=False."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ClipReport:
+    """What a clipping call did. Its tensors stay on the device of the gradients until somebody reads them.
+
+    fraction: 0-dim, the part of the `units` that was clipped, in [0, 1]; `float(report)` reads it.
+    units: how many units were subject to clipping.
+    grad_norm: 0-dim, global L2 norm of all gradients before clipping.
+    """
+
+    fraction: Tensor
+    units: int
+    grad_norm: Tensor
+
+    def __float__(self) -> float:
+        return float(self.fraction)
+
+
+class _Entry(NamedTuple):
+    name: str
+    parameter: Tensor
+    grad: Tensor
+    clipping: float
+
+
+def unitwise_norm(tensor: Tensor) -> Tensor:
+    """L2 norm of every unit of `tensor`, of the same rank so that it broadcasts against it.
+
+    If at most one dimension differs from 1 (scalars, vectors, (1, n), (n, 1), (1, 1, 1, n)) the tensor is one
+    unit and all dimensions of the result are 1. Otherwise each index of dimension 0 is a unit (an output of a
+    linear layer, a filter of a convolution of any rank, grouped or not) and the result is (n, 1, ..., 1).
+    Computed in float32 for half precision, in the tensor's own dtype otherwise.
+    Source: reference code, whose kernels are HWIO and IO with the unit last. Its rank-3 rule (one unit for
+    each pair of trailing indices) is met by no layer of the published networks and has no counterpart here.
+    """
+    return _unit_norms([tensor])[0].reshape(_unit_shape(tensor))
+
+
+def adaptive_clip_grad_(
+    model_or_parameters: Clippable,
+    clipping: float = 0.01,
+    *,
+    eps: float = 1e-3,
+    error_if_nonfinite: bool = True,
+) -> ClipReport:
+    """Scale down, in place, the gradient of every unit whose norm exceeds `clipping` times its weights' norm.
+
+    Per unit: n = max(|p|, eps); if |g| > clipping * n then g *= clipping * n / max(|g|, 1e-6). The other
+    units keep their gradient bit for bit. Norms are float32 or better whatever the dtype of the gradients.
+    `eps` lets weights that start at zero move.
+
+    model_or_parameters: a module, a tensor, tensors, (name, tensor) pairs, or parameter groups as
+        `parameter_groups` makes and `optimizer.param_groups` holds. A group's own `clipping` takes
+        precedence; 0.0 means not clipped. A module or bare tensors are clipped entirely, so exempt the
+        classifier's weight, as the paper does, by passing groups. Parameters without a gradient are skipped.
+    clipping: 0.01 suits batches of 1024 to 4096; smaller batches want more ([B] section 4.1).
+    error_if_nonfinite: raise for Inf and NaN before anything changes; this is the only time the host waits
+        for the device. If False, units that are not finite stay as they are and do not count as clipped.
+    Raises NonFiniteGradientError, and ValueError for negative arguments, sparse gradients and other inputs.
+    Source: [B] section 4.1, reference code.
+    """
+    _check_limit("clipping", clipping)
+    _check_limit("eps", eps)
+    entries = _entries(model_or_parameters, clipping)
+    clipped = [e for e in entries if e.clipping > 0.0]
+    exempt = [e.grad for e in entries if e.clipping == 0.0]
+    batches = [_Batch(list(members)) for members in _by_device(clipped).values()]
+    norms = [batch.grad_norm for batch in batches] + _tensor_norms(exempt)
+    grad_norm = _checked_total(norms, entries, error_if_nonfinite)
+    counts = [batch.clip_(eps).to(grad_norm.device) for batch in batches]
+    units = sum(batch.grad_norm.numel() for batch in batches)
+    fraction = torch.stack(counts).sum() / units if units else torch.zeros_like(grad_norm)
+    return ClipReport(fraction.to(torch.float32), units, grad_norm)
+
+
+def clip_grad_(
+    model_or_parameters: Clippable,
+    *,
+    mode: str,
+    clipping: float,
+    eps: float = 1e-3,
+    error_if_nonfinite: bool = True,
+) -> ClipReport:
+    """Clip gradients in place by one of four rules, so that they can be compared under one option.
+
+    mode: "agc" is `adaptive_clip_grad_`. "norm" and "value" are torch's clipping of the global norm (one
+        unit) and of every element (each a unit); `clipping` is then the bound in gradient units, and applies
+        to all parameters, since the groups' own values are meant for "agc". "off" changes nothing.
+    In every mode Inf and NaN raise NonFiniteGradientError first. With `error_if_nonfinite=False`, "norm" and
+    "value" treat them as torch does. Other arguments, result and errors as for `adaptive_clip_grad_`; an
+    unknown mode raises ValueError, and so does `clipping=0` for "norm" and "value": it would erase the gradient.
+    """
+    if mode not in MODES:
+        near = get_close_matches(mode, MODES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"Clipping mode {mode!r} is unknown. Allowed: {', '.join(map(repr, MODES))}. Nearest: {near!r}."
+        )
+    if mode == "agc":
+        return adaptive_clip_grad_(
+            model_or_parameters, clipping, eps=eps, error_if_nonfinite=error_if_nonfinite
+        )
+    _check_limit("clipping", clipping)
+    if clipping == 0.0 and mode != "off":
+        raise ValueError(
+            f"clipping is 0 with mode {mode!r}. It must be above 0, or every gradient is erased. "
+            "Pass mode='off'."
+        )
+    entries = _entries(model_or_parameters, clipping)
+    grad_norm = _checked_total(_tensor_norms([e.grad for e in entries]), entries, error_if_nonfinite)
+    parameters = [e.parameter for e in entries]
+    fraction, units = torch.zeros_like(grad_norm, dtype=torch.float32), 0
+    if mode == "norm" and entries:
+        fraction, units = (grad_norm > clipping).to(torch.float32), 1
+        torch.nn.utils.clip_grads_with_norm_(parameters, clipping, grad_norm)
+    elif mode == "value" and entries:
+        units = sum(e.grad.numel() for e in entries)
+        above = [torch.count_nonzero(e.grad.abs() > clipping).to(grad_norm.device) for e in entries]
+        fraction = (torch.stack(above).sum() / units).to(torch.float32)
+        torch.nn.utils.clip_grad_value_(parameters, clipping)
+    return ClipReport(fraction, units, grad_norm)
+
+
+class _Batch:
+    """The gradients to clip on one device, with the norms of all their units in one vector."""
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self.entries = entries
+        norms = _unit_norms([e.grad for e in entries])
+        self.sizes = [n.numel() for n in norms]
+        self.grad_norm = torch.cat(norms)
+
+    @torch.no_grad()
+    def clip_(self, eps: float) -> Tensor:
+        """Scale the gradients; returns the number of units that were over their limit."""
+        grads = [e.grad for e in self.entries]
+        limit = torch.cat(_unit_norms([e.parameter for e in self.entries])).clamp_(min=eps) * self._clipping()
+        # An infinite norm is reached only if errors are off: infinity times limit / infinity would be NaN.
+        over = (self.grad_norm > limit) & torch.isfinite(self.grad_norm)
+        scale = torch.where(over, limit / self.grad_norm.clamp(min=GRADIENT_FLOOR), 1.0)
+        scales = [s.view(_unit_shape(g)) for s, g in zip(scale.split(self.sizes), grads, strict=True)]
+        if scale.device.type == "cpu":
+            # Reading a flag is free here, and a tensor that keeps its gradient need not pass through memory.
+            hit = [bool(flags.any()) for flags in over.split(self.sizes)]
+            grads = [g for g, changes in zip(grads, hit, strict=True) if changes]
+            scales = [s for s, changes in zip(scales, hit, strict=True) if changes]
+        if grads:
+            torch._foreach_mul_(grads, scales)
+        return over.sum()
+
+    def _clipping(self) -> float | Tensor:
+        """One number if all groups agree, else one for each unit."""
+        values = [e.clipping for e in self.entries]
+        if len(set(values)) == 1:
+            return values[0]
+        like = self.grad_norm
+        repeats = torch.tensor(self.sizes, device=like.device)
+        each = torch.tensor(values, dtype=like.dtype, device=like.device)
+        return each.repeat_interleave(repeats, output_size=like.numel())
+
+
+def _entries(source: Clippable, clipping: float) -> list[_Entry]:
+    """Every parameter with a gradient, once, with its name and its own clipping."""
+    entries: list[_Entry] = []
+    seen: set[int] = set()
+    for index, (name, parameter, own) in enumerate(_walk(source, clipping)):
+        grad = parameter.grad
+        if grad is None or grad.numel() == 0 or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        called = name if name is not None else f"parameter {index} of shape {tuple(parameter.shape)}"
+        if grad.layout != torch.strided:
+            raise ValueError(
+                f"The gradient of {called!r} is sparse. Clipping takes dense gradients only. Build the "
+                "layer with sparse=False."
+            )
+        entries.append(_Entry(called, parameter, grad, own))
+    return entries
+
+
+def _walk(source: Clippable, clipping: float) -> Iterator[tuple[str | None, Tensor, float]]:
+    if isinstance(source, nn.Module):
+        source = source.named_parameters()
+    for item in [source] if isinstance(source, Tensor) else source:
+        if isinstance(item, Tensor):
+            yield None, item, clipping
+        elif isinstance(item, Mapping) and "params" in item:
+            own = item.get("clipping", clipping)
+            _check_limit("clipping", own)
+            inner = item["params"]
+            members = list(_walk(inner, own))
+            names = item.get("param_names", [name for name, _, _ in members])
+            yield from ((n, p, own) for n, (_, p, _) in zip(names, members, strict=True))
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+            yield str(item[0]), item[1], clipping
+        else:
+            raise ValueError(
+                f"Cannot clip an object of type {type(item).__name__}. Allowed: a module, a tensor, tensors, "
+                "(name, tensor) pairs, or parameter groups. Pass model.named_parameters() or "
+                "optimizer.param_groups."
+            )
+
+
+def _check_limit(what: str, value: float) -> None:
+    if not value >= 0.0:
+        published = {"clipping": 0.01, "eps": 1e-3}[what]
+        raise ValueError(f"{what} is {value}. It must be 0 or more. The published value is {published}.")
+
+
+def _checked_total(norms: list[Tensor], entries: list[_Entry], error_if_nonfinite: bool) -> Tensor:
+    """Global norm from partial norms; looks for the culprits only when it is not finite."""
+    if not norms:
+        return torch.zeros(())
+    device = norms[0].device
+    total = torch.linalg.vector_norm(torch.cat([n.reshape(-1).to(device) for n in norms]))
+    if error_if_nonfinite and not torch.isfinite(total):
+        each = _tensor_norms([e.grad for e in entries])
+        names = [e.name for e, norm in zip(entries, each, strict=True) if not torch.isfinite(norm)]
+        if names:
+            raise NonFiniteGradientError(names, len(entries))
+    return total
+
+
+def _by_device(entries: list[_Entry]) -> dict[torch.device, list[_Entry]]:
+    sorted_out: dict[torch.device, list[_Entry]] = defaultdict(list)
+    for entry in entries:
+        sorted_out[entry.grad.device].append(entry)
+    return sorted_out
+
+
+def _is_one_unit(tensor: Tensor) -> bool:
+    return sum(n != 1 for n in tensor.shape) <= 1
+
+
+def _unit_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of the unit norms of `tensor`, keeping every dimension."""
+    ones = (1,) * tensor.ndim
+    return ones if _is_one_unit(tensor) else (tensor.shape[0], *ones[1:])
+
+
+@torch.no_grad()
+def _unit_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """One vector of unit norms per tensor: a reduction for each matrix, one call for all one-unit tensors."""
+    single = iter(_tensor_norms([t for t in tensors if _is_one_unit(t)]))
+    return [
+        next(single).reshape(1)
+        if _is_one_unit(t)
+        else torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), dtype=_norm_dtype(t))
+        for t in tensors
+    ]
+
+
+@torch.no_grad()
+def _tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """0-dim norm of each tensor, by one multi-tensor call for each device and dtype."""
+    norms: list[Tensor | None] = [None] * len(tensors)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        alike[tensor.device, tensor.dtype].append(index)
+    for indices in alike.values():
+        members = [tensors[i] for i in indices]
+        for i, norm in zip(indices, torch._foreach_norm(members, 2, _norm_dtype(members[0])), strict=True):
+            norms[i] = norm
+    return [norm for norm in norms if norm is not None]
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

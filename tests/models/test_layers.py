@@ -1,0 +1,193 @@
+"""The layers as formulas: standardization, gains, SAME padding, gates."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from normfree.models.layers import (
+    ACTIVATIONS,
+    GAINS,
+    WS_EPS,
+    Conv2d,
+    SqueezeExcite,
+    StochasticDepth,
+    WSConv2d,
+    avg_pool_same,
+    gain_of,
+    max_pool_same,
+    same_padding,
+    scaled_activation,
+    standardize,
+)
+
+# Var[act(z)] ** -0.5 by quadrature, from the table of exact values beside the reference's Monte-Carlo ones.
+EXACT_GAINS = {
+    "celu": 1.2708434179, "elu": 1.2708434179, "gelu": 1.7009165617, "leaky_relu": 1.7048316272,
+    "log_sigmoid": 1.9191259801, "relu": 1.7128585505, "relu6": 1.7128585550, "selu": 1.0, "sigmoid": 4.8013133721,
+    "silu": 1.7871872221, "soft_sign": 2.3375333632, "softplus": 1.9191259801, "tanh": 1.5925374198, "identity": 1.0,
+}  # fmt: skip
+
+
+def formula(weight, gain, scale, eps):
+    """Float64, filter by filter."""
+    rows = weight.double().flatten(1).numpy()
+    out = [
+        (w - w.mean()) * g * scale / math.sqrt(max(w.var() * w.size, eps))
+        for w, g in zip(rows, gain.double().numpy(), strict=True)
+    ]
+    return torch.from_numpy(np.stack(out)).view(weight.shape)
+
+
+def test_standardized_kernel_equals_the_formula_above_and_under_the_floor():
+    weight, gain = torch.randn(6, 5, 3, 3), torch.rand(6) + 0.5
+    weight[0] *= 1e-4  # v·N = 45e-8 < 1e-4: the floor decides
+    weight[1] = 0.25  # no variance at all
+    got = standardize(weight.double(), gain.double(), scale=1.7)
+    torch.testing.assert_close(got, formula(weight, gain, 1.7, WS_EPS), rtol=1e-12, atol=1e-15)
+    assert got[1].abs().max() == 0
+    assert got[0].norm() < 0.1 * got[2].norm()
+
+
+def test_standardized_rows_have_mean_zero_and_variance_one_over_fan_in():
+    kernel = WSConv2d(8, 16, kernel_size=3).double().standardized_weight().flatten(1)
+    torch.testing.assert_close(kernel.mean(1), torch.zeros(16, dtype=torch.float64), atol=1e-15, rtol=0)
+    torch.testing.assert_close(kernel.var(1, correction=0), torch.full((16,), 1 / 72, dtype=torch.float64))
+
+
+def test_standardization_ignores_shift_and_positive_scale():
+    weight, gain = torch.randn(4, 6, 3, 3).double(), torch.ones(4).double()
+    torch.testing.assert_close(standardize(3.0 * weight + 2.0, gain), standardize(weight, gain))
+
+
+def test_gradient_through_variance_stops_under_the_floor_and_is_halved_at_it():
+    gain = torch.ones(1, dtype=torch.float64)
+    direction = torch.tensor([1.0, -2.0, 0.5, 0.5], dtype=torch.float64).view(1, 4, 1, 1)  # its mean is 0
+    power = float((direction.flatten() - direction.mean()).square().sum())
+
+    def derivative_along_itself(eps: float) -> float:
+        weight = direction.clone().requires_grad_()
+        (standardize(weight, gain, eps=eps) * direction).sum().backward()
+        return float((weight.grad * direction).sum())
+
+    linear = power / math.sqrt(4 * power)  # under the floor ŵ = w / sqrt(eps)
+    assert derivative_along_itself(power / 4) == pytest.approx(0.0, abs=1e-12)  # above: ŵ ignores w's scale
+    assert derivative_along_itself(4 * power) == pytest.approx(linear)
+    assert derivative_along_itself(power) == pytest.approx(power / math.sqrt(power) / 2)
+
+
+def test_input_scale_is_a_scaled_input():
+    conv = WSConv2d(4, 8, kernel_size=3, stride=2, input_scale=1.6).double()
+    plain = WSConv2d(4, 8, kernel_size=3, stride=2).double()
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 4, 9, 9).double()
+    torch.testing.assert_close(conv(x), plain(1.6 * x))
+
+
+def test_half_precision_weights_are_standardized_in_float32():
+    weight, gain = torch.randn(8, 64, 3, 3).bfloat16(), torch.ones(8).bfloat16()
+    exact = standardize(weight.float(), gain.float())
+    assert torch.equal(standardize(weight, gain), exact.bfloat16())
+
+
+@pytest.mark.parametrize("name", EXACT_GAINS)
+def test_gain_of_gives_the_exact_constants(name):
+    assert gain_of(ACTIVATIONS[name]) == pytest.approx(EXACT_GAINS[name], rel=2e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in GAINS if n not in ("identity", "glu", "log_softmax")])
+def test_the_reference_constants_are_monte_carlo_estimates_a_little_high(name):
+    assert 0 < GAINS[name] / gain_of(ACTIVATIONS[name]) - 1 < 1e-3
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_scaled_activations_give_unit_variance(name):
+    z = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    z = z.view(512, 4096, 2) if name == "glu" else z.T.contiguous().T if name == "log_softmax" else z
+    out = scaled_activation(name)(z.transpose(1, 2) if name == "glu" else z)
+    assert out.var().item() == pytest.approx(1.0, abs=6e-3)
+
+
+def test_a_function_of_ones_own_gets_its_gain():
+    act = scaled_activation(lambda x: 3.0 * torch.relu(x))
+    assert act.gain == pytest.approx(EXACT_GAINS["relu"] / 3, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: WSConv2d(1, 8, kernel_size=1), "WSConv2d(1, 8, kernel_size=1, groups=1): fan-in is 1, standardized "
+         "weights would all be zero. Use a larger kernel_size or fewer groups."),
+        (lambda: WSConv2d(8, 12, groups=3), "WSConv2d(8, 12, groups=3): groups must divide both channel counts; the "
+         "largest that does is 4."),
+        (lambda: scaled_activation("swish"), "activation 'swish' is not known."),
+        (lambda: gain_of(torch.zeros_like), "gain_of: the activation has variance 0.0 under N(0, 1); a gain needs a "
+         "finite variance above 0."),
+        (lambda: gain_of(lambda x: x.sum()), "gain_of: the activation maps shape (240001,) to (); it must act element "
+         "by element."),
+    ],
+)  # fmt: skip
+def test_errors(call, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # compared below
+        call()
+    assert str(error.value).startswith(message)
+
+
+# (size, kernel, stride) -> (low, high), read off XLA
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "expected"),
+    [(8, 3, 2, (0, 1)), (9, 3, 2, (1, 1)), (8, 7, 2, (2, 3)), (9, 7, 2, (3, 3)), (7, 3, 1, (1, 1)), (8, 2, 2, (0, 0)),
+     (9, 2, 2, (0, 1)), (1, 3, 2, (1, 1)), (8, 1, 2, (0, 0))],
+)  # fmt: skip
+def test_same_padding(size, kernel, stride, expected):
+    assert same_padding(size, kernel, stride) == expected
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_same_convolutions_have_ceil_outputs_and_see_zeros_outside(size, kernel, stride):
+    conv = Conv2d(2, 3, kernel_size=kernel, stride=stride).double()
+    x = torch.randn(1, 2, size, size + 1).double()
+    low, high = same_padding(size, kernel, stride)
+    left, right = same_padding(size + 1, kernel, stride)
+    expected = F.conv2d(F.pad(x, (left, right, low, high)), conv.weight, stride=stride)
+    assert conv(x).shape[2:] == (math.ceil(size / stride), math.ceil((size + 1) / stride))
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 6])
+def test_pools_at_odd_borders(size):
+    x = torch.randn(1, 1, size, size)
+    averaged, largest = avg_pool_same(x), max_pool_same(x)
+    out = math.ceil(size / 2)
+    low, _ = same_padding(size, 3, 2)
+    assert averaged.shape == largest.shape == (1, 1, out, out)
+    for i in range(out):
+        for j in range(out):
+            inside = x[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+            torch.testing.assert_close(averaged[0, 0, i, j], inside.mean())
+            top, left = max(2 * i - low, 0), max(2 * j - low, 0)
+            assert largest[0, 0, i, j] == x[0, 0, top : 2 * i - low + 3, left : 2 * j - low + 3].max()
+
+
+def test_squeeze_excite_is_its_formula_and_starts_as_haiku_does():
+    se = SqueezeExcite(512, ratio=0.5)
+    x = torch.randn(2, 512, 3, 3)
+    hidden = F.relu(x.mean((2, 3)) @ se.fc0.weight.T + se.fc0.bias)
+    torch.testing.assert_close(se(x)[:, :, 0, 0], torch.sigmoid(hidden @ se.fc1.weight.T + se.fc1.bias))
+    sigma = 512**-0.5
+    assert se.fc0.weight.abs().max() <= 2 * sigma
+    assert se.fc0.weight.std().item() == pytest.approx(
+        0.8796 * sigma, rel=0.01
+    )  # cut at two sigma, not corrected
+
+
+def test_stochastic_depth_drops_whole_examples_and_never_rescales():
+    layer, x = StochasticDepth(0.25), torch.ones(20_000, 1, 1, 1)
+    mask = layer(x)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    assert mask.mean().item() == pytest.approx(0.75, abs=0.02)
+    assert layer.eval()(x) is None
+    assert StochasticDepth(0.0).train()(x) is None

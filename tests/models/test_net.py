@@ -1,0 +1,221 @@
+"""A contract that every row passes, and the laws of the residual scheme."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from normfree.models.layers import WSConv2d
+from normfree.models.net import expected_betas
+from normfree.models.variants import VARIANTS
+from normfree.models.zoo import create_model, list_models, variant_of
+
+TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "num_classes": 10}
+CHEAP = ["nf_regnet_b0", "nf_resnet26", "resnet26", "nf_resnet_nano", "resnet_nano"]
+
+
+def shrunk(name: str) -> dict:
+    """Overrides that keep a row's structure at a fraction of its size."""
+    row = variant_of(name)
+    group = min(row.group_width, 8)
+    widths = tuple(16 * (i + 1) for i in range(len(row.widths)))
+    depths = tuple(min(d, 2) for d in row.depths)
+    return {"widths": widths, "depths": depths, "group_width": group, "stochdepth_rate": 0.0}
+
+
+def open_branches_(net: nn.Module) -> nn.Module:
+    """Skip gains start at 0; give them values so that every branch is alive."""
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("skip_gain"):
+                p.fill_(0.7)
+    return net
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_contract(name):
+    """Shapes, heads, features, gradients to every parameter, memory format and export to eval, for each row."""
+    torch.manual_seed(0)
+    net = open_branches_(create_model(name, num_classes=7, **shrunk(name)))
+    x = torch.randn(2, 3, 37, 41)
+    net.train()
+    loss = net(x).square().sum()
+    loss.backward()
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert silent == []
+    if variant_of(name).classifier_std:  # otherwise the classifier is zero and passes nothing back
+        dead = [n for n, p in net.named_parameters() if p.grad.abs().max() == 0]
+        assert dead == []
+    net.eval()
+    with torch.no_grad():
+        logits, maps = net(x), net.forward_features(x)
+        assert logits.shape == (2, 7)
+        assert maps.shape[:2] == (2, net.num_features)
+        torch.testing.assert_close(net.forward_head(maps), logits)
+        features = net.forward_head(maps, pre_logits=True)
+        torch.testing.assert_close(net.get_classifier()(features), logits)
+        fast = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(fast, logits, rtol=1e-4, atol=1e-5)
+        net.reset_classifier(0)
+        torch.testing.assert_close(net(x), features, rtol=1e-4, atol=1e-5)
+        assert isinstance(net.get_classifier(), nn.Identity)
+        net.reset_classifier(3)
+        assert net(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_features_only_returns_the_residual_stream(name):
+    torch.manual_seed(0)
+    backbone = create_model(name, features_only=True, **shrunk(name)).eval()
+    x = torch.randn(1, 3, 65, 65)
+    maps = backbone(x)
+    assert len(maps) == len(backbone.feature_info) == len(variant_of(name).depths) + 1
+    for map_, info in zip(maps, backbone.feature_info, strict=True):
+        side = math.ceil(65 / info["reduction"])
+        assert map_.shape == (1, info["num_chs"], side, side)
+    torch.manual_seed(0)
+    chosen = create_model(name, features_only=True, out_indices=(1, -1), **shrunk(name)).eval()
+    for ours, theirs in zip(chosen(x), (maps[1], maps[-1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_feature_info_of_the_f0():
+    net = create_model("nfnet_f0", **TINY)
+    assert net.feature_info == [
+        {"num_chs": 16, "reduction": 4, "module": "stem"},
+        {"num_chs": 32, "reduction": 4, "module": "stages.0"},
+        {"num_chs": 64, "reduction": 8, "module": "stages.1"},
+        {"num_chs": 96, "reduction": 16, "module": "stages.2"},
+        {"num_chs": 96, "reduction": 32, "module": "stages.3"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features_only": True, "out_indices": (9,)}, "out_indices=(9,): expected indices from 0 (the stem) to 4 "
+         "(the last stage), or negative ones counted from the end."),
+        ({"out_indices": (1,)}, "out_indices=(1,) needs features_only=True."),
+    ],
+)  # fmt: skip
+def test_feature_errors(arguments, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # compared below
+        create_model("nfnet_f0", **arguments, **TINY)
+    assert str(error.value) == message
+
+
+def test_in_channels_and_one_pixel_images():
+    net = create_model("nfnet_f0", in_channels=1, **TINY).eval()
+    assert net.stem.conv0.weight.shape[1] == 1
+    assert torch.isfinite(net(torch.randn(2, 1, 1, 1))).all()
+
+
+def test_betas_of_f0_are_the_reference_ones():
+    flat = [beta for stage in expected_betas((1, 2, 6, 3), 0.2) for beta in stage]
+    expected = [1, 0.980581, 0.980581, 0.96225, 0.980581, 0.96225, 0.944911, 0.928477, 0.912871, 0.898027,
+                0.980581, 0.96225]  # fmt: skip
+    assert flat == pytest.approx(expected, abs=5e-7)
+
+
+def test_a_closed_skip_gain_makes_a_block_the_identity():
+    net = create_model("nfnet_f0", **TINY).eval()
+    x = torch.randn(1, 64, 8, 8)
+    assert torch.equal(net.stages[1][1](x), x)
+
+
+def test_variance_follows_one_plus_k_alpha_squared():
+    """[A] section 3: after block k of a stage the channel variance is 1 + k·α² if the skip gains are 1."""
+    torch.manual_seed(0)
+    net = create_model("nf_resnet50", num_classes=0).eval()
+    variances: list[float] = []
+    with torch.no_grad():
+        for stage in net.stages:
+            for block in stage:
+                block.skip_gain.fill_(1.0)
+                block.register_forward_hook(
+                    lambda _m, _i, out: variances.append(out.var(dim=(0, 2, 3), correction=0).mean().item())
+                )
+        net(torch.randn(8, 3, 160, 160))
+    expected = [1 + k * 0.04 for depth in (3, 4, 6, 3) for k in range(1, depth + 1)]
+    assert variances == pytest.approx(expected, rel=0.15)
+
+
+def test_one_example_never_sees_another():
+    """No batch statistics: logits of an image are the same in any company. The twin's are not."""
+    x = torch.randn(4, 3, 32, 32)
+    alone, company = {}, {}
+    for name in ("nf_resnet_nano", "resnet_nano"):
+        torch.manual_seed(0)
+        net = open_branches_(create_model(name, num_classes=5, stochdepth_rate=0.0)).train()
+        alone[name], company[name] = net(x[:1]), net(x)[:1]
+    torch.testing.assert_close(alone["nf_resnet_nano"], company["nf_resnet_nano"], rtol=1e-4, atol=1e-6)
+    assert (alone["resnet_nano"] - company["resnet_nano"]).norm() > 0.1 * alone["resnet_nano"].norm()
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "nf_regnet_b0", "resnet26"])
+def test_checkpointing_changes_memory_and_nothing_else(name):
+    grads = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        net = open_branches_(create_model(name, num_classes=5, **shrunk(name))).train()
+        net.set_grad_checkpointing(enable)
+        x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(2)  # stochastic depth draws the same masks again in the recomputation
+        net(x).square().sum().backward()
+        grads.append({n: p.grad for n, p in net.named_parameters()})
+    for name_, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name_], grad, msg=name_)
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", *CHEAP])
+def test_compiles_without_graph_breaks(name):
+    """fullgraph=True raises at the first break; the "eager" backend runs what was captured."""
+    torch.manual_seed(0)
+    net = open_branches_(create_model(name, num_classes=5, **shrunk(name))).train()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 33, 33)
+    torch.manual_seed(1)
+    expected = net(x)
+    torch.manual_seed(1)
+    got = compiled(x)
+    got.square().sum().backward()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", *CHEAP])
+def test_exports_with_a_dynamic_batch(name):
+    net = open_branches_(create_model(name, num_classes=5, **shrunk(name))).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(net, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_initial_values_are_the_reference_ones():
+    torch.manual_seed(0)
+    net = create_model("nfnet_f0", num_classes=100)
+    for module in net.modules():
+        if isinstance(module, WSConv2d):
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.2)
+            assert (module.gain == 1).all()
+            assert (module.bias == 0).all()
+    assert net.head.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert all(p == 0 for n, p in net.named_parameters() if n.endswith("skip_gain"))
+    assert create_model("nf_regnet_b0").head.weight.abs().max() == 0
+
+
+def test_stochastic_depth_grows_from_zero_and_stays_below_the_full_rate():
+    net = create_model("nfnet_f0", **{**TINY, "stochdepth_rate": 0.25})
+    rates = [block.stochdepth.rate for stage in net.stages for block in stage]
+    assert rates == pytest.approx([0.25 * i / 6 for i in range(6)])
+
+
+def test_the_rows_named_in_the_documentation_exist():
+    assert len(list_models("nfnet_f[0-7]")) == len(list_models("nfnet_f[0-7]_plus")) == 8
+    assert len(list_models("nf_regnet_b[0-8]")) == 9
+    assert len(list_models("bn_nfnet_f[0-3]")) == 4
+    depths = ("26", "50", "101", "152", "200", "288")
+    assert {f"{p}resnet{d}" for p in ("nf_", "") for d in depths} <= set(list_models("*resnet*"))

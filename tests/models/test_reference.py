@@ -1,0 +1,252 @@
+"""Networks against numbers read off DeepMind's released JAX code (tests/reference/README.md)."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from normfree.models.layers import GAINS, WS_EPS
+from normfree.models.net import Net
+from normfree.models.weights import haiku_from_state_dict, state_dict_from_haiku
+from normfree.models.zoo import create_model
+
+REFERENCE = Path(__file__).parent.parent / "reference"
+TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "num_classes": 10}
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative L2; the port is near 1e-6
+
+
+def relative(ours, theirs) -> float:
+    a, b = np.asarray(ours, np.float64).ravel(), np.asarray(theirs, np.float64).ravel()
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def draw_parameters(meta: dict) -> dict:
+    """The random parameters of a compact fixture, drawn again from names, shapes and seed."""
+    first, second = np.random.RandomState(meta["seed"] + 104729), np.random.RandomState(meta["seed"] + 7919)
+    tree: dict = {}
+    for module in sorted(meta["shapes"]):
+        for name in sorted(meta["shapes"][module]):
+            shape = tuple(meta["shapes"][module][name])
+            squeeze = "squeeze_excite" in module
+            if name == "w" and len(shape) == 4:
+                value = first.randn(*shape) / np.sqrt(np.prod(shape[:-1]))
+            elif name == "w" and squeeze:
+                value = first.randn(*shape)
+                while (np.abs(value) > 2).any():
+                    value[np.abs(value) > 2] = first.randn(int((np.abs(value) > 2).sum()))
+                value /= np.sqrt(shape[0])
+            else:
+                value = 0.01 * first.randn(*shape) if name == "w" else np.full(shape, float(name == "gain"))
+            tree.setdefault(module, {})[name] = np.asarray(value, np.float32)
+    for module in sorted(tree):
+        for name in sorted(tree[module]):
+            value = tree[module][name]
+            if name == "skip_gain":
+                sign = 1.0 if second.rand() < 0.7 else -1.0
+                value = np.float32(sign * (0.4 + 0.8 * second.rand()))
+            elif name == "gain":
+                value = 1.0 + 0.15 * second.randn(*value.shape)
+            elif name in ("bias", "b"):
+                value = 0.1 * second.randn(*value.shape)
+            elif value.ndim == 2 and "squeeze_excite" not in module:
+                value = 0.05 * second.randn(*value.shape)
+            elif value.ndim == 4:
+                value = (value + 0.3 * value.std() * second.randn(1, 1, 1, value.shape[-1])).astype(
+                    np.float32
+                )
+                if module.endswith(("conv0", "initial_conv")):
+                    value[..., 0] *= 1e-3  # one filter under the floor of the standardization
+            tree[module][name] = np.asarray(value, np.float32)
+    return tree
+
+
+def fingerprint(key: str, array) -> np.ndarray:
+    """A tensor's norm and four random projections, seeded by its name."""
+    flat = np.asarray(array, np.float64).ravel()
+    noise = np.random.RandomState(zlib.crc32(key.encode()))
+    return np.array([np.linalg.norm(flat)] + [flat @ noise.randn(flat.size) for _ in range(4)])
+
+
+def run(net: Net, images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    """Forward and backward; outputs of every module (channels last) and gradients in the reference's naming."""
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).requires_grad_()
+    logits = net(x)
+    loss = F.cross_entropy(logits, torch.from_numpy(labels).long())
+    loss.backward()
+    pool = net.forward_head(net.forward_features(x), pre_logits=True)
+    last = {k: v.permute(0, 2, 3, 1) if v.ndim == 4 else v for k, v in outputs.items() if v is not None}
+    return {
+        "taps": {k: v.detach().numpy() for k, v in last.items()},
+        "grads": haiku_from_state_dict({k: p.grad for k, p in net.named_parameters()}),
+        "heads": {
+            "logits": logits.detach().numpy(),
+            "pool": pool.detach().numpy(),
+            "loss": loss.detach().numpy(),
+        },
+        "input": {"grad": x.grad.permute(0, 2, 3, 1).numpy()},
+    }
+
+
+def ours_of(module: str, tree: dict) -> str:
+    """Our module for a haiku module: translate the tree's names and look where a parameter went."""
+    name, marker = next(iter(tree.get(module, {"none": 0}))), {}
+    if module.endswith("squeeze_excite"):
+        return ours_of(module + "/~/linear", tree).removesuffix(".fc0")
+    marker = {
+        m: {n: np.full_like(a, m == module and n == name) for n, a in arrays.items()}
+        for m, arrays in tree.items()
+    }
+    key = next(k for k, v in state_dict_from_haiku(marker).items() if v.numel() and v.flatten()[0] == 1)
+    return key.rpartition(".")[0]
+
+
+def tiny() -> tuple[dict, dict]:
+    data = np.load(REFERENCE / "nfnet_tiny.npz")
+    tree: dict = {}
+    for key in data:
+        if key.startswith("param|"):
+            _, module, name = key.split("|")
+            tree.setdefault(module, {})[name] = data[key]
+    return data, tree
+
+
+def test_tiny_net_agrees_everywhere():
+    """33 px, so every SAME padding is odd: logits, features, all 58 intermediate outputs, all 131 gradients."""
+    data, tree = tiny()
+    net = create_model("nfnet_f0", **TINY).eval()
+    net.load_state_dict(state_dict_from_haiku(tree))
+    got = run(net, data["input"], data["labels"])
+    for name in ("logits", "pool", "loss"):
+        assert relative(got["heads"][name], data[name]) < OUTPUT_TOLERANCE, name
+    assert relative(got["input"]["grad"], data["grad_input"]) < GRADIENT_TOLERANCE
+    taps = [k for k in data if k.startswith("tap|")]
+    grads = [k for k in data if k.startswith("grad|")]
+    assert (len(taps), len(grads)) == (58, 131)
+    for key in taps:
+        ours = got["taps"][ours_of(key[4:], tree)]
+        assert relative(ours, data[key]) < OUTPUT_TOLERANCE, key
+    for key in grads:
+        _, module, name = key.split("|")
+        assert relative(got["grads"][module][name], data[key]) < GRADIENT_TOLERANCE, key
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [("nfnet_f0_64", "nfnet_f0"), ("nf_resnet50_64", "nf_resnet50"), ("nf_regnet_b0_64", "nf_regnet_b0")],
+)
+def test_published_rows_agree_everywhere(fixture, name):
+    """64 px: logits, features, every block output and every gradient, by fingerprint."""
+    data = np.load(REFERENCE / f"{fixture}.npz")
+    meta = json.loads(str(data["meta"]))
+    tree = draw_parameters(meta)
+    random = np.random.RandomState(meta["seed"])
+    images = random.randn(meta["batch"], meta["size"], meta["size"], 3).astype(np.float32)
+    labels = random.randint(0, meta["classes"], size=(meta["batch"],))
+    net = create_model(name).eval()
+    net.load_state_dict(state_dict_from_haiku(tree))
+    got = run(net, images, labels)
+    for head in ("logits", "pool", "loss"):
+        assert relative(got["heads"][head], data[head]) < OUTPUT_TOLERANCE, head
+    assert (
+        relative(fingerprint("grad_input", got["input"]["grad"]), data["fp:grad_input"]) < GRADIENT_TOLERANCE
+    )
+    taps = [k for k in data if k.startswith("fp:tap|")]
+    grads = [k for k in data if k.startswith("fp:grad|")]
+    assert len(grads) == sum(map(len, tree.values()))
+    assert len(taps) >= sum(net.variant.depths) + 1
+    for key in taps:
+        module = key.removeprefix("fp:tap|")
+        owner = module if tree.get(module) else module + "/~/conv0"
+        ours = got["taps"][ours_of(owner, tree)]
+        assert relative(fingerprint(key[3:], ours), data[key]) < OUTPUT_TOLERANCE, key
+    for key in grads:
+        _, module, leaf = key.split("|")
+        assert relative(fingerprint(key[3:], got["grads"][module][leaf]), data[key]) < GRADIENT_TOLERANCE, key
+
+
+def numpy_conv(x, kernel, stride, groups):
+    """SAME convolution, B H W C by H W I O, one kernel position at a time."""
+    k, size = kernel.shape[0], x.shape[1]
+    total = max((-(-size // stride) - 1) * stride + k - size, 0)
+    low = total // 2
+    x = np.pad(x, ((0, 0), (low, total - low), (low, total - low), (0, 0)))
+    out, side = kernel.shape[-1], (x.shape[1] - k) // stride + 1
+    y = np.zeros((x.shape[0], side, side, out))
+    per_in, per_out = kernel.shape[2], out // groups
+    for g in range(groups):
+        channels, filters = slice(g * per_in, (g + 1) * per_in), slice(g * per_out, (g + 1) * per_out)
+        for i in range(k):
+            for j in range(k):
+                window = x[:, i : i + stride * side : stride, j : j + stride * side : stride, channels]
+                y[..., filters] += window[:, :side, :side] @ kernel[i, j, :, filters]
+    return y
+
+
+def numpy_tiny(tree: dict, x: np.ndarray) -> np.ndarray:
+    """Logits of the tiny NFNet, written from the papers' equations in float64, scalars where the papers put them:
+    γ and β on the activations, 2, α and the skip gain on the branch."""
+    p = {
+        m.removeprefix("NFNet/~/"): {n: a.astype(np.float64) for n, a in arrays.items()}
+        for m, arrays in tree.items()
+    }
+
+    def conv(name, x, stride=1, groups=1):
+        w, gain, bias = (p[name][k] for k in ("w", "gain", "bias"))
+        mean, var = w.mean((0, 1, 2)), w.var((0, 1, 2))
+        fan_in = np.prod(w.shape[:3])
+        return (
+            numpy_conv(x, (w - mean) * gain / np.sqrt(np.maximum(var * fan_in, WS_EPS)), stride, groups)
+            + bias
+        )
+
+    def act(x):
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * GAINS["gelu"]
+
+    def pool(x):
+        count = np.pad(np.ones(x.shape[1:3]), ((0, x.shape[1] % 2), (0, x.shape[2] % 2)))
+        x = np.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        quads = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).sum((2, 4))
+        return quads / count.reshape(count.shape[0] // 2, 2, -1, 2).sum((1, 3))[None, :, :, None]
+
+    for i, stride in enumerate((2, 1, 1, 2)):
+        x = conv(f"stem_conv{i}", act(x) if i else x, stride)
+    index, variance = 0, 1.0
+    for stage, (depth, width) in enumerate(zip((1, 2, 2, 1), (32, 64, 96, 96), strict=True)):
+        for j in range(depth):
+            name = f"nf_block_{index}" if index else "nf_block"
+            stride, groups = 2 if j == 0 and stage else 1, width // 16
+            a = act(x) / np.sqrt(variance)
+            shortcut = conv(f"{name}/~/conv_shortcut", pool(a) if stride > 1 else a) if j == 0 else x
+            r = act(conv(f"{name}/~/conv0", a))
+            r = act(conv(f"{name}/~/conv1", r, stride, groups))
+            r = conv(f"{name}/~/conv2", act(conv(f"{name}/~/conv1b", r, 1, groups)))
+            fc0, fc1 = p[f"{name}/~/squeeze_excite/~/linear"], p[f"{name}/~/squeeze_excite/~/linear_1"]
+            hidden = np.maximum(r.mean((1, 2)) @ fc0["w"] + fc0["b"], 0)
+            gate = 1 / (1 + np.exp(-(hidden @ fc1["w"] + fc1["b"])))
+            x = shortcut + 0.2 * p[name]["skip_gain"] * 2 * gate[:, None, None, :] * r
+            variance = (1.0 if j == 0 else variance) + 0.2**2
+            index += 1
+    features = act(conv("final_conv", x)).mean((1, 2))
+    return features @ p["linear"]["w"] + p["linear"]["b"]
+
+
+@pytest.mark.parametrize("size", [33, 32])
+def test_tiny_net_in_float64_equals_the_equations(size):
+    data, tree = tiny()
+    images = data["input"][:, :size, :size].astype(np.float64)
+    net = create_model("nfnet_f0", **TINY).double().eval()
+    net.load_state_dict(state_dict_from_haiku(tree))
+    with torch.no_grad():
+        logits = net(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+    assert relative(logits.numpy(), numpy_tiny(tree, images)) < 1e-9
+    if (
+        size == 33
+    ):  # and the equations are the reference's: its own float32 logits are as near as float32 allows
+        assert relative(numpy_tiny(tree, images), data["logits"]) < 2e-6

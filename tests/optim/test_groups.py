@@ -1,0 +1,145 @@
+"""Name rules and parameter groups."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from normfree.optim.groups import DEFAULT_RULES, Rule, copy_named_, parameter_groups, some_names
+from normfree.optim.sgd import SGD
+
+
+class Twin(nn.Module):
+    """The names that a batch-norm twin has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleDict({"conv0": nn.Conv2d(3, 4, 3), "norm0": nn.BatchNorm2d(4)})
+        self.stages = nn.Sequential(nn.Sequential(nn.ModuleDict({"se": nn.Linear(4, 4)})))
+        self.final_norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+
+def test_default_rules_on_a_batch_norm_twin() -> None:
+    groups = parameter_groups(Twin(), weight_decay=0.5, clipping=0.1)
+    assert {g["name"]: (g["param_names"], g["weight_decay"], g["clipping"]) for g in groups} == {
+        "gains and biases": (
+            ["stem.conv0.bias", "stem.norm0.bias", "stages.0.0.se.bias", "final_norm.bias", "head.bias"],
+            0.0,
+            0.1,
+        ),
+        "normalization": (["stem.norm0.weight", "final_norm.weight"], 0.0, 0.1),
+        "classifier": (["head.weight"], 0.5, 0.0),
+        "weights": (["stem.conv0.weight", "stages.0.0.se.weight"], 0.5, 0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("stages.0.1.skip_gain", 0),
+        ("stem.conv0.gain", 0),
+        ("head.bias", 0),
+        ("final_norm.weight", 1),
+        ("stages.3.0.norm1.weight", 1),
+        ("head.weight", 2),
+        ("head.fc.weight", 3),
+        ("overhead.weight", 3),
+        ("normal.conv.weight", 3),
+        ("weight", 3),
+        ("stages.0.0.again.weight", 3),
+    ],
+)
+def test_first_default_rule_that_matches(name: str, rule: int) -> None:
+    assert next(i for i, r in enumerate(DEFAULT_RULES) if re.search(r.pattern, name)) == rule
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
+    model = Twin()
+    model.stem.requires_grad_(False)
+    groups = parameter_groups(model, weight_decay=0.1, clipping=0.1)
+    found = [id(p) for g in groups for p in g["params"]]
+    expected = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(found) == sorted(expected)
+    for group in groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            assert model.get_parameter(name) is p
+
+
+def test_rules_of_the_user_first_match_wins() -> None:
+    rules = [
+        Rule("frozen-ish", r"^0\.", weight_decay=0.5, lr_multiplier=0.1),
+        Rule("rest", "", clipping=False),
+    ]
+    groups = parameter_groups(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), weight_decay=0.2, clipping=0.3, rules=rules
+    )
+    assert [(g["name"], g["weight_decay"], g["clipping"], g["lr_multiplier"]) for g in groups] == [
+        ("frozen-ish", 0.1, 0.3, 0.1),
+        ("rest", 0.2, 0.0, 1.0),
+    ]
+
+
+def test_lr_multipliers_split_groups_and_keep_the_rules() -> None:
+    model = Twin()
+    groups = parameter_groups(
+        model, weight_decay=0.1, clipping=0.1, lr_multipliers={r"^head\.": 10.0, "": 0.5}
+    )
+    rate = {name: g["lr_multiplier"] for g in groups for name in g["param_names"]}
+    assert rate == {n: 10.0 if n.startswith("head.") else 0.5 for n, _ in model.named_parameters()}
+    optimizer = SGD(groups, 0.2)
+    optimizer.set_lr(0.3)
+    assert {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]} == pytest.approx(
+        {n: 3.0 if n.startswith("head.") else 0.15 for n in rate}
+    )
+
+
+def test_groups_are_fit_for_any_torch_optimizer() -> None:
+    model = Twin()
+    groups = parameter_groups(model, weight_decay=0.125, clipping=0.1)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.125}
+
+
+def test_unmatched_parameter_word_for_word() -> None:
+    model = nn.Module()
+    model.register_parameter("alpha", nn.Parameter(torch.ones(2)))
+    message = (
+        "No rule matches 'alpha'. Every trainable parameter needs one; the rules in order are: "
+        r"biases '\\.bias$', weights 'weight'. Add a Rule for it, or end the rules with Rule('rest', '')."
+    )
+    rules = [Rule("biases", r"\.bias$"), Rule("weights", "weight")]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parameter_groups(model, weight_decay=0.0, clipping=0.0, rules=rules)
+    model.alpha.requires_grad_(False)
+    assert parameter_groups(model, weight_decay=0.0, clipping=0.0, rules=rules) == []
+
+
+def test_unused_multiplier_word_for_word() -> None:
+    message = (
+        "lr_multipliers has '^haed', which decides for no trainable parameter. Patterns are searched in names "
+        "such as 'weight', 'bias', and the first match wins. Correct the pattern, or move it up."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parameter_groups(nn.Linear(2, 2), weight_decay=0.0, clipping=0.0, lr_multipliers={"^haed": 2.0})
+
+
+def test_some_names() -> None:
+    assert some_names("ab") == "'a', 'b'"
+    assert some_names("abcdefgh") == "'a', 'b', 'c', 'd', 'e' and 3 more"
+
+
+def test_tensors_that_do_not_fit_are_all_listed_and_nothing_is_copied() -> None:
+    targets = {"stem.weight": torch.zeros(2), "head.weight": torch.zeros(3), "head.bias": torch.zeros(3)}
+    source = {"stem.wieght": torch.ones(2), "head.weight": torch.ones(4), "head.bias": torch.ones(3)}
+    message = (
+        "The saved tensors do not fit the box (unknown: 'stem.wieght', missing: 'stem.weight', shapes: "
+        "'head.weight' is (4,) instead of (3,)). Exactly its 3 names and shapes are allowed. "
+        "Nearest: 'stem.wieght' -> 'stem.weight'."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        copy_named_(targets, source, owner="the box")
+    assert all(float(t.sum()) == 0.0 for t in targets.values())
