@@ -142,8 +142,8 @@ class Block(nn.Module):
         se_channels = width if self.se_in_middle else out_channels
         self.se = SqueezeExcite(se_channels, ratio=variant.se_ratio) if variant.se != "none" else None
         self.stochdepth = StochasticDepth(stochdepth_rate)
-        # SkipInit: the branch starts closed (reference: a learnable scalar, initially 0, in all three families)
-        self.skip_gain = nn.Parameter(torch.zeros(())) if normalizer_free else None
+        # SkipInit: 0 starts the branch closed (reference: a learnable scalar in all three families)
+        self.skip_gain = nn.Parameter(torch.full((), variant.skip_gain)) if normalizer_free else None
 
     def branch_gate(self, branch: Tensor) -> Tensor | None:
         """What the branch is multiplied by before it joins the shortcut: broadcastable to B C H W, or None."""

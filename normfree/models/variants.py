@@ -52,6 +52,9 @@ class Variant:
     """"batch" is the twin of the row with pre-activation batch norm, no α, β, γ, gains or skip gains."""
     alpha: float = 0.2
     """Scale of each residual branch ([A] section 3; 0.2 throughout the reference)."""
+    skip_gain: float = 0.0
+    """Initial value of the learnable scalar on each branch (SkipInit). 0 in the reference, whose NF-ResNet lets it
+    be chosen; under AGC a gain at 0 moves by at most lr·λ·eps a step, so short runs want 1."""
     classifier_std: float = 0.01
     """Standard deviation of the classifier's initial weight; 0 starts it at zero."""
     drop_rate: float = 0.0

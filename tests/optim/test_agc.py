@@ -137,9 +137,10 @@ def test_the_division_has_the_floor_of_the_reference() -> None:
 
 
 def test_an_empty_parameter_is_no_unit() -> None:
-    p = nn.Parameter(torch.zeros(0, 3))
-    p.grad = torch.zeros(0, 3)
-    assert adaptive_clip_grad_([p, p]).units == 0
+    many = [nn.Parameter(torch.zeros(shape)) for shape in ((0, 3), (0,))]
+    for p in many:
+        p.grad = torch.zeros_like(p)
+    assert adaptive_clip_grad_(many).units == 0
 
 
 def test_a_gain_vector_at_one_keeps_a_gradient_that_fits_its_norm() -> None:

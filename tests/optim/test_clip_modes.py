@@ -43,12 +43,12 @@ def test_norm_mode_is_torchs(clipping: float) -> None:
 
 def test_value_mode_is_torchs_and_counts_elements() -> None:
     a, b = net(), net()
-    clipping = float(flat(a).abs().median())
+    clipping = float(flat(a).abs().quantile(0.8))
     expected = float((flat(a).abs() > clipping).float().mean())
     report = clip_grad_(a, mode="value", clipping=clipping)
     torch.nn.utils.clip_grad_value_(b.parameters(), clipping)
     assert torch.equal(flat(a), flat(b))
-    assert 0.3 < expected < 0.7
+    assert 0.1 < expected < 0.3
     assert float(report) == pytest.approx(expected)
     assert report.units == flat(a).numel()
 

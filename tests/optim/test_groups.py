@@ -50,6 +50,7 @@ def test_default_rules_on_a_batch_norm_twin() -> None:
         ("overhead.weight", 3),
         ("normal.conv.weight", 3),
         ("weight", 3),
+        ("stages.0.0.gain_proj.weight", 3),
         ("stages.0.0.again.weight", 3),
     ],
 )

@@ -1,0 +1,265 @@
+"""A trained network at work: evaluate it on a labelled source, predict files. Preprocessing travels with the model.
+
+Legend: B batch, C channels, H W height and width, K classes. `top1` and `top5` are percent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normfree.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
+from normfree.data.images import SUFFIXES, load_image
+from normfree.data.loader import eval_batches
+from normfree.data.protocol import Source
+from normfree.models.net import Net
+from normfree.models.weights import read_model_config
+from normfree.models.zoo import create_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input: RGB -> 3 S S, normalized. `crop` as in `eval_transform`."""
+
+    image_size: int
+    crop: str = "resize_crop_32"
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def to_config(self) -> dict[str, Any]:
+        """The entries of `pretrained_cfg` in a model folder's config.json."""
+        return {
+            "input_size": [3, self.image_size, self.image_size],
+            "crop_mode": self.crop,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preprocessing:
+        """The inverse of `to_config`.
+
+        Raises:
+            ValueError: an entry is missing.
+        """
+        try:
+            return cls(
+                image_size=int(config["input_size"][-1]),
+                crop=config["crop_mode"],
+                interpolation=config["interpolation"],
+                mean=tuple(config["mean"]),
+                std=tuple(config["std"]),
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"pretrained_cfg of the model's config.json lacks or misstates {error}.") from None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network scores on a source: percent correct, mean cross entropy in nats, and every answer."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    classes: tuple[str, ...]
+    labels: Tensor = field(repr=False)
+    """int64 N"""
+    predictions: Tensor = field(repr=False)
+    """int64 N"""
+
+    def confusion(self) -> Tensor:
+        """K K counts: row = true class, column = answer."""
+        size = len(self.classes)
+        return torch.bincount(self.labels * size + self.predictions, minlength=size * size).view(size, size)
+
+    def per_class(self) -> dict[str, float]:
+        """Percent correct of each class that has images."""
+        table = self.confusion()
+        return {
+            name: 100.0 * float(table[i, i]) / int(table[i].sum())
+            for i, name in enumerate(self.classes)
+            if int(table[i].sum())
+        }
+
+
+def run_device(word: str) -> torch.device:
+    """"auto" is the first GPU if there is one, else the CPU; other words are torch's.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if word == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {word!r} cannot be used here: {str(error).splitlines()[0]} Use 'auto'.") from None
+    return device
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    source: Source,
+    *,
+    preprocessing: Preprocessing,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str | torch.device = "auto",
+) -> Evaluation:
+    """Scores `model` (images B 3 S S -> logits B K) on every image of `source`, each once, in evaluation mode.
+
+    Computed in float32 whatever the training precision, as in the reference. The model's mode is restored.
+
+    Raises:
+        ValueError: logits are not finite or not one per class; such a network has no score.
+    """
+    place = run_device(device) if isinstance(device, str) else device
+    transform = eval_transform(
+        image_size=preprocessing.image_size, crop=preprocessing.crop, interpolation=preprocessing.interpolation
+    )
+    was_training = model.training
+    model.eval().to(place)
+    loss, top5, answers, truths = 0.0, 0, [], []
+    try:
+        for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers):
+            images, labels = batch.images.to(place), batch.labels.to(place)
+            logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
+            if logits.shape[-1] != len(source.classes) or not torch.isfinite(logits).all():
+                what = "not finite" if logits.shape[-1] == len(source.classes) else f"{logits.shape[-1]} wide"
+                raise ValueError(f"logits are {what} for {batch.names[0]!r} and others; the data has "
+                                 f"{len(source.classes)} classes. There is no score to report.")  # fmt: skip
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            best = logits.topk(min(5, logits.shape[-1])).indices
+            top5 += int((best == labels[:, None]).any(dim=1).sum())
+            answers.append(best[:, 0].cpu())
+            truths.append(batch.labels)
+    finally:
+        model.train(was_training)
+    predictions, labels_ = torch.cat(answers), torch.cat(truths)
+    count = len(labels_)
+    top1 = int((predictions == labels_).sum())
+    return Evaluation(100 * top1 / count, 100 * top5 / count, loss / count, count, tuple(source.classes),
+                      labels_, predictions)  # fmt: skip
+
+
+# --- from a folder -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network read from a model folder, with what it needs to look at pictures."""
+
+    net: Net
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+
+
+def load_model(folder: str | Path) -> TrainedModel:
+    """The network of a model folder, or of a run folder that holds one, in evaluation mode.
+
+    Raises:
+        ValueError: the folder is not one, or its parts contradict each other.
+    """
+    config = read_model_config(Path(folder))
+    args = dict(config["model_args"])
+    net = create_model(config["architecture"], num_classes=config["num_classes"], weights=folder, **args)
+    assert isinstance(net, Net)
+    classes = tuple(config.get("label_names") or map(str, range(net.num_classes)))
+    if len(classes) != net.num_classes:
+        raise ValueError(f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}.")
+    return TrainedModel(net.eval(), Preprocessing.from_config(config["pretrained_cfg"]), classes)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one picture: class names and probabilities, most probable first; or why there is none."""
+
+    path: str
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """Files as given, and all images under folders, sorted.
+
+    Raises:
+        ValueError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise ValueError(f"{str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))}).")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ValueError(f"{str(path)!r} does not exist.")
+    return found
+
+
+@torch.no_grad()
+def predict(
+    model: TrainedModel,
+    paths: Sequence[str | Path],
+    *,
+    top: int = 5,
+    batch_size: int = 64,
+    device: str | torch.device = "auto",
+) -> Iterator[Prediction]:
+    """The `top` most probable classes of each file, or of each image under each folder, in order.
+
+    A file that is no readable image gives a `Prediction` with `error` and takes no part in a batch.
+
+    Raises:
+        ValueError: a path does not exist, or `top` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top={top}: expected 1 or more.")
+    place = run_device(device) if isinstance(device, str) else device
+    pre = model.preprocessing
+    transform = eval_transform(image_size=pre.image_size, crop=pre.crop, interpolation=pre.interpolation)
+    net = model.net.eval().to(place)
+    files = find_images(paths)
+    for start in range(0, len(files), batch_size):
+        part = files[start : start + batch_size]
+        pictures = [_open(path) for path in part]
+        good = [transform(p) for p in pictures if not isinstance(p, str)]
+        rows: Iterable[Tensor] = ()
+        if good:
+            images = normalize(torch.stack(good).to(place), mean=pre.mean, std=pre.std)
+            rows = net(images).float().softmax(dim=1).cpu()
+        answers = iter(rows)
+        for path, picture in zip(part, pictures, strict=True):
+            if isinstance(picture, str):
+                yield Prediction(os.fspath(path), error=picture)
+                continue
+            probabilities, indices = next(answers).topk(min(top, len(model.classes)))
+            names = tuple(model.classes[i] for i in indices.tolist())
+            yield Prediction(os.fspath(path), names, tuple(probabilities.tolist()))
+
+
+def _open(path: Path) -> Image | str:
+    try:
+        return load_image(path)
+    except ValueError as error:
+        return str(error)

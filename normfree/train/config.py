@@ -1,0 +1,314 @@
+"""The config of a run: a strict, frozen tree of at most 45 keys, one file and one set of flags.
+
+    recipe (a function, a TOML file, or a run's own config) -> overrides, left to right -> checked -> written
+
+Every error is collected and reported once, each with the nearest key or the values allowed. This file imports
+neither torch nor any room, so that `normfree train --help` answers at once. TOML has no null, hence no `None`:
+"auto" takes a value from the model's row, "" and 0 mean none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Auto = Literal["auto"]
+
+
+class ConfigError(ValueError):
+    """One or more keys or values of a config are wrong; the message lists all of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, no change after creation."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
+
+
+def _check_length(value: str) -> str:
+    if not _LENGTH.fullmatch(value):
+        raise ValueError("expected a number of epochs or steps, for example '90ep' or '5000st'")
+    return value
+
+
+def steps_of(length: str, *, samples: int, batch_size: int) -> int:
+    """A length in optimizer steps: "90ep" of `samples` images at `batch_size` a step, or "5000st". Rounded."""
+    match = _LENGTH.fullmatch(length)
+    assert match, length
+    number = float(match[1])
+    return round(number * samples / batch_size) if match[2] == "ep" else round(number)
+
+
+class Net(Section):
+    """Changes to the model's row."""
+
+    activation: str = "auto"
+    """Activation by the reference's name, for example silu; auto: the row's."""
+    drop_rate: Auto | float = "auto"
+    """Dropout before the classifier; auto: the row's."""
+    stochdepth_rate: Auto | float = "auto"
+    """Stochastic depth of the last block; auto: the row's."""
+    alpha: Auto | float = "auto"
+    """Scale of each residual branch; auto: the row's."""
+
+
+class Input(Section):
+    """From files to batches."""
+
+    image_size: Auto | int = "auto"
+    """Side of the training images in pixels; auto: the row's train_size."""
+    eval_size: Auto | int = "auto"
+    """Side of the evaluation images; auto: the row's test_size, or image_size when that is given."""
+    eval_crop: Literal["auto", "resize_crop_32", "crop_resize", "squash"] = "auto"
+    """Preprocessing for evaluation; auto: squash up to 96 px, resize_crop_32 above."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images per optimizer step, over all processes."""
+    micro_batch: int = Field(default=0, ge=0)
+    """Images per forward and backward pass, to save memory; 0: the whole batch at once."""
+    workers: int = Field(default=1, ge=0)
+    """Processes that read images; 0 reads in the training process. Batches do not depend on it."""
+    val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of a folder without a val/ of its own that is kept for validation."""
+    root: str = "data"
+    """Where cifar10, cifar100 and fashion_mnist lie."""
+    download: bool = False
+    """Fetch such a data set if it is not there. Nothing is downloaded otherwise."""
+
+
+class Augment(Section):
+    """What happens to training images."""
+
+    crop_min: float = Field(default=0.08, gt=0.0, le=1.0)
+    """Smallest share of the area that a random crop keeps."""
+    flip: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Probability of a mirror image."""
+    randaugment: str = "off"
+    """off, auto (the row's), trivial, or <layers>x<magnitude>, for example 4x5."""
+    mixup: float = Field(default=0.0, ge=0.0)
+    """Beta parameter of mixup; 0: none. With cutmix too, each gets half of the batch."""
+    cutmix: float = Field(default=0.0, ge=0.0)
+    """Beta parameter of cutmix; 0: none, 1: uniform."""
+    label_smoothing: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Probability mass spread over all classes, after mixing."""
+
+
+class Optim(Section):
+    """SGD with momentum, clipping and averaging."""
+
+    lr: float = Field(default=0.1, gt=0.0)
+    """Peak learning rate, as applied (the papers: 0.1 * batch_size / 256)."""
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Momentum, in Nesterov's form."""
+    weight_decay: float = Field(default=2e-5, ge=0.0)
+    """Coupled L2 decay; gains, biases and skip gains are exempt."""
+    clip: Literal["agc", "norm", "value", "off"] = "agc"
+    """Adaptive gradient clipping, or clipping by global norm or by value for comparison."""
+    clipping: float = Field(default=0.01, gt=0.0)
+    """AGC: largest ratio of a unit's gradient norm to its weight norm. norm, value: the bound itself."""
+    clipping_eps: float = Field(default=1e-3, gt=0.0)
+    """AGC: floor of the weight norm, so that zeros can move."""
+    warmup: str = "5ep"
+    """Linear warm-up from 0."""
+    schedule: Literal["warmup_cosine", "warmup_linear", "constant"] = "warmup_cosine"
+    """Course of the learning rate."""
+    final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where the schedule ends, as a share of the peak."""
+    ema_decay: float = Field(default=0.99999, ge=0.0, le=1.0)
+    """Decay of the weight average, reached by the ramp (1 + t) / (10 + t)."""
+
+    _length = field_validator("warmup")(_check_length)
+
+
+class Log(Section):
+    """What is written, and when."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: str = "1ep"
+    """Between evaluations."""
+    checkpoint_every: str = "5ep"
+    """Between checkpoints; one is always written at the end and when the run is stopped."""
+    keep: int = Field(default=2, ge=2)
+    """Newest checkpoints to keep, besides the best."""
+
+    _length = field_validator("evaluate_every", "checkpoint_every")(_check_length)
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    data: str = "emoji"
+    """A folder of images, or emoji, cifar10, cifar100, fashion_mnist, synthetic."""
+    model: str = "nf_resnet_nano"
+    """A name from `normfree list`."""
+    weights: str = ""
+    """A model or run folder to start from; empty: random initial weights."""
+    length: str = "60ep"
+    """How long to train: epochs (90ep) or steps (5000st)."""
+    seed: int = Field(default=0, ge=0)
+    """Decides initial weights, order, augmentation and dropout."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto: the first GPU, else the CPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of activations; weights, momentum and average are always float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    net: Net = Net()
+    input: Input = Input()
+    augment: Augment = Augment()
+    optim: Optim = Optim()
+    log: Log = Log()
+
+    _length = field_validator("length")(_check_length)
+
+
+# --- keys --------------------------------------------------------------------------------------------
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every key, dotted: "data", ..., "optim.lr", ..."""
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += keys(kind, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _unknown(key: str) -> str:
+    known = keys()
+    leaf = key.rpartition(".")[2]
+    close = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = close or [k for k in known if difflib.get_close_matches(leaf, [k.rpartition(".")[2]], cutoff=0.6)]
+    hint = f" Did you mean {close[0]!r}?" if close else " All keys: normfree train --help"
+    return f"unknown key {key!r}.{hint}"
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    """pydantic's findings in our three parts: what was given, what is allowed."""
+    seen: set[str] = set()
+    for item in error.errors():
+        # a union reports once per member and ends the location with the member's name
+        path = [str(p) for p in item["loc"]]
+        while path and ".".join(path) not in keys() and item["type"] != "extra_forbidden":
+            path = path[:-1]
+        key = ".".join(path)
+        if key in seen:
+            continue
+        seen.add(key)
+        if item["type"] == "extra_forbidden":
+            yield _unknown(key)
+        elif not key:
+            yield item["msg"]
+        else:
+            yield f"{key}={item['input']!r}: {_allowed(key, item['msg'])}."
+
+
+def _allowed(key: str, message: str) -> str:
+    kind = _annotation(key)
+    if "Literal" in str(kind) and "float" in str(kind):
+        return "expected a number or 'auto'"
+    if "Literal" in str(kind) and "int" in str(kind):
+        return "expected a whole number or 'auto'"
+    message = message.removeprefix("Value error, ").replace("Input should be", "expected")
+    return message[0].lower() + message[1:]
+
+
+def _annotation(key: str) -> Any:
+    model: type[BaseModel] = Config
+    *sections, leaf = key.split(".")
+    for section in sections:
+        kind = model.model_fields[section].annotation
+        assert isinstance(kind, type)
+        model = kind
+    return model.model_fields[leaf].annotation
+
+
+# --- in and out --------------------------------------------------------------------------------------
+
+
+def with_overrides(base: Config, flags: Sequence[str]) -> Config:
+    """`base` with flags `--section.key value` (or `--section.key=value`) applied from left to right.
+
+    pydantic, not the command-line library, judges the values, so that all errors come at once and files and
+    flags obey one rule.
+
+    Raises:
+        ConfigError: unknown keys, missing or impossible values; all of them.
+    """
+    problems: list[str] = []
+    given: dict[str, Any] = {}
+    known = keys()
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            problems.append(f"unexpected {word!r}: expected --key value, for example --optim.lr 0.05.")
+            continue
+        key = key.replace("-", "_")
+        if not equals:
+            if not words or (words[0].startswith("--") and len(words[0]) > 2):
+                problems.append(_unknown(key) if key not in known else f"{key}: a value is missing after --{key}.")
+                continue
+            value = words.pop(0)
+        if key not in known:
+            problems.append(_unknown(key))
+            continue
+        *sections, leaf = key.split(".")
+        place = given
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    try:
+        read = Config.model_validate_strings(given)
+    except ValidationError as error:
+        raise ConfigError([*problems, *_problems(error)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return base.model_validate(_merge(base.model_dump(), read, given))
+
+
+def _merge(base: dict[str, Any], read: BaseModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in given.items():
+        new = getattr(read, name)
+        base[name] = _merge(base[name], new, value) if isinstance(value, Mapping) else new
+    return base
+
+
+def load_config(path: Path) -> Config:
+    """A config from a TOML file; keys that it leaves out have their defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or keys or values are wrong; all of them.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([f"{path} cannot be read as TOML: {error}."]) from None
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in _problems(error)]) from None
+
+
+def to_toml(config: Config) -> str:
+    """The complete config as TOML; `load_config` of it gives the same config."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump())
