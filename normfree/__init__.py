@@ -1,0 +1,67 @@
+"""normfree: train, fine-tune, diagnose and deploy image classifiers without normalization layers.
+
+The public names. They are imported on first use, so that `import normfree` and `normfree --help` take no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from normfree._version import __version__
+
+if TYPE_CHECKING:
+    from normfree.inference import evaluate, load_model, predict
+    from normfree.models.layers import WSConv2d, gain_of, scaled_activation
+    from normfree.models.variants import VARIANTS
+    from normfree.models.zoo import create_model, list_models
+    from normfree.optim.agc import adaptive_clip_grad_
+    from normfree.optim.ema import Ema
+    from normfree.optim.groups import parameter_groups
+    from normfree.optim.sgd import SGD
+    from normfree.train.loop import train
+
+_OWNERS = {
+    "VARIANTS": "models.variants",
+    "WSConv2d": "models.layers",
+    "gain_of": "models.layers",
+    "scaled_activation": "models.layers",
+    "create_model": "models.zoo",
+    "list_models": "models.zoo",
+    "adaptive_clip_grad_": "optim.agc",
+    "Ema": "optim.ema",
+    "parameter_groups": "optim.groups",
+    "SGD": "optim.sgd",
+    "train": "train.loop",
+    "evaluate": "inference",
+    "load_model": "inference",
+    "predict": "inference",
+}
+
+__all__ = [
+    "SGD",
+    "VARIANTS",
+    "Ema",
+    "WSConv2d",
+    "__version__",
+    "adaptive_clip_grad_",
+    "create_model",
+    "evaluate",
+    "gain_of",
+    "list_models",
+    "load_model",
+    "parameter_groups",
+    "predict",
+    "scaled_activation",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OWNERS:
+        raise AttributeError(f"module 'normfree' has no attribute {name!r}")
+    return getattr(import_module(f"normfree.{_OWNERS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

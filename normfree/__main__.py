@@ -1,0 +1,3 @@
+from normfree.cli import main
+
+raise SystemExit(main())

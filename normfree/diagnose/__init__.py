@@ -1,0 +1,1 @@
+"""Numbers about a network or a run, as tables and pictures."""

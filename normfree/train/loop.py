@@ -1,0 +1,285 @@
+"""train(config): the page that one should be able to recite.
+
+The order of a step is the science: forward and backward in micro-batches -> clipping of the raw gradient, which
+also checks that it is finite -> decay -> momentum -> average -> schedule. Whoever wants another order copies
+this page; whoever wants a look reads metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from normfree.data.augment import mix, normalize, train_transform
+from normfree.data.loader import Batch, train_batches
+from normfree.data.protocol import Split
+from normfree.data.seeds import key
+from normfree.inference import Evaluation, Preprocessing, evaluate, run_device
+from normfree.models.net import Net
+from normfree.models.zoo import create_model
+from normfree.optim.agc import ClipReport, NonFiniteGradientError, clip_grad_
+from normfree.optim.ema import Ema
+from normfree.optim.groups import parameter_groups
+from normfree.optim.schedule import schedule_multiplier
+from normfree.optim.sgd import SGD
+from normfree.train import checkpoint, run
+from normfree.train.config import Config, steps_of
+from normfree.train.metrics import LiveLine, Metrics
+
+
+class Stopped(Exception):  # noqa: N818  # not an error: the run was asked to end and has saved itself
+    """A signal ended the run after `step` steps; `exit_code` is 128 + its number."""
+
+    def __init__(self, step: int, number: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step, self.exit_code = step, 128 + number
+
+
+class Diverged(ValueError):  # noqa: N818
+    """A gradient was not finite. Weights and the last checkpoint are sound; the message names the parameters."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reached: scores of the last weights and of their average, seconds of this process."""
+
+    out: Path
+    steps: int
+    weights: Evaluation
+    average: Evaluation
+    seconds: float
+
+
+class Trainer:
+    """Network, optimizer and average of one run, and what one step does to them."""
+
+    def __init__(self, config: Config, *, num_classes: int, samples: int) -> None:
+        self.config, self.num_classes = config, num_classes
+        self.device = run_device(config.device)
+        self.total_steps = max(1, steps_of(config.length, samples=samples, batch_size=config.input.batch_size))
+        self.warmup = min(
+            1.0, steps_of(config.optim.warmup, samples=samples, batch_size=config.input.batch_size) / self.total_steps
+        )
+        torch.manual_seed(key(config.seed, "init"))
+        fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
+        net = create_model(config.model, num_classes=num_classes, weights=config.weights or None, **fields)
+        assert isinstance(net, Net)
+        self.net = net.to(self.device, memory_format=torch.channels_last)
+        groups = parameter_groups(net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping)
+        self.optimizer = SGD(groups, config.optim.lr, momentum=config.optim.momentum)
+        self.ema = Ema(net, decay=config.optim.ema_decay)
+        self.forward: nn.Module = torch.compile(net) if config.compile else net  # type: ignore[assignment]
+
+    def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, ClipReport]:
+        """One optimizer step on a batch. Returns mean loss, correct answers (both on the device), and the clipping."""
+        config = self.config
+        progress = step / self.total_steps
+        factor = schedule_multiplier(
+            config.optim.schedule, progress, warmup=self.warmup, final=config.optim.final_lr
+        )
+        self.optimizer.set_lr(config.optim.lr * factor)
+        images, targets = self.prepare(batch, step)
+        loss, correct = self.gradients(images, targets, step)
+        report = clip_grad_(
+            self.optimizer.param_groups, mode=config.optim.clip, clipping=config.optim.clipping,
+            eps=config.optim.clipping_eps,
+        )  # fmt: skip
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update_(self.net, step=step)
+        return loss, correct, report
+
+    def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Normalized, mixed images B 3 S S and soft targets B K, on the device."""
+        augment = self.config.augment
+        images = normalize(batch.images.to(self.device, non_blocking=True))
+        labels = batch.labels.to(self.device, non_blocking=True)
+        generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step))
+        return mix(
+            images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
+            mixup=augment.mixup, cutmix=augment.cutmix, label_smoothing=augment.label_smoothing, generator=generator,
+        )  # fmt: skip
+
+    def gradients(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; exact without batch statistics.
+
+        All randomness of the network comes from (seed, step, micro-batch), so nothing hidden has to be saved.
+        """
+        self.net.train()
+        size = self.config.input.micro_batch or len(images)
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device, dtype=torch.long)
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        for part, (x, y) in enumerate(zip(images.split(size), targets.split(size), strict=True)):
+            torch.manual_seed(key(self.config.seed, "model", step, part))
+            with half:
+                logits = self.forward(x)
+            share = F.cross_entropy(logits.float(), y, reduction="sum") / len(images)
+            share.backward()
+            loss += share.detach()
+            correct += (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum()
+        return loss, correct
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds."""
+        return {
+            "model": dict(self.net.state_dict()),
+            "ema": self.ema.state_dict(),
+            "optim": self.optimizer.named_state(),
+        }
+
+    def restore_(self, saved: checkpoint.Checkpoint) -> None:
+        """Continues from `tensors`."""
+        self.net.load_state_dict(saved.tensors["model"])
+        self.ema.load_state_dict_(saved.tensors["ema"])
+        self.optimizer.load_named_state_(saved.tensors["optim"])
+
+
+def train(config: Config, out: str | Path, *, console: Console | None = None) -> TrainResult:
+    """Runs `config` in the run folder `out`, or continues what is there, to the end.
+
+    Raises:
+        ValueError: data, model or folder cannot be used; raised before the first step.
+        Diverged: a gradient was not finite.
+        Stopped: SIGTERM or SIGINT arrived; a checkpoint was written first.
+    """
+    console, out, start = console or Console(), Path(out), time.monotonic()
+    with run.locked(out):
+        split = run.open_data(config, console)
+        config = run.resolve(config, split)
+        trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train))
+        step, best = _resume(trainer, out, console)
+        run.begin(out, config, split, trainer.net, trainer.total_steps, console)
+        preprocessing = run.preprocessing(config)
+        log = Metrics(out / "metrics.jsonl", step=step)
+        try:
+            with LiveLine(console, step=step, total_steps=trainer.total_steps) as line, stop_flag() as stop:
+                _steps(trainer, split, out, log, line, stop, step, best, preprocessing)
+        finally:
+            log.close()
+        weights, average = score(trainer, split, preprocessing)
+        result = TrainResult(out, trainer.total_steps, weights, average, time.monotonic() - start)
+        run.finish(config, split, trainer.ema.module, preprocessing, result, console)
+        return result
+
+
+def _steps(trainer: Trainer, split: Split, out: Path, log: Metrics, line: LiveLine, stop: list[int], step: int,
+           best: float, preprocessing: Preprocessing) -> None:  # fmt: skip
+    config, total = trainer.config, trainer.total_steps
+    batch_size, samples = config.input.batch_size, len(split.train)
+
+    def due(length: str) -> bool:
+        return step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0 or step == total
+
+    transform = train_transform(
+        image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
+        randaugment=config.augment.randaugment,
+    )  # fmt: skip
+    batches = train_batches(
+        split.train, transform, batch_size=batch_size, seed=config.seed, start_step=step, num_steps=total,
+        workers=config.input.workers, pin_memory=trainer.device.type == "cuda",
+    )  # fmt: skip
+    losses, corrects, since, seen = [], [], time.monotonic(), 0
+    with contextlib.closing(batches):
+        for batch in batches:
+            try:
+                loss, correct, report = trainer.step(batch, step)
+            except NonFiniteGradientError as error:
+                raise Diverged(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
+                               f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip
+            step += 1
+            losses.append(loss)
+            corrects.append(correct)
+            seen += len(batch)
+            if step % config.log.every == 0 or step == total:
+                pace = seen / max(1e-9, time.monotonic() - since)
+                values = {
+                    "loss": float(torch.stack(losses).mean()),
+                    "top1": 100.0 * float(torch.stack(corrects).sum()) / (batch_size * len(corrects)),
+                    "clipped": float(report),
+                    "images_per_s": round(pace, 1),
+                }
+                epoch = round(step * batch_size / samples, 4)
+                lr = trainer.optimizer.param_groups[0]["lr"]
+                log.write(step=step, epoch=epoch, lr=lr, grad_norm=float(report.grad_norm),
+                          **{"train_top1" if k == "top1" else k: v for k, v in values.items()})  # fmt: skip
+                line.update(step, **values)
+                losses, corrects, since, seen = [], [], time.monotonic(), 0
+            save = bool(stop) or due(config.log.checkpoint_every)
+            improved = False
+            if due(config.log.evaluate_every):
+                weights, average = score(trainer, split, preprocessing)
+                epoch = round(step * batch_size / samples, 4)
+                log.write(step=step, epoch=epoch, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
+                          ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss)  # fmt: skip
+                line.say(f"epoch {step * batch_size / samples:5.1f}  top-1 {weights.top1:.2f} %  "
+                         f"averaged {average.top1:.2f} %  loss {weights.loss:.3f}")  # fmt: skip
+                improved, best = average.top1 > best, max(best, average.top1)
+                since, seen = time.monotonic(), 0
+            if save or improved:
+                state = {"best_ema_top1": best, "seed": config.seed, "total_steps": total}
+                path = checkpoint.save(out / "checkpoints", step, tensors=trainer.tensors(), state=state,
+                                       keep=config.log.keep)  # fmt: skip
+                if improved:
+                    checkpoint.point(out / "checkpoints", "best", path.name)
+            if stop and step < total:
+                raise Stopped(step, stop[0])
+
+
+def score(trainer: Trainer, split: Split, preprocessing: Preprocessing) -> tuple[Evaluation, Evaluation]:
+    """Evaluations of the weights and of their average on the validation source."""
+    config = trainer.config
+    kwargs = {"preprocessing": preprocessing, "workers": 0 if len(split.val) < 2000 else config.input.workers}
+    first, second = (
+        evaluate(net, split.val, device=trainer.device, **kwargs)  # type: ignore[arg-type]
+        for net in (trainer.net, trainer.ema.module)
+    )
+    return first, second
+
+
+def _resume(trainer: Trainer, out: Path, console: Console) -> tuple[int, float]:
+    """Restores the newest sound checkpoint, if any. Returns (steps done, best averaged top-1 so far)."""
+    saved, passed_over = checkpoint.newest(out / "checkpoints")
+    for reason in passed_over:
+        console.print(f"passed over: {reason}", highlight=False, markup=False)
+    if saved is None:
+        if passed_over:
+            raise ValueError(f"{out} has checkpoints but none is sound. Nothing was changed; start another run.")
+        return 0, -1.0
+    if saved.step > trainer.total_steps or saved.state["total_steps"] != trainer.total_steps:
+        raise ValueError(f"{out} was to take {saved.state['total_steps']} steps; the data or config now give "
+                         f"{trainer.total_steps}. A run continues only as it began: start another run.")  # fmt: skip
+    trainer.restore_(saved)
+    console.print(f"continuing {out} after step {saved.step}", highlight=False, markup=False)
+    return saved.step, float(saved.state["best_ema_top1"])
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[list[int]]:
+    """A list that receives the number of the first SIGTERM or SIGINT; a second signal acts as usual."""
+    stop: list[int] = []
+    previous = {}
+
+    def handle(number: int, _frame: object) -> None:
+        stop.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: whoever owns that handles signals
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,195 @@
+"""The run folder: how it begins, what it holds at the end, and that only one process works in it.
+
+    config.toml  metrics.jsonl  environment.txt  results.json  curves.png  checkpoints/  model/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from normfree._version import __version__
+from normfree.data.audit import audit, require_clean
+from normfree.data.protocol import Split
+from normfree.data.sources import open_source
+from normfree.diagnose.report import draw_curves, read_metrics
+from normfree.inference import Evaluation, Preprocessing
+from normfree.models.net import Net
+from normfree.models.weights import save_model_folder
+from normfree.models.zoo import variant_of
+from normfree.train.config import Config, load_config, to_toml
+
+if TYPE_CHECKING:
+    from normfree.train.loop import TrainResult
+
+SQUASH_UP_TO = 96  # px; a margin of 32 px, as at ImageNet sizes, would cut a small picture's content away
+
+
+def resolve(config: Config, split: Split) -> Config:
+    """The config with every "auto" replaced by what it means for this model and data."""
+    row = variant_of(config.model)
+    size = row.train_size if config.input.image_size == "auto" else config.input.image_size
+    fallback = row.test_size if config.input.image_size == "auto" else size
+    eval_size = fallback if config.input.eval_size == "auto" else config.input.eval_size
+    crop = config.input.eval_crop
+    if crop == "auto":
+        crop = "squash" if eval_size <= SQUASH_UP_TO else "resize_crop_32"
+    net = {k: getattr(row, k) if v == "auto" else v for k, v in config.net.model_dump().items()}
+    augment = config.augment
+    if augment.randaugment == "auto":
+        augment = augment.model_copy(update={"randaugment": row.randaugment})
+    inputs = {"image_size": size, "eval_size": eval_size, "eval_crop": crop}
+    return config.model_copy(
+        update={
+            "net": config.net.model_copy(update=net),
+            "input": config.input.model_copy(update=inputs),
+            "augment": augment,
+        }
+    )
+
+
+def preprocessing(config: Config) -> Preprocessing:
+    """How a resolved config looks at validation images."""
+    return Preprocessing(image_size=int(config.input.eval_size), crop=config.input.eval_crop)
+
+
+def open_data(config: Config, console: Console) -> Split:
+    """The data, opened, and audited if it is a folder of the user's: each file is decoded once.
+
+    Raises:
+        ValueError: it cannot be used; files that cannot be read are named.
+    """
+    variant_of(config.model)  # a misspelt model is reported before any data is read
+    split = open_source(
+        config.data, val_fraction=config.input.val_fraction, seed=config.seed, download=config.input.download,
+        root=config.input.root,
+    )  # fmt: skip
+    if split.files:
+        for source in (split.train, split.val):
+            require_clean(audit(source))
+    for note in split.notes:
+        console.print(note, highlight=False, markup=False)
+    return split
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Makes the run folder and keeps other processes out of it.
+
+    Raises:
+        ValueError: another process trains there, or the folder holds something that is no run.
+    """
+    import fcntl
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; a run needs a folder. Choose another --out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.toml").exists() and not (out / ".lock").exists():
+        raise ValueError(f"{str(out)!r} is not empty and holds no run. Choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{str(out)!r} is being trained by another process. Wait for it or stop it.") from None
+        yield
+
+
+def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, console: Console) -> None:
+    """Writes config.toml and environment.txt and prints what will be run.
+
+    Raises:
+        ValueError: the folder's run has another config.
+    """
+    path = out / "config.toml"
+    if path.exists():
+        before = load_config(path)
+        changed = [k for k in ("data", "model", "length", "seed", "net", "augment", "optim")
+                   if getattr(before, k) != getattr(config, k)]  # fmt: skip
+        if changed:
+            raise ValueError(f"{out} was started with another {', '.join(changed)}. Drop the change, or start another "
+                             "run with --out.")  # fmt: skip
+    path.write_text(to_toml(config), encoding="utf-8")
+    environment = {
+        "normfree": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "device": str(next(net.parameters()).device), "threads": torch.get_num_threads(),
+        "machine": platform.machine(), "cuda": torch.version.cuda if torch.cuda.is_available() else "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }  # fmt: skip
+    (out / "environment.txt").write_text("".join(f"{k} {v}\n" for k, v in environment.items()), encoding="utf-8")
+    parameters = sum(p.numel() for p in net.parameters())
+    console.print(
+        f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
+        f"images to train on, {len(split.val):,} to validate, {len(split.classes)} classes; {total_steps:,} steps of "
+        f"{config.input.batch_size}; {out}/",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    if config.precision == "bfloat16" and environment["device"] == "cpu":
+        console.print("bfloat16 on a CPU without such units is many times slower than float32", highlight=False)
+
+
+def finish(config: Config, split: Split, average: torch.nn.Module, pre: Preprocessing, result: TrainResult,
+           console: Console) -> None:  # fmt: skip
+    """Writes results.json, curves.png and the model folder (averaged weights), and prints the scores."""
+    out = result.out
+    scores = {"weights": _scores(result.weights), "average": _scores(result.average), "steps": result.steps}
+    (out / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    assert isinstance(average, Net)
+    save_model_folder(
+        out / "model", average, classes=split.classes, preprocessing=pre.to_config(), card=_card(config, split, result)
+    )
+    largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
+    console.print(
+        f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
+        f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    try:
+        draw_curves(read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}")
+        console.print(f"curves: {out}/curves.png", highlight=False, markup=False)
+    except ModuleNotFoundError as error:
+        console.print(f"no picture: {error}", highlight=False, markup=False)
+    console.print(f"model:  {out}/model/    next: normfree predict {out} IMAGE...", highlight=False, markup=False)
+    console.print(f"{result.seconds:.0f} s", highlight=False)
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "images": evaluation.count,
+        "per_class_top1": evaluation.per_class(), "confusion": evaluation.confusion().tolist(),
+    }  # fmt: skip
+
+
+def _card(config: Config, split: Split, result: TrainResult) -> str:
+    """The model card: measured numbers only."""
+    rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in result.average.per_class().items())
+    credit = f"\nData: {split.credit}\n" if split.credit else ""
+    return f"""---
+library_name: normfree
+tags: [image-classification, normalizer-free]
+---
+# {config.model} on {Path(config.data).name}
+
+{len(split.classes)} classes, {config.input.eval_size} px, {result.steps} steps of {config.input.batch_size} images,
+trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
+
+| measured on {result.average.count} validation images | top-1 % | top-5 % | loss |
+|---|---|---|---|
+| averaged weights | {result.average.top1:.2f} | {result.average.top5:.2f} | {result.average.loss:.4f} |
+| last weights | {result.weights.top1:.2f} | {result.weights.top5:.2f} | {result.weights.loss:.4f} |
+
+| class | top-1 % |
+|---|---|
+{rows}
+{credit}
+## Config
+
+```toml
+{to_toml(config)}```
+"""
