@@ -81,6 +81,12 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> Split:
     return _one_folder(_listing(train_root or root), val_fraction=val_fraction, seed=seed)
 
 
+def open_labelled_folder(root: Path) -> FolderSource:
+    """Every labelled image to score a network on: those of the folder's validation part, if it has one, else all."""
+    listing = _listing(_part(root, VAL_NAMES) or root)
+    return FolderSource(listing.root, listing.samples(), classes=tuple(listing.files))
+
+
 def _two_folders(root: Path, train: _Listing, val: _Listing) -> Split:
     only_train, only_val = (sorted(a.files.keys() - b.files.keys()) for a, b in ((train, val), (val, train)))
     if only_train or only_val:

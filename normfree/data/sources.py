@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from normfree.data.protocol import ArraySource, Split
+from normfree.data.protocol import ArraySource, Source, Split
 from normfree.data.vision import torchvision_module
 
 DEFAULT_ROOT = Path("data")  # where the sets of torchvision lie, below the working directory
@@ -55,6 +55,18 @@ def open_source(
     from normfree.data.folders import open_folder
 
     return open_folder(path, val_fraction=val_fraction, seed=seed)
+
+
+def open_labelled(data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Source:
+    """The images to score a finished network on: the validation part of a named data set, that of a folder which
+    has one, or else every image of a folder of class folders. Nothing is downloaded. Raises as `open_source`.
+    """
+    path = Path(os.fspath(data)).expanduser()
+    if os.fspath(data).partition(":")[0] in NAMES or not path.is_dir():
+        return open_source(data, root=root).val
+    from normfree.data.folders import open_labelled_folder
+
+    return open_labelled_folder(path)
 
 
 # name -> class in torchvision.datasets, folder below the root, side in pixels, credit
