@@ -118,7 +118,9 @@ def list_(arguments: ListArguments) -> int:
         from normfree.models.zoo import list_models, variant_of
 
         for column in ("model", "parameters", "GMAC", "train px", "test px", "norm", "depths", "widths"):
-            table.add_column(column, justify="left" if column in ("model", "norm", "depths", "widths") else "right")
+            table.add_column(
+                column, justify="left" if column in ("model", "norm", "depths", "widths") else "right"
+            )
         names = list_models(pattern)
         if not names:
             raise UsageError(f"no model matches {pattern!r}. All names: normfree list models")
@@ -168,9 +170,13 @@ def _show_model(name: str) -> None:
     try:
         row = variant_of(name)
     except ValueError as error:
-        raise UsageError(f"{error}; all recipes: {', '.join(RECIPES)}; a run is a folder with a config.toml") from None
+        raise UsageError(
+            f"{error}; all recipes: {', '.join(RECIPES)}; a run is a folder with a config.toml"
+        ) from None
     cost = count(row)
-    print(f"# {name}: {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} G multiply-accumulates at {row.test_size} px")
+    print(
+        f"# {name}: {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} G multiply-accumulates at {row.test_size} px"
+    )
     for field in fields(row):
         print(f"{field.name} = {getattr(row, field.name)!r}")
     with torch.device("meta"):
@@ -287,7 +293,9 @@ def eval_(arguments: EvalArguments) -> int:
         table.add_row(name, f"{value:.1f}")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} on {score.count} images")
+    console.print(
+        f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} on {score.count} images"
+    )
     return 0
 
 
@@ -323,7 +331,11 @@ def _write(answer: Prediction, kind: str, file: IO[str], writer: Any) -> None:
     pairs = list(zip(answer.classes, answer.probabilities, strict=True))
     if kind == "jsonl":
         top = [{"class": c, "probability": round(p, 6)} for c, p in pairs]
-        entry = {"path": answer.path, "error": answer.error} if answer.error else {"path": answer.path, "top": top}
+        entry = (
+            {"path": answer.path, "error": answer.error}
+            if answer.error
+            else {"path": answer.path, "top": top}
+        )
         print(json.dumps(entry, ensure_ascii=False), file=file)
     elif kind == "csv":
         rows = [[answer.path, i, c, f"{p:.6f}", ""] for i, (c, p) in enumerate(pairs, start=1)]

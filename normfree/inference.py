@@ -63,7 +63,9 @@ class Preprocessing:
                 std=tuple(config["std"]),
             )
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"pretrained_cfg of the model's config.json lacks or misstates {error}.") from None
+            raise ValueError(
+                f"pretrained_cfg of the model's config.json lacks or misstates {error}."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Evaluation:
 
 
 def run_device(word: str) -> torch.device:
-    """"auto" is the first GPU if there is one, else the CPU; other words are torch's.
+    """ "auto" is the first GPU if there is one, else the CPU; other words are torch's.
 
     Raises:
         ValueError: no such device here.
@@ -109,7 +111,9 @@ def run_device(word: str) -> torch.device:
         device = torch.device(word)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {word!r} cannot be used here: {str(error).splitlines()[0]} Use 'auto'.") from None
+        raise ValueError(
+            f"device {word!r} cannot be used here: {str(error).splitlines()[0]} Use 'auto'."
+        ) from None
     return device
 
 
@@ -132,7 +136,9 @@ def evaluate(
     """
     place = run_device(device) if isinstance(device, str) else device
     transform = eval_transform(
-        image_size=preprocessing.image_size, crop=preprocessing.crop, interpolation=preprocessing.interpolation
+        image_size=preprocessing.image_size,
+        crop=preprocessing.crop,
+        interpolation=preprocessing.interpolation,
     )
     was_training = model.training
     model.eval().to(place)
@@ -183,7 +189,9 @@ def load_model(folder: str | Path) -> TrainedModel:
     assert isinstance(net, Net)
     classes = tuple(config.get("label_names") or map(str, range(net.num_classes)))
     if len(classes) != net.num_classes:
-        raise ValueError(f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}.")
+        raise ValueError(
+            f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}."
+        )
     return TrainedModel(net.eval(), Preprocessing.from_config(config["pretrained_cfg"]), classes)
 
 

@@ -38,13 +38,23 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, *, title: str) -> Non
     loss, accuracy, clipped = figure.subplots(1, 3)
     train = [m for m in metrics if "loss" in m]
     val = [m for m in metrics if "top1" in m]
-    loss.plot([m["epoch"] for m in train], [m["loss"] for m in train], color=GREY, lw=1, label="training, mixed labels")
+    loss.plot(
+        [m["epoch"] for m in train],
+        [m["loss"] for m in train],
+        color=GREY,
+        lw=1,
+        label="training, mixed labels",
+    )
     loss.plot([m["epoch"] for m in val], [m["val_loss"] for m in val], color=BLUE, lw=2, label="validation")
     accuracy.plot([m["epoch"] for m in val], [m["top1"] for m in val], color=BLUE, lw=2, label="weights")
     accuracy.plot([m["epoch"] for m in val], [m["ema_top1"] for m in val], color=ORANGE, lw=2, ls="--",
                   label="averaged weights")  # fmt: skip
     clipped.plot([m["epoch"] for m in train], [100 * m["clipped"] for m in train], color=GREEN, lw=1)
-    for axis, name in ((loss, "loss, nats"), (accuracy, "validation top-1, %"), (clipped, "clipped units, %")):
+    for axis, name in (
+        (loss, "loss, nats"),
+        (accuracy, "validation top-1, %"),
+        (clipped, "clipped units, %"),
+    ):
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)

@@ -53,7 +53,7 @@ class _Parts:
         self.batch_norm = variant.norm == "batch"
         self.gamma = 1.0 if self.batch_norm else GAINS[variant.activation]
 
-    def conv(self, in_channels: int, out_channels: int, *, scale: float = 1.0, **kwargs: int) -> nn.Module:
+    def conv(self, in_channels: int, out_channels: int, *, scale: float = 1.0, **kwargs: Any) -> nn.Module:
         if self.batch_norm:
             return Conv2d(in_channels, out_channels, **kwargs)
         return WSConv2d(in_channels, out_channels, input_scale=scale, **kwargs)

@@ -34,7 +34,12 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
 ) -> Path:
     """Writes the checkpoint of `step` under `folder`, points `last` at it, and removes all but the `keep` newest
     and the one that `best` names. Returns its folder."""
@@ -52,7 +57,9 @@ def save(
     for path in work.iterdir():
         _flush(path)
     _flush(work)
-    shutil.rmtree(final, ignore_errors=True)  # the same step saved before, for example by a run that was killed
+    shutil.rmtree(
+        final, ignore_errors=True
+    )  # the same step saved before, for example by a run that was killed
     work.rename(final)
     _flush(folder)
     point(folder, "last", final.name)
@@ -94,7 +101,11 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: no readable {MANIFEST} ({type(error).__name__}).") from None
     for name, expected in listed.items():
         file = path / Path(name).name
-        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
+        if (
+            not file.is_file()
+            or file.stat().st_size != expected["size"]
+            or _sha256(file) != expected["sha256"]
+        ):
             raise ValueError(f"{path}: {name} is missing or damaged.")
     tensors = {Path(n).stem: load_file(path / n) for n in listed if n.endswith(".safetensors")}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))

@@ -193,7 +193,9 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _unknown(key: str) -> str:
     known = keys()
     leaf = key.rpartition(".")[2]
-    close = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(
+        key, known, n=1, cutoff=0.5
+    )
     close = close or [k for k in known if difflib.get_close_matches(leaf, [k.rpartition(".")[2]], cutoff=0.6)]
     hint = f" Did you mean {close[0]!r}?" if close else " All keys: normfree train --help"
     return f"unknown key {key!r}.{hint}"
@@ -264,7 +266,9 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
         key = key.replace("-", "_")
         if not equals:
             if not words or (words[0].startswith("--") and len(words[0]) > 2):
-                problems.append(_unknown(key) if key not in known else f"{key}: a value is missing after --{key}.")
+                problems.append(
+                    _unknown(key) if key not in known else f"{key}: a value is missing after --{key}."
+                )
                 continue
             value = words.pop(0)
         if key not in known:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from normfree.train.config import Config, steps_of
 from normfree.train.metrics import LiveLine, Metrics
 
 
-class Stopped(Exception):  # noqa: N818  # not an error: the run was asked to end and has saved itself
+class Stopped(Exception):  # not an error: the run was asked to end and has saved itself
     """A signal ended the run after `step` steps; `exit_code` is 128 + its number."""
 
     def __init__(self, step: int, number: int) -> None:
@@ -44,7 +45,7 @@ class Stopped(Exception):  # noqa: N818  # not an error: the run was asked to en
         self.step, self.exit_code = step, 128 + number
 
 
-class Diverged(ValueError):  # noqa: N818
+class Diverged(ValueError):
     """A gradient was not finite. Weights and the last checkpoint are sound; the message names the parameters."""
 
 
@@ -65,15 +66,19 @@ class Trainer:
     def __init__(self, config: Config, *, num_classes: int, samples: int) -> None:
         self.config, self.num_classes = config, num_classes
         self.device = run_device(config.device)
-        self.total_steps = max(1, steps_of(config.length, samples=samples, batch_size=config.input.batch_size))
+        self.total_steps = max(
+            1, steps_of(config.length, samples=samples, batch_size=config.input.batch_size)
+        )
         self.warmup = min(
-            1.0, steps_of(config.optim.warmup, samples=samples, batch_size=config.input.batch_size) / self.total_steps
+            1.0,
+            steps_of(config.optim.warmup, samples=samples, batch_size=config.input.batch_size)
+            / self.total_steps,
         )
         torch.manual_seed(key(config.seed, "init"))
         fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
         net = create_model(config.model, num_classes=num_classes, weights=config.weights or None, **fields)
         assert isinstance(net, Net)
-        self.net = net.to(self.device, memory_format=torch.channels_last)
+        self.net = net.to(self.device).to(memory_format=torch.channels_last)
         groups = parameter_groups(net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping)
         self.optimizer = SGD(groups, config.optim.lr, momentum=config.optim.momentum)
         self.ema = Ema(net, decay=config.optim.ema_decay)
@@ -153,9 +158,10 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         Stopped: SIGTERM or SIGINT arrived; a checkpoint was written first.
     """
     console, out, start = console or Console(), Path(out), time.monotonic()
+    run.check_folder(out)
+    split = run.open_data(config, console)
+    config = run.resolve(config)
     with run.locked(out):
-        split = run.open_data(config, console)
-        config = run.resolve(config, split)
         trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train))
         step, best = _resume(trainer, out, console)
         run.begin(out, config, split, trainer.net, trainer.total_steps, console)
@@ -253,7 +259,9 @@ def _resume(trainer: Trainer, out: Path, console: Console) -> tuple[int, float]:
         console.print(f"passed over: {reason}", highlight=False, markup=False)
     if saved is None:
         if passed_over:
-            raise ValueError(f"{out} has checkpoints but none is sound. Nothing was changed; start another run.")
+            raise ValueError(
+                f"{out} has checkpoints but none is sound. Nothing was changed; start another run."
+            )
         return 0, -1.0
     if saved.step > trainer.total_steps or saved.state["total_steps"] != trainer.total_steps:
         raise ValueError(f"{out} was to take {saved.state['total_steps']} steps; the data or config now give "
@@ -267,7 +275,7 @@ def _resume(trainer: Trainer, out: Path, console: Console) -> tuple[int, float]:
 def stop_flag() -> Iterator[list[int]]:
     """A list that receives the number of the first SIGTERM or SIGINT; a second signal acts as usual."""
     stop: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def handle(number: int, _frame: object) -> None:
         stop.append(number)
@@ -281,5 +289,5 @@ def stop_flag() -> Iterator[list[int]]:
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for known, handler in previous.items():
+            signal.signal(known, handler)

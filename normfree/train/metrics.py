@@ -56,7 +56,9 @@ class LiveLine:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def update(self, step: int, **values: float) -> None:
@@ -71,7 +73,9 @@ class LiveLine:
             self._last = now
             pace = (now - self._start) / max(1, step - self._first_step)
             left = pace * (self._total - step)
-            self._console.print(f"step {step}/{self._total}  {self._text}  {left:.0f} s left", highlight=False)
+            self._console.print(
+                f"step {step}/{self._total}  {self._text}  {left:.0f} s left", highlight=False
+            )
 
     def say(self, text: str) -> None:
         """A line of its own, above the live one."""

@@ -1,6 +1,6 @@
 """The run folder: how it begins, what it holds at the end, and that only one process works in it.
 
-    config.toml  metrics.jsonl  environment.txt  results.json  curves.png  checkpoints/  model/
+config.toml  metrics.jsonl  environment.txt  results.json  curves.png  checkpoints/  model/
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 SQUASH_UP_TO = 96  # px; a margin of 32 px, as at ImageNet sizes, would cut a small picture's content away
 
 
-def resolve(config: Config, split: Split) -> Config:
-    """The config with every "auto" replaced by what it means for this model and data."""
+def resolve(config: Config) -> Config:
+    """The config with every "auto" replaced by what it means for this model."""
     row = variant_of(config.model)
     size = row.train_size if config.input.image_size == "auto" else config.input.image_size
     fallback = row.test_size if config.input.image_size == "auto" else size
@@ -79,25 +79,40 @@ def open_data(config: Config, console: Console) -> Split:
     return split
 
 
+def check_folder(out: Path) -> None:
+    """Refuses a run folder that cannot become one, before anything is read or written.
+
+    Raises:
+        ValueError: it is a file, or holds something that is no run.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; a run needs a folder. Choose another --out.")
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not (out / "config.toml").exists()
+        and not (out / ".lock").exists()
+    ):
+        raise ValueError(f"{str(out)!r} is not empty and holds no run. Choose another --out.")
+
+
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Makes the run folder and keeps other processes out of it.
 
     Raises:
-        ValueError: another process trains there, or the folder holds something that is no run.
+        ValueError: another process trains there.
     """
     import fcntl
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{str(out)!r} is a file; a run needs a folder. Choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.toml").exists() and not (out / ".lock").exists():
-        raise ValueError(f"{str(out)!r} is not empty and holds no run. Choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{str(out)!r} is being trained by another process. Wait for it or stop it.") from None
+            raise ValueError(
+                f"{str(out)!r} is being trained by another process. Wait for it or stop it."
+            ) from None
         yield
 
 
@@ -122,7 +137,9 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, c
         "machine": platform.machine(), "cuda": torch.version.cuda if torch.cuda.is_available() else "none",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }  # fmt: skip
-    (out / "environment.txt").write_text("".join(f"{k} {v}\n" for k, v in environment.items()), encoding="utf-8")
+    (out / "environment.txt").write_text(
+        "".join(f"{k} {v}\n" for k, v in environment.items()), encoding="utf-8"
+    )
     parameters = sum(p.numel() for p in net.parameters())
     console.print(
         f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
@@ -131,7 +148,9 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, c
         highlight=False, markup=False,
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
-        console.print("bfloat16 on a CPU without such units is many times slower than float32", highlight=False)
+        console.print(
+            "bfloat16 on a CPU without such units is many times slower than float32", highlight=False
+        )
 
 
 def finish(config: Config, split: Split, average: torch.nn.Module, pre: Preprocessing, result: TrainResult,
@@ -142,7 +161,11 @@ def finish(config: Config, split: Split, average: torch.nn.Module, pre: Preproce
     (out / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     assert isinstance(average, Net)
     save_model_folder(
-        out / "model", average, classes=split.classes, preprocessing=pre.to_config(), card=_card(config, split, result)
+        out / "model",
+        average,
+        classes=split.classes,
+        preprocessing=pre.to_config(),
+        card=_card(config, split, result),
     )
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     console.print(
@@ -151,11 +174,15 @@ def finish(config: Config, split: Split, average: torch.nn.Module, pre: Preproce
         highlight=False, markup=False,
     )  # fmt: skip
     try:
-        draw_curves(read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}")
+        draw_curves(
+            read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}"
+        )
         console.print(f"curves: {out}/curves.png", highlight=False, markup=False)
     except ModuleNotFoundError as error:
         console.print(f"no picture: {error}", highlight=False, markup=False)
-    console.print(f"model:  {out}/model/    next: normfree predict {out} IMAGE...", highlight=False, markup=False)
+    console.print(
+        f"model:  {out}/model/    next: normfree predict {out} IMAGE...", highlight=False, markup=False
+    )
     console.print(f"{result.seconds:.0f} s", highlight=False)
 
 
