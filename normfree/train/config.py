@@ -193,9 +193,10 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 def _unknown(key: str) -> str:
     known = keys()
     leaf = key.rpartition(".")[2]
-    close = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(
-        key, known, n=1, cutoff=0.5
-    )
+    sections = {k.partition(".")[0] for k in known}
+    close = [k for k in known if k.rpartition(".")[2] == leaf]  # the right key without its section
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close = close or difflib.get_close_matches(key, sections, n=1, cutoff=0.6)
     close = close or [k for k in known if difflib.get_close_matches(leaf, [k.rpartition(".")[2]], cutoff=0.6)]
     hint = f" Did you mean {close[0]!r}?" if close else " All keys: normfree train --help"
     return f"unknown key {key!r}.{hint}"

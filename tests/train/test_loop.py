@@ -1,0 +1,211 @@
+"""Training as laws: a stopped run equals an unbroken one, micro-batches are exact, nothing infinite gets in."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from normfree.data.augment import train_transform
+from normfree.data.loader import train_batches
+from normfree.data.sources import open_source
+from normfree.train import loop
+from normfree.train.config import Config, load_config, with_overrides
+from normfree.train.recipes import RECIPES
+from normfree.train.run import resolve
+
+DATA = "synthetic:classes=3,size=16,train=48,val=12"
+FLAGS = (
+    f"--data {DATA} --model nf_resnet_nano --input.image_size 16 --input.batch_size 10 --input.workers 0 --length 12st "
+    "--optim.warmup 3st --optim.lr 0.05 --log.every 2 --log.evaluate_every 6st --log.checkpoint_every 5st "
+    "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment trivial --net.drop_rate 0.3 "
+    "--net.stochdepth_rate 0.5 --optim.ema_decay 0.9"
+).split()
+LAST = "checkpoints/step-00000012"
+
+
+def config(*flags: str) -> Config:
+    return with_overrides(RECIPES["scratch"](), [*FLAGS, *flags])
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    files = sorted((out / LAST).glob("*.safetensors"))
+    assert [f.stem for f in files] == ["ema", "model", "optim"]
+    return {f"{f.stem}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    loop.train(config(), out, console=quiet())
+    return out
+
+
+def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    original = loop.Trainer.step
+
+    def stepping(self, batch, at):
+        result = original(self, batch, at)
+        if at + 1 == step:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(loop.Trainer, "step", stepping)
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_stopped_at_any_step_and_continued_gives_the_same_bits(unbroken, tmp_path, monkeypatch, step):
+    stop_after(monkeypatch, step)
+    with pytest.raises(loop.Stopped) as stopped:
+        loop.train(config(), tmp_path / "run", console=quiet())
+    assert (stopped.value.step, stopped.value.exit_code) == (step, 143)
+    monkeypatch.undo()
+    loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())
+    assert_same_bits(unbroken, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == sorted({r["step"] for r in rows if "loss" in r})
+    assert [r["step"] for r in rows if "top1" in r] == [6, 12]
+
+
+def test_workers_do_not_change_a_bit(unbroken, tmp_path):
+    loop.train(config("--input.workers", "2"), tmp_path / "run", console=quiet())
+    assert_same_bits(unbroken, tmp_path / "run")
+
+
+def test_the_written_config_reproduces_the_run(unbroken, tmp_path):
+    loop.train(load_config(unbroken / "config.toml"), tmp_path / "again", console=quiet())
+    assert_same_bits(unbroken, tmp_path / "again")
+
+
+def test_another_seed_is_another_run(unbroken, tmp_path):
+    loop.train(config("--seed", "1"), tmp_path / "run", console=quiet())
+    first, second = state(unbroken), state(tmp_path / "run")
+    assert not torch.equal(first["model:stem.conv0.weight"], second["model:stem.conv0.weight"])
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken):
+    before = state(unbroken)
+    loop.train(load_config(unbroken / "config.toml"), unbroken, console=quiet())
+    assert all(torch.equal(v, before[k]) for k, v in state(unbroken).items())
+
+
+def kill_and_continue(out: Path, delays: list[float]) -> None:
+    words = [sys.executable, "-m", "normfree", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for delay in delays:
+        start = [str(out)] if (out / "config.toml").exists() else [*FLAGS, "--out", str(out)]
+        process = subprocess.Popen([*words, *start], env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    start = [str(out)] if (out / "config.toml").exists() else [*FLAGS, "--out", str(out)]
+    subprocess.run([*words, *start], env=environment, stdout=subprocess.DEVNULL, check=True)
+
+
+def test_killed_without_warning_and_continued_gives_the_same_bits(unbroken, tmp_path):
+    kill_and_continue(tmp_path / "run", [4.0, 5.0])
+    assert_same_bits(unbroken, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
+def test_killed_many_times(unbroken, tmp_path, trial):
+    chance = random.Random(trial)
+    kill_and_continue(tmp_path / "run", [chance.uniform(2.5, 8.0) for _ in range(4)])
+    assert_same_bits(unbroken, tmp_path / "run")
+
+
+def trainer_and_batch(*flags: str):
+    resolved = resolve(config(*flags))
+    split = open_source(DATA)
+    trainer = loop.Trainer(resolved, num_classes=3, samples=48)
+    transform = train_transform(image_size=16)
+    batch = next(train_batches(split.train, transform, batch_size=10, seed=0, num_steps=1))
+    return trainer, batch
+
+
+def batch_gradient(model: str, micro_batch: int) -> torch.Tensor:
+    off = ("--net.drop_rate", "0", "--net.stochdepth_rate", "0", "--model", model)
+    trainer, batch = trainer_and_batch(*off, "--input.micro_batch", str(micro_batch))
+    trainer.gradients(*trainer.prepare(batch, 0), 0)
+    return torch.cat([p.grad.flatten() for p in trainer.net.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+def test_micro_batches_are_exact_without_batch_statistics(micro_batch):
+    for model, low, high in (("nf_resnet_nano", 0.0, 1e-5), ("resnet_nano", 0.1, 100.0)):
+        whole, cut = batch_gradient(model, 0), batch_gradient(model, micro_batch)
+        assert low <= float((whole - cut).norm() / whole.norm()) <= high, model
+
+
+def test_the_loss_falls(tmp_path):
+    flags = "--length 60st --augment.mixup 0 --augment.cutmix 0 --augment.randaugment off --augment.crop_min 0.8 " \
+            "--log.evaluate_every 60st --net.drop_rate 0 --net.stochdepth_rate 0"  # fmt: skip
+    loop.train(config(*flags.split()), tmp_path / "run", console=quiet())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in rows if "loss" in r]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_path, monkeypatch):
+    original = loop.Trainer.gradients
+
+    def poisoned(self, images, targets, step):
+        result = original(self, images, targets, step)
+        if step == 7:
+            self.net.stages[1][0].conv1.weight.grad[0, 0, 0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(loop.Trainer, "gradients", poisoned)
+    with pytest.raises(loop.Diverged) as error:
+        loop.train(config(), tmp_path / "run", console=quiet())
+    text = str(error.value)
+    assert text.startswith("step 7: 1 of ")
+    assert "stages.1.0.conv1.weight" in text
+    assert text.endswith("Try --optim.lr 0.017.")
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+def test_the_step_is_in_the_published_order(monkeypatch):
+    """Clipping of the raw gradient, then decay and momentum, then the average."""
+    trainer, batch = trainer_and_batch("--optim.warmup", "0st", "--optim.weight_decay", "0.1")
+    before = {n: p.detach().clone() for n, p in trainer.net.named_parameters()}
+    twin, _ = trainer_and_batch("--optim.warmup", "0st", "--optim.weight_decay", "0.1")
+    twin.gradients(*twin.prepare(batch, 0), 0)
+    trainer.step(batch, 0)
+    for name, p in twin.net.named_parameters():
+        gradient, vector = p.grad.double(), p.numel() == max(p.shape, default=1)
+        flat, weights = (
+            t.double().flatten() if vector else t.double().flatten(1) for t in (gradient, before[name])
+        )
+        norm, limit = flat.norm(dim=-1), 0.04 * weights.norm(dim=-1).clamp(min=1e-3)
+        factor = torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+        clipped = gradient if name == "head.weight" else (flat * factor.unsqueeze(-1)).view_as(gradient)
+        decayed = clipped + (0.1 * before[name].double() if name.endswith("weight") else 0.0)
+        expected = before[name].double() - 0.05 * (
+            decayed + 0.9 * decayed
+        )  # the first momentum is the gradient
+        now = dict(trainer.net.named_parameters())[name].detach().double()
+        torch.testing.assert_close(now, expected, rtol=1e-5, atol=1e-8, msg=name)
+        average = dict(trainer.ema.module.named_parameters())[name].double()
+        torch.testing.assert_close(average, 0.1 * before[name].double() + 0.9 * now, rtol=1e-5, atol=1e-7)
