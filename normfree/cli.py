@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from normfree.inference import Prediction
     from normfree.train.config import Config
 
-HELP = """usage: normfree VERB ...     (normfree VERB --help says more)
+HELP = """usage: normfree VERB ...      (normfree VERB --help says more)
 
-  list [models|recipes] [PATTERN]          networks with size and cost, or recipes
-  show NAME|RECIPE|RUN                     everything about one of them
+  list [models|recipes] [PATTERN]   networks with size and cost, or recipes
+  show NAME|RECIPE|RUN              everything about one of them
   train [RECIPE|RUN|FILE.toml] [--key value ...]
-                                           train; alone: the demo; a run folder: continue it
-  eval RUN|MODEL DATA                      top-1 and top-5 on labelled images
-  predict RUN|MODEL PATH...                classes of files and folders of images
+                                    alone: the demo; a run folder: continue it
+  eval RUN|MODEL DATA               top-1 and top-5 on labelled images
+  predict RUN|MODEL PATH...         classes of files and folders of images
 
-  --version   --help   --traceback         (the last shows where an error came from)
+  --version   --help   --traceback  (the last shows where an error came from)
 """
 
 

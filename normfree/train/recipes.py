@@ -17,12 +17,12 @@ def demo() -> Config:
     """
     return Config(
         data="emoji",
-        model="nf_resnet_nano",
-        length="60ep",
-        input=Input(image_size=48, batch_size=64),
-        augment=Augment(crop_min=0.4, mixup=0.2, label_smoothing=0.1),
-        optim=Optim(lr=0.1, weight_decay=5e-4, clipping=0.02, warmup="3ep", ema_decay=0.999),
-        log=Log(evaluate_every="5ep", checkpoint_every="20ep"),
+        model="nf_resnet_micro_64",
+        length="50ep",
+        input=Input(batch_size=32),
+        augment=Augment(crop_min=0.4, mixup=0.2, cutmix=1.0),
+        optim=Optim(lr=0.1, weight_decay=3e-4, clipping=0.05, warmup="2.5ep", ema_decay=0.999),
+        log=Log(evaluate_every="5ep", checkpoint_every="10ep"),
     )
 
 

@@ -1,0 +1,121 @@
+"""A trained network at work: scores by hand, predictions by hand, preprocessing that travels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from normfree.data.augment import eval_transform, normalize
+from normfree.data.images import load_image
+from normfree.data.protocol import ArraySource
+from normfree.inference import Preprocessing, evaluate, find_images, load_model, predict, run_device
+from normfree.models.weights import save_model_folder
+from normfree.models.zoo import create_model
+
+CLASSES = tuple("abcdefg")
+PRE = Preprocessing(image_size=16, crop="squash")
+
+
+def make_source(count=11, seed=0):
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 255, (count, 20, 24, 3), dtype=np.uint8)
+    labels = [int(x) for x in random.integers(0, 7, count)]
+    return ArraySource(images, labels, classes=CLASSES, names=[str(i) for i in range(count)])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    net = create_model("nf_resnet_nano", num_classes=7).eval()
+    with torch.no_grad():
+        net.head.weight.normal_()
+    save_model_folder(tmp_path / "m", net, classes=CLASSES, preprocessing=PRE.to_config())
+    return tmp_path / "m"
+
+
+class Fixed(torch.nn.Module):
+    """Answers from a list, whatever the images."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.at = torch.tensor(rows), 0
+
+    def forward(self, images):
+        self.at += len(images)
+        return self.rows[self.at - len(images) : self.at]
+
+
+def test_scores_by_hand():
+    source = make_source(4)
+    labels = [source.label(i) for i in range(4)]
+    rows = []
+    for i, label in enumerate(labels):
+        order = [c for c in range(7) if c != label]
+        order.insert((0, 2, 5, 0)[i], label)  # ranks 1, 3, 6, 1
+        rows.append([float(7 - order.index(c)) for c in range(7)])
+    model = Fixed(rows).train()
+    score = evaluate(model, source, preprocessing=PRE, batch_size=3, device="cpu")
+    assert (score.top1, score.top5, score.count) == (50.0, 75.0, 4)
+    expected = -torch.tensor(rows).log_softmax(1)[range(4), labels].mean()
+    assert score.loss == pytest.approx(float(expected), rel=1e-6)
+    table = score.confusion()
+    assert int(table.sum()) == 4
+    assert int(table.diagonal().sum()) == 2
+    assert all(int(table[i].sum()) == labels.count(i) for i in range(7))
+    assert model.training  # as it was found
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_the_score_does_not_depend_on_the_batch(folder, batch_size):
+    model = load_model(folder)
+    whole = evaluate(model.net, make_source(), preprocessing=PRE, batch_size=11, device="cpu")
+    cut = evaluate(model.net, make_source(), preprocessing=PRE, batch_size=batch_size, device="cpu")
+    assert (cut.top1, cut.top5) == (whole.top1, whole.top5)
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_no_score_without_finite_logits():
+    with pytest.raises(ValueError, match="logits are not finite for '0' and others; the data has 7 classes"):
+        evaluate(Fixed([[float("nan")] * 7] * 2), make_source(2), preprocessing=PRE, device="cpu")
+    with pytest.raises(ValueError, match="logits are 3 wide for '0' and others"):
+        evaluate(Fixed([[0.0] * 3] * 2), make_source(2), preprocessing=PRE, device="cpu")
+
+
+def test_predictions_by_hand_and_bad_files_apart(folder, tmp_path):
+    model = load_model(folder)
+    source = make_source(3)
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        source.image(i).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / "1.jpg").write_bytes(b"\xff\xd8\xffnothing")
+    answers = list(predict(model, [tmp_path / "in"], top=2, batch_size=2, device="cpu"))
+    assert [a.path.rpartition("/")[2] for a in answers] == ["0.png", "1.jpg", "1.png", "2.png"]
+    assert answers[1].classes == ()
+    assert "1.jpg" in answers[1].error
+    for i, answer in zip(range(3), (answers[0], *answers[2:]), strict=True):
+        image = eval_transform(image_size=16, crop="squash")(load_image(tmp_path / "in" / f"{i}.png"))
+        with torch.no_grad():
+            p = model.net(normalize(image[None])).softmax(1)[0]
+        best = p.argsort(descending=True)[:2]
+        assert answer.classes == tuple(CLASSES[c] for c in best.tolist())
+        assert answer.probabilities == pytest.approx(p[best].tolist(), rel=1e-4)
+
+
+def test_preprocessing_travels():
+    pre = Preprocessing(image_size=48, crop="crop_resize", interpolation="bilinear", mean=(0.1, 0.2, 0.3))
+    assert Preprocessing.from_config(pre.to_config()) == pre
+    with pytest.raises(
+        ValueError, match=r"pretrained_cfg of the model's config\.json lacks or misstates 'mean'"
+    ):
+        Preprocessing.from_config({k: v for k, v in pre.to_config().items() if k != "mean"})
+
+
+def test_paths_and_devices_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        find_images([tmp_path / "no"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        find_images([tmp_path / "empty"])
+    Image.new("RGB", (2, 2)).save(tmp_path / "empty" / "a.PNG")
+    assert [p.name for p in find_images([tmp_path / "empty"])] == ["a.PNG"]
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here: "):
+        run_device("gpu")
