@@ -18,10 +18,10 @@ def demo() -> Config:
     return Config(
         data="emoji",
         model="nf_resnet_micro_64",
-        length="50ep",
-        input=Input(batch_size=32),
+        length="45ep",
+        input=Input(batch_size=32, workers=0),  # small pictures in memory: a worker would only take a core
         augment=Augment(crop_min=0.4, mixup=0.2, cutmix=1.0),
-        optim=Optim(lr=0.1, weight_decay=3e-4, clipping=0.05, warmup="2.5ep", ema_decay=0.999),
+        optim=Optim(lr=0.1, weight_decay=3e-4, clipping=0.05, warmup="2ep", ema_decay=0.999),
         log=Log(evaluate_every="5ep", checkpoint_every="10ep"),
     )
 
