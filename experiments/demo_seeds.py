@@ -2,8 +2,8 @@
 
     python experiments/demo_seeds.py [--jobs 2] [--seeds 3]
 
-Runs `normfree train demo --model M --seed S` for both rows, two at a time on one core each, into
-runs/demo-seeds/; finished runs are kept, stopped ones continue. Writes experiments/results/demo_seeds.md.
+Runs `normfree train demo --model M --seed S` for both rows, two at a time on one core each, into runs/demo-seeds/;
+finished runs are kept, stopped ones continue. Writes experiments/results/demo_seeds.md.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def run(model: str, seed: int, threads: int) -> dict:
     out = RUNS / f"{model}-{seed}"
     if not (out / "results.json").exists():
         if (out / "config.toml").exists():
-            words = [str(out), "--input.workers", "0"]
+            words = [str(out)]
         else:
-            words = ["demo", "--model", model, "--seed", str(seed), "--out", str(out), "--input.workers", "0"]
+            words = ["demo", "--model", model, "--seed", str(seed), "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "-m", "normfree", "train", *words], check=True, env=environment,
                        stdout=subprocess.DEVNULL)  # fmt: skip
@@ -52,8 +52,8 @@ def main() -> None:
     lines = [
         "# The demo's network and its batch-norm twin",
         "",
-        f"`python experiments/demo_seeds.py --seeds {arguments.seeds}`: `normfree train demo`, only the model changed. "
-        "Top-1 in percent on the validation emoji, mean ± standard deviation over seeds, and each seed.",
+        f"`python experiments/demo_seeds.py --seeds {arguments.seeds}`: `normfree train demo`, only the model "
+        "changed. Top-1 in percent on the validation emoji, mean ± standard deviation over seeds, and each seed.",
         "",
         "| model | averaged weights | seeds | last weights | seeds |",
         "|---|---|---|---|---|",
@@ -66,8 +66,12 @@ def main() -> None:
             cells += [f"{statistics.mean(top1):.1f} ± {spread:.1f}", ", ".join(f"{x:.1f}" for x in top1)]
         lines.append("| " + " | ".join(cells) + " |")
     images = results[models[0], 0]["average"]["images"]
-    lines += ["", f"{images} validation images, so the binomial standard error of one figure is about "
-              f"{100 * (0.2 / images) ** 0.5:.1f} points. {platform.machine()}, CPU, {threads} thread(s) a run."]  # fmt: skip
+    error = 100 * (0.2 / images) ** 0.5
+    lines += [
+        "",
+        f"{images} validation images, so the binomial standard error of one figure is about {error:.1f} points. "
+        f"{platform.machine()}, CPU, {threads} thread(s) a run.",
+    ]
     RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import subprocess
 import sys
 
@@ -11,26 +12,10 @@ from PIL import Image
 
 from normfree.cli import HELP, main
 
-TINY = [
-    "--model",
-    "nf_resnet_nano",
-    "--input.image_size",
-    "16",
-    "--input.batch_size",
-    "4",
-    "--input.workers",
-    "0",
-]
-TINY += [
-    "--length",
-    "4st",
-    "--log.evaluate_every",
-    "2st",
-    "--log.checkpoint_every",
-    "2st",
-    "--optim.warmup",
-    "1st",
-]
+TINY = shlex.split(
+    "--model nf_resnet_nano --input.image_size 16 --input.batch_size 4 --input.workers 0 --length 4st "
+    "--log.evaluate_every 2st --log.checkpoint_every 2st --optim.warmup 1st"
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +41,8 @@ def trained(photos, tmp_path_factory):
 
 def test_a_run_folder_holds_what_is_documented(trained):
     assert {p.name for p in trained.iterdir()} - {".lock"} == {
-        "config.toml", "metrics.jsonl", "environment.txt", "results.json", "curves.png", "checkpoints", "model",
+        "config.toml", "metrics.jsonl", "log.txt", "environment.txt", "results.json", "curves.png",
+        "checkpoints", "model",
     }  # fmt: skip
     assert {p.name for p in (trained / "model").iterdir()} == {
         "config.json",

@@ -7,7 +7,7 @@ it. Sources: [A] arXiv 2101.08692, [B] arXiv 2102.06171 (table 1, appendix C), a
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from normfree.models.layers import activation, nearest
 
@@ -66,6 +66,8 @@ class Variant:
     """The recipe's strength, "<layers>x<magnitude>" ([B] table 1)."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_kind(field.name, getattr(self, field.name), _KINDS[field.name])
         activation(self.activation)
         lengths = {"depths": len(self.depths), "widths": len(self.widths), "strides": len(self.strides)}
         if len(set(lengths.values())) != 1:
@@ -132,6 +134,29 @@ class Variant:
                 )
         clean = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
         return replace(self, **clean)  # type: ignore[arg-type]  # __post_init__ judges the values
+
+
+#: What each field holds.
+_KINDS: dict[str, Any] = get_type_hints(Variant)
+
+
+def _check_kind(name: str, value: object, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}."
+            )
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, tuple) or any(type(v) is not int for v in value):
+            raise ValueError(f"{name}={value!r}: expected whole numbers, one for each stage or part.")
+    elif not (isinstance(value, kind) or (kind is float and type(value) is int)) or (type(value) is bool) != (
+        kind is bool
+    ):
+        raise ValueError(f"{name}={value!r}: expected {_WORDS[kind]}.")
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a word"}
 
 
 @dataclass(frozen=True)

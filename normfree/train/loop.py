@@ -24,7 +24,7 @@ from normfree.data.augment import mix, normalize, train_transform
 from normfree.data.loader import Batch, train_batches
 from normfree.data.protocol import Split
 from normfree.data.seeds import key
-from normfree.inference import Evaluation, Preprocessing, evaluate, run_device
+from normfree.inference import Evaluation, evaluate, run_device
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.optim.agc import ClipReport, NonFiniteGradientError, clip_grad_
@@ -34,7 +34,9 @@ from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD
 from normfree.train import checkpoint, run
 from normfree.train.config import Config, steps_of
-from normfree.train.metrics import LiveLine, Metrics
+from normfree.train.metrics import LiveLine, Meter, Metrics, Voice
+
+IN_PROCESS = 2000  # images; scoring fewer takes less time than starting workers
 
 
 class Stopped(Exception):  # not an error: the run was asked to end and has saved itself
@@ -94,10 +96,14 @@ class Trainer:
         self.optimizer.set_lr(config.optim.lr * factor)
         images, targets = self.prepare(batch, step)
         loss, correct = self.gradients(images, targets, step)
-        report = clip_grad_(
-            self.optimizer.param_groups, mode=config.optim.clip, clipping=config.optim.clipping,
-            eps=config.optim.clipping_eps,
-        )  # fmt: skip
+        try:
+            report = clip_grad_(
+                self.optimizer.param_groups, mode=config.optim.clip, clipping=config.optim.clipping,
+                eps=config.optim.clipping_eps,
+            )  # fmt: skip
+        except NonFiniteGradientError as error:
+            raise Diverged(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
+                           f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update_(self.net, step=step)
@@ -157,35 +163,26 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         Diverged: a gradient was not finite.
         Stopped: SIGTERM or SIGINT arrived; a checkpoint was written first.
     """
-    console, out, start = console or Console(), Path(out), time.monotonic()
+    voice, out, start = Voice(console or Console()), Path(out), time.monotonic()
     run.check_folder(out)
-    split = run.open_data(config, console)
+    split = run.open_data(config, voice)
     config = run.resolve(config)
     with run.locked(out):
+        voice.keep(out / "log.txt")
         trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train))
-        step, best = _resume(trainer, out, console)
-        run.begin(out, config, split, trainer.net, trainer.total_steps, console)
-        preprocessing = run.preprocessing(config)
-        log = Metrics(out / "metrics.jsonl", step=step)
-        try:
-            with LiveLine(console, step=step, total_steps=trainer.total_steps) as line, stop_flag() as stop:
-                _steps(trainer, split, out, log, line, stop, step, best, preprocessing)
-        finally:
-            log.close()
-        weights, average = score(trainer, split, preprocessing)
+        step, best = _resume(trainer, out, voice)
+        run.begin(out, config, split, trainer.net, trainer.total_steps, voice)
+        _steps(trainer, split, out, voice, step=step, best=best)
+        weights, average = score(trainer, split)
         result = TrainResult(out, trainer.total_steps, weights, average, time.monotonic() - start)
-        run.finish(config, split, trainer.ema.module, preprocessing, result, console)
+        run.finish(config, split, trainer.ema.module, result, voice)
         return result
 
 
-def _steps(trainer: Trainer, split: Split, out: Path, log: Metrics, line: LiveLine, stop: list[int], step: int,
-           best: float, preprocessing: Preprocessing) -> None:  # fmt: skip
-    config, total = trainer.config, trainer.total_steps
-    batch_size, samples = config.input.batch_size, len(split.train)
-
-    def due(length: str) -> bool:
-        return step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0 or step == total
-
+def _steps(trainer: Trainer, split: Split, out: Path, voice: Voice, *, step: int, best: float) -> None:
+    """The steps that are left, with what is written, scored and saved between them."""
+    config, total, samples = trainer.config, trainer.total_steps, len(split.train)
+    batch_size, meter = config.input.batch_size, Meter()
     transform = train_transform(
         image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
         randaugment=config.augment.randaugment,
@@ -194,69 +191,62 @@ def _steps(trainer: Trainer, split: Split, out: Path, log: Metrics, line: LiveLi
         split.train, transform, batch_size=batch_size, seed=config.seed, start_step=step, num_steps=total,
         workers=config.input.workers, pin_memory=trainer.device.type == "cuda",
     )  # fmt: skip
-    losses, corrects, since, seen = [], [], time.monotonic(), 0
-    with contextlib.closing(batches):
+
+    def due(length: str) -> bool:
+        return step == total or step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0
+
+    with (
+        contextlib.closing(Metrics(out / "metrics.jsonl", step=step)) as log,
+        contextlib.closing(batches),
+        LiveLine(voice, step=step, total_steps=total) as line,
+        stop_flag() as stop,
+    ):
         for batch in batches:
-            try:
-                loss, correct, report = trainer.step(batch, step)
-            except NonFiniteGradientError as error:
-                raise Diverged(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
-                               f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip
+            loss, correct, report = trainer.step(batch, step)
             step += 1
-            losses.append(loss)
-            corrects.append(correct)
-            seen += len(batch)
-            if step % config.log.every == 0 or step == total:
-                pace = seen / max(1e-9, time.monotonic() - since)
-                values = {
-                    "loss": float(torch.stack(losses).mean()),
-                    "top1": 100.0 * float(torch.stack(corrects).sum()) / (batch_size * len(corrects)),
-                    "clipped": float(report),
-                    "images_per_s": round(pace, 1),
-                }
-                epoch = round(step * batch_size / samples, 4)
+            meter.add(loss, correct, len(batch))
+            place = {"step": step, "epoch": round(step * batch_size / samples, 4)}
+            if due(f"{config.log.every}st"):
+                values = {**meter.read(), "clipped": float(report)}
                 lr = trainer.optimizer.param_groups[0]["lr"]
-                log.write(step=step, epoch=epoch, lr=lr, grad_norm=float(report.grad_norm),
-                          **{"train_top1" if k == "top1" else k: v for k, v in values.items()})  # fmt: skip
+                log.write(**place, **values, lr=lr, grad_norm=float(report.grad_norm))
                 line.update(step, **values)
-                losses, corrects, since, seen = [], [], time.monotonic(), 0
-            save = bool(stop) or due(config.log.checkpoint_every)
             improved = False
             if due(config.log.evaluate_every):
-                weights, average = score(trainer, split, preprocessing)
-                epoch = round(step * batch_size / samples, 4)
-                log.write(step=step, epoch=epoch, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
+                weights, average = score(trainer, split)
+                log.write(**place, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
                           ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss)  # fmt: skip
-                line.say(f"epoch {step * batch_size / samples:5.1f}  top-1 {weights.top1:.2f} %  "
-                         f"averaged {average.top1:.2f} %  loss {weights.loss:.3f}")  # fmt: skip
+                voice.say(f"epoch {place['epoch']:5.1f}  top-1 {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
+                          f"loss {weights.loss:.3f}")  # fmt: skip
                 improved, best = average.top1 > best, max(best, average.top1)
-                since, seen = time.monotonic(), 0
-            if save or improved:
+            if improved or stop or due(config.log.checkpoint_every):
                 state = {"best_ema_top1": best, "seed": config.seed, "total_steps": total}
-                path = checkpoint.save(out / "checkpoints", step, tensors=trainer.tensors(), state=state,
-                                       keep=config.log.keep)  # fmt: skip
+                saved = checkpoint.save(out / "checkpoints", step, tensors=trainer.tensors(), state=state,
+                                        keep=config.log.keep)  # fmt: skip
                 if improved:
-                    checkpoint.point(out / "checkpoints", "best", path.name)
+                    checkpoint.point(out / "checkpoints", "best", saved.name)
             if stop and step < total:
                 raise Stopped(step, stop[0])
 
 
-def score(trainer: Trainer, split: Split, preprocessing: Preprocessing) -> tuple[Evaluation, Evaluation]:
+def score(trainer: Trainer, split: Split) -> tuple[Evaluation, Evaluation]:
     """Evaluations of the weights and of their average on the validation source."""
     config = trainer.config
-    kwargs = {"preprocessing": preprocessing, "workers": 0 if len(split.val) < 2000 else config.input.workers}
+    workers = 0 if len(split.val) < IN_PROCESS else config.input.workers
     first, second = (
-        evaluate(net, split.val, device=trainer.device, **kwargs)  # type: ignore[arg-type]
+        evaluate(
+            net, split.val, preprocessing=run.preprocessing(config), workers=workers, device=trainer.device
+        )
         for net in (trainer.net, trainer.ema.module)
     )
     return first, second
 
 
-def _resume(trainer: Trainer, out: Path, console: Console) -> tuple[int, float]:
+def _resume(trainer: Trainer, out: Path, voice: Voice) -> tuple[int, float]:
     """Restores the newest sound checkpoint, if any. Returns (steps done, best averaged top-1 so far)."""
     saved, passed_over = checkpoint.newest(out / "checkpoints")
     for reason in passed_over:
-        console.print(f"passed over: {reason}", highlight=False, markup=False)
+        voice.say(f"passed over: {reason}")
     if saved is None:
         if passed_over:
             raise ValueError(
@@ -267,7 +257,7 @@ def _resume(trainer: Trainer, out: Path, console: Console) -> tuple[int, float]:
         raise ValueError(f"{out} was to take {saved.state['total_steps']} steps; the data or config now give "
                          f"{trainer.total_steps}. A run continues only as it began: start another run.")  # fmt: skip
     trainer.restore_(saved)
-    console.print(f"continuing {out} after step {saved.step}", highlight=False, markup=False)
+    voice.say(f"continuing {out} after step {saved.step}")
     return saved.step, float(saved.state["best_ema_top1"])
 
 

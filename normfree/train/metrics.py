@@ -8,8 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 QUIET_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
@@ -40,11 +42,67 @@ class Metrics:
         self._file.close()
 
 
+class Meter:
+    """Means over the steps since it was last read. Keeps tensors where they are, so that a GPU is not waited for."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._corrects: list[Tensor] = []
+        self._images, self._since = 0, time.monotonic()
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """One step: its mean loss, its correct answers, its images."""
+        self._losses.append(loss)
+        self._corrects.append(correct)
+        self._images += images
+
+    def read(self) -> dict[str, float]:
+        """Mean loss, train_top1 in percent and images per second since the last reading; then starts anew."""
+        seconds = max(1e-9, time.monotonic() - self._since)
+        values = {
+            "loss": float(torch.stack(self._losses).mean()),
+            "train_top1": 100.0 * float(torch.stack(self._corrects).sum()) / self._images,
+            "images_per_s": round(self._images / seconds, 1),
+        }
+        self.__init__()  # type: ignore[misc]
+        return values
+
+
+class Voice:
+    """What a run tells its user: printed, and kept in the run folder's log.txt as soon as there is one."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._said: list[str] = []
+        self._log: Path | None = None
+
+    def say(self, text: str) -> None:
+        """One line; long ones are left to the terminal."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if self._log is None:
+            self._said.append(text + "\n")
+        else:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def keep(self, path: Path) -> None:
+        """From now on, and for what was said before, also write to `path`."""
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(self._said)
+        self._said, self._log = [], path
+
+
 class LiveLine:
     """Progress on a terminal: one line with loss, top-1, images/s, clipped fraction and the time left."""
 
-    def __init__(self, console: Console, *, step: int, total_steps: int) -> None:
-        self._console, self._total, self._text, self._last = console, total_steps, "", time.monotonic()
+    def __init__(self, voice: Voice, *, step: int, total_steps: int) -> None:
+        console = voice.console
+        self._voice, self._quiet, self._total, self._last = (
+            voice,
+            not console.is_terminal,
+            total_steps,
+            time.monotonic(),
+        )
         self._progress = Progress(
             BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
             TextColumn("left"), console=console, disable=not console.is_terminal,
@@ -63,20 +121,13 @@ class LiveLine:
 
     def update(self, step: int, **values: float) -> None:
         """Shows the state after `step` steps."""
-        self._text = (
-            f"loss {values['loss']:.3f}  top-1 {values['top1']:.1f} %  {values['images_per_s']:.0f} images/s  "
+        text = (
+            f"loss {values['loss']:.3f}  top-1 {values['train_top1']:.1f} %  {values['images_per_s']:.0f} images/s  "
             f"clipped {100 * values['clipped']:.1f} %"
         )
-        self._progress.update(self._task, completed=step, description=self._text)
+        self._progress.update(self._task, completed=step, description=text)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._last >= QUIET_INTERVAL:
+        if self._quiet and now - self._last >= QUIET_INTERVAL:
             self._last = now
             pace = (now - self._start) / max(1, step - self._first_step)
-            left = pace * (self._total - step)
-            self._console.print(
-                f"step {step}/{self._total}  {self._text}  {left:.0f} s left", highlight=False
-            )
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the live one."""
-        self._console.print(text, highlight=False, markup=False)
+            self._voice.say(f"step {step}/{self._total}  {text}  {pace * (self._total - step):.0f} s left")

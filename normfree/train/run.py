@@ -1,6 +1,6 @@
 """The run folder: how it begins, what it holds at the end, and that only one process works in it.
 
-config.toml  metrics.jsonl  environment.txt  results.json  curves.png  checkpoints/  model/
+config.toml  metrics.jsonl  log.txt  environment.txt  results.json  curves.png  checkpoints/  model/
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from normfree._version import __version__
 from normfree.data.audit import audit, require_clean
@@ -25,6 +24,7 @@ from normfree.models.net import Net
 from normfree.models.weights import save_model_folder
 from normfree.models.zoo import variant_of
 from normfree.train.config import Config, load_config, to_toml
+from normfree.train.metrics import Voice
 
 if TYPE_CHECKING:
     from normfree.train.loop import TrainResult
@@ -60,7 +60,7 @@ def preprocessing(config: Config) -> Preprocessing:
     return Preprocessing(image_size=int(config.input.eval_size), crop=config.input.eval_crop)
 
 
-def open_data(config: Config, console: Console) -> Split:
+def open_data(config: Config, voice: Voice) -> Split:
     """The data, opened, and audited if it is a folder of the user's: each file is decoded once.
 
     Raises:
@@ -75,7 +75,7 @@ def open_data(config: Config, console: Console) -> Split:
         for source in (split.train, split.val):
             require_clean(audit(source))
     for note in split.notes:
-        console.print(note, highlight=False, markup=False)
+        voice.say(note)
     return split
 
 
@@ -116,7 +116,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, console: Console) -> None:
+def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, voice: Voice) -> None:
     """Writes config.toml and environment.txt and prints what will be run.
 
     Raises:
@@ -141,20 +141,16 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, c
         "".join(f"{k} {v}\n" for k, v in environment.items()), encoding="utf-8"
     )
     parameters = sum(p.numel() for p in net.parameters())
-    console.print(
+    voice.say(
         f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
         f"images to train on, {len(split.val):,} to validate, {len(split.classes)} classes; {total_steps:,} steps of "
         f"{config.input.batch_size}; {out}/",
-        highlight=False, markup=False,
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
-        console.print(
-            "bfloat16 on a CPU without such units is many times slower than float32", highlight=False
-        )
+        voice.say("bfloat16 on a CPU without such units is many times slower than float32")
 
 
-def finish(config: Config, split: Split, average: torch.nn.Module, pre: Preprocessing, result: TrainResult,
-           console: Console) -> None:  # fmt: skip
+def finish(config: Config, split: Split, average: torch.nn.Module, result: TrainResult, voice: Voice) -> None:
     """Writes results.json, curves.png and the model folder (averaged weights), and prints the scores."""
     out = result.out
     scores = {"weights": _scores(result.weights), "average": _scores(result.average), "steps": result.steps}
@@ -164,26 +160,23 @@ def finish(config: Config, split: Split, average: torch.nn.Module, pre: Preproce
         out / "model",
         average,
         classes=split.classes,
-        preprocessing=pre.to_config(),
+        preprocessing=preprocessing(config).to_config(),
         card=_card(config, split, result),
     )
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
-    console.print(
+    voice.say(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
-        highlight=False, markup=False,
     )  # fmt: skip
     try:
         draw_curves(
             read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}"
         )
-        console.print(f"curves: {out}/curves.png", highlight=False, markup=False)
+        voice.say(f"curves: {out}/curves.png")
     except ModuleNotFoundError as error:
-        console.print(f"no picture: {error}", highlight=False, markup=False)
-    console.print(
-        f"model:  {out}/model/    next: normfree predict {out} IMAGE...", highlight=False, markup=False
-    )
-    console.print(f"{result.seconds:.0f} s", highlight=False)
+        voice.say(f"no picture: {error}")
+    voice.say(f"model:  {out}/model/    next: normfree predict {out} IMAGE...")
+    voice.say(f"{result.seconds:.0f} s")
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:

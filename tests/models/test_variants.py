@@ -181,6 +181,12 @@ def test_list_models_matches_patterns_in_table_order():
         ("nfnet_f0", {"drop_rate": 1.0}, "drop_rate=1.0: expected a number in [0, 1)."),
         ("nfnet_f0", {"depths": (0, 1, 1, 1)}, "depths=(0, 1, 1, 1), widths=(256, 512, 1536, 1536): every stage "
          "needs at least one block and one channel."),
+        ("nfnet_f0", {"stem": "conv"}, "stem='conv'. Did you mean 'conv3'? Allowed: deep, conv7_pool, "),
+        ("nfnet_f0", {"se": "off"}, "se='off'. Allowed: end, middle, none."),
+        ("nfnet_f0", {"drop_rate": "high"}, "drop_rate='high': expected a number."),
+        ("nfnet_f0", {"second_conv": 1}, "second_conv=1: expected True or False."),
+        ("nfnet_f0", {"train_size": True}, "train_size=True: expected a whole number."),
+        ("nfnet_f0", {"depths": 3}, "depths=3: expected whole numbers, one for each stage or part."),
         ("nfnet_f0", {"num_classes": -1}, "num_classes=-1: expected a count, or 0 for pooled features."),
     ],
 )  # fmt: skip

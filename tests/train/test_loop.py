@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,12 +25,12 @@ from normfree.train.recipes import RECIPES
 from normfree.train.run import resolve
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
-FLAGS = (
+FLAGS = shlex.split(
     f"--data {DATA} --model nf_resnet_nano --input.image_size 16 --input.batch_size 10 --input.workers 0 --length 12st "
     "--optim.warmup 3st --optim.lr 0.05 --log.every 2 --log.evaluate_every 6st --log.checkpoint_every 5st "
     "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment trivial --net.drop_rate 0.3 "
     "--net.stochdepth_rate 0.5 --optim.ema_decay 0.9"
-).split()
+)
 LAST = "checkpoints/step-00000012"
 
 
