@@ -11,7 +11,6 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +50,10 @@ class Diverged(ValueError):
     """A gradient was not finite. Weights and the last checkpoint are sound; the message names the parameters."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run reached: scores of the last weights and of their average, seconds of this process."""
-
-    out: Path
-    steps: int
-    weights: Evaluation
-    average: Evaluation
-    seconds: float
-
-
 class Trainer:
-    """Network, optimizer and average of one run, and what one step does to them."""
+    """Network, optimizer and average of one run, and what one step does to them. `weights`: a folder to start from."""
 
-    def __init__(self, config: Config, *, num_classes: int, samples: int) -> None:
+    def __init__(self, config: Config, *, num_classes: int, samples: int, weights: str = "") -> None:
         self.config, self.num_classes = config, num_classes
         self.device = run_device(config.device)
         self.total_steps = max(
@@ -78,7 +66,7 @@ class Trainer:
         )
         torch.manual_seed(key(config.seed, "init"))
         fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
-        net = create_model(config.model, num_classes=num_classes, weights=config.weights or None, **fields)
+        net = create_model(config.model, num_classes=num_classes, weights=weights or None, **fields)
         assert isinstance(net, Net)
         self.net = net.to(self.device).to(memory_format=torch.channels_last)
         groups = parameter_groups(net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping)
@@ -155,7 +143,7 @@ class Trainer:
         self.optimizer.load_named_state_(saved.tensors["optim"])
 
 
-def train(config: Config, out: str | Path, *, console: Console | None = None) -> TrainResult:
+def train(config: Config, out: str | Path, *, console: Console | None = None) -> run.TrainResult:
     """Runs `config` in the run folder `out`, or continues what is there, to the end.
 
     Raises:
@@ -169,12 +157,13 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
     config = run.resolve(config)
     with run.locked(out):
         voice.keep(out / "log.txt")
-        trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train))
+        weights = "" if (out / "checkpoints").exists() else config.weights
+        trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights)
         step, best = _resume(trainer, out, voice)
         run.begin(out, config, split, trainer.net, trainer.total_steps, voice)
         _steps(trainer, split, out, voice, step=step, best=best)
-        weights, average = score(trainer, split)
-        result = TrainResult(out, trainer.total_steps, weights, average, time.monotonic() - start)
+        last, average = score(trainer, split)
+        result = run.TrainResult(out, trainer.total_steps, last, average, time.monotonic() - start)
         run.finish(config, split, trainer.ema.module, result, voice)
         return result
 

@@ -9,8 +9,9 @@ import contextlib
 import json
 import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,10 +27,18 @@ from normfree.models.zoo import variant_of
 from normfree.train.config import Config, load_config, to_toml
 from normfree.train.metrics import Voice
 
-if TYPE_CHECKING:
-    from normfree.train.loop import TrainResult
-
 SQUASH_UP_TO = 96  # px; a margin of 32 px, as at ImageNet sizes, would cut a small picture's content away
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reached: scores of the last weights and of their average, seconds of this process."""
+
+    out: Path
+    steps: int
+    weights: Evaluation
+    average: Evaluation
+    seconds: float
 
 
 def resolve(config: Config) -> Config:

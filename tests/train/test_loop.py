@@ -210,3 +210,13 @@ def test_the_step_is_in_the_published_order(monkeypatch):
         torch.testing.assert_close(now, expected, rtol=1e-5, atol=1e-8, msg=name)
         average = dict(trainer.ema.module.named_parameters())[name].double()
         torch.testing.assert_close(average, 0.1 * before[name].double() + 0.9 * now, rtol=1e-5, atol=1e-7)
+
+
+def test_training_starts_from_the_weights_of_another_run(unbroken, tmp_path):
+    """At a learning rate of nearly nothing the new run's weights are the other's averaged ones."""
+    flags = ("--weights", str(unbroken), "--length", "1st", "--optim.lr", "1e-12", "--optim.warmup", "0st")
+    loop.train(config(*flags), tmp_path / "run", console=quiet())
+    ours = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "model.safetensors")
+    theirs = load_file(unbroken / "model" / "model.safetensors")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-9, msg=name)
