@@ -271,6 +271,7 @@ def _train(config: Config, folder: Path) -> int:
 def eval_(arguments: EvalArguments) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from normfree.data.sources import open_labelled
     from normfree.inference import evaluate, load_model
@@ -290,7 +291,7 @@ def eval_(arguments: EvalArguments) -> int:
     table.add_column("class")
     table.add_column("top-1 %", justify="right")
     for name, value in score.per_class().items():
-        table.add_row(name, f"{value:.1f}")
+        table.add_row(Text(name), f"{value:.1f}")  # a class may be called "[red]"
     console = Console(highlight=False)
     console.print(table)
     console.print(
@@ -328,21 +329,19 @@ def predict_(arguments: PredictArguments) -> int:
 
 
 def _write(answer: Prediction, kind: str, file: IO[str], writer: Any) -> None:
+    # a file's name need not be UTF-8
+    path, error = (text.encode(errors="backslashreplace").decode() for text in (answer.path, answer.error))
     pairs = list(zip(answer.classes, answer.probabilities, strict=True))
     if kind == "jsonl":
         top = [{"class": c, "probability": round(p, 6)} for c, p in pairs]
-        entry = (
-            {"path": answer.path, "error": answer.error}
-            if answer.error
-            else {"path": answer.path, "top": top}
-        )
+        entry = {"path": path, "error": error} if error else {"path": path, "top": top}
         print(json.dumps(entry, ensure_ascii=False), file=file)
     elif kind == "csv":
-        rows = [[answer.path, i, c, f"{p:.6f}", ""] for i, (c, p) in enumerate(pairs, start=1)]
-        writer.writerows(rows or [[answer.path, "", "", "", answer.error]])
+        rows = [[path, i, c, f"{p:.6f}", ""] for i, (c, p) in enumerate(pairs, start=1)]
+        writer.writerows(rows or [[path, "", "", "", error]])
     else:
-        text = answer.error or "   ".join(f"{c} {100 * p:.1f} %" for c, p in pairs)
-        print(f"{answer.path}   {text}", file=file)
+        text = error or "   ".join(f"{c} {100 * p:.1f} %" for c, p in pairs)
+        print(f"{path}   {text}", file=file)
 
 
 # --- words to verbs ----------------------------------------------------------------------------------
@@ -354,7 +353,7 @@ def _take_option(words: list[str], option: str) -> tuple[str, list[str]]:
     while i < len(words):
         word = words[i]
         if word == option:
-            if i + 1 == len(words):
+            if i + 1 == len(words) or words[i + 1].startswith("--"):
                 raise UsageError(f"{option}: a value is missing.")
             value, i = words[i + 1], i + 1
         elif word.startswith(option + "="):
@@ -396,6 +395,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `normfree list | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # no permission, disk full, a folder in place of a file
+        if traceback:
+            raise
+        print(f"normfree: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("normfree: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
 
 
 def _dispatch(words: list[str]) -> int:

@@ -62,7 +62,7 @@ class Preprocessing:
                 mean=tuple(config["mean"]),
                 std=tuple(config["std"]),
             )
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"pretrained_cfg of the model's config.json lacks or misstates {error}."
             ) from None
@@ -192,7 +192,7 @@ def load_model(folder: str | Path) -> TrainedModel:
         raise ValueError(
             f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}."
         )
-    return TrainedModel(net.eval(), Preprocessing.from_config(config["pretrained_cfg"]), classes)
+    return TrainedModel(net.eval(), Preprocessing.from_config(config.get("pretrained_cfg", {})), classes)
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,6 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-@torch.no_grad()
 def predict(
     model: TrainedModel,
     paths: Sequence[str | Path],
@@ -239,15 +238,22 @@ def predict(
     A file that is no readable image gives a `Prediction` with `error` and takes no part in a batch.
 
     Raises:
-        ValueError: a path does not exist, or `top` is below 1.
+        ValueError: a path does not exist, or `top` or `batch_size` is below 1; at the call, before any answer.
     """
-    if top < 1:
-        raise ValueError(f"top={top}: expected 1 or more.")
+    for name, value in (("top", top), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected 1 or more.")
     place = run_device(device) if isinstance(device, str) else device
+    return _answers(model, find_images(paths), top, batch_size, place)
+
+
+@torch.no_grad()
+def _answers(
+    model: TrainedModel, files: list[Path], top: int, batch_size: int, place: torch.device
+) -> Iterator[Prediction]:
     pre = model.preprocessing
     transform = eval_transform(image_size=pre.image_size, crop=pre.crop, interpolation=pre.interpolation)
     net = model.net.eval().to(place)
-    files = find_images(paths)
     for start in range(0, len(files), batch_size):
         part = files[start : start + batch_size]
         pictures = [_open(path) for path in part]

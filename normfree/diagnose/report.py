@@ -62,5 +62,5 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, *, title: str) -> Non
         axis.margins(x=0.01)
     loss.legend(frameon=False, fontsize=8)
     accuracy.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a path may hold dollar signs
     figure.savefig(path, dpi=130)

@@ -42,7 +42,7 @@ def save(
     keep: int,
 ) -> Path:
     """Writes the checkpoint of `step` under `folder`, points `last` at it, and removes all but the `keep` newest
-    and the one that `best` names. Returns its folder."""
+    and the one that `best` names. Later steps were passed over as damaged, and go as well. Returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     work = folder / f".{final.name}.tmp-{os.getpid()}"
@@ -63,7 +63,7 @@ def save(
     work.rename(final)
     _flush(folder)
     point(folder, "last", final.name)
-    _remove_old(folder, keep)
+    _remove_old(folder, keep, newest_step=step)
     return final
 
 
@@ -95,29 +95,32 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listed = dict(manifest["files"])
+        listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no readable {MANIFEST} ({type(error).__name__}).") from None
-    for name, expected in listed.items():
-        file = path / Path(name).name
-        if (
-            not file.is_file()
-            or file.stat().st_size != expected["size"]
-            or _sha256(file) != expected["sha256"]
-        ):
+    if path.name != f"step-{step:08d}":  # nothing else vouches for the manifest's own number
+        raise ValueError(f"{path}: {MANIFEST} says step {step}.")
+    if "state.json" not in listed or any(name != Path(name).name for name in listed):
+        raise ValueError(f"{path}: {MANIFEST} does not list the files of a checkpoint.")
+    for name, (size, digest) in listed.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
             raise ValueError(f"{path}: {name} is missing or damaged.")
     tensors = {Path(n).stem: load_file(path / n) for n in listed if n.endswith(".safetensors")}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(step, tensors, state)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
+def _remove_old(folder: Path, keep: int, *, newest_step: int) -> None:
     best = folder / "best"
     spared = {best.read_text(encoding="utf-8").strip()} if best.is_file() else set()
-    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
-        if path.name not in spared:
-            shutil.rmtree(path, ignore_errors=True)
+    found = sorted(folder.glob("step-*"), reverse=True)
+    # A damaged later one must not push a sound one out of the `keep` newest.
+    later = [path for path in found if path.name > f"step-{newest_step:08d}"]
+    old = [path for path in found[len(later) :][keep:] if path.name not in spared]
+    for path in later + old:
+        shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.tmp-*"):  # left by a process that was killed
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

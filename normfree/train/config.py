@@ -30,9 +30,11 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, no change after creation."""
+    """Base of all sections: strict types, finite numbers, no unknown keys, no change after creation."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")

@@ -29,7 +29,9 @@ class Metrics:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError):
                     continue
-        path.write_text("".join(kept), encoding="utf-8")
+        work = path.with_name(f".{path.name}.tmp")  # a kill in the middle must not cost the lines so far
+        work.write_text("".join(kept), encoding="utf-8")
+        work.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:

@@ -76,7 +76,7 @@ def test_names_that_are_not_released_ones_are_listed():
 
 
 def test_model_folder_round_trip(tmp_path):
-    fields = {"widths": (16, 32), "depths": (1, 1), "strides": (1, 2), "group_width": 8}
+    fields = {"widths": (16, 32), "depths": (1, 1), "strides": (1, 2)}
     net = shaken(create_model("nf_resnet_nano", num_classes=3, **fields)).eval()
     save_model_folder(
         tmp_path / "model", net, classes=("a", "b", "ç"), preprocessing={"mean": [0.5]}, card="# hi\n"
