@@ -46,6 +46,18 @@ def _check_length(value: str) -> str:
     return value
 
 
+def _check_size(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError("expected 1 pixel or more, or 'auto'")
+    return value
+
+
+def _check_rate(value: float | str) -> float | str:
+    if isinstance(value, float) and not 0.0 <= value < 1.0:
+        raise ValueError("expected a number from 0 to below 1, or 'auto'")
+    return value
+
+
 def steps_of(length: str, *, samples: int, batch_size: int) -> int:
     """A length in optimizer steps: "90ep" of `samples` images at `batch_size` a step, or "5000st". Rounded."""
     match = _LENGTH.fullmatch(length)
@@ -65,6 +77,8 @@ class Net(Section):
     """Stochastic depth of the last block; auto: the row's."""
     alpha: Auto | float = "auto"
     """Scale of each residual branch; auto: the row's."""
+
+    _rates = field_validator("drop_rate", "stochdepth_rate")(_check_rate)
 
 
 class Input(Section):
@@ -88,6 +102,8 @@ class Input(Section):
     """Where cifar10, cifar100 and fashion_mnist lie."""
     download: bool = False
     """Fetch such a data set if it is not there. Nothing is downloaded otherwise."""
+
+    _sizes = field_validator("image_size", "eval_size")(_check_size)
 
 
 class Augment(Section):
@@ -225,12 +241,14 @@ def _problems(error: ValidationError) -> Iterator[str]:
 
 
 def _allowed(key: str, message: str) -> str:
+    if message.startswith("Value error, "):  # from a check of ours
+        return message.removeprefix("Value error, ")
     kind = _annotation(key)
     if "Literal" in str(kind) and "float" in str(kind):
         return "expected a number or 'auto'"
     if "Literal" in str(kind) and "int" in str(kind):
         return "expected a whole number or 'auto'"
-    message = message.removeprefix("Value error, ").replace("Input should be", "expected")
+    message = message.replace("Input should be", "expected")
     return message[0].lower() + message[1:]
 
 

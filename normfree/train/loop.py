@@ -155,10 +155,10 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
     run.check_folder(out)
     split = run.open_data(config, voice)
     config = run.resolve(config)
-    with run.locked(out):
+    weights = "" if (out / "checkpoints").exists() else config.weights
+    trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights)
+    with run.locked(out):  # nothing is written before data and model are known to work
         voice.keep(out / "log.txt")
-        weights = "" if (out / "checkpoints").exists() else config.weights
-        trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights)
         step, best = _resume(trainer, out, voice)
         run.begin(out, config, split, trainer.net, trainer.total_steps, voice)
         _steps(trainer, split, out, voice, step=step, best=best)

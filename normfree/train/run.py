@@ -134,12 +134,16 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, v
     path = out / "config.toml"
     if path.exists():
         before = load_config(path)
-        changed = [k for k in ("data", "model", "length", "seed", "net", "augment", "optim")
+        changed = [k for k in ("data", "model", "weights", "length", "seed", "precision", "net", "augment", "optim")
                    if getattr(before, k) != getattr(config, k)]  # fmt: skip
+        changed += [f"input.{k}" for k in ("image_size", "batch_size", "micro_batch", "val_fraction")
+                    if getattr(before.input, k) != getattr(config.input, k)]  # fmt: skip
         if changed:
             raise ValueError(f"{out} was started with another {', '.join(changed)}. Drop the change, or start another "
                              "run with --out.")  # fmt: skip
-    path.write_text(to_toml(config), encoding="utf-8")
+    work = out / ".config.toml.tmp"  # a kill in the middle must not leave half a config
+    work.write_text(to_toml(config), encoding="utf-8")
+    work.replace(path)
     environment = {
         "normfree": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "device": str(next(net.parameters()).device), "threads": torch.get_num_threads(),
