@@ -1,6 +1,7 @@
 """normfree: train, fine-tune, diagnose and deploy image classifiers without normalization layers.
 
 The public names. They are imported on first use, so that `import normfree` and `normfree --help` take no time.
+Training in Python is `normfree.train.loop.train`: a name here cannot be both that function and its package.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from normfree.optim.ema import Ema
     from normfree.optim.groups import parameter_groups
     from normfree.optim.sgd import SGD
-    from normfree.train.loop import train
 
 _OWNERS = {
     "VARIANTS": "models.variants",
@@ -32,7 +32,6 @@ _OWNERS = {
     "Ema": "optim.ema",
     "parameter_groups": "optim.groups",
     "SGD": "optim.sgd",
-    "train": "train.loop",
     "evaluate": "inference",
     "load_model": "inference",
     "predict": "inference",
@@ -53,7 +52,6 @@ __all__ = [
     "parameter_groups",
     "predict",
     "scaled_activation",
-    "train",
 ]
 
 

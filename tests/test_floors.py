@@ -23,7 +23,7 @@ FLOORS = {
 GROUND = ("models", "optim", "data")
 FACE = {
     "SGD", "VARIANTS", "Ema", "WSConv2d", "__version__", "adaptive_clip_grad_", "create_model", "evaluate", "gain_of",
-    "list_models", "load_model", "parameter_groups", "predict", "scaled_activation", "train",
+    "list_models", "load_model", "parameter_groups", "predict", "scaled_activation",
 }  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def test_rooms_are_small(path):
 def test_the_face_is_pinned_and_every_name_resolves():
     assert set(normfree.__all__) == FACE
     for name in normfree.__all__:
-        assert getattr(normfree, name) is not None
+        owner = getattr(normfree, name)
+        assert name == "__version__" or owner.__name__ == name or name == "VARIANTS"
     with pytest.raises(AttributeError, match="module 'normfree' has no attribute 'nothing'"):
         normfree.nothing  # noqa: B018
 
