@@ -75,6 +75,8 @@ class Net(Section):
     """Dropout before the classifier; auto: the row's."""
     stochdepth_rate: Auto | float = "auto"
     """Stochastic depth of the last block; auto: the row's."""
+    skip_gain: Auto | float = "auto"
+    """Initial value of each branch's learnable scalar; auto: the row's, 0 in the published ones."""
     alpha: Auto | float = "auto"
     """Scale of each residual branch; auto: the row's."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from normfree.train.config import Augment, Config, Input, Log, Optim
+from normfree.train.config import Augment, Config, Input, Log, Net, Optim
 
 
 def demo() -> Config:
@@ -30,13 +30,15 @@ def scratch() -> Config:
     """A folder of one's own from random weights: the NFNet recipe of [B], at a batch that fits one device.
 
     Sizes, dropout, stochastic depth and RandAugment come from the model's row. λ is above the paper's 0.01
-    because small batches want more ([B] section 4.1). Command: `normfree train --data photos/`. Not yet run
+    because small batches want more ([B] section 4.1), and branches start open: in the few thousand steps of a small
+    folder a skip gain that starts at 0 would hardly move. Command: `normfree train --data photos/`. Not yet run
     at full size.
     """
     batch_size = 32
     return Config(
         model="nfnet_f0",
         length="90ep",
+        net=Net(skip_gain=1.0),
         input=Input(batch_size=batch_size, workers=4),
         augment=Augment(randaugment="auto", mixup=0.2, cutmix=1.0),
         optim=Optim(lr=0.1 * batch_size / 256, clipping=0.04),
