@@ -184,10 +184,15 @@ def load_model(folder: str | Path) -> TrainedModel:
         ValueError: the folder is not one, or its parts contradict each other.
     """
     config = read_model_config(Path(folder))
-    args = dict(config["model_args"])
-    net = create_model(config["architecture"], num_classes=config["num_classes"], weights=folder, **args)
-    assert isinstance(net, Net)
-    classes = tuple(config.get("label_names") or map(str, range(net.num_classes)))
+    try:
+        net = create_model(
+            config["architecture"], num_classes=config["num_classes"], weights=folder, **config["model_args"]
+        )
+        if not isinstance(net, Net):
+            raise TypeError("'features_only' in model_args")
+        classes = tuple(config.get("label_names") or map(str, range(net.num_classes)))
+    except TypeError as error:  # whoever wrote the file: it is data, and may hold anything
+        raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
     if len(classes) != net.num_classes:
         raise ValueError(
             f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}."

@@ -1,7 +1,9 @@
 """The command as a newcomer meets it: verbs, messages, exit codes, files."""
 
 import csv
+import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -10,7 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normfree import cli
+from normfree._version import __version__
 from normfree.cli import HELP, main
+from normfree.inference import Preprocessing
+from normfree.models.weights import save_model_folder
+from normfree.models.zoo import create_model
+from normfree.train import loop
+from normfree.train.config import keys
 
 TINY = shlex.split(
     "--model nf_resnet_nano --input.image_size 16 --input.batch_size 4 --input.workers 0 --length 4st "
@@ -139,6 +148,17 @@ def test_list_and_show(trained, capsys):
         ("show vgg", "unknown model 'vgg'."),
         ("predict nowhere x.png", "'nowhere' is no model folder: it needs config.json and model.safetensors"),
         ("train --out", "--out: a value is missing."),
+        ("train --out --optim.lr 1", "--out: a value is missing."),
+        (
+            "train --data synthetic:classes=99 --model nf_resnet_nano",
+            "'synthetic:classes=99' gives classes=99. Allowed: a whole number from 2 to 10. Fix: classes=10",
+        ),
+        ("train --data synthetic --model nf_resnet_nano --device gpu", "device 'gpu' cannot be used here: "),
+        (
+            "train --data synthetic --model nf_resnet_nano --weights nowhere",
+            "'nowhere' is no model folder: it needs config.json and model.safetensors",
+        ),
+        ("eval nowhere emoji", "'nowhere' is no model folder: it needs config.json and model.safetensors"),
         ("train missing.toml", "missing.toml cannot be read as TOML: "),
     ],
 )
@@ -164,3 +184,158 @@ def test_the_help_fits_a_screen():
     lines = HELP.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
+
+
+def test_a_written_config_trains_the_same_model_again(trained, tmp_path, capsys):
+    assert main(["train", str(trained / "config.toml"), "--out", str(tmp_path / "again")]) == 0
+    first, second = (run / "model" / "model.safetensors" for run in (trained, tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_diverged_run_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
+    def poisoned(self, images, targets, step):
+        result = original(self, images, targets, step)
+        if step == 2:
+            self.net.head.bias.grad[0] = float("nan")
+        return result
+
+    original = loop.Trainer.gradients
+    monkeypatch.setattr(loop.Trainer, "gradients", poisoned)
+    words = [
+        "train",
+        "--data",
+        "synthetic:classes=2,size=16,train=8,val=4",
+        *TINY,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("normfree: step 2: 1 of ")
+    assert "gradients are not finite: 'head.bias'. " in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last").read_text() == "step-00000002\n"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model folder with class names that a table, a CSV file and a terminal could trip over."""
+    net = create_model("nf_resnet_nano", num_classes=3).eval()
+    pre = Preprocessing(image_size=16, crop="squash").to_config()
+    save_model_folder(tmp_path / "model", net, classes=("[/red]", 'a,"b"', "snö"), preprocessing=pre)
+    return tmp_path / "model"
+
+
+def test_what_is_printed_parses_back(model, photos, tmp_path, capsys):
+    odd = tmp_path / "a, b.png"
+    odd.write_bytes((photos / "red" / "0.png").read_bytes())
+    words = ["predict", str(model), str(odd), str(photos / "blue" / "1.png")]
+    assert main([*words, "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
+    assert main([*words, "--format", "jsonl"]) == 0
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["path"] for r in rows] == [str(odd)] * 3 + [str(photos / "blue" / "1.png")] * 3
+    assert [r["rank"] for r in rows] == ["1", "2", "3"] * 2
+    assert {r["class"] for r in rows} == {"[/red]", 'a,"b"', "snö"}
+    flat = [(e["path"], t["class"], t["probability"]) for e in entries for t in e["top"]]
+    assert flat == [(r["path"], r["class"], float(r["probability"])) for r in rows]
+
+
+def test_a_name_that_is_no_utf8_stops_nothing(model, photos, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"\xff.png", b"z.png"):
+        (folder / os.fsdecode(name)).write_bytes((photos / "red" / "0.png").read_bytes())
+    for kind in ("csv", "jsonl"):
+        out = tmp_path / f"x.{kind}"
+        assert main(["predict", str(model), str(folder), "--top", "1", "--out", str(out)]) == 0
+        text = out.read_text(encoding="utf-8")
+        assert "z.png" in text
+        assert "udcff.png" in text
+    assert main(["predict", str(model), str(folder)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_class_names_are_no_markup(model, tmp_path, capsys):
+    for name in ("[", 'a,"b"', "snö"):  # "/" cannot stand in the name of a folder
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "0.png")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "label_names": ["[bold]", 'a,"b"', "snö"]}))
+    (tmp_path / "data" / "[").rename(tmp_path / "data" / "[bold]")
+    assert main(["eval", str(model), str(tmp_path / "data")]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["[bold]", 'a,"b"', "snö"]
+    assert out.splitlines()[-1].endswith(" on 3 images")
+
+
+def test_a_failed_prediction_leaves_no_file(model, tmp_path, capsys):
+    out = tmp_path / "x.csv"
+    assert main(["predict", str(model), str(tmp_path / "gone.png"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"normfree: '{tmp_path}/gone.png' does not exist.\n"
+    assert main(["predict", str(model), str(model), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"normfree: '{model}' holds no images (")
+    assert main(["predict", str(model), str(tmp_path), "--top", "0", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == "normfree: top=0: expected 1 or more.\n"
+    assert not out.exists()
+
+
+def test_what_the_system_refuses_is_one_line(model, photos, tmp_path, capsys):
+    out = tmp_path / "no such folder" / "x.csv"
+    assert main(["predict", str(model), str(photos), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"normfree: [Errno 2] No such file or directory: '{out}'\n"
+    with pytest.raises(FileNotFoundError):
+        main(["predict", str(model), str(photos), "--out", str(out), "--traceback"])
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    assert main(["train"]) == 130  # as shells have it: 128 + SIGINT
+    assert capsys.readouterr().err == "normfree: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("architecture", "nf_resnet_nanoo", "unknown model 'nf_resnet_nanoo'. Did you mean 'nf_resnet_nano'?"),
+        ("label_names", ["a", "b"], "config.json names 2 classes, the network has 3."),
+        ("pretrained_cfg", {}, "pretrained_cfg of the model's config.json lacks or misstates 'input_size'."),
+        ("pretrained_cfg", None, "pretrained_cfg of the model's config.json lacks or misstates "),
+        ("num_classes", 4, "does not fit nf_resnet_nano with 4 classes: head.bias has shape (3,), expected (4,)"),
+        ("model_args", None, "config.json does not describe a network: "),
+        ("model_args", {"weights": "x"}, "config.json does not describe a network: "),
+        ("model_args", {"features_only": True}, "does not describe a network: 'features_only' in model_args."),
+        ("model_args", {"wdths": [1]}, "wdths"),
+        ("label_names", 3, "config.json does not describe a network: 'int' object is not iterable."),
+        ("architecture", ["x"], "config.json does not describe a network: "),
+    ],
+)  # fmt: skip
+def test_a_model_folder_that_contradicts_itself(model, photos, key, value, message, capsys):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: value}))
+    assert main(["predict", str(model), str(photos)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_folder_without_its_preprocessing(model, photos, capsys):
+    config = json.loads((model / "config.json").read_text())
+    del config["pretrained_cfg"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(["predict", str(model), str(photos)]) == 2
+    assert "lacks or misstates 'input_size'." in capsys.readouterr().err
+
+
+def test_the_first_words(capsys):
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == HELP
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"normfree {__version__}\n"
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"--{key.replace('_', '-')}" in out or f"--{key}" in out for key in keys())

@@ -50,7 +50,7 @@ def test_scores_by_hand():
     rows = []
     for i, label in enumerate(labels):
         order = [c for c in range(7) if c != label]
-        order.insert((0, 2, 5, 0)[i], label)  # ranks 1, 3, 6, 1
+        order.insert((0, 4, 5, 0)[i], label)  # ranks 1, 5, 6, 1
         rows.append([float(7 - order.index(c)) for c in range(7)])
     model = Fixed(rows).train()
     score = evaluate(model, source, preprocessing=PRE, batch_size=3, device="cpu")
@@ -119,3 +119,63 @@ def test_paths_and_devices_that_are_not_there(tmp_path):
     assert [p.name for p in find_images([tmp_path / "empty"])] == ["a.PNG"]
     with pytest.raises(ValueError, match="device 'gpu' cannot be used here: "):
         run_device("gpu")
+
+
+def test_entries_that_are_no_numbers_are_named():
+    with pytest.raises(ValueError, match=r"lacks or misstates invalid literal for int\(\)"):
+        Preprocessing.from_config({**PRE.to_config(), "input_size": [3, "large", "large"]})
+
+
+@pytest.mark.parametrize(("option", "value"), [("top", 0), ("batch_size", 0), ("batch_size", -3)])
+def test_a_senseless_call_fails_at_once(folder, tmp_path, option, value):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="expected 1 or more") as error:
+        predict(load_model(folder), [tmp_path / "a.png"], **{option: value})  # not even iterated over
+    assert str(error.value) == f"{option}={value}: expected 1 or more."
+    with pytest.raises(ValueError, match=r"'/no/where\.png' does not exist\."):
+        predict(load_model(folder), ["/no/where.png"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_predictions_do_not_depend_on_the_batch(folder, tmp_path, batch_size):
+    source = make_source(5)
+    for i in range(5):
+        source.image(i).save(tmp_path / f"{i}.png")
+    files = [tmp_path / f"{i}.png" for i in (3, 0, 4, 1, 2)]  # files keep the order they are given in
+    model = load_model(folder)
+    one = list(predict(model, files, batch_size=64, device="cpu"))
+    cut = list(predict(model, files, batch_size=batch_size, device="cpu"))
+    assert [a.path for a in cut] == list(map(str, files))
+    assert [a.classes for a in cut] == [a.classes for a in one]
+    for a, b in zip(cut, one, strict=True):
+        assert len(a.classes) == 5
+        assert a.probabilities == pytest.approx(b.probabilities, rel=1e-4)
+        assert sorted(a.probabilities, reverse=True) == list(a.probabilities)
+
+
+def test_only_bad_files(folder, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (answer,) = predict(load_model(folder), [tmp_path / "a.png"])
+    assert (answer.classes, answer.probabilities) == ((), ())
+    assert answer.error == f"{tmp_path}/a.png: the file is empty"
+
+
+def test_the_mode_is_restored_even_after_an_error(folder):
+    for training in (True, False):
+        net = load_model(folder).net.train(training)
+        evaluate(net, make_source(3), preprocessing=PRE, device="cpu")
+        assert net.training is training
+        assert all(m.training is training for m in net.modules())
+        with torch.no_grad():
+            net.head.bias.fill_(float("nan"))
+        with pytest.raises(ValueError, match="logits are not finite"):
+            evaluate(net, make_source(3), preprocessing=PRE, device="cpu")
+        assert net.training is training
+
+
+def test_classes_without_images_have_no_score():
+    source = ArraySource(np.zeros((2, 4, 4, 3), np.uint8), [1, 1], classes=("a", "b"), names=["0", "1"])
+    score = evaluate(Fixed([[0.0, 1.0], [1.0, 0.0]]), source, preprocessing=PRE, device="cpu")
+    assert score.per_class() == {"b": 50.0}
+    assert score.confusion().tolist() == [[0, 0], [1, 1]]
+    assert score.top5 == 100.0  # of two classes

@@ -72,6 +72,10 @@ class Trainer:
         groups = parameter_groups(net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping)
         self.optimizer = SGD(groups, config.optim.lr, momentum=config.optim.momentum)
         self.ema = Ema(net, decay=config.optim.ema_decay)
+        self.transform = train_transform(
+            image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
+            randaugment=config.augment.randaugment,
+        )  # fmt: skip
         self.forward: nn.Module = torch.compile(net) if config.compile else net  # type: ignore[assignment]
 
     def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, ClipReport]:
@@ -172,12 +176,8 @@ def _steps(trainer: Trainer, split: Split, out: Path, voice: Voice, *, step: int
     """The steps that are left, with what is written, scored and saved between them."""
     config, total, samples = trainer.config, trainer.total_steps, len(split.train)
     batch_size, meter = config.input.batch_size, Meter()
-    transform = train_transform(
-        image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
-        randaugment=config.augment.randaugment,
-    )  # fmt: skip
     batches = train_batches(
-        split.train, transform, batch_size=batch_size, seed=config.seed, start_step=step, num_steps=total,
+        split.train, trainer.transform, batch_size=batch_size, seed=config.seed, start_step=step, num_steps=total,
         workers=config.input.workers, pin_memory=trainer.device.type == "cuda",
     )  # fmt: skip
 

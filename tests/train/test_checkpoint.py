@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, every damage noticed, the previous one used."""
 
+import json
 import os
 from pathlib import Path
 
@@ -105,3 +106,59 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_one(tmp_path, m
 
 def test_nothing_there(tmp_path):
     assert checkpoint.newest(tmp_path / "none") == (None, [])
+
+
+def test_no_flipped_bit_of_the_manifest_changes_what_is_read(tmp_path):
+    """Every byte in turn: it is noticed, or it was a blank and nothing depends on it."""
+    path = save(tmp_path, 2)
+    sound, noticed = (path / "MANIFEST.json").read_bytes(), 0
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << place % 8
+        (path / "MANIFEST.json").write_bytes(damaged)
+        got, passed_over = checkpoint.newest(tmp_path)
+        noticed += len(passed_over)
+        if got is None:
+            assert passed_over[0].startswith(f"{path}: ")
+        else:
+            assert sound[place : place + 1].isspace()
+            assert (got.step, got.state, got.tensors.keys()) == (2, {"step": 2}, {"model", "optim"})
+    assert noticed > 0.8 * len(sound)
+
+
+def test_no_flipped_bit_of_the_tensors_goes_unnoticed(tmp_path):
+    file = save(tmp_path, 2) / "model.safetensors"
+    sound = file.read_bytes()
+    for place in range(0, len(sound), 3):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors is missing or damaged\."):
+            checkpoint.read(file.parent)
+
+
+def test_damaged_later_ones_do_not_push_out_the_sound_one(tmp_path):
+    for step in (1, 5, 9):
+        save(tmp_path, step, keep=3)
+    for step in (5, 9):
+        (tmp_path / f"step-{step:08d}" / "state.json").unlink()
+    save(tmp_path, 3)  # the run went on from 1
+    assert checkpoint.newest(tmp_path)[0].step == 3
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", ""])
+def test_a_manifest_cannot_point_out_of_its_folder(tmp_path, name):
+    path = save(tmp_path, 2)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"][name] = manifest["files"]["optim.safetensors"]
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"does not list the files|is missing or damaged"):
+        checkpoint.read(path)
+
+
+def test_a_moved_checkpoint_is_not_taken_for_another_step(tmp_path):
+    save(tmp_path, 2).rename(tmp_path / "step-00000007")
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found is None
+    assert passed_over == [f"{tmp_path}/step-00000007: MANIFEST.json says step 2."]

@@ -10,7 +10,7 @@ from normfree.train.recipes import RECIPES
 
 KEYS = [
     *("data", "model", "weights", "length", "seed", "device", "precision", "compile"),
-    *("net.activation", "net.drop_rate", "net.stochdepth_rate", "net.alpha"),
+    *("net.activation", "net.drop_rate", "net.stochdepth_rate", "net.skip_gain", "net.alpha"),
     *("input.image_size", "input.eval_size", "input.eval_crop", "input.batch_size", "input.micro_batch"),
     *("input.workers", "input.val_fraction", "input.root", "input.download"),
     *("augment.crop_min", "augment.flip", "augment.randaugment", "augment.mixup", "augment.cutmix"),
@@ -99,3 +99,39 @@ def test_help_and_wrong_words_need_no_torch(words):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--optim.lr inf", "optim.lr='inf': expected a finite number."),
+        ("--augment.mixup nan", "augment.mixup='nan': expected a finite number."),
+        ("--net.drop_rate 1", "net.drop_rate='1': expected a number from 0 to below 1, or 'auto'."),
+        ("--net.stochdepth_rate -0.1", "net.stochdepth_rate='-0.1': expected a number from 0 to below 1, or 'auto'."),
+        ("--input.eval_size 0", "input.eval_size='0': expected 1 pixel or more, or 'auto'."),
+        ("--input.image_size=-4", "input.image_size='-4': expected 1 pixel or more, or 'auto'."),
+        ("--net.alpha x", "net.alpha='x': expected a number or 'auto'."),
+        ("--nett.alpha 1", "unknown key 'nett.alpha'. Did you mean 'net.alpha'?"),
+        ("--optm 1", "unknown key 'optm'. Did you mean 'optim.lr'?"),
+        ("-x", "unexpected '-x': expected --key value, for example --optim.lr 0.05."),
+    ],
+)  # fmt: skip
+def test_one_error(flag, problem):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), flag.split())
+    assert error.value.problems == (problem,)
+
+
+def test_a_rate_of_a_file_is_judged_like_a_flag(tmp_path):
+    (tmp_path / "c.toml").write_text("[net]\ndrop_rate = 1.5\n[optim]\nlr = inf\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.toml")
+    assert error.value.problems == (
+        f"{tmp_path}/c.toml: net.drop_rate=1.5: expected a number from 0 to below 1, or 'auto'.",
+        f"{tmp_path}/c.toml: optim.lr=inf: expected a finite number.",
+    )
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1
