@@ -58,6 +58,10 @@ def test_links_lead_somewhere(page):
     assert "../shared" not in text  # nothing outside the repository
 
 
+def test_the_readme_has_no_blank_left_to_fill():
+    assert not re.search(r"@[A-Z_]+@|TODO|TBD", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 def test_the_table_of_networks_is_up_to_date():
     page = ROOT / "docs" / "models.md"
     made = runpy.run_path(str(ROOT / "docs" / "make_models.py"))["table"]()
