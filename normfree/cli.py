@@ -6,7 +6,7 @@ import csv
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -226,8 +226,7 @@ def _base(source: str, words: list[str]) -> tuple[Config, str]:
         own_data = any(word.partition("=")[0] == "--data" for word in words)
         source = "scratch" if own_data else "demo"
     if source not in RECIPES:
-        close = difflib.get_close_matches(source, RECIPES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = _did_you_mean(source, RECIPES)
         raise UsageError(f"{source!r} is no recipe, run folder or .toml file.{hint} Recipes: {', '.join(RECIPES)}. "
                          "For images of your own: --data FOLDER.")  # fmt: skip
     return with_overrides(RECIPES[source](), words), source
@@ -347,6 +346,12 @@ def _write(answer: Prediction, kind: str, file: IO[str], writer: Any) -> None:
 # --- words to verbs ----------------------------------------------------------------------------------
 
 
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    # like `nearest` of models/layers.py, which would import torch
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def _take_option(words: list[str], option: str) -> tuple[str, list[str]]:
     """The value of `option` (or "") and the other words."""
     rest, value, i = [], "", 0
@@ -416,8 +421,7 @@ def _dispatch(words: list[str]) -> int:
     if verb == "train":
         return _train_help() if {"--help", "-h"} & set(rest) else train(rest)
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, [*VERBS, "train"], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = _did_you_mean(verb, [*VERBS, "train"])
         raise UsageError(f"unknown verb {verb!r}.{hint} Verbs: list, show, train, eval, predict.")
     function, arguments = VERBS[verb]
     return _call(function, arguments, rest, verb)

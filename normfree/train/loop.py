@@ -165,15 +165,18 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         voice.keep(out / "log.txt")
         step, best = _resume(trainer, out, voice)
         run.begin(out, config, split, trainer.net, trainer.total_steps, voice)
-        _steps(trainer, split, out, voice, step=step, best=best)
-        last, average = score(trainer, split)
+        last, average = _steps(trainer, split, out, voice, step=step, best=best) or score(trainer, split)
         result = run.TrainResult(out, trainer.total_steps, last, average, time.monotonic() - start)
         run.finish(config, split, trainer.ema.module, result, voice)
         return result
 
 
-def _steps(trainer: Trainer, split: Split, out: Path, voice: Voice, *, step: int, best: float) -> None:
-    """The steps that are left, with what is written, scored and saved between them."""
+def _steps(
+    trainer: Trainer, split: Split, out: Path, voice: Voice, *, step: int, best: float
+) -> tuple[Evaluation, Evaluation] | None:
+    """The steps that are left, with what is written, scored and saved between them. Returns the scores after the
+    last step, or None when no step was left."""
+    scores: tuple[Evaluation, Evaluation] | None = None
     config, total, samples = trainer.config, trainer.total_steps, len(split.train)
     batch_size, meter = config.input.batch_size, Meter()
     batches = train_batches(
@@ -202,7 +205,7 @@ def _steps(trainer: Trainer, split: Split, out: Path, voice: Voice, *, step: int
                 line.update(step, **values)
             improved = False
             if due(config.log.evaluate_every):
-                weights, average = score(trainer, split)
+                weights, average = scores = score(trainer, split)
                 log.write(**place, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
                           ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss)  # fmt: skip
                 voice.say(f"epoch {place['epoch']:5.1f}  top-1 {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
@@ -216,6 +219,7 @@ def _steps(trainer: Trainer, split: Split, out: Path, voice: Voice, *, step: int
                     checkpoint.point(out / "checkpoints", "best", saved.name)
             if stop and step < total:
                 raise Stopped(step, stop[0])
+    return scores
 
 
 def score(trainer: Trainer, split: Split) -> tuple[Evaluation, Evaluation]:

@@ -48,6 +48,9 @@ class Meter:
     """Means over the steps since it was last read. Keeps tensors where they are, so that a GPU is not waited for."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         self._losses: list[Tensor] = []
         self._corrects: list[Tensor] = []
         self._images, self._since = 0, time.monotonic()
@@ -66,7 +69,7 @@ class Meter:
             "train_top1": 100.0 * float(torch.stack(self._corrects).sum()) / self._images,
             "images_per_s": round(self._images / seconds, 1),
         }
-        self.__init__()  # type: ignore[misc]
+        self._start()
         return values
 
 
