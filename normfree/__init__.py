@@ -12,28 +12,32 @@ from typing import TYPE_CHECKING, Any
 from normfree._version import __version__
 
 if TYPE_CHECKING:
-    from normfree.inference import evaluate, load_model, predict
+    from normfree.inference import evaluate, predict
     from normfree.models.layers import WSConv2d, gain_of, scaled_activation
-    from normfree.models.variants import VARIANTS
+    from normfree.models.rows import VARIANTS
     from normfree.models.zoo import create_model, list_models
     from normfree.optim.agc import adaptive_clip_grad_
     from normfree.optim.ema import Ema
     from normfree.optim.groups import parameter_groups
     from normfree.optim.sgd import SGD
+    from normfree.pretrained import from_pretrained, push_to_hub, save_pretrained
 
 _OWNERS = {
-    "VARIANTS": "models.variants",
+    "VARIANTS": "models.rows",
     "WSConv2d": "models.layers",
     "gain_of": "models.layers",
     "scaled_activation": "models.layers",
+    "load_weights": "models.weights",
     "create_model": "models.zoo",
     "list_models": "models.zoo",
     "adaptive_clip_grad_": "optim.agc",
     "Ema": "optim.ema",
     "parameter_groups": "optim.groups",
     "SGD": "optim.sgd",
+    "from_pretrained": "pretrained",
+    "push_to_hub": "pretrained",
+    "save_pretrained": "pretrained",
     "evaluate": "inference",
-    "load_model": "inference",
     "predict": "inference",
 }
 
@@ -46,11 +50,14 @@ __all__ = [
     "adaptive_clip_grad_",
     "create_model",
     "evaluate",
+    "from_pretrained",
     "gain_of",
     "list_models",
-    "load_model",
+    "load_weights",
     "parameter_groups",
     "predict",
+    "push_to_hub",
+    "save_pretrained",
     "scaled_activation",
 ]
 

@@ -9,63 +9,20 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
+from normfree.data.augment import normalize
 from normfree.data.images import SUFFIXES, load_image
 from normfree.data.loader import eval_batches
 from normfree.data.protocol import Source
-from normfree.models.net import Net
-from normfree.models.weights import read_model_config
-from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture becomes the network's input: RGB -> 3 S S, normalized. `crop` as in `eval_transform`."""
-
-    image_size: int
-    crop: str = "resize_crop_32"
-    interpolation: str = "bicubic"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def to_config(self) -> dict[str, Any]:
-        """The entries of `pretrained_cfg` in a model folder's config.json."""
-        return {
-            "input_size": [3, self.image_size, self.image_size],
-            "crop_mode": self.crop,
-            "interpolation": self.interpolation,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_config`.
-
-        Raises:
-            ValueError: an entry is missing.
-        """
-        try:
-            return cls(
-                image_size=int(config["input_size"][-1]),
-                crop=config["crop_mode"],
-                interpolation=config["interpolation"],
-                mean=tuple(config["mean"]),
-                std=tuple(config["std"]),
-            )
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"pretrained_cfg of the model's config.json lacks or misstates {error}."
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -135,11 +92,7 @@ def evaluate(
         ValueError: logits are not finite or not one per class; such a network has no score.
     """
     place = run_device(device) if isinstance(device, str) else device
-    transform = eval_transform(
-        image_size=preprocessing.image_size,
-        crop=preprocessing.crop,
-        interpolation=preprocessing.interpolation,
-    )
+    transform = preprocessing.transform()
     was_training = model.training
     model.eval().to(place)
     loss, top5, answers, truths = 0.0, 0, [], []
@@ -165,39 +118,7 @@ def evaluate(
                       labels_, predictions)  # fmt: skip
 
 
-# --- from a folder -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A network read from a model folder, with what it needs to look at pictures."""
-
-    net: Net
-    preprocessing: Preprocessing
-    classes: tuple[str, ...]
-
-
-def load_model(folder: str | Path) -> TrainedModel:
-    """The network of a model folder, or of a run folder that holds one, in evaluation mode.
-
-    Raises:
-        ValueError: the folder is not one, or its parts contradict each other.
-    """
-    config = read_model_config(Path(folder))
-    try:
-        net = create_model(
-            config["architecture"], num_classes=config["num_classes"], weights=folder, **config["model_args"]
-        )
-        if not isinstance(net, Net):
-            raise TypeError("'features_only' in model_args")
-        classes = tuple(config.get("label_names") or map(str, range(net.num_classes)))
-    except TypeError as error:  # whoever wrote the file: it is data, and may hold anything
-        raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
-    if len(classes) != net.num_classes:
-        raise ValueError(
-            f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}."
-        )
-    return TrainedModel(net.eval(), Preprocessing.from_config(config.get("pretrained_cfg", {})), classes)
+# --- predict files ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -257,7 +178,7 @@ def _answers(
     model: TrainedModel, files: list[Path], top: int, batch_size: int, place: torch.device
 ) -> Iterator[Prediction]:
     pre = model.preprocessing
-    transform = eval_transform(image_size=pre.image_size, crop=pre.crop, interpolation=pre.interpolation)
+    transform = pre.transform()
     net = model.net.eval().to(place)
     for start in range(0, len(files), batch_size):
         part = files[start : start + batch_size]

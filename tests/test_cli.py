@@ -15,9 +15,8 @@ from PIL import Image
 from normfree import cli
 from normfree._version import __version__
 from normfree.cli import HELP, main
-from normfree.inference import Preprocessing
-from normfree.models.weights import save_model_folder
 from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
 from normfree.train import loop
 from normfree.train.config import keys
 
@@ -126,7 +125,10 @@ def test_list_and_show(trained, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict."),
+        (
+            "trian",
+            "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, serve.",
+        ),
         ("train dmo", "'dmo' is no recipe, run folder or .toml file. Did you mean 'demo'? Recipes: "),
         (
             "train --model nfnet-f0",
@@ -156,7 +158,7 @@ def test_list_and_show(trained, capsys):
         ("train --data synthetic --model nf_resnet_nano --device gpu", "device 'gpu' cannot be used here: "),
         (
             "train --data synthetic --model nf_resnet_nano --weights nowhere",
-            "'nowhere' is no model folder: it needs config.json and model.safetensors",
+            "'nowhere' does not exist. Give a file or folder of weights.",
         ),
         ("eval nowhere emoji", "'nowhere' is no model folder: it needs config.json and model.safetensors"),
         ("train missing.toml", "missing.toml cannot be read as TOML: "),
@@ -221,8 +223,8 @@ def test_a_diverged_run_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
 def model(tmp_path):
     """A model folder with class names that a table, a CSV file and a terminal could trip over."""
     net = create_model("nf_resnet_nano", num_classes=3).eval()
-    pre = Preprocessing(image_size=16, crop="squash").to_config()
-    save_model_folder(tmp_path / "model", net, classes=("[/red]", 'a,"b"', "snö"), preprocessing=pre)
+    pre = Preprocessing(image_size=16, crop="squash")
+    save_pretrained(TrainedModel(net, pre, ("[/red]", 'a,"b"', "snö")), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -300,31 +302,35 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("architecture", "nf_resnet_nanoo", "unknown model 'nf_resnet_nanoo'. Did you mean 'nf_resnet_nano'?"),
+        ("row", "nf_resnet_nanoo", "unknown model 'nf_resnet_nanoo'. Did you mean 'nf_resnet_nano'?"),
         ("label_names", ["a", "b"], "config.json names 2 classes, the network has 3."),
-        ("pretrained_cfg", {}, "pretrained_cfg of the model's config.json lacks or misstates 'input_size'."),
-        ("pretrained_cfg", None, "pretrained_cfg of the model's config.json lacks or misstates "),
-        ("num_classes", 4, "does not fit nf_resnet_nano with 4 classes: head.bias has shape (3,), expected (4,)"),
+        ("preprocessing", {}, "config.json does not describe a network: "),
+        ("preprocessing", None, "config.json does not describe a network: "),
+        ("num_classes", 4, "config.json names 3 classes, the network has 4."),
         ("model_args", None, "config.json does not describe a network: "),
-        ("model_args", {"weights": "x"}, "config.json does not describe a network: "),
+        ("model_args", {"weights": "x"}, "'x' does not exist. Give a file or folder of weights."),
         ("model_args", {"features_only": True}, "does not describe a network: 'features_only' in model_args."),
         ("model_args", {"wdths": [1]}, "wdths"),
         ("label_names", 3, "config.json does not describe a network: 'int' object is not iterable."),
-        ("architecture", ["x"], "config.json does not describe a network: "),
+        ("row", ["x"], "config.json does not describe a network: "),
+        ("normfree", 3, "config.json does not describe a network: "),
     ],
 )  # fmt: skip
 def test_a_model_folder_that_contradicts_itself(model, photos, key, value, message, capsys):
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, key: value}))
+    inside = config["normfree"] if key in config["normfree"] else config
+    inside[key] = value
+    (model / "config.json").write_text(json.dumps(config))
     assert main(["predict", str(model), str(photos)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_model_folder_without_its_preprocessing(model, photos, capsys):
+def test_a_foreign_model_folder_without_its_preprocessing(model, photos, capsys):
     config = json.loads((model / "config.json").read_text())
-    del config["pretrained_cfg"]
+    del config["normfree"]
+    config |= {"architecture": "test_nfnet", "pretrained_cfg": {}}
     (model / "config.json").write_text(json.dumps(config))
     assert main(["predict", str(model), str(photos)]) == 2
     assert "lacks or misstates 'input_size'." in capsys.readouterr().err

@@ -14,16 +14,21 @@ FLOORS = {
     "models": 1,
     "optim": 1,
     "data": 1,
-    "surgery": 2,
+    "exported": 1,
     "diagnose": 2,
-    "inference": 2,
-    "train": 3,
-    "cli": 4,
+    "pretrained": 2,
+    "surgery": 3,
+    "inference": 3,
+    "serve": 4,
+    "train": 4,
+    "commands": 5,
+    "cli": 6,
 }
 GROUND = ("models", "optim", "data")
 FACE = {
-    "SGD", "VARIANTS", "Ema", "WSConv2d", "__version__", "adaptive_clip_grad_", "create_model", "evaluate", "gain_of",
-    "list_models", "load_model", "parameter_groups", "predict", "scaled_activation",
+    "SGD", "VARIANTS", "Ema", "WSConv2d", "__version__", "adaptive_clip_grad_", "create_model", "evaluate",
+    "from_pretrained", "gain_of", "list_models", "load_weights", "parameter_groups", "predict", "push_to_hub",
+    "save_pretrained", "scaled_activation",
 }  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from PIL import Image
 from normfree.data.augment import eval_transform, normalize
 from normfree.data.images import load_image
 from normfree.data.protocol import ArraySource
-from normfree.inference import Preprocessing, evaluate, find_images, load_model, predict, run_device
-from normfree.models.weights import save_model_folder
+from normfree.inference import evaluate, find_images, predict, run_device
 from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel, from_pretrained, save_pretrained
 
 CLASSES = tuple("abcdefg")
 PRE = Preprocessing(image_size=16, crop="squash")
@@ -28,7 +28,7 @@ def folder(tmp_path):
     net = create_model("nf_resnet_nano", num_classes=7).eval()
     with torch.no_grad():
         net.head.weight.normal_()
-    save_model_folder(tmp_path / "m", net, classes=CLASSES, preprocessing=PRE.to_config())
+    save_pretrained(TrainedModel(net, PRE, CLASSES), tmp_path / "m")
     return tmp_path / "m"
 
 
@@ -66,7 +66,7 @@ def test_scores_by_hand():
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_the_score_does_not_depend_on_the_batch(folder, batch_size):
-    model = load_model(folder)
+    model = from_pretrained(folder)
     whole = evaluate(model.net, make_source(), preprocessing=PRE, batch_size=11, device="cpu")
     cut = evaluate(model.net, make_source(), preprocessing=PRE, batch_size=batch_size, device="cpu")
     assert (cut.top1, cut.top5) == (whole.top1, whole.top5)
@@ -81,7 +81,7 @@ def test_no_score_without_finite_logits():
 
 
 def test_predictions_by_hand_and_bad_files_apart(folder, tmp_path):
-    model = load_model(folder)
+    model = from_pretrained(folder)
     source = make_source(3)
     (tmp_path / "in").mkdir()
     for i in range(3):
@@ -101,7 +101,9 @@ def test_predictions_by_hand_and_bad_files_apart(folder, tmp_path):
 
 
 def test_preprocessing_travels():
-    pre = Preprocessing(image_size=48, crop="crop_resize", interpolation="bilinear", mean=(0.1, 0.2, 0.3))
+    pre = Preprocessing(
+        image_size=48, crop="center", crop_pct=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3)
+    )
     assert Preprocessing.from_config(pre.to_config()) == pre
     with pytest.raises(
         ValueError, match=r"pretrained_cfg of the model's config\.json lacks or misstates 'mean'"
@@ -130,10 +132,10 @@ def test_entries_that_are_no_numbers_are_named():
 def test_a_senseless_call_fails_at_once(folder, tmp_path, option, value):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="expected 1 or more") as error:
-        predict(load_model(folder), [tmp_path / "a.png"], **{option: value})  # not even iterated over
+        predict(from_pretrained(folder), [tmp_path / "a.png"], **{option: value})  # not even iterated over
     assert str(error.value) == f"{option}={value}: expected 1 or more."
     with pytest.raises(ValueError, match=r"'/no/where\.png' does not exist\."):
-        predict(load_model(folder), ["/no/where.png"])
+        predict(from_pretrained(folder), ["/no/where.png"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -142,7 +144,7 @@ def test_predictions_do_not_depend_on_the_batch(folder, tmp_path, batch_size):
     for i in range(5):
         source.image(i).save(tmp_path / f"{i}.png")
     files = [tmp_path / f"{i}.png" for i in (3, 0, 4, 1, 2)]  # files keep the order they are given in
-    model = load_model(folder)
+    model = from_pretrained(folder)
     one = list(predict(model, files, batch_size=64, device="cpu"))
     cut = list(predict(model, files, batch_size=batch_size, device="cpu"))
     assert [a.path for a in cut] == list(map(str, files))
@@ -155,14 +157,14 @@ def test_predictions_do_not_depend_on_the_batch(folder, tmp_path, batch_size):
 
 def test_only_bad_files(folder, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    (answer,) = predict(load_model(folder), [tmp_path / "a.png"])
+    (answer,) = predict(from_pretrained(folder), [tmp_path / "a.png"])
     assert (answer.classes, answer.probabilities) == ((), ())
     assert answer.error == f"{tmp_path}/a.png: the file is empty"
 
 
 def test_the_mode_is_restored_even_after_an_error(folder):
     for training in (True, False):
-        net = load_model(folder).net.train(training)
+        net = from_pretrained(folder).net.train(training)
         evaluate(net, make_source(3), preprocessing=PRE, device="cpu")
         assert net.training is training
         assert all(m.training is training for m in net.modules())

@@ -26,7 +26,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_PADDING = 32  # pixels around the crop at evaluation; reference code, dataset.py, "resize_crop_32"
 GREY = (128, 128, 128)  # what RandAugment uncovers at the edge; reference code, autoaugment.py
-EVAL_CROPS = ("resize_crop_32", "crop_resize", "squash")
+EVAL_CROPS = ("resize_crop_32", "crop_resize", "squash", "center")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
@@ -77,9 +77,10 @@ def train_transform(
 class EvalTransform:
     """RGB picture -> uint8 tensor, 3 S S, without randomness; made by `eval_transform`."""
 
-    def __init__(self, *, image_size: int, crop: str, interpolation: str) -> None:
+    def __init__(self, *, image_size: int, crop: str, crop_pct: float, interpolation: str) -> None:
         self.image_size = image_size
         self.crop = crop
+        self.crop_pct = crop_pct
         self.interpolation = interpolation
 
     def __call__(self, image: Image) -> Tensor:
@@ -87,33 +88,47 @@ class EvalTransform:
         from PIL.Image import Resampling
 
         s, filter_ = self.image_size, Resampling[self.interpolation.upper()]
-        if self.crop == "squash":
-            image = image.resize((s, s), filter_)
-        elif self.crop == "resize_crop_32":
-            padded, offset = s + CROP_PADDING, CROP_PADDING // 2
-            image = image.resize((padded, padded), filter_).crop((offset, offset, offset + s, offset + s))
-        else:
+        if self.crop == "crop_resize":
             side = max(1, int(s / (s + CROP_PADDING) * min(image.size)))
             left, top = ((length - side + 1) // 2 for length in image.size)
             image = image.resize((s, s), filter_, box=(left, top, left + side, top + side))
+        else:
+            side = s + CROP_PADDING if self.crop == "resize_crop_32" else int(s / self.crop_pct)
+            width, height = side, side
+            if (
+                self.crop == "center"
+            ):  # the shorter side becomes `side`, the other follows, cut to whole pixels
+                shorter = min(image.size)
+                width, height = (side if n == shorter else int(side * n / shorter) for n in image.size)
+            # round() goes to even at a half, as torchvision's centre crop does
+            left, top = round((width - s) / 2), round((height - s) / 2)
+            image = image.resize((width, height), filter_).crop((left, top, left + s, top + s))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def eval_transform(
-    *, image_size: int, crop: str = "resize_crop_32", interpolation: str = "bicubic"
+    *,
+    image_size: int,
+    crop: str = "resize_crop_32",
+    crop_pct: float = 1.0,
+    interpolation: str = "bicubic",
 ) -> Callable[[Image], Tensor]:
     """RGB picture -> uint8 tensor, 3 S S, the same each time.
 
     `crop` says which part is seen: "resize_crop_32" resizes straight to (S + 32) squared, aspect not kept,
     and takes the centre (reference code; [B] found it marginally better); "crop_resize" takes the centre
     square of side S / (S + 32) of the shorter side, aspect kept (reference code for NF-RegNet and ResNet);
-    "squash" resizes all of it to S squared, for small pictures, of which a margin of 32 pixels would cut away
-    half. Needs Pillow only, so prediction works without torchvision. Raises `ValueError` for unknown words.
+    "squash" resizes all of it to floor(S / `crop_pct`) squared and takes the centre; with 1 nothing is cut, for
+    small pictures, of which a margin of 32 pixels would take half; "center" resizes the shorter side to floor(S /
+    `crop_pct`), aspect kept, and takes the centre. These two are timm's. Needs Pillow only, so prediction works
+    without torchvision. Raises `ValueError` for unknown words and a `crop_pct` outside (0, 1].
     """
     _check_size(image_size)
     _check_word("crop", crop, EVAL_CROPS)
     _check_word("interpolation", interpolation, INTERPOLATIONS)
-    return EvalTransform(image_size=image_size, crop=crop, interpolation=interpolation)
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct}. Allowed: above 0, up to 1 (no margin). Fix: crop_pct=0.875")
+    return EvalTransform(image_size=image_size, crop=crop, crop_pct=crop_pct, interpolation=interpolation)
 
 
 def normalize(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from normfree.models.variants import STEMS, Variant
+from normfree.models.variants import STEMS, Variant, eca_kernel_size
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def count(
     batch_norm = variant.norm == "batch"
     stem = STEMS[variant.stem]
     convs: list[_Conv] = []
-    channels, norms, linears, others = in_channels, 0, 0, 0
+    channels, norms, linears, others, eca_macs = in_channels, 0, 0, 0, 0
     for i, (kernel_size, width, stride) in enumerate(stem.convs):
         out, side = variant.stem_width(width), _shrink(side, stride)
         norms += channels if i else 0
@@ -78,12 +78,15 @@ def count(
             side = _shrink(side, stride)
             branch, _ = variant.branch_width(in_channels=channels, out_channels=width, first=first)
             norms += channels + branch * (3 if variant.second_conv else 2)
-            if variant.se != "none":
-                gated = branch if variant.se == "middle" else width
-                hidden = max(1, int(gated * variant.se_ratio))
+            gated = branch if variant.attention_at == "middle" else width
+            if variant.attention == "se":
+                hidden = variant.se_width(gated)
                 linears += 2 * gated * hidden
                 others += gated + hidden  # biases: parameters without multiplications
-            others += 0 if batch_norm else 1  # skip gain
+            elif variant.attention == "eca":
+                others += eca_kernel_size(gated)
+                eca_macs += gated * eca_kernel_size(gated)
+            others += 0 if batch_norm or variant.skipinit == "channel" else 1  # skip gain
             channels = width
     if variant.head_ratio[0]:
         convs.append(_Conv(channels, variant.head_width, 1, 1, side))
@@ -93,4 +96,4 @@ def count(
         2 * norms if batch_norm else 2 * sum(c.outputs for c in convs)
     )  # scale and shift, gain and bias
     parameters = sum(c.weights for c in convs) + per_channel + linears + others + num_classes
-    return Cost(parameters, sum(c.weights * c.side**2 for c in convs) + linears)
+    return Cost(parameters, sum(c.weights * c.side**2 for c in convs) + linears + eca_macs)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
 
-#: Floor under variance * fan-in of a standardized filter (reference code, `WSConv2D`).
-WS_EPS = 1e-4
+#: How a standardized filter is kept from dividing by zero, and the constant. "floor": under variance * fan-in
+#: (reference code, `WSConv2D`); "add": to the variance (timm, `std_conv_eps`).
+WS_EPS = {"floor": 1e-4, "add": 1e-5}
 
 # --- activations and their gains ---------------------------------------------------------------------
 
@@ -42,6 +43,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "celu": F.celu,
     "elu": F.elu,
     "gelu": _gelu_tanh,
+    "gelu_erf": F.gelu,  # the exact form, which timm uses
     "glu": _glu,
     "leaky_relu": F.leaky_relu,
     "log_sigmoid": F.logsigmoid,
@@ -64,6 +66,7 @@ GAINS: dict[str, float] = {
     "celu": 1.270926833152771,
     "elu": 1.2716004848480225,
     "gelu": 1.7015043497085571,
+    "gelu_erf": 1.7015043497085571,  # timm keeps the tanh form's
     "glu": 1.8484294414520264,
     "leaky_relu": 1.70590341091156,
     "log_sigmoid": 1.9193484783172607,
@@ -158,21 +161,25 @@ def scaled_activation(name: str | Activation) -> ScaledActivation:
 # --- scaled weight standardization -------------------------------------------------------------------
 
 
-def standardize(weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: float = WS_EPS) -> Tensor:
+def standardize(weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: str = "floor") -> Tensor:
     """The standardized kernel: per output channel, zero mean and variance (gain·scale)² / fan-in.
 
-    ŵ = (w - μ) · gain · scale / sqrt(max(v·N, eps)), with N the fan-in (I·H·W), μ the mean and v the biased
-    variance of a filter. `eps` is a floor on v·N, not an addend: below it no gradient flows through v; at
-    equality half of it does (reference code, `WSConv2D`). `weight`: O I H W; `gain`: O; result: as `weight`.
-    Computed in float32 at least, returned in the weight's type.
+    ŵ = (w - μ) · gain · scale / sqrt(max(v·N, 1e-4)), with N the fan-in (I·H·W), μ the mean and v the biased
+    variance of a filter. The constant is a floor on v·N, not an addend: below it no gradient flows through v;
+    at equality half of it does (reference code, `WSConv2D`). `eps="add"` divides by sqrt((v + 1e-5)·N) instead,
+    as timm does. `weight`: O I H W; `gain`: O; result: as `weight`. Computed in float32 at least, returned in the
+    weight's type.
     """
     rows = weight.flatten(1)
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()
     centered = rows - rows.mean(dim=1, keepdim=True)
     power = centered.square().sum(dim=1)  # v·N
-    inverse = torch.rsqrt(torch.maximum(power, power.new_full((), eps)))
-    row_scale = (gain.to(rows.dtype) * inverse * scale).unsqueeze(1)
+    if eps == "floor":
+        power = torch.maximum(power, power.new_full((), WS_EPS["floor"]))
+    else:
+        power = power + WS_EPS["add"] * rows.shape[1]
+    row_scale = (gain.to(rows.dtype) * torch.rsqrt(power) * scale).unsqueeze(1)
     return (centered * row_scale).view_as(weight).to(weight.dtype)
 
 
@@ -182,11 +189,18 @@ def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def pad_same(
-    x: Tensor, kernel_size: int, stride: int, *, value: float = 0.0
+def pad_input(
+    x: Tensor, kernel_size: int, stride: int, *, padding: str = "same", value: float = 0.0
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Pads B C H W for SAME. Returns the tensor and the symmetric padding that the next op should add itself,
-    so that nothing is copied where both sides are equal and the fill is what the op would use."""
+    """Pads B C H W. Returns the tensor and the symmetric padding that the next op should add itself, so that
+    nothing is copied where both sides are equal and the fill is what the op would use.
+
+    "same" is XLA's rule; "symmetric" is (k - 1) // 2 on every side, torch's and timm's custom. Both give
+    ceil(size / stride) outputs for odd kernels; at stride 2 they look at different places of even sizes.
+    """
+    if padding == "symmetric":
+        side = (kernel_size - 1) // 2
+        return x, (side, side)
     top, bottom = same_padding(x.shape[-2], kernel_size, stride)
     left, right = same_padding(x.shape[-1], kernel_size, stride)
     if top == bottom and left == right:
@@ -195,9 +209,9 @@ def pad_same(
 
 
 class WSConv2d(nn.Module):
-    """Convolution with scaled weight standardization and SAME padding ([A] section 4; reference `WSConv2D`).
+    """Convolution with scaled weight standardization ([A] section 4; reference `WSConv2D`).
 
-    y = conv(x, standardize(weight, gain, scale=input_scale), stride, groups) + bias
+    y = conv(x, standardize(weight, gain, scale=input_scale, eps=eps), stride, groups) + bias
 
     `input_scale` is a constant that the input would otherwise be multiplied by: γ of the activation before
     it and β of the block. It rides in the kernel, so that no activation is touched. Input B C H W, output
@@ -217,7 +231,8 @@ class WSConv2d(nn.Module):
         groups: int = 1,
         bias: bool = True,
         input_scale: float = 1.0,
-        eps: float = WS_EPS,
+        padding: str = "same",
+        eps: str = "floor",
     ) -> None:
         super().__init__()
         if in_channels % groups or out_channels % groups:
@@ -232,7 +247,7 @@ class WSConv2d(nn.Module):
                 "is 1, standardized weights would all be zero. Use a larger kernel_size or fewer groups."
             )
         self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
-        self.input_scale, self.eps = input_scale, eps
+        self.input_scale, self.padding, self.eps = input_scale, padding, eps
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
@@ -243,30 +258,41 @@ class WSConv2d(nn.Module):
         return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = pad_same(x, self.kernel_size, self.stride)
+        x, padding = pad_input(x, self.kernel_size, self.stride, padding=self.padding)
         return F.conv2d(x, self.standardized_weight(), self.bias, self.stride, padding, 1, self.groups)
 
     def extra_repr(self) -> str:
         o, i = self.weight.shape[:2]
         return (
             f"{i * self.groups}, {o}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"groups={self.groups}, input_scale={self.input_scale:.6g}, bias={self.bias is not None}"
+            f"groups={self.groups}, input_scale={self.input_scale:.6g}, padding={self.padding!r}, "
+            f"eps={self.eps!r}, bias={self.bias is not None}"
         )
 
 
 class Conv2d(nn.Conv2d):
-    """Plain convolution with the same SAME padding, for the batch-norm twins. No bias: the norm has one."""
+    """Plain convolution with the same two paddings, for batch-norm twins (no bias: the norm has one) and folded
+    networks. `pad_mode` is "same" or "symmetric"; see `pad_input`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding: str = "same",
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=False)
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=bias)
+        self.pad_mode = padding
         # He et al. 2015: variance 2 / fan-in, as in the papers' batch-norm signal propagation plots.
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x, padding = pad_same(x, self.kernel_size[0], self.stride[0])
-        return F.conv2d(x, self.weight, None, self.stride, padding, 1, self.groups)
+        x, padding = pad_input(x, self.kernel_size[0], self.stride[0], padding=self.pad_mode)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, 1, self.groups)
 
 
 def avg_pool_same(x: Tensor) -> Tensor:
@@ -274,10 +300,10 @@ def avg_pool_same(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2, stride=2, ceil_mode=True, count_include_pad=False)
 
 
-def max_pool_same(x: Tensor) -> Tensor:
-    """3x3 max pool, stride 2, SAME (the NF-ResNet stem)."""
-    x, padding = pad_same(x, 3, 2, value=-math.inf)
-    return F.max_pool2d(x, 3, stride=2, padding=padding)
+def max_pool(x: Tensor, *, padding: str = "same") -> Tensor:
+    """3x3 max pool, stride 2 (the NF-ResNet stem)."""
+    x, sides = pad_input(x, 3, 2, padding=padding, value=-math.inf)
+    return F.max_pool2d(x, 3, stride=2, padding=sides)
 
 
 # --- gates -------------------------------------------------------------------------------------------
@@ -287,13 +313,12 @@ class SqueezeExcite(nn.Module):
     """sigmoid(fc1(relu(fc0(mean over H, W)))): B C H W -> a gate B C 1 1.
 
     Plain ReLU without γ: the reference's default, never overridden, though [B] appendix C writes GELU.
-    Hidden width max(1, int(C * ratio)). Initial weights: normal cut at two sigma, sigma = fan-in ** -0.5,
-    not corrected for the cut (Haiku's default), biases 0.
+    Initial weights: normal cut at two sigma, sigma = fan-in ** -0.5, not corrected for the cut (Haiku's
+    default), biases 0.
     """
 
-    def __init__(self, channels: int, *, ratio: float) -> None:
+    def __init__(self, channels: int, *, hidden: int) -> None:
         super().__init__()
-        hidden = max(1, int(channels * ratio))
         self.fc0 = nn.Linear(channels, hidden)
         self.fc1 = nn.Linear(hidden, channels)
         for fc in (self.fc0, self.fc1):
@@ -306,21 +331,38 @@ class SqueezeExcite(nn.Module):
         return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]
 
 
+class EfficientChannelAttention(nn.Module):
+    """sigmoid(conv1d over the channels of the mean over H, W): B C H W -> a gate B C 1 1 (arXiv 1910.03151).
+
+    `kernel_size` neighbouring channels decide about one; one filter for all, no bias.
+    """
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean(dim=(2, 3)).unsqueeze(1)
+        return torch.sigmoid(self.conv(pooled)).transpose(1, 2).unsqueeze(3)
+
+
 class StochasticDepth(nn.Module):
     """A mask B 1 1 1 of zeros (with probability `rate`) and ones while training; None otherwise.
 
-    Not divided by the keep probability, unlike EfficientNet's (reference, `StochDepth`).
+    The ones are not divided by the keep probability, unlike EfficientNet's (reference, `StochDepth`), unless
+    `rescale` is set (timm, `DropPath`).
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, *, rescale: bool = False) -> None:
         super().__init__()
-        self.rate = rate
+        self.rate, self.rescale = rate, rescale
 
     def forward(self, x: Tensor) -> Tensor | None:
         if not self.training or self.rate <= 0.0:
             return None
         keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device, dtype=torch.float32) >= self.rate
-        return keep.to(x.dtype)
+        mask = keep.to(x.dtype)
+        return mask / (1.0 - self.rate) if self.rescale else mask
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:.4g}"
+        return f"rate={self.rate:.4g}, rescale={self.rescale}"

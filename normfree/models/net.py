@@ -20,14 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from normfree.models.layers import (
     GAINS,
     Conv2d,
+    EfficientChannelAttention,
     SqueezeExcite,
     StochasticDepth,
     WSConv2d,
     activation,
     avg_pool_same,
-    max_pool_same,
+    max_pool,
 )
-from normfree.models.variants import STEMS, Variant
+from normfree.models.variants import STEMS, Variant, eca_kernel_size
 
 
 def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
@@ -50,16 +51,32 @@ class _Parts:
     """Makes convolutions and norms of one row: standardized and none, or plain and batch norm."""
 
     def __init__(self, variant: Variant) -> None:
+        self.variant = variant
         self.batch_norm = variant.norm == "batch"
         self.gamma = 1.0 if self.batch_norm else GAINS[variant.activation]
+        at_activation = variant.gamma_at == "activation"
+        #: What convolutions of a raw input carry, and what the pooled features are multiplied by.
+        self.raw_scale, self.feature_scale = (1.0, self.gamma) if at_activation else (self.gamma, 1.0)
 
-    def conv(self, in_channels: int, out_channels: int, *, scale: float = 1.0, **kwargs: Any) -> nn.Module:
+    def conv(
+        self, in_channels: int, out_channels: int, *, scale: float | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """A convolution of an input that stands for `scale` times itself; None: of one that is no activation."""
+        kwargs["padding"] = self.variant.padding
         if self.batch_norm:
             return Conv2d(in_channels, out_channels, **kwargs)
-        return WSConv2d(in_channels, out_channels, input_scale=scale, **kwargs)
+        scale = self.raw_scale if scale is None else scale
+        return WSConv2d(in_channels, out_channels, input_scale=scale, eps=self.variant.ws_eps, **kwargs)
 
     def norm(self, channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels) if self.batch_norm else nn.Identity()
+
+    def attention(self, channels: int) -> nn.Module | None:
+        if self.variant.attention == "se":
+            return SqueezeExcite(channels, hidden=self.variant.se_width(channels))
+        return (
+            EfficientChannelAttention(eca_kernel_size(channels)) if self.variant.attention == "eca" else None
+        )
 
 
 class Stem(nn.Module):
@@ -69,13 +86,14 @@ class Stem(nn.Module):
         super().__init__()
         row = STEMS[variant.stem]
         self.act, self.max_pool, self.depth = activation(variant.activation), row.max_pool, len(row.convs)
+        self.padding = variant.padding
         channels, self.reduction = in_channels, 2 if row.max_pool else 1
         for i, (kernel_size, width, stride) in enumerate(row.convs):
             out = variant.stem_width(width)
             if i:
                 self.add_module(f"norm{i}", parts.norm(channels))
             conv = parts.conv(
-                channels, out, kernel_size=kernel_size, stride=stride, scale=parts.gamma if i else 1.0
+                channels, out, kernel_size=kernel_size, stride=stride, scale=parts.gamma if i else None
             )
             self.add_module(f"conv{i}", conv)
             channels, self.reduction = out, self.reduction * stride
@@ -85,7 +103,7 @@ class Stem(nn.Module):
         x = self.get_submodule("conv0")(x)
         for i in range(1, self.depth):
             x = self.get_submodule(f"conv{i}")(self.act(self.get_submodule(f"norm{i}")(x)))
-        return max_pool_same(x) if self.max_pool else x
+        return max_pool(x, padding=self.padding) if self.max_pool else x
 
 
 class Block(nn.Module):
@@ -112,11 +130,11 @@ class Block(nn.Module):
         grouped = {"kernel_size": 3, "groups": groups}
         gamma, normalizer_free = parts.gamma, not parts.batch_norm
         self.act = activation(variant.activation)
-        self.alpha = variant.alpha
+        self.alpha = 1.0 if parts.batch_norm else variant.alpha
         self.gate_scale = (
             2.0 if normalizer_free else 1.0
         )  # E[sigmoid] is 1/2 (reference; not in its BN ResNet)
-        self.se_in_middle = variant.se == "middle"
+        self.attention_in_middle = variant.attention_at == "middle"
         # transition: exactly the first block of each stage, in every row
         self.transition = stride > 1 or in_channels != out_channels
         self.pool = self.transition and stride > 1 and variant.shortcut == "avgpool"
@@ -139,30 +157,30 @@ class Block(nn.Module):
             self.conv1b = parts.conv(width, width, scale=gamma, **grouped)
         self.norm2 = parts.norm(width)
         self.conv2 = parts.conv(width, out_channels, kernel_size=1, scale=gamma)
-        se_channels = width if self.se_in_middle else out_channels
-        self.se = SqueezeExcite(se_channels, ratio=variant.se_ratio) if variant.se != "none" else None
-        self.stochdepth = StochasticDepth(stochdepth_rate)
-        # SkipInit: 0 starts the branch closed (reference: a learnable scalar in all three families)
-        self.skip_gain = nn.Parameter(torch.full((), variant.skip_gain)) if normalizer_free else None
+        self.attention = parts.attention(width if self.attention_in_middle else out_channels)
+        self.stochdepth = StochasticDepth(stochdepth_rate, rescale=variant.stochdepth == "rescaled")
+        self.skip_gain: nn.Parameter | None = None
+        if isinstance(self.conv2, WSConv2d):
+            if variant.skipinit == "scalar":  # 0 starts the branch closed (reference: in all three families)
+                self.skip_gain = nn.Parameter(torch.full((), variant.skip_gain))
+            else:
+                nn.init.constant_(self.conv2.gain, variant.skip_gain)
 
-    def branch_gate(self, branch: Tensor) -> Tensor | None:
-        """What the branch is multiplied by before it joins the shortcut: broadcastable to B C H W, or None."""
-        gate = self.alpha * self.skip_gain if self.skip_gain is not None else None
-        if self.se is not None and not self.se_in_middle:
-            se_gate = self.se(branch) * self.gate_scale
-            gate = se_gate if gate is None else se_gate * gate
+    def branch_gate(self, branch: Tensor) -> Tensor | float:
+        """What the branch is multiplied by before it joins the shortcut: a number, or broadcastable to B C H W."""
+        gate: Tensor | float = self.alpha if self.skip_gain is None else self.alpha * self.skip_gain
+        if self.attention is not None and not self.attention_in_middle:
+            gate = self.attention(branch) * (self.gate_scale * gate)
         mask = self.stochdepth(branch)
-        if mask is not None:
-            gate = mask if gate is None else mask * gate
-        return gate
+        return gate if mask is None else mask * gate
 
     def branch(self, a: Tensor) -> Tensor:
         """The residual branch up to, but without, its gate. `a` is the activated input."""
         r = self.conv1(self.act(self.norm1(self.conv0(a))))
         if self.second_conv:
             r = self.conv1b(self.act(self.norm1b(r)))
-        if self.se is not None and self.se_in_middle:
-            r = r * (self.se(r) * self.gate_scale)
+        if self.attention is not None and self.attention_in_middle:
+            r = r * (self.attention(r) * self.gate_scale)
         return self.conv2(self.act(self.norm2(r)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +188,9 @@ class Block(nn.Module):
         shortcut = self.conv_shortcut(avg_pool_same(a) if self.pool else a) if self.transition else x
         r = self.branch(a)
         gate = self.branch_gate(r)
-        return shortcut + r if gate is None else torch.addcmul(shortcut, r, gate.to(r.dtype))
+        if isinstance(gate, Tensor):
+            return torch.addcmul(shortcut, r, gate.to(r.dtype))
+        return torch.add(shortcut, r, alpha=gate)
 
 
 class Net(nn.Module):
@@ -186,18 +206,18 @@ class Net(nn.Module):
         super().__init__()
         parts = _Parts(variant)
         self.variant, self.name, self.in_channels = variant, name, in_channels
-        self.gamma = parts.gamma
+        self.feature_scale = parts.feature_scale
         self.act = activation(variant.activation)
         self.grad_checkpointing = False
+        self.folded = False  # surgery.fold sets it: the modules are then no longer those of the row
         self.stem = Stem(variant, parts, in_channels)
         channels, reduction = self.stem.out_channels, self.stem.reduction
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
-        betas, total, index = expected_betas(variant.depths, variant.alpha), sum(variant.depths), 0
+        betas, rates, index = expected_betas(variant.depths, variant.alpha), variant.stochdepth_rates(), 0
         self.stages = nn.Sequential()
         for s, (depth, width) in enumerate(zip(variant.depths, variant.widths, strict=True)):
             stage = nn.Sequential()
             for j in range(depth):
-                # rate grows linearly with the block index from 0; the last block stays below the full rate
                 block = Block(
                     variant,
                     parts,
@@ -205,7 +225,7 @@ class Net(nn.Module):
                     width,
                     stride=variant.strides[s] if j == 0 else 1,
                     beta=betas[s][j],
-                    stochdepth_rate=variant.stochdepth_rate * index / total,
+                    stochdepth_rate=rates[index],
                     first=index == 0,
                 )
                 stage.append(block)
@@ -231,7 +251,7 @@ class Net(nn.Module):
         """
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: expected a count, or 0 for pooled features.")
-        self.num_classes = num_classes
+        self.num_classes, self.head_scale = num_classes, self.feature_scale
         self.head: nn.Module = nn.Identity()
         if num_classes:
             like = next(self.parameters())  # a new head lives where the network lives
@@ -269,8 +289,10 @@ class Net(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Activation map -> logits B K, or with `pre_logits` the pooled features B D (times γ, no dropout)."""
-        features = x.mean(dim=(2, 3)) * self.gamma
-        return features if pre_logits else self.head(self.head_drop(features))
+        pooled = x.mean(dim=(2, 3))
+        if pre_logits or not self.num_classes:
+            return pooled * self.feature_scale
+        return self.head(self.head_drop(pooled if self.head_scale == 1.0 else pooled * self.head_scale))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))

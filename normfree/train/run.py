@@ -20,10 +20,10 @@ from normfree.data.audit import audit, require_clean
 from normfree.data.protocol import Split
 from normfree.data.sources import open_source
 from normfree.diagnose.report import draw_curves, read_metrics
-from normfree.inference import Evaluation, Preprocessing
+from normfree.inference import Evaluation
 from normfree.models.net import Net
-from normfree.models.weights import save_model_folder
 from normfree.models.zoo import variant_of
+from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
 from normfree.train.config import Config, load_config, to_toml
 from normfree.train.metrics import Voice
 
@@ -169,13 +169,8 @@ def finish(config: Config, split: Split, average: torch.nn.Module, result: Train
     scores = {"weights": _scores(result.weights), "average": _scores(result.average), "steps": result.steps}
     (out / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     assert isinstance(average, Net)
-    save_model_folder(
-        out / "model",
-        average,
-        classes=split.classes,
-        preprocessing=preprocessing(config).to_config(),
-        card=_card(config, split, result),
-    )
+    trained = TrainedModel(average, preprocessing(config), tuple(split.classes))
+    save_pretrained(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     voice.say(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "

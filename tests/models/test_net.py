@@ -8,7 +8,7 @@ from torch import nn
 
 from normfree.models.layers import WSConv2d
 from normfree.models.net import expected_betas
-from normfree.models.variants import VARIANTS
+from normfree.models.rows import VARIANTS
 from normfree.models.zoo import create_model, list_models, variant_of
 
 TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "num_classes": 10}
@@ -25,10 +25,10 @@ def shrunk(name: str) -> dict:
 
 
 def open_branches_(net: nn.Module) -> nn.Module:
-    """Skip gains start at 0; give them values so that every branch is alive."""
+    """Branches start shut; give their gains values so that every branch is alive."""
     with torch.no_grad():
         for name, p in net.named_parameters():
-            if name.endswith("skip_gain"):
+            if name.endswith(("skip_gain", "conv2.gain")):
                 p.fill_(0.7)
     return net
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from normfree.models.layers import GAINS, WS_EPS
 from normfree.models.net import Net
-from normfree.models.weights import haiku_from_state_dict, state_dict_from_haiku
+from normfree.models.names import haiku_from_state_dict, state_dict_from_haiku
 from normfree.models.zoo import create_model
 
 REFERENCE = Path(__file__).parent.parent / "reference"
@@ -202,7 +202,9 @@ def numpy_tiny(tree: dict, x: np.ndarray) -> np.ndarray:
         mean, var = w.mean((0, 1, 2)), w.var((0, 1, 2))
         fan_in = np.prod(w.shape[:3])
         return (
-            numpy_conv(x, (w - mean) * gain / np.sqrt(np.maximum(var * fan_in, WS_EPS)), stride, groups)
+            numpy_conv(
+                x, (w - mean) * gain / np.sqrt(np.maximum(var * fan_in, WS_EPS["floor"])), stride, groups
+            )
             + bias
         )
 

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.models.cost import count
 from normfree.models.net import Net
-from normfree.models.variants import STEMS, VARIANTS, Variant
+from normfree.models.rows import VARIANTS
+from normfree.models.variants import STEMS, Variant
 from normfree.models.zoo import create_model, list_models, variant_of
 
 # Reference code, counted by running it: name -> (parameters, MACs at test size as printed, in G).
@@ -84,7 +85,7 @@ def test_counts_equal_the_published_ones(name):
 
 @pytest.mark.parametrize("name", WITH_SE)
 def test_nf_resnets_with_squeeze_excite(name):
-    assert count(variant_of(name).with_overrides({"se": "end"})).parameters == WITH_SE[name]
+    assert count(variant_of(name).with_overrides({"attention": "se"})).parameters == WITH_SE[name]
 
 
 @pytest.mark.parametrize("level", range(8))
@@ -181,8 +182,8 @@ def test_list_models_matches_patterns_in_table_order():
         ("nfnet_f0", {"drop_rate": 1.0}, "drop_rate=1.0: expected a number in [0, 1)."),
         ("nfnet_f0", {"depths": (0, 1, 1, 1)}, "depths=(0, 1, 1, 1), widths=(256, 512, 1536, 1536): every stage "
          "needs at least one block and one channel."),
-        ("nfnet_f0", {"stem": "conv"}, "stem='conv'. Did you mean 'conv3'? Allowed: deep, conv7_pool, "),
-        ("nfnet_f0", {"se": "off"}, "se='off'. Allowed: end, middle, none."),
+        ("nfnet_f0", {"stem": "conv"}, "stem='conv'. Did you mean 'conv3'? Allowed: deep, deep_128, conv7_pool, "),
+        ("nfnet_f0", {"attention": "ecs"}, "attention='ecs'. Did you mean 'eca'? Allowed: se, eca, none."),
         ("nfnet_f0", {"drop_rate": "high"}, "drop_rate='high': expected a number."),
         ("nfnet_f0", {"second_conv": 1}, "second_conv=1: expected True or False."),
         ("nfnet_f0", {"train_size": True}, "train_size=True: expected a whole number."),

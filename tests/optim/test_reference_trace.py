@@ -36,8 +36,8 @@ def our_name(key: str) -> str:
     module = re.sub(r"^stem_conv(\d)$", r"stem.conv\1", module)
     module = re.sub(r"^nf_block(?:_(\d+))?", lambda match: f"stages.0.{match[1] or 0}", module)
     module = re.sub(r"^linear$", "head", module)
-    module = module.replace("/~/squeeze_excite/~/linear_1", ".se.fc1")
-    module = module.replace("/~/squeeze_excite/~/linear", ".se.fc0").replace("/~/", ".")
+    module = module.replace("/~/squeeze_excite/~/linear_1", ".attention.fc1")
+    module = module.replace("/~/squeeze_excite/~/linear", ".attention.fc0").replace("/~/", ".")
     return f"{module}.{ {'w': 'weight', 'b': 'bias'}.get(leaf, leaf) }"
 
 

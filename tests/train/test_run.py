@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from normfree.data.sources import open_source
 from normfree.diagnose.report import draw_curves, read_metrics
-from normfree.inference import evaluate, load_model
-from normfree.models.variants import VARIANTS
+from normfree.inference import evaluate
+from normfree.models.rows import VARIANTS
+from normfree.pretrained import from_pretrained
 from normfree.train import checkpoint, loop, run
 from normfree.train.config import Config, keys, load_config, with_overrides
 from normfree.train.recipes import RECIPES
@@ -239,7 +240,7 @@ def test_the_folder_at_the_end(finished):
 
 def test_the_model_folder_holds_the_average_and_scores_what_was_said(finished):
     averaged = checkpoint.read(finished.out / "checkpoints" / "step-00000006").tensors["ema"]
-    model = load_model(finished.out)
+    model = from_pretrained(finished.out)
     own = model.net.state_dict()
     assert [k for k in own if not torch.equal(own[k], averaged[k])] == []
     val = open_source(DATA).val

@@ -1,0 +1,119 @@
+"""`normfree train`: recipe, run or file, then overrides; the flags are the config's keys."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from normfree.commands.words import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from normfree.train.config import Config
+
+TRAIN_WORDS = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--key value ...]
+
+  nothing        the demo, or the recipe "scratch" when --data names data of your own
+  RECIPE         a name from `normfree list recipes`
+  RUN            a run folder: continue it where it stopped
+  FILE.toml      a config, for example runs/demo-1/config.toml
+  --out FOLDER   the run folder; default runs/RECIPE-N
+"""
+
+
+def train(words: list[str]) -> int:
+    """Resolves recipe, file or run and the overrides, then trains."""
+    out, words = _take_option(words, "--out")
+    source = words.pop(0) if words and not words[0].startswith("--") else ""
+    from normfree.train.config import load_config
+
+    if source and (Path(source) / "config.toml").is_file():
+        return _resume(Path(source), words, out)
+    config, name = _base(source, words)
+    folder = Path(out) if out else _free_folder(name)
+    if (folder / "config.toml").exists():
+        before = load_config(folder / "config.toml")
+        raise UsageError(f"{folder} holds a run of {before.model} on {before.data}. Continue it with `normfree train "
+                         f"{folder}`, or choose another --out.")  # fmt: skip
+    return _train(config, folder)
+
+
+def _base(source: str, words: list[str]) -> tuple[Config, str]:
+    from normfree.train.config import load_config, with_overrides
+    from normfree.train.recipes import RECIPES
+
+    if source.endswith(".toml"):
+        return with_overrides(load_config(Path(source)), words), Path(source).stem
+    if not source:
+        own_data = any(word.partition("=")[0] == "--data" for word in words)
+        source = "scratch" if own_data else "demo"
+    if source not in RECIPES:
+        hint = did_you_mean(source, RECIPES)
+        raise UsageError(f"{source!r} is no recipe, run folder or .toml file.{hint} Recipes: {', '.join(RECIPES)}. "
+                         "For images of your own: --data FOLDER.")  # fmt: skip
+    return with_overrides(RECIPES[source](), words), source
+
+
+def _resume(folder: Path, words: list[str], out: str) -> int:
+    from normfree.train.config import load_config, with_overrides
+
+    harmless = {"device", "input.workers", "log.every", "log.keep"}  # what does not change the result
+    other = [w.removeprefix("--").partition("=")[0] for w in words if w.startswith("--")]
+    blocked = [w for w in other if w not in harmless]
+    if out or blocked:
+        what = ", ".join(["--out"] * bool(out) + [f"--{w}" for w in blocked])
+        raise UsageError(f"{what}: a run continues as it was started; only {', '.join(sorted(harmless))} may change. "
+                         f"For a new run: normfree train {folder}/config.toml --key value")  # fmt: skip
+    return _train(with_overrides(load_config(folder / "config.toml"), words), folder)
+
+
+def _free_folder(name: str) -> Path:
+    number = 1
+    while Path("runs", f"{name}-{number}").exists():
+        number += 1
+    return Path("runs", f"{name}-{number}")
+
+
+def _train(config: Config, folder: Path) -> int:
+    from normfree.train.loop import Diverged, Stopped
+    from normfree.train.loop import train as run
+
+    try:
+        run(config, folder)
+    except Stopped as stopped:
+        print(f"\nstopped after step {stopped.step}, everything is saved. Continue: normfree train {folder}")
+        return stopped.exit_code
+    except Diverged as error:
+        print(f"normfree: {error}", file=sys.stderr)
+        return 3  # its own code, so that scripts can tell a diverged run from a wrong command
+    return 0
+
+
+def _take_option(words: list[str], option: str) -> tuple[str, list[str]]:
+    """The value of `option` (or "") and the other words."""
+    rest, value, i = [], "", 0
+    while i < len(words):
+        word = words[i]
+        if word == option:
+            if i + 1 == len(words) or words[i + 1].startswith("--"):
+                raise UsageError(f"{option}: a value is missing.")
+            value, i = words[i + 1], i + 1
+        elif word.startswith(option + "="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+        i += 1
+    return value, rest
+
+
+def train_help() -> int:
+    from normfree.train.config import Config
+
+    print(TRAIN_WORDS)
+    try:
+        tyro.cli(Config, args=["--help"], prog="normfree train", config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        return 0
+    return 0

@@ -1,0 +1,281 @@
+"""Name maps between state dicts: ours, the released haiku trees, and timm's. Maps are bijections, so that
+translating there and back is exact.
+
+A haiku tree is `{module: {name: array}}` with kernels H W I O and linear weights I O.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HaikuTree = dict[str, dict[str, np.ndarray]]
+
+# --- haiku <-> ours ----------------------------------------------------------------------------------
+
+#: Our module name (with `.` for levels) -> the released one, in order; `{b}` is a block's flat name.
+_STEM = {"NFNet": r"stem_conv\1", "NF_ResNet": "initial_conv", "NF_RegNet": "initial_conv"}
+_BLOCK = {"NFNet": "nf_block", "NF_ResNet": "nf_res_block", "NF_RegNet": "nf_block"}
+_SE_TO_HAIKU = {"attention.fc0": "squeeze_excite/~/linear", "attention.fc1": "squeeze_excite/~/linear_1"}
+_SE_FROM_HAIKU = {v: k for k, v in _SE_TO_HAIKU.items()}
+
+
+def state_dict_from_haiku(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """A released parameter tree (NFNet, NF-ResNet or NF-RegNet) as our state dict, exactly.
+
+    Stages are found from the tree itself: a stage's first block is the one with a `conv_shortcut`.
+
+    Raises:
+        ValueError: a module or parameter name is not of the released kind; all such names are listed.
+    """
+    families = {module.split("/")[0] for module in tree}
+    if len(families) != 1 or not families <= set(_BLOCK):
+        raise ValueError(
+            f"haiku tree with modules of {sorted(families)}: expected one of {', '.join(_BLOCK)}."
+        )
+    family = families.pop()
+    modules = {module.split("/~/", 1)[1]: arrays for module, arrays in tree.items() if "/~/" in module}
+    places = _places(modules, _BLOCK[family])
+    state: dict[str, Tensor] = {}
+    unknown: list[str] = [module for module in tree if "/~/" not in module]
+    for module, arrays in modules.items():
+        ours = _module_from_haiku(module, places)
+        for name, array in arrays.items():
+            key = _parameter_from_haiku(ours, name)
+            if ours is None or key is None:
+                unknown.append(f"{family}/~/{module}:{name}")
+                continue
+            state[key] = _to_tensor(np.asarray(array))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} names in the haiku tree are not of the released {family}: "
+            f"{', '.join(sorted(unknown)[:10])}."
+        )
+    return state
+
+
+def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
+    """Our state dict as a tree in the released naming; the inverse of `state_dict_from_haiku`.
+
+    Raises:
+        ValueError: a name has no released counterpart (batch-norm twins have none); all such are listed.
+    """
+    family = (
+        "NFNet"
+        if "stem.conv1.weight" in state
+        else "NF_RegNet"
+        if "final_conv.weight" in state
+        else "NF_ResNet"
+    )
+    block_names = sorted(
+        {tuple(map(int, m.groups())) for k in state if (m := re.match(r"stages\.(\d+)\.(\d+)\.", k))}
+    )
+    flat = {place: i for i, place in enumerate(block_names)}
+    tree: HaikuTree = {}
+    unknown: list[str] = []
+    for key, tensor in state.items():
+        module, name = _module_to_haiku(key, family, flat)
+        if module is None:
+            unknown.append(key)
+            continue
+        tree.setdefault(f"{family}/~/{module}", {})[name] = _to_array(tensor)
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} names have no counterpart in the released {family}: {', '.join(unknown[:10])}."
+        )
+    return tree
+
+
+def _places(modules: Mapping[str, Any], block: str) -> dict[str, str]:
+    """Flat block name ("nf_block_3") -> ours ("stages.1.0")."""
+    indices = {int(m[1] or 0) for name in modules if (m := re.match(rf"{block}(?:_(\d+))?(?:/|$)", name))}
+    places, stage, within = {}, -1, 0
+    for index in sorted(indices):
+        name = f"{block}_{index}" if index else block
+        if f"{name}/~/conv_shortcut" in modules:
+            stage, within = stage + 1, 0
+        places[name] = f"stages.{stage}.{within}"
+        within += 1
+    return places
+
+
+def _module_from_haiku(module: str, places: Mapping[str, str]) -> str | None:
+    if m := re.fullmatch(r"stem_conv(\d)", module):
+        return f"stem.conv{m[1]}"
+    fixed = {"initial_conv": "stem.conv0", "final_conv": "final_conv", "linear": "head"}
+    if module in fixed:
+        return fixed[module]
+    block, _, rest = module.partition("/~/")
+    if block not in places:
+        return None
+    if rest in ("", "conv0", "conv1", "conv1b", "conv2", "conv_shortcut"):
+        return f"{places[block]}.{rest}".rstrip(".")
+    return f"{places[block]}.{_SE_FROM_HAIKU[rest]}" if rest in _SE_FROM_HAIKU else None
+
+
+def _parameter_from_haiku(module: str | None, name: str) -> str | None:
+    # convolutions say w, gain, bias; linears w, b; a block has skip_gain
+    leaf = {"w": "weight", "b": "bias", "bias": "bias", "gain": "gain", "skip_gain": "skip_gain"}.get(name)
+    return f"{module}.{leaf}" if module is not None and leaf is not None else None
+
+
+def _module_to_haiku(key: str, family: str, flat: Mapping[tuple[int, ...], int]) -> tuple[str | None, str]:
+    module, _, leaf = key.rpartition(".")
+    linear = module == "head" or ".attention." in module
+    names = {"weight": "w", "bias": "b" if linear else "bias", "gain": "gain", "skip_gain": "skip_gain"}
+    if leaf not in names:
+        return None, ""
+    if m := re.fullmatch(r"stem\.conv(\d)", module):
+        return m.expand(_STEM[family]), names[leaf]
+    if module in ("final_conv", "head"):
+        return {"final_conv": "final_conv", "head": "linear"}[module], names[leaf]
+    m = re.fullmatch(
+        r"stages\.(\d+)\.(\d+)(?:\.(conv0|conv1b?|conv2|conv_shortcut|attention\.fc[01]))?", module
+    )
+    if m is None:
+        return None, ""
+    index = flat[int(m[1]), int(m[2])]
+    block = f"{_BLOCK[family]}_{index}" if index else _BLOCK[family]
+    rest = _SE_TO_HAIKU.get(m[3], m[3])
+    return (f"{block}/~/{rest}" if rest else block), names[leaf]
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)  # HWIO -> OIHW, IO -> OI
+    # ascontiguousarray makes a 0-d array 1-d, so scalars (skip gains) keep their shape by reshape
+    moved = array.transpose(axes) if axes else array
+    return torch.from_numpy(np.ascontiguousarray(moved).reshape(moved.shape).copy())
+
+
+def _to_array(tensor: Tensor) -> np.ndarray:
+    array = tensor.detach().cpu().numpy()
+    axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim)
+    moved = array.transpose(axes) if axes else array
+    return np.ascontiguousarray(moved).reshape(moved.shape).copy()
+
+
+# --- timm <-> ours -----------------------------------------------------------------------------------
+
+_TIMM_BLOCK = {"conv1": "conv0", "conv2": "conv1", "conv2b": "conv1b", "conv3": "conv2"}
+_TIMM_BLOCK |= {"downsample.conv": "conv_shortcut"}
+_TIMM_GATE = {"fc1": "fc0", "fc2": "fc1", "conv": "conv"}
+_OURS_BLOCK = {v: k for k, v in _TIMM_BLOCK.items()}
+_OURS_GATE = {v: k for k, v in _TIMM_GATE.items()}
+
+
+def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of timm's `NormFreeNet` (1.0.31) under our names and shapes.
+
+    timm keeps gains as (O, 1, 1, 1) and the linears of squeeze-excite as 1x1 convolutions.
+
+    Raises:
+        ValueError: a name is not timm's; all such names are listed.
+    """
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        module, _, leaf = key.rpartition(".")
+        name = _module_from_timm(module) if leaf in ("weight", "bias", "gain", "skipinit_gain") else None
+        if name is None:
+            unknown.append(key)
+        elif leaf == "skipinit_gain":
+            ours[f"{name}.skip_gain"] = tensor
+        else:
+            flat = leaf == "gain" or (".attention.fc" in name and leaf == "weight")
+            ours[f"{name}.{leaf}"] = (
+                tensor.reshape(tensor.shape[: 1 if leaf == "gain" else 2]) if flat else tensor
+            )
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} names are not of timm's NormFreeNet: {', '.join(sorted(unknown)[:10])}."
+        )
+    return ours
+
+
+def timm_from_state_dict(state: Mapping[str, Tensor], *, attention_at: str = "end") -> dict[str, Tensor]:
+    """Our state dict under timm's names and shapes; the inverse of `state_dict_from_timm`.
+
+    `attention_at` is the row's: timm calls the gate `attn_last` at the end of a branch, `attn` in its middle.
+
+    Raises:
+        ValueError: a name has no counterpart there (batch-norm twins have none); all such are listed.
+    """
+    deep = "stem.conv1.weight" in state
+    theirs: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        module, _, leaf = key.rpartition(".")
+        name = _module_to_timm(module, deep=deep, gate="attn" if attention_at == "middle" else "attn_last")
+        if name is None or leaf not in ("weight", "bias", "gain", "skip_gain"):
+            unknown.append(key)
+        elif leaf == "skip_gain":
+            theirs[f"{name}.skipinit_gain"] = tensor
+        else:
+            as_conv = leaf == "gain" or (".attention.fc" in key and leaf == "weight")
+            shape = (*tensor.shape, *(1,) * (4 - tensor.ndim)) if as_conv else tensor.shape
+            theirs[f"{name}.{leaf}"] = tensor.reshape(shape)
+    if unknown:
+        raise ValueError(f"{len(unknown)} names have no counterpart in timm: {', '.join(unknown[:10])}.")
+    return theirs
+
+
+def _module_from_timm(module: str) -> str | None:
+    if m := re.fullmatch(r"stem\.conv(\d?)", module):
+        return f"stem.conv{int(m[1]) - 1 if m[1] else 0}"
+    if module in ("final_conv", "head.fc"):
+        return module.removesuffix(".fc")
+    m = re.fullmatch(r"(stages\.\d+\.\d+)(?:\.(.+))?", module)
+    if m is None or m[2] is None:
+        return m and m[1]
+    if m[2] in _TIMM_BLOCK:
+        return f"{m[1]}.{_TIMM_BLOCK[m[2]]}"
+    gate, _, part = m[2].partition(".")
+    return (
+        f"{m[1]}.attention.{_TIMM_GATE[part]}"
+        if gate in ("attn", "attn_last") and part in _TIMM_GATE
+        else None
+    )
+
+
+def _module_to_timm(module: str, *, deep: bool, gate: str) -> str | None:
+    if m := re.fullmatch(r"stem\.conv(\d)", module):
+        return f"stem.conv{int(m[1]) + 1}" if deep else "stem.conv"
+    if module in ("final_conv", "head"):
+        return {"final_conv": "final_conv", "head": "head.fc"}[module]
+    m = re.fullmatch(r"(stages\.\d+\.\d+)(?:\.(.+))?", module)
+    if m is None or m[2] is None:
+        return m and m[1]
+    if m[2] in _OURS_BLOCK:
+        return f"{m[1]}.{_OURS_BLOCK[m[2]]}"
+    part = m[2].removeprefix("attention.")
+    return f"{m[1]}.{gate}.{_OURS_GATE[part]}" if part in _OURS_GATE else None
+
+
+# --- whose names are these? --------------------------------------------------------------------------
+
+
+def naming_of(state: Mapping[str, Any]) -> str:
+    """ "haiku", "timm" or "ours", told from the names alone."""
+    if state and all(isinstance(value, Mapping) for value in state.values()):
+        return "haiku"
+    timm = re.compile(
+        r"head\.fc\.|stages\.\d+\.\d+\.(conv3|conv2b|downsample|attn|attn_last|skipinit_gain)\b|stem\.conv\."
+    )
+    return "timm" if any(timm.match(name) for name in state) else "ours"
+
+
+def to_our_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict or haiku tree in any of the three namings as our state dict.
+
+    Raises:
+        ValueError: a name belongs to none of them; the message lists such names.
+    """
+    naming = naming_of(state)
+    if naming == "haiku":
+        return state_dict_from_haiku(state)
+    return state_dict_from_timm(state) if naming == "timm" else dict(state)

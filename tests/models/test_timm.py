@@ -1,0 +1,138 @@
+"""Every normalizer-free row of timm 1.0.31, on shared random weights, against timm itself."""
+
+import pytest
+import timm
+import torch
+
+from normfree.models.cost import count
+from normfree.models.hub import TAGS, repository_of
+from normfree.models.names import timm_from_state_dict
+from normfree.models.weights import load_weights
+from normfree.models.zoo import create_model, list_models, variant_of
+
+ROWS = [name.removeprefix("timm_") for name in list_models("timm_*")]
+LIGHT = {
+    "dm_nfnet_f0", "nfnet_f0", "nfnet_l0", "eca_nfnet_l0", "test_nfnet", "nf_resnet26", "nf_seresnet26",
+    "nf_ecaresnet26", "nf_regnet_b0", "nf_regnet_b1", "nf_regnet_b2", "nf_regnet_b3", "nf_regnet_b4", "nf_regnet_b5",
+}  # fmt: skip
+WEIGHED = [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+TOLERANCE = 1e-5  # relative L2 error, float32; 2e-6 is seen
+
+
+def shaken_timm(name, **kwargs):
+    """timm's network with every parameter moved, so that no branch is closed and no gain is 1."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, **kwargs)
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if parameter.ndim == 0 or key.endswith("gain"):
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.add_(0.1 * parameter.std().nan_to_num(1.0) * torch.randn_like(parameter))
+    return net
+
+
+def distance(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_no_row_of_timm_is_missing():
+    theirs = [name for name in timm.list_models(module="nfnet")]
+    assert sorted(theirs) == sorted(ROWS)
+    tags = {n.split(".")[0]: n.split(".")[1] for n in timm.list_models(module="nfnet", pretrained=True)}
+    assert tags == TAGS
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_same_function_and_same_weights_both_ways(name):
+    theirs = shaken_timm(name)
+    ours = create_model(f"timm_{name}")
+    load_weights(ours, theirs.state_dict())
+    for size in ((64, 64), (97, 75)):
+        images = torch.randn(2, 3, *size)
+        for training in (
+            False,
+            True,
+        ):  # their default rates of dropout and stochastic depth are 0, so are ours
+            with torch.no_grad():
+                assert distance(ours.train(training)(images), theirs.train(training)(images)) < TOLERANCE
+    back = timm_from_state_dict(ours.state_dict(), attention_at=ours.variant.attention_at)
+    timm.create_model(name).load_state_dict(back, strict=True)
+    assert all(torch.equal(back[key], value) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dm_nfnet_f0", "nf_resnet26", "nf_regnet_b0", "eca_nfnet_l0"])
+def test_same_gradients(name):
+    theirs = shaken_timm(name, num_classes=5)
+    ours = create_model(f"timm_{name}", num_classes=5)
+    load_weights(ours, theirs.state_dict())
+    images = torch.randn(2, 3, 48, 48)
+    for net in (ours, theirs):
+        net.train()(images).square().sum().backward()
+    grads = timm_from_state_dict(
+        {k: p.grad for k, p in ours.named_parameters()}, attention_at=ours.variant.attention_at
+    )
+    for key, parameter in theirs.named_parameters():
+        assert distance(grads[key], parameter.grad) < 1e-4, key
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_same_size_and_stage_shapes(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(name)
+        ours = create_model(f"timm_{name}")
+    parameters = sum(p.numel() for p in theirs.parameters())
+    assert (
+        parameters
+        == sum(p.numel() for p in ours.parameters())
+        == count(variant_of(f"timm_{name}")).parameters
+    )
+    assert [i["num_chs"] for i in ours.feature_info[1:-1]] == [
+        i["num_chs"] for i in theirs.feature_info[1:-1]
+    ]
+    cfg = theirs.default_cfg
+    assert (ours.variant.train_size, ours.variant.test_size) == (
+        cfg["input_size"][-1], (cfg.get("test_input_size") or cfg["input_size"])[-1],
+    )  # fmt: skip
+
+
+def test_stochastic_depth_as_timm_has_it():
+    theirs = timm.create_model("test_nfnet", drop_path_rate=0.3)
+    ours = create_model("timm_test_nfnet", stochdepth_rate=0.3)
+    rates = [getattr(b.drop_path, "drop_prob", 0.0) for s in theirs.stages for b in s]
+    assert [b.stochdepth.rate for s in ours.stages for b in s] == pytest.approx(rates, rel=1e-6)
+    layer = ours.stages[3][0].stochdepth
+    mask = layer.train()(torch.zeros(20_000, 1, 1, 1))
+    assert sorted(set(mask.flatten().tolist())) == pytest.approx([0.0, 1 / 0.7])
+    assert float(mask.mean()) == pytest.approx(1.0, abs=0.02)  # seven standard deviations
+
+
+def test_how_far_timms_numerics_are_from_the_reference():
+    """The figures of docs/weights.md: 1e-5 beside the variance is most of it."""
+    theirs = shaken_timm("dm_nfnet_f0")
+    images = torch.randn(2, 3, 64, 64)
+    logits = {}
+    for label, row, overrides in (
+        ("timm", "timm_dm_nfnet_f0", {}),
+        ("eps", "nfnet_f0", {"ws_eps": "add"}),
+        ("gelu", "nfnet_f0", {"activation": "gelu_erf"}),
+        ("reference", "nfnet_f0", {}),
+    ):
+        net = create_model(row, **overrides).eval()
+        load_weights(net, theirs.state_dict())
+        with torch.no_grad():
+            logits[label] = net(images)
+    apart = {label: distance(value, logits["reference"]) for label, value in logits.items()}
+    print(apart)
+    assert 1e-3 < apart["timm"] < 1e-1
+    assert 1e-5 < apart["gelu"] < 3e-3
+    assert apart["eps"] == pytest.approx(apart["timm"], rel=0.1)
+
+
+def test_published_weights_have_one_address():
+    assert repository_of("nfnet_f3") == repository_of("timm_dm_nfnet_f3") == "timm/dm_nfnet_f3.dm_in1k"
+    assert repository_of("timm_eca_nfnet_l2") == "timm/eca_nfnet_l2.ra3_in1k"
+    with pytest.raises(
+        ValueError, match=r"no published weights are known for 'nf_resnet50'.*Rows that have them: "
+    ):
+        repository_of("nf_resnet50")

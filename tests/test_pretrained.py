@@ -1,0 +1,242 @@
+"""A model folder comes back as it was, timm opens ours and we open timm's, and a hub is asked only when told to."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+from timm.models._hub import save_for_hf
+
+from normfree.data.augment import normalize
+from normfree.models.hub import fetch, repository_of
+from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel, from_pretrained, push_to_hub, save_pretrained
+from normfree.surgery.fold import fold
+
+CLASSES = ("a", "b", "ç")
+PRE = Preprocessing(image_size=40, crop="squash", crop_pct=0.9, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
+
+
+def shaken(name, **fields):
+    torch.manual_seed(1)
+    net = create_model(name, num_classes=3, **fields)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return net.eval()
+
+
+def picture(width=90, height=61, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("nf_resnet_nano", {}),
+        ("nf_resnet_nano", {"widths": (16, 32), "depths": (1, 1), "strides": (1, 2), "in_channels": 4}),
+        ("resnet_nano", {}),
+        ("timm_test_nfnet", {"drop_rate": 0.1}),
+        ("timm_test_nfnet", {"alpha": 0.5}),
+    ],
+)
+def test_round_trip(tmp_path, name, fields):
+    net = shaken(name, **fields)
+    mean = (0.5,) * net.in_channels
+    model = TrainedModel(net, Preprocessing(image_size=33, crop="crop_resize", mean=mean, std=mean), CLASSES)
+    assert save_pretrained(model, tmp_path / "model", card="# hi\n") == tmp_path / "model"
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    again = from_pretrained(tmp_path)  # a run folder: finds model/ inside
+    assert (again.preprocessing, again.classes) == (model.preprocessing, CLASSES)
+    assert (again.net.name, again.net.variant, again.net.training) == (name, net.variant, False)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.net.state_dict().items())
+    headless = create_model(name, num_classes=0, weights=tmp_path, **fields).eval()
+    images = torch.randn(2, net.in_channels, 33, 33)
+    assert torch.equal(headless(images), net.forward_head(net.forward_features(images), pre_logits=True))
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "nf_resnet26", "nf_regnet_b0"])
+def test_timm_opens_our_folder(tmp_path, name):
+    net = shaken(f"timm_{name}")
+    save_pretrained(TrainedModel(net, PRE, CLASSES), tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        assert ((theirs(images) - net(images)).norm() / net(images).norm()).item() < 1e-5
+    config = resolve_data_config(model=theirs)
+    assert (tuple(config["mean"]), tuple(config["std"])) == (PRE.mean, PRE.std)
+    ours = normalize(PRE.transform()(picture())[None], mean=PRE.mean, std=PRE.std)[0]
+    torch.testing.assert_close(create_transform(**config)(picture()), ours, rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == list(CLASSES)
+
+
+@pytest.mark.parametrize("name", ["test_nfnet", "nf_resnet26", "nf_regnet_b0", "eca_nfnet_l0"])
+def test_we_open_timms_folder(tmp_path, name):
+    torch.manual_seed(2)
+    theirs = timm.create_model(name, num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    labels = {"label_names": list(CLASSES)}
+    args = {"drop_path_rate": 0.2}
+    save_for_hf(theirs, tmp_path, model_config=labels, model_args=args, safe_serialization=True)
+    model = from_pretrained(tmp_path)
+    assert (model.net.name, model.classes) == (f"timm_{name}", CLASSES)
+    assert model.net.variant.stochdepth_rate == 0.2
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert ((model.net(images) - theirs(images)).norm() / theirs(images).norm()).item() < 1e-5
+    config = resolve_data_config(model=theirs, use_test_size=True)
+    pre = model.preprocessing
+    assert pre.image_size == config["input_size"][-1]
+    photo = picture(500, 371)
+    ours = normalize(pre.transform()(photo)[None], mean=pre.mean, std=pre.std)[0]
+    torch.testing.assert_close(create_transform(**config)(photo), ours, rtol=0, atol=1e-5)
+
+
+def test_deepminds_weights_take_either_numerics(tmp_path):
+    torch.manual_seed(3)
+    theirs = timm.create_model("dm_nfnet_f0", num_classes=3).eval()
+    for key, parameter in theirs.named_parameters():
+        if key.endswith("skipinit_gain"):
+            parameter.data.fill_(0.5)
+    save_for_hf(theirs, tmp_path, safe_serialization=True)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted, apart = theirs(images), {}
+        for numerics in ("reference", "timm"):
+            model = from_pretrained(tmp_path, numerics=numerics)
+            apart[numerics] = ((model.net(images) - wanted).norm() / wanted.norm()).item()
+    assert (from_pretrained(tmp_path).net.name, model.net.name) == ("nfnet_f0", "timm_dm_nfnet_f0")
+    assert apart["timm"] < 1e-5 < 1e-3 < apart["reference"]
+    assert (model.preprocessing.crop, model.preprocessing.image_size) == ("squash", 256)
+    with pytest.raises(ValueError, match=r"^numerics='jax'\. Allowed: reference, timm\.$"):
+        from_pretrained(tmp_path, numerics="jax")
+
+
+@pytest.mark.parametrize("size", [32, 96, 256, 288, 352, 416, 544, 576])
+def test_reference_crops_in_timms_words_see_the_same_pixels(size):
+    exact = Preprocessing(image_size=size)
+    through = Preprocessing.from_config(exact.to_config())
+    assert torch.equal(through.transform()(picture(700, 640)), exact.transform()(picture(700, 640)))
+
+
+def folder_with(tmp_path, **changes):
+    save_pretrained(TrainedModel(shaken("nf_resnet_nano"), PRE, CLASSES), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return tmp_path
+
+
+def test_configs_that_contradict_themselves(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json names 2 classes, the network has 3\.$"):
+        from_pretrained(folder_with(tmp_path, label_names=["a", "b"]))
+    with pytest.raises(ValueError, match=r"architecture 'vgg16' is no normalizer-free network of timm's"):
+        from_pretrained(folder_with(tmp_path, normfree=None, architecture="vgg16"))
+    foreign = {"normfree": None, "architecture": "nf_resnet50", "model_args": {"act_layer": "silu"}}
+    with pytest.raises(ValueError, match=r"model_args act_layer of timm's nf_resnet50 are not known here\.$"):
+        from_pretrained(folder_with(tmp_path, **foreign))
+    with pytest.raises(ValueError, match=r"config\.json does not describe a network: 'row'\.$"):
+        from_pretrained(folder_with(tmp_path, normfree={}))
+    with pytest.raises(ValueError, match=r"does not fit nf_resnet_nano with 7 classes: head\.bias has shape"):
+        from_pretrained(folder_with(tmp_path, num_classes=7, label_names=list("abcdefg")))
+    (tmp_path / "config.json").write_text('{"architecture": "x"}')
+    with pytest.raises(ValueError, match=r"expected the keys architecture, num_classes, pretrained_cfg\.$"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"cannot be read as a model's config: "):
+        from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no model folder: it needs config\.json and model\.safetensors"):
+        from_pretrained(tmp_path / "nowhere")
+
+
+def test_what_cannot_be_saved(tmp_path):
+    net = shaken("nf_resnet_nano")
+    with pytest.raises(ValueError, match=r"^2 class names for 3 outputs; give one for each\.$"):
+        save_pretrained(TrainedModel(net, PRE, ("a", "b")), tmp_path / "x")
+    with pytest.raises(
+        ValueError, match=r"^a folded network is no longer its row; save the network that was"
+    ):
+        save_pretrained(TrainedModel(fold(net), PRE, CLASSES), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+# --- the hub, played by a folder ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for huggingface_hub that serves what lies under tmp_path/hub and notes every call."""
+    calls = []
+
+    def hf_hub_download(repository, name, *, revision):
+        calls.append((repository, name, revision))
+        path = tmp_path / "hub" / repository / name
+        if not path.is_file():
+            raise FileNotFoundError(f"404 {repository}/{name}\nsecond line")
+        return str(path)
+
+    fake = types.ModuleType("huggingface_hub")
+    fake.hf_hub_download = hf_hub_download
+    fake.create_repo = lambda repository, **k: calls.append((repository, k)) or f"https://hub/{repository}"
+    fake.upload_folder = lambda **k: calls.append(k)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    return calls
+
+
+def test_a_hub_is_asked_only_when_told_to(hub, tmp_path):
+    net = shaken("timm_test_nfnet")
+    save_pretrained(TrainedModel(net, PRE, CLASSES), tmp_path / "hub" / repository_of("timm_test_nfnet"))
+    for call in (
+        lambda: from_pretrained("timm/test_nfnet.r160_in1k"),
+        lambda: create_model("timm_test_nfnet", num_classes=3, weights="test_nfnet.r160_in1k"),
+    ):
+        with pytest.raises(ValueError, match=r"test_nfnet\.r160_in1k'? ?(is no model folder|does not exist)"):
+            call()
+    assert hub == []
+    for word in ("hf-hub:timm/test_nfnet.r160_in1k", "hf-hub:test_nfnet.r160_in1k"):
+        assert torch.equal(from_pretrained(word).net.head.weight, net.head.weight)
+    again = create_model("timm_test_nfnet", num_classes=3, weights="download")
+    assert torch.equal(again.head.weight, net.head.weight)
+    again = create_model("timm_test_nfnet", num_classes=3, weights="hf-hub:test_nfnet.r160_in1k@v1")
+    assert hub[-1] == ("timm/test_nfnet.r160_in1k", "model.safetensors", "v1")
+    assert len(hub) == 8
+
+
+def test_downloads_that_fail_say_so_in_one_line(hub, monkeypatch):
+    with pytest.raises(ValueError, match=r"^hf-hub:a/b could not be downloaded: 404 a/b/config\.json$"):
+        from_pretrained("hf-hub:a/b")
+    for word in ("hf-hub:", "hf-hub:a/b/c", "a/b"):
+        with pytest.raises(ValueError, match=r"expected hf-hub:OWNER/NAME, for example"):
+            fetch(word)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs huggingface_hub: pip install 'normfree\[hub\]'$"):
+        fetch("hf-hub:a/b")
+
+
+def test_push(hub, tmp_path):
+    save_pretrained(TrainedModel(shaken("nf_resnet_nano"), PRE, CLASSES), tmp_path / "run" / "model")
+    assert push_to_hub(tmp_path / "run", "me/x", private=True) == "https://hub/me/x"
+    assert hub[0] == ("me/x", {"private": True, "exist_ok": True})
+    assert hub[1]["folder_path"] == tmp_path / "run" / "model"
+    with pytest.raises(ValueError, match="is no model folder"):
+        push_to_hub(tmp_path, "me/x")
+
+
+def test_weights_with_strange_values_are_refused(tmp_path):
+    save_pretrained(TrainedModel(shaken("nf_resnet_nano"), PRE, CLASSES), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["head.bias"] = state["head.bias"] * float("inf")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"head\.bias has values that are not finite"):
+        from_pretrained(tmp_path)
