@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint slow format clean
+.PHONY: help demo test lint slow browser format clean
 
 help:            ## what can be made
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -38,6 +38,10 @@ test: lint         ## the default tests, after lint
 
 slow: .venv/.dev   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+browser: .venv/.dev ## the page of normfree serve in a real browser
+	@command -v chromium >/dev/null || (echo "chromium is missing: apt-get install chromium"; exit 1)
+	$(BIN)/python -m pytest -m browser
 
 format: .venv/.dev ## rewrite the code as the formatter wants it
 	$(BIN)/ruff format .

@@ -126,12 +126,18 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
     """Writes the model folder: `config.json`, `model.safetensors` and, if given, the card. Returns the folder.
 
     Raises:
-        ValueError: there is not one class name for each output, or the network is folded.
+        ValueError: there is not one class name for each output, or the network is folded or from an ONNX file.
     """
     from safetensors.torch import save_file
 
-    net, folder = model.net, Path(folder)
-    if isinstance(net, Net) and net.folded:
+    net = model.net
+    folder = Path(folder)
+    if not isinstance(net, Net):
+        raise ValueError(
+            f"{net.name} was read from an ONNX file, which holds no weights that could be trained. "
+            "Save the run or model folder that it was exported from."
+        )
+    if net.folded:
         raise ValueError(
             "a folded network is no longer its row; save the network that was folded, or export it."
         )

@@ -127,7 +127,8 @@ def test_list_and_show(trained, capsys):
     [
         (
             "trian",
-            "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, serve.",
+            "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, convert, export, "
+            "serve.",
         ),
         ("train dmo", "'dmo' is no recipe, run folder or .toml file. Did you mean 'demo'? Recipes: "),
         (

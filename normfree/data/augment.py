@@ -27,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_PADDING = 32  # pixels around the crop at evaluation; reference code, dataset.py, "resize_crop_32"
 GREY = (128, 128, 128)  # what RandAugment uncovers at the edge; reference code, autoaugment.py
 EVAL_CROPS = ("resize_crop_32", "crop_resize", "squash", "center")
+LARGEST_RESIZE = 64  # times the crop; ordinary pictures, up to an aspect of about 50, stay below
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
@@ -102,7 +103,12 @@ class EvalTransform:
                 width, height = (side if n == shorter else int(side * n / shorter) for n in image.size)
             # round() goes to even at a half, as torchvision's centre crop does
             left, top = round((width - s) / 2), round((height - s) / 2)
-            image = image.resize((width, height), filter_).crop((left, top, left + s, top + s))
+            if width * height <= LARGEST_RESIZE * s * s:
+                image = image.resize((width, height), filter_).crop((left, top, left + s, top + s))
+            else:  # a picture one pixel high would become gigabytes; computing the crop alone rounds a pixel or two
+                across, down = image.width / width, image.height / height
+                box = (left * across, top * down, (left + s) * across, (top + s) * down)
+                image = image.resize((s, s), filter_, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

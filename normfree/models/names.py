@@ -31,7 +31,8 @@ def state_dict_from_haiku(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Te
     Stages are found from the tree itself: a stage's first block is the one with a `conv_shortcut`.
 
     Raises:
-        ValueError: a module or parameter name is not of the released kind; all such names are listed.
+        ValueError: a module or parameter name is not of the released kind (all such names are listed), or two of
+            them mean the same parameter.
     """
     families = {module.split("/")[0] for module in tree}
     if len(families) != 1 or not families <= set(_BLOCK):
@@ -50,6 +51,7 @@ def state_dict_from_haiku(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Te
             if ours is None or key is None:
                 unknown.append(f"{family}/~/{module}:{name}")
                 continue
+            _refuse_twice(key, state)
             state[key] = _to_tensor(np.asarray(array))
     if unknown:
         raise ValueError(
@@ -174,7 +176,7 @@ def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     timm keeps gains as (O, 1, 1, 1) and the linears of squeeze-excite as 1x1 convolutions.
 
     Raises:
-        ValueError: a name is not timm's; all such names are listed.
+        ValueError: a name is not timm's (all such names are listed), or two of them mean the same parameter.
     """
     ours: dict[str, Tensor] = {}
     unknown = []
@@ -183,7 +185,9 @@ def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = _module_from_timm(module) if leaf in ("weight", "bias", "gain", "skipinit_gain") else None
         if name is None:
             unknown.append(key)
-        elif leaf == "skipinit_gain":
+            continue
+        _refuse_twice(f"{name}.{leaf}".replace("skipinit_gain", "skip_gain"), ours)
+        if leaf == "skipinit_gain":
             ours[f"{name}.skip_gain"] = tensor
         else:
             flat = leaf == "gain" or (".attention.fc" in name and leaf == "weight")
@@ -222,6 +226,12 @@ def timm_from_state_dict(state: Mapping[str, Tensor], *, attention_at: str = "en
     if unknown:
         raise ValueError(f"{len(unknown)} names have no counterpart in timm: {', '.join(unknown[:10])}.")
     return theirs
+
+
+def _refuse_twice(key: str, state: Mapping[str, Any]) -> None:
+    """Two foreign names may stand for one of ours (`stem.conv`, `stem.conv1`); a network has only one of them."""
+    if key in state:
+        raise ValueError(f"two of the names stand for {key!r}; a file of one network has only one.")
 
 
 def _module_from_timm(module: str) -> str | None:

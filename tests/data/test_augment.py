@@ -90,11 +90,23 @@ def test_wrong_options_of_the_transforms() -> None:
         "interpolation='cubic'. Allowed: bicubic, bilinear, nearest. Fix: interpolation='bicubic'"
     )
     assert text_of(lambda: eval_transform(image_size=8, crop="resize_crop")) == (
-        "crop='resize_crop'. Allowed: resize_crop_32, crop_resize, squash. Fix: crop='resize_crop_32'"
+        "crop='resize_crop'. Allowed: resize_crop_32, crop_resize, squash, center. Fix: crop='resize_crop_32'"
     )
     assert text_of(lambda: eval_transform(image_size=0)) == (
         "image_size=0. Allowed: 1 pixel or more. Fix: image_size=64"
     )
+
+
+@pytest.mark.parametrize("size", [(1, 9000), (9000, 1), (3, 700)])
+def test_a_long_thin_picture_costs_no_more_than_its_crop(size: tuple[int, int]) -> None:
+    picture = gradient(*size)
+    out = eval_transform(image_size=32, crop="center", crop_pct=0.9)(
+        picture
+    )  # 35 x 315,000 if done in two steps
+    assert out.shape == (3, 32, 32)
+    assert (
+        int(out[:2].float().std(dim=(1, 2)).min()) < 40
+    )  # the middle of a ramp hardly changes along its length
 
 
 def test_resize_crop_32_cuts_16_pixels_on_each_side() -> None:

@@ -116,3 +116,14 @@ def test_names_that_are_not_timms_are_listed():
         state_dict_from_timm(theirs)
     with pytest.raises(ValueError, match=r"names have no counterpart in timm: stages\.0\.0\.norm0\.weight"):
         timm_from_state_dict(create_model("resnet26", num_classes=3).state_dict())
+
+
+def test_two_names_for_one_parameter_are_refused():
+    tree = haiku_from_state_dict(create_model("nf_resnet26", num_classes=3).state_dict())
+    tree["NF_ResNet/~/linear"]["bias"] = tree["NF_ResNet/~/linear"]["b"] + 1
+    with pytest.raises(ValueError, match=r"^two of the names stand for 'head\.bias'; a file of one network"):
+        state_dict_from_haiku(tree)
+    theirs = timm_from_state_dict(create_model("timm_nf_resnet26", num_classes=3).state_dict())
+    theirs["stem.conv1.gain"] = theirs["stem.conv.gain"] + 1
+    with pytest.raises(ValueError, match=r"^two of the names stand for 'stem\.conv0\.gain'"):
+        state_dict_from_timm(theirs)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from normfree.models.layers import GAINS, WS_EPS
-from normfree.models.net import Net
 from normfree.models.names import haiku_from_state_dict, state_dict_from_haiku
+from normfree.models.net import Net
 from normfree.models.zoo import create_model
 
 REFERENCE = Path(__file__).parent.parent / "reference"

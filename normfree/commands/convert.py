@@ -1,0 +1,238 @@
+"""`normfree convert`: weights of others into a model folder, and networks into the released layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from normfree.commands.words import UsageError
+
+if TYPE_CHECKING:
+    from normfree.models.net import Net
+    from normfree.pretrained import Preprocessing, TrainedModel
+
+
+@dataclass
+class ConvertArguments:
+    """Weights of DeepMind, timm or others into a model folder; or any network into DeepMind's layout."""
+
+    source: Positional[str]
+    """A released .npz, a .safetensors, a .pth, a run or model folder of ours or timm's, or hf-hub:OWNER/NAME."""
+    target: Positional[str]
+    """A new folder; or a new file that ends in .npz, for the released layout."""
+    model: str = ""
+    """The row of the weights; default: recognised by names and shapes."""
+    numerics: Literal["reference", "timm"] = "reference"
+    """How DeepMind's weights compute: as their own code did, or as timm's dm_nfnet does."""
+    key: str = ""
+    """Which entry of a .pth holds the weights, when several might, for example state_dict_ema."""
+    classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """A text file with one class name per line; default: those of the source, else numbers."""
+
+
+def convert(arguments: ConvertArguments) -> int:
+    """Reads and checks everything first; the target then appears whole or not at all."""
+    from normfree.models.hub import PREFIX
+    from normfree.models.weights import PICKLED
+
+    target = Path(arguments.target)
+    _check_target(target)
+    folder = arguments.source.startswith(PREFIX) or Path(arguments.source).is_dir()
+    if arguments.key and Path(arguments.source).suffix not in PICKLED:
+        raise UsageError(
+            f"--key {arguments.key}: only files of torch.save ({', '.join(PICKLED)}) have keys. Leave it out."
+        )
+    model, names, origin = _from_folder(arguments) if folder else _from_file(arguments)
+    if arguments.classes:
+        model = _with_classes(model, Path(arguments.classes))
+    written = _write(target, model)
+    pre = model.preprocessing
+    parameters = sum(p.numel() for p in model.net.parameters())
+    rows = [
+        ("model", f"{model.net.name}, {parameters:,} parameters, {len(model.classes)} classes"),
+        ("names", names),
+        ("preprocessing", f"{pre.image_size} px, {pre.crop}, {pre.interpolation}, mean {_numbers(pre.mean)}, "
+                          f"std {_numbers(pre.std)} ({origin})"),
+        ("weights", f"{written}, sha256 {_sha256(written)}"),
+    ]  # fmt: skip
+    for word, text in rows:
+        print(f"{word:<15}{text}")
+    return 0
+
+
+# --- in ----------------------------------------------------------------------------------------------
+
+_WHOSE = {"haiku": "DeepMind's (released layout)", "timm": "timm's", "ours": "normfree's"}
+
+
+def _from_folder(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
+    from normfree.models.names import naming_of
+    from normfree.models.net import Net
+    from normfree.models.weights import read_weights
+    from normfree.pretrained import from_pretrained
+
+    if arguments.model:
+        raise UsageError(
+            f"--model {arguments.model}: a folder's config.json says which network it is. Leave it out."
+        )
+    source = _downloaded(arguments.source)
+    model = from_pretrained(source, numerics=arguments.numerics)
+    assert isinstance(model.net, Net)  # folders hold no other
+    return model, _WHOSE[naming_of(read_weights(source))], "from the folder"
+
+
+def _downloaded(source: str) -> Path:
+    from normfree.models.hub import PREFIX, fetch
+
+    return fetch(source) if source.startswith(PREFIX) else Path(source)
+
+
+def _from_file(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
+    from normfree.models.names import naming_of, to_our_names
+    from normfree.models.net import Net
+    from normfree.models.recognise import ends
+    from normfree.models.weights import load_state_dict_
+    from normfree.models.zoo import create_model
+    from normfree.pretrained import TrainedModel
+
+    content = _content(arguments)
+    try:
+        row = arguments.model or _row(content, arguments.numerics)
+        state = to_our_names(content)
+    except ValueError as error:
+        raise ValueError(f"{arguments.source}: {error}") from None
+    num_classes, in_channels = ends(state)
+    net = create_model(row, num_classes=num_classes, in_channels=in_channels)
+    assert isinstance(net, Net)
+    load_state_dict_(net, state, source=arguments.source)
+    names = tuple(map(str, range(num_classes)))
+    return TrainedModel(net.eval(), _assumed(net), names), _WHOSE[naming_of(content)], "assumed from the row"
+
+
+def _content(arguments: ConvertArguments) -> Mapping[str, Any]:
+    from normfree.models.torch_file import read_torch_file
+    from normfree.models.weights import PICKLED, read_weights
+
+    path = Path(arguments.source)
+    return read_torch_file(path, key=arguments.key) if path.suffix in PICKLED else read_weights(path)
+
+
+def _row(content: Mapping[str, Any], numerics: str) -> str:
+    from normfree.models.recognise import recognise
+    from normfree.models.rows import VARIANTS
+
+    rows = recognise(content)
+    if numerics == "timm" and not rows[0].startswith("timm_"):
+        rows = [n for n in (f"timm_dm_{rows[0]}",) if n in VARIANTS]
+        if not rows:
+            raise UsageError(
+                "--numerics timm: only DeepMind's NFNets, F0 to F6, compute in two ways. Leave it out."
+            )
+    return rows[0]
+
+
+def _assumed(net: Net) -> Preprocessing:
+    """What a row without a folder was most likely trained for: the reference's evaluation, or timm's."""
+    from normfree.data.augment import IMAGENET_MEAN, IMAGENET_STD
+    from normfree.pretrained import Preprocessing
+
+    half = (0.5,) * net.in_channels
+    rgb = net.in_channels == 3 and net.name != "timm_test_nfnet"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else (half, half)
+    size = net.variant.test_size
+    if not net.name.startswith("timm_") or net.name.startswith("timm_dm_"):
+        return Preprocessing(size, mean=mean, std=std)
+    # timm 1.0.31, default_cfgs of models/nfnet.py: crop_pct is 0.9 but for these
+    special = {"timm_nf_resnet50": 0.94, "timm_test_nfnet": 0.95}
+    light = net.name.startswith(("timm_nfnet_l", "timm_eca_nfnet_l"))
+    crop_pct = 1.0 if light else special.get(net.name, 0.9)
+    return Preprocessing(size, crop="center", crop_pct=crop_pct, mean=mean, std=std)
+
+
+def _with_classes(model: TrainedModel, path: Path) -> TrainedModel:
+    from dataclasses import replace
+
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--classes {path}: {error}.") from None
+    expected = len(model.classes)
+    if len(names) != expected or not all(n.strip() for n in names):
+        raise UsageError(f"--classes {path}: {len(names)} lines, {sum(not n.strip() for n in names)} of them empty; "
+                         f"the network has {expected} classes. Give one name per line.")  # fmt: skip
+    return replace(model, classes=tuple(n.strip() for n in names))
+
+
+# --- out ---------------------------------------------------------------------------------------------
+
+
+def _check_target(target: Path) -> None:
+    if target.suffix == ".npz":
+        if target.exists():
+            raise UsageError(f"{target} exists already. Choose another name, or remove it first.")
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(
+            f"{target} exists already and is not an empty folder. Choose another, or remove it first."
+        )
+
+
+def _write(target: Path, model: TrainedModel) -> Path:
+    """Writes the target beside its place and moves it there. Returns the file with the weights."""
+    from normfree.models.weights import MODEL_FILE
+    from normfree.pretrained import save_pretrained
+
+    if target.suffix == ".npz":
+        tree = _released(model)
+        return _move(target, lambda place: _write_haiku(place, tree))
+    return _move(target, lambda place: save_pretrained(model, place)) / MODEL_FILE
+
+
+def _write_haiku(place: Path, tree: Any) -> None:
+    from normfree.models.haiku import write_haiku
+
+    write_haiku(place, tree)
+
+
+def _released(model: TrainedModel) -> Any:
+    from normfree.models.names import haiku_from_state_dict
+
+    name = model.net.name
+    if name.startswith("timm_") and not name.startswith("timm_dm_"):
+        raise UsageError(
+            f"{name} computes as timm does, which the released layout cannot say. Convert it to a folder."
+        )
+    return haiku_from_state_dict(model.net.state_dict())
+
+
+def _move(target: Path, write: Callable[[Path], Any]) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        write(place)
+        if target.is_dir():
+            target.rmdir()  # it is empty
+        place.rename(target)
+    finally:
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{v:.3f}" for v in values)

@@ -1,0 +1,65 @@
+"""A server on a free loopback port, and a network whose answers are known."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+import torch
+
+from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.serve.app import create_app
+from normfree.serve.server import listen, make_server
+from normfree.serve.upload import Limits
+
+
+class Brightest(torch.nn.Module):
+    """Logits are the mean of each channel, so the class is the picture's colour. Faults can be asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.fault = ""
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def forward(self, images):
+        self.entered.set()
+        self.gate.wait(10)
+        if self.fault == "raise":
+            raise RuntimeError("out of memory, say")
+        logits = 20 * images.mean(dim=(2, 3))
+        return logits * float("nan") if self.fault == "nan" else logits
+
+
+@pytest.fixture
+def colours():
+    pre = Preprocessing(image_size=8, crop="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return TrainedModel(Brightest(), pre, ("red", "green", "<b>blue</b>"))
+
+
+@contextlib.contextmanager
+def serve(model, *, limits=None, **options):
+    limits = limits or Limits()
+    app = create_app(model, device="cpu", limits=limits, **options)
+    sock = listen("127.0.0.1", 0)
+    server = make_server(app, limits=limits)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield sock.getsockname()[1], app
+    finally:
+        server.should_exit = True
+        thread.join(15)
+        sock.close()
+    assert not thread.is_alive()
+    assert not app.state.service.batcher.ready
+
+
+@pytest.fixture
+def serving():
+    """serving(model, **options) -> context manager of (port, app)"""
+    return serve

@@ -1,0 +1,88 @@
+"""`normfree serve` from a shell: the address, clean ends, one-line errors."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from normfree import cli
+from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
+from normfree.serve import server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("models") / "m"
+    net = create_model("nf_resnet_nano", num_classes=3).eval()
+    save_pretrained(TrainedModel(net, Preprocessing(image_size=16, crop="squash"), ("a", "b", "c")), out)
+    return out
+
+
+def test_it_says_its_address_serves_and_ends_cleanly_on_both_signals(folder):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        words = [sys.executable, "-m", "normfree", "serve", str(folder), "--port", "0", "--device", "cpu"]
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            line = process.stdout.readline()
+            found = re.fullmatch(
+                r"nf_resnet_nano, 3 classes: (http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", line
+            )
+            with urllib.request.urlopen(found[1] + "health", timeout=10) as response:
+                assert json.load(response)["ready"] is True
+            process.send_signal(number)
+            out, err = process.communicate(timeout=15)
+        finally:
+            process.kill()
+            process.wait()
+        assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_busy_port_is_one_line_and_2(folder, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert cli.main(["serve", str(folder), "--port", str(port)]) == 2
+    assert capsys.readouterr().err == (
+        f"normfree: 127.0.0.1 port {port} cannot be used: Address already in use. "
+        "Fix: another --port; 0 takes a free one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--port 70000", "port 70000. Allowed: 0 to 65535. Fix: --port 8000"),
+        # an address for examples, which no machine has
+        ("--port 0 --host 203.0.113.1",
+         "203.0.113.1 port 0 cannot be used: Cannot assign requested address. Fix: --host 127.0.0.1"),
+        ("--port 0 --max-batch 0", "max_batch=0. Allowed: 1 or more. Fix: max_batch=1 takes each picture alone."),
+        ("--port 0 --max-files 0", "max_files=0. Allowed: above 0. Fix: max_files=16"),
+    ],
+)  # fmt: skip
+def test_wrong_words_are_one_line_and_2(folder, capsys, words, message):
+    assert cli.main(["serve", str(folder), "--device", "cpu", *words.split()]) == 2
+    assert capsys.readouterr().err == f"normfree: {message}\n"
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_an_open_address_is_warned_about(folder, capsys, monkeypatch, host, warned):
+    monkeypatch.setattr(server, "run", lambda *_: None)
+    assert cli.main(["serve", str(folder), "--host", host, "--port", "0", "--device", "cpu"]) == 0
+    expected = (
+        f"normfree: {host} can be reached from outside, and there is no authentication\n" if warned else ""
+    )
+    assert capsys.readouterr().err == expected

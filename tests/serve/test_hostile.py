@@ -1,0 +1,359 @@
+"""A thousand malformed requests, several at a time, and the server answers the next good one."""
+
+import contextlib
+import io
+import json
+import random
+import socket
+import struct
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from normfree.serve.upload import Limits
+
+LIMITS = Limits(max_bytes=1_000_000, body_seconds=0.5, head_seconds=0.5)
+
+
+def encoded(kind, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 40, (40, 50, 3), dtype=np.uint8)
+    pixels[..., 0] += 200  # red, with enough noise that a cut does not go unnoticed
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+PNG, JPEG = encoded("PNG"), encoded("JPEG")
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(side):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def request(body, *, kind="image/png", length=None, path="/predict", method="POST", extra=b""):
+    length = len(body) if length is None else length
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\nContent-Type: {kind}\r\n"
+    )
+    return head.encode() + extra + b"\r\n" + body
+
+
+def form(*files, kind="multipart/form-data; boundary=edge"):
+    """Files as (raw bytes of the name, data)."""
+    parts = [
+        b'--edge\r\nContent-Disposition: form-data; name="file"; filename="'
+        + name
+        + b'"\r\n\r\n'
+        + data
+        + b"\r\n"
+        for name, data in files
+    ]
+    return request(b"".join(parts) + b"--edge--\r\n", kind=kind)
+
+
+class Client:
+    """One connection, as rude as it likes."""
+
+    def __init__(self, port):
+        self.port = port
+
+    def talk(self, *pieces, pause=0.0, half_close=False):
+        """(status, JSON or text) of the first answer; (0, "") if the server only closed the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=15) as sock:
+            try:
+                for piece in pieces:
+                    sock.sendall(piece)
+                    time.sleep(pause)
+                if half_close:
+                    sock.shutdown(socket.SHUT_WR)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # refused in the middle: the answer may be there all the same
+            return self.read(sock)
+
+    @staticmethod
+    def read(sock):
+        data = b""
+        try:
+            while b"\r\n\r\n" not in data:
+                data += (got := sock.recv(65536))
+                if not got:
+                    break
+            head, _, body = data.partition(b"\r\n\r\n")
+            if not head.startswith(b"HTTP/1.1 "):
+                return 0, ""
+            lengths = [int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:")]
+            while lengths and len(body) < lengths[0]:
+                body += (got := sock.recv(65536))
+                if not got:
+                    break
+        except ConnectionResetError:
+            return 0, ""
+        status, body = int(head[9:12]), body[: lengths[0]] if lengths else body
+        return status, json.loads(body) if b"application/json" in head else body.decode()
+
+
+def wrong_type(client, r):
+    kind = r.choice(
+        ["text/plain", "application/json", "", "application/x-www-form-urlencoded", "multipart/mixed", "\xff"]
+    )
+    return client.talk(request(PNG, kind=kind)), {415, 400}
+
+
+def empty(client, r):
+    return client.talk(request(b"", kind=r.choice(["image/png", "image/jpeg"]))), {422}
+
+
+def truncated(client, r):
+    data = r.choice([PNG, JPEG])
+    return client.talk(request(data[: r.randrange(1, len(data) * 9 // 10)])), {422}
+
+
+def noise(client, r):
+    return client.talk(request(r.randbytes(r.randrange(1, 5000)), kind="image/jpeg")), {422}
+
+
+def pixel_bomb(client, r):
+    return client.talk(request(bomb(r.choice([8001, 65_000, 2**31 - 1])))), {422}
+
+
+def hundred_megabytes(client, r):
+    """Streamed without a length, or with one: refused long before the end."""
+    if r.random() < 0.3:
+        return client.talk(request(b"", length=100_000_000)), {413}
+    sent = 0
+    head = (
+        b"POST /predict HTTP/1.1\r\nHost: h\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", client.port), timeout=15) as sock:
+        sock.sendall(head)
+        sock.setblocking(False)
+        piece = b"40000\r\n" + bytes(0x40000) + b"\r\n"
+        while sent < 100_000_000:
+            try:
+                if sock.recv(1, socket.MSG_PEEK):
+                    break  # the answer is there
+            except BlockingIOError:
+                pass
+            sock.setblocking(True)
+            sock.sendall(piece)
+            sock.setblocking(False)
+            sent += len(piece)
+        sock.setblocking(True)
+        assert sent < 30_000_000
+        return client.read(sock), {413}
+
+
+def length_too_long(client, r):
+    return client.talk(request(PNG, length=len(PNG) + r.randrange(1, 999)), half_close=r.random() < 0.5), {
+        0,
+        400,
+        408,
+    }
+
+
+def length_too_short(client, r):
+    return client.talk(request(PNG, length=r.randrange(1, 1000))), {
+        422,
+        0,
+    }  # the rest is no request: 400, and closed
+
+
+def slow_body(client, r):
+    pieces = [request(b"", length=5000), *[b"x"] * 4]
+    return client.talk(*pieces, pause=0.2), {408}
+
+
+def slow_head(client, r):
+    return client.talk(*[b"P", b"OST", b" /pre", b"dict"], pause=0.15), {0}
+
+
+def huge_head(client, r):
+    return client.talk(request(PNG, extra=b"X-Long: " + b"a" * 1_000_000 + b"\r\n")), {400, 0}
+
+
+def no_http(client, r):
+    words = [
+        b"\x16\x03\x01\x02\x00",
+        b"GET\r\n\r\n",
+        b"POST /predict HTTP/x\r\n\r\n",
+        r.randbytes(300) + b"\r\n\r\n",
+    ]
+    return client.talk(r.choice(words), half_close=True), {400, 0}
+
+
+def bad_form(client, r):
+    bodies = [
+        b"",
+        b"garbage",
+        b"--edge\r\n\r\n\r\n--edge--",
+        b'--edge\r\nContent-Disposition: form-data; filename="a"\r\n\r\nx\r\n--edge--',
+        b'--edge\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n--edge--',
+        r.randbytes(200),
+    ]
+    edge = r.choice(["", "; boundary=", "; boundary=edge", "; boundary=edge", f"; boundary={'e' * 5000}"])
+    return client.talk(request(r.choice(bodies), kind="multipart/form-data" + edge)), {400, 422}
+
+
+def bad_charset(client, r):
+    charset = r.choice(
+        ["undefined", "idna", "punycode", "utf-7", "zlib", "rot13", "nothing", "utf-16", "unicode_escape"]
+    )
+    kind = f"multipart/form-data; boundary=edge; charset={charset}"
+    return client.talk(form((b"\xff\\ud800+2AA-.x", b"no picture"), kind=kind)), {400, 422}
+
+
+def unknown_path(client, r):
+    path = r.choice(
+        [
+            "/../../etc/passwd",
+            "/%2e%2e/%2e%2e/etc",
+            "/predict/",
+            "/docs",
+            "/openapi.json",
+            "/%00",
+            "/" + "a" * 999,
+        ]
+    )
+    return client.talk(request(PNG, path=path)), {404, 307}
+
+
+def wrong_method(client, r):
+    method = r.choice(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"])
+    return client.talk(request(b"", method=method)), {405}
+
+
+def many_files(client, r):
+    return client.talk(form(*[(b"a", b"")] * 10_000)), {413}
+
+
+def names(client, r):
+    """Good pictures with names that mean harm: answered, and the name is only repeated."""
+    words = [
+        b"\xff\xfe\x80.png",
+        b"../../../etc/passwd",
+        b"C:\\\\windows\\\\x",
+        b"<img src=x onerror=alert(1)>",
+    ]
+    words += [b"a" * 4000, b"%0d%0aX-Evil: 1", "\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe".encode(), b"\xed\xa0\x80"]
+    name = r.choice(words)
+    status, said = client.talk(form((name, PNG)))
+    assert said["predictions"][0]["top"][0]["class"] == "red"
+    if name.startswith(b"<"):
+        assert said["predictions"][0]["name"] == name.decode()
+    assert len(said["predictions"][0]["name"]) <= 255
+    return (status, said), {200}
+
+
+KINDS = [
+    wrong_type, empty, truncated, noise, pixel_bomb, hundred_megabytes, length_too_long, length_too_short, slow_body,
+    slow_head, huge_head, no_http, bad_form, bad_charset, unknown_path, wrong_method, many_files, names,
+]  # fmt: skip
+
+
+def test_a_thousand_malformed_requests_leave_it_answering(serving, colours, caplog):
+    with serving(colours, limits=LIMITS) as (port, app):
+
+        def attack(number):
+            kind = KINDS[number % len(KINDS)]
+            (status, said), allowed = kind(Client(port), random.Random(number))
+            return kind.__name__, status, said, allowed
+
+        with ThreadPoolExecutor(24) as pool:
+            results = list(pool.map(attack, range(1008)))
+        unexpected = {
+            (kind, status, str(said)[:200])
+            for kind, status, said, allowed in results
+            if status not in allowed
+        }
+        assert not unexpected
+        assert max(status for _, status, _, _ in results) < 500
+        for _, status, said, _ in results:  # every refusal by the application says why, in one line
+            if status >= 400 and isinstance(said, dict):
+                assert said["error"].strip()
+                assert "\n" not in said["error"]
+        assert Client(port).talk(request(JPEG))[1]["predictions"][0]["top"][0]["class"] == "red"
+        # nothing is left behind
+        assert app.state.service.held.count == 0
+        assert len(app.state.service.batcher) == 0
+        assert [r for r in caplog.records if r.levelname == "ERROR"] == []
+
+
+def test_an_unfinished_head_does_not_hold_a_connection(serving, colours):
+    with serving(colours, limits=LIMITS) as (port, _):
+        for words in (b"", b"GET / HT"):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+                sock.sendall(words)
+                started = time.monotonic()
+                with contextlib.suppress(ConnectionResetError):
+                    assert sock.recv(100) == b""
+                assert 0.3 < time.monotonic() - started < 3
+
+
+def test_a_refused_body_is_not_read_for_ever(serving, colours):
+    with (
+        serving(colours, limits=LIMITS) as (port, _),
+        socket.create_connection(("127.0.0.1", port), timeout=5) as sock,
+    ):
+        sock.sendall(request(b"", length=10**9))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
+        started = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() - started < 5:
+                sock.sendall(b"x" * 1000)
+                time.sleep(0.02)
+        assert time.monotonic() - started < 3
+
+
+def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, caplog):
+    limits = Limits(max_connections=3, head_seconds=5)
+    with serving(colours, limits=limits) as (port, _):
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        time.sleep(0.1)
+        assert Client(port).talk(request(PNG))[0] == 503
+        assert "Exceeded concurrency limit." in [r.message for r in caplog.records]
+        for sock in held:
+            sock.close()
+        time.sleep(0.1)
+        assert Client(port).talk(request(PNG))[0] == 200
+
+
+def test_a_client_that_leaves_leaves_nothing(serving, colours, caplog):
+    with serving(colours, max_batch=1, max_delay_ms=0) as (port, app):
+        colours.net.gate.clear()
+        for words in (request(PNG, length=99_999), request(PNG), request(PNG), request(PNG)):
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(words)
+                time.sleep(0.15)
+        threading.Timer(0.2, colours.net.gate.set).start()
+        assert Client(port).talk(request(PNG))[0] == 200
+        assert app.state.service.held.count == 0
+        text = Client(port).talk(request(b"", method="GET", path="/metrics"))[1]
+        assert 'normfree_requests_total{path="/predict",status="499"} 4.0' in text
+        assert "normfree_batch_size_sum 2.0" in text  # the one that was in the network, and the last
+        assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_open_requests_are_answered_at_the_end_or_told(serving, colours, caplog, monkeypatch):
+    monkeypatch.setattr("normfree.serve.server._GRACE", 0.4)
+    for hangs, status in ((False, 200), (True, 503)):
+        with ThreadPoolExecutor() as pool, serving(colours) as (port, _):
+            colours.net.entered.clear()
+            colours.net.gate.clear()
+            answer = pool.submit(Client(port).talk, request(PNG))
+            assert colours.net.entered.wait(5)
+            threading.Timer(1.5 if hangs else 0.2, colours.net.gate.set).start()
+        assert answer.result()[0] == status
+    assert answer.result()[1] == {"error": "the server is stopping"}
+    assert [r.message.split(": ", 1)[1] for r in caplog.records if r.name == "normfree.serve"] == [
+        "POST '/predict' given up, the server is stopping"
+    ]
+    assert not any(r.exc_info for r in caplog.records)
