@@ -44,28 +44,30 @@ TRAINING_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the network's input: RGB -> 3 S S, normalized. `crop` and `crop_pct` as in
-    `eval_transform`."""
+    """How a picture becomes the network's input: RGB -> 3 S S, normalized. `crop`, `crop_pct` and
+    `antialias` as in `eval_transform`; False is what DeepMind's weights were evaluated with."""
 
     image_size: int
     crop: str = "resize_crop_32"
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
+    antialias: bool = True
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
     def transform(self) -> Callable[[Image], Tensor]:
-        """RGB picture -> uint8 3 S S; `normalize` with mean and std does the rest."""
+        """RGB picture -> grey levels 3 S S, uint8 if antialiased; `normalize` with mean and std does the rest."""
         return eval_transform(
             image_size=self.image_size,
             crop=self.crop,
             crop_pct=self.crop_pct,
             interpolation=self.interpolation,
+            antialias=self.antialias,
         )
 
     def to_config(self) -> dict[str, Any]:
         """The same in timm's words, for `pretrained_cfg` of a config.json. `crop_resize`, which timm lacks, becomes
-        its nearest: timm resizes, then crops."""
+        its nearest (timm resizes, then crops), and so does resizing without antialiasing."""
         size = self.image_size
         # timm resizes to floor(S / crop_pct): half a pixel more keeps the quotient off the whole number below
         with_margin = size / (size + CROP_PADDING + 0.5)

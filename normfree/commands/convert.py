@@ -58,7 +58,8 @@ def convert(arguments: ConvertArguments) -> int:
     rows = [
         ("model", f"{model.net.name}, {parameters:,} parameters, {len(model.classes)} classes"),
         ("names", names),
-        ("preprocessing", f"{pre.image_size} px, {pre.crop}, {pre.interpolation}, mean {_numbers(pre.mean)}, "
+        ("preprocessing", f"{pre.image_size} px, {pre.crop}, {pre.interpolation}"
+                          f"{'' if pre.antialias else ' without antialiasing'}, mean {_numbers(pre.mean)}, "
                           f"std {_numbers(pre.std)} ({origin})"),
         ("weights", f"{written}, sha256 {_sha256(written)}"),
     ]  # fmt: skip
@@ -113,7 +114,9 @@ def _from_file(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
     assert isinstance(net, Net)
     load_state_dict_(net, state, source=arguments.source)
     names = tuple(map(str, range(num_classes)))
-    return TrainedModel(net.eval(), _assumed(net), names), _WHOSE[naming_of(content)], "assumed from the row"
+    naming = naming_of(content)
+    pre = _assumed(net, deepmind=naming == "haiku")
+    return TrainedModel(net.eval(), pre, names), _WHOSE[naming], "assumed from the row"
 
 
 def _content(arguments: ConvertArguments) -> Mapping[str, Any]:
@@ -138,8 +141,8 @@ def _row(content: Mapping[str, Any], numerics: str) -> str:
     return rows[0]
 
 
-def _assumed(net: Net) -> Preprocessing:
-    """What a row without a folder was most likely trained for: the reference's evaluation, or timm's."""
+def _assumed(net: Net, *, deepmind: bool) -> Preprocessing:
+    """What weights without a folder were most likely made for: DeepMind's evaluation to the pixel, ours, or timm's."""
     from normfree.data.augment import IMAGENET_MEAN, IMAGENET_STD
     from normfree.pretrained import Preprocessing
 
@@ -148,7 +151,9 @@ def _assumed(net: Net) -> Preprocessing:
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else (half, half)
     size = net.variant.test_size
     if not net.name.startswith("timm_") or net.name.startswith("timm_dm_"):
-        return Preprocessing(size, mean=mean, std=std)
+        # reference code: NFNets squash to S + 32, NF-RegNets and NF-ResNets keep the aspect; no antialiasing
+        crop = "resize_crop_32" if net.name.startswith(("nfnet", "timm_dm")) else "crop_resize"
+        return Preprocessing(size, crop=crop, antialias=not deepmind, mean=mean, std=std)
     # timm 1.0.31, default_cfgs of models/nfnet.py: crop_pct is 0.9 but for these
     special = {"timm_nf_resnet50": 0.94, "timm_test_nfnet": 0.95}
     light = net.name.startswith(("timm_nfnet_l", "timm_eca_nfnet_l"))

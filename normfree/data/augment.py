@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from normfree.data.resample import resize_bicubic
 from normfree.data.vision import torchvision_module
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ CROP_PADDING = 32  # pixels around the crop at evaluation; reference code, datas
 GREY = (128, 128, 128)  # what RandAugment uncovers at the edge; reference code, autoaugment.py
 EVAL_CROPS = ("resize_crop_32", "crop_resize", "squash", "center")
 LARGEST_RESIZE = 64  # times the crop; ordinary pictures, up to an aspect of about 50, stay below
+REFERENCE_CROPS = ("resize_crop_32", "crop_resize")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
@@ -78,8 +80,11 @@ def train_transform(
 class EvalTransform:
     """RGB picture -> uint8 tensor, 3 S S, without randomness; made by `eval_transform`."""
 
-    def __init__(self, *, image_size: int, crop: str, crop_pct: float, interpolation: str) -> None:
+    def __init__(
+        self, *, image_size: int, crop: str, crop_pct: float, interpolation: str, antialias: bool
+    ) -> None:
         self.image_size = image_size
+        self.antialias = antialias
         self.crop = crop
         self.crop_pct = crop_pct
         self.interpolation = interpolation
@@ -88,6 +93,8 @@ class EvalTransform:
         """Resize and crop one picture; Pillow's filters are antialiased."""
         from PIL.Image import Resampling
 
+        if not self.antialias:
+            return self._reference(np.asarray(image))
         s, filter_ = self.image_size, Resampling[self.interpolation.upper()]
         if self.crop == "crop_resize":
             side = max(1, int(s / (s + CROP_PADDING) * min(image.size)))
@@ -112,12 +119,26 @@ class EvalTransform:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+    def _reference(self, pixels: np.ndarray) -> Tensor:
+        s, (height, width) = self.image_size, pixels.shape[:2]
+        if self.crop == "crop_resize":
+            side = max(1, int(s / (s + CROP_PADDING) * min(height, width)))
+            top, left = (height - side + 1) // 2, (width - side + 1) // 2
+            seen = resize_bicubic(pixels[top : top + side, left : left + side], s, s)
+        else:
+            offset = CROP_PADDING // 2
+            seen = resize_bicubic(pixels, s + CROP_PADDING, s + CROP_PADDING)
+            seen = seen[offset : offset + s, offset : offset + s]
+        return torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1)))
+
+
 def eval_transform(
     *,
     image_size: int,
     crop: str = "resize_crop_32",
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
+    antialias: bool = True,
 ) -> Callable[[Image], Tensor]:
     """RGB picture -> uint8 tensor, 3 S S, the same each time.
 
@@ -127,14 +148,25 @@ def eval_transform(
     "squash" resizes all of it to floor(S / `crop_pct`) squared and takes the centre; with 1 nothing is cut, for
     small pictures, of which a margin of 32 pixels would take half; "center" resizes the shorter side to floor(S /
     `crop_pct`), aspect kept, and takes the centre. These two are timm's. Needs Pillow only, so prediction works
-    without torchvision. Raises `ValueError` for unknown words and a `crop_pct` outside (0, 1].
+    without torchvision.
+
+    `antialias=False` gives the pixels of the reference code to 0.05 of 255: bicubic without antialiasing, as float32
+    grey levels that overshoot 0 and 255, for its two crops. Raises `ValueError` for unknown words, a `crop_pct` outside
+    (0, 1], and other crops or filters without antialiasing.
     """
     _check_size(image_size)
     _check_word("crop", crop, EVAL_CROPS)
     _check_word("interpolation", interpolation, INTERPOLATIONS)
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct={crop_pct}. Allowed: above 0, up to 1 (no margin). Fix: crop_pct=0.875")
-    return EvalTransform(image_size=image_size, crop=crop, crop_pct=crop_pct, interpolation=interpolation)
+    if not antialias and (crop not in REFERENCE_CROPS or interpolation != "bicubic"):
+        raise ValueError(
+            f"antialias=False with crop={crop!r}, interpolation={interpolation!r}. Allowed: bicubic with "
+            f"{' or '.join(REFERENCE_CROPS)}. Fix: antialias=True"
+        )
+    return EvalTransform(
+        image_size=image_size, crop=crop, crop_pct=crop_pct, interpolation=interpolation, antialias=antialias
+    )
 
 
 def normalize(
@@ -144,7 +176,7 @@ def normalize(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 B C H W -> `dtype`, on the same device: (images / 255 - mean) / std, with one number per channel.
+    """Grey levels B C H W (uint8, or float32 from 0 to 255) -> `dtype`, on the same device: (images / 255 - mean) / std, with one number per channel.
 
     Computed in float32 (float64 when that is asked for) and then rounded to `dtype`.
     """
