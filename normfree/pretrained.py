@@ -7,6 +7,7 @@ A network of a `timm_` row is written under timm's names, so that timm opens the
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,6 +156,9 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     text = json.dumps(_config(net, model, for_timm), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    shutil.copymode(
+        folder / "config.json", folder / MODEL_FILE
+    )  # safetensors lets nobody else read what it writes
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

@@ -56,6 +56,8 @@ def test_round_trip(tmp_path, name, fields):
         "config.json",
         "model.safetensors",
     }
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # whoever may read one file may read all
     again = from_pretrained(tmp_path)  # a run folder: finds model/ inside
     assert (again.preprocessing, again.classes) == (model.preprocessing, CLASSES)
     assert (again.net.name, again.net.variant, again.net.training) == (name, net.variant, False)

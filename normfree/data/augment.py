@@ -118,7 +118,6 @@ class EvalTransform:
                 image = image.resize((s, s), filter_, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
-
     def _reference(self, pixels: np.ndarray) -> Tensor:
         s, (height, width) = self.image_size, pixels.shape[:2]
         if self.crop == "crop_resize":
@@ -176,7 +175,8 @@ def normalize(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Grey levels B C H W (uint8, or float32 from 0 to 255) -> `dtype`, on the same device: (images / 255 - mean) / std, with one number per channel.
+    """Grey levels B C H W (uint8, or float32 from 0 to 255) -> `dtype`, on the same device: (images / 255 - mean) / std,
+    with one number per channel.
 
     Computed in float32 (float64 when that is asked for) and then rounded to `dtype`.
     """

@@ -20,7 +20,8 @@ def test_evaluation_without_antialiasing_is_the_references(crop, size):
     wanted = torch.from_numpy(REFERENCE[f"eval|{crop}|{size}"]).permute(2, 0, 1)
     exact = eval_transform(image_size=size, crop=crop, antialias=False)(picture)
     assert exact.dtype == torch.float32
-    assert float((exact - wanted).abs().max()) < 0.05  # grey levels; TensorFlow's table of weights has 1024 entries
+    # grey levels; TensorFlow takes the filter's weights from a table of 1024 entries
+    assert float((exact - wanted).abs().max()) < 0.05
     ours = eval_transform(image_size=size, crop=crop)(picture)
     assert float((ours - wanted).abs().max()) > 2  # so the word matters
 
@@ -34,8 +35,11 @@ def test_resizing_to_the_same_size_changes_nothing():
 
 
 def test_without_antialiasing_only_the_references_two_crops_exist():
-    with pytest.raises(ValueError, match=r"^antialias=False with crop='squash', interpolation='bicubic'\. Allowed: "
-                                         r"bicubic with resize_crop_32 or crop_resize\. Fix: antialias=True$"):  # fmt: skip
+    said = (
+        r"^antialias=False with crop='squash', interpolation='bicubic'\. Allowed: bicubic with resize_crop_32 or "
+        r"crop_resize\. Fix: antialias=True$"
+    )
+    with pytest.raises(ValueError, match=said):
         eval_transform(image_size=8, crop="squash", antialias=False)
 
 
