@@ -175,9 +175,9 @@ def normalize(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Grey levels B C H W (uint8, or float32 from 0 to 255) -> `dtype`, on the same device: (images / 255 - mean) / std,
-    with one number per channel.
+    """Grey levels B C H W (uint8, or float32 from 0 to 255) -> `dtype`, on the same device.
 
+    (images / 255 - mean) / std, with one number of each per channel.
     Computed in float32 (float64 when that is asked for) and then rounded to `dtype`.
     """
     if not len(mean) == len(std) == images.shape[-3]:
