@@ -48,8 +48,8 @@ def test_a_released_file_to_a_folder_and_back(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"model          nf_resnet_nano, 384,968 parameters, 3 classes\n"
         f"names          DeepMind's (released layout)\n"
-        f"preprocessing  32 px, resize_crop_32, bicubic, mean 0.485 0.456 0.406, std 0.229 0.224 0.225 "
-        f"(assumed from the row)\n"
+        f"preprocessing  32 px, crop_resize, bicubic without antialiasing, mean 0.485 0.456 0.406, "
+        f"std 0.229 0.224 0.225 (assumed from the row)\n"
         f"weights        {folder}/model.safetensors, sha256 {sha}\n"
     )
     model = from_pretrained(folder)
@@ -129,7 +129,7 @@ def test_deepminds_weights_compute_in_two_ways(tmp_path, monkeypatch, capsys):
             model = from_pretrained(out)
             assert model.net.name == row
             assert same(model.net, net)
-            assert model.preprocessing == Preprocessing(256)
+            assert model.preprocessing == Preprocessing(256, antialias=source != "a.npz")
     assert main(["convert", str(tmp_path / "a.npz-timm"), str(tmp_path / "back.npz")]) == 0
     assert (tmp_path / "back.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
 
