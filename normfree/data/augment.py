@@ -1,4 +1,4 @@
-"""Pictures to pixels, one by one, and batches to mixed batches.
+"""Pictures to pixels, one by one.
 
 The geometric and colour operations are torchvision's (transforms v2); their randomness is torch's default CPU
 generator, which the loader seeds per sample.
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
+from normfree.data.randaugment import rand_augment
 from normfree.data.resample import resize_bicubic
 from normfree.data.vision import torchvision_module
 
@@ -47,9 +47,10 @@ def train_transform(
 
     The crop takes between `crop_min` and 1 of the picture's area, at an aspect ratio within `crop_ratio`;
     `flip` is the probability of a mirror image. These defaults are the reference code's (dataset.py).
-    `randaugment` is "off", "trivial" (one operation of random strength: TrivialAugment, arXiv 2103.10158) or
-    "LxM": L operations in a row at magnitude M of 30 (arXiv 1909.13719), with `fill` (0-255) where they
-    uncover the edge. Resizing is antialiased. Raises `ValueError` for values that mean nothing.
+    `randaugment` is "off", "trivial" (one operation of random strength: TrivialAugment, arXiv 2103.10158),
+    "LxM": L operations in a row at magnitude M, as DeepMind ran it, where 10 is the full range (`rand_augment`), or
+    "tv:LxM": torchvision's (arXiv 1909.13719), where 30 is, with `fill` (0-255) at uncovered edges. Resizing is
+    antialiased. Raises `ValueError` for values that mean nothing.
     """
     _check_size(image_size)
     if not 0 < crop_min <= 1:
@@ -191,83 +192,55 @@ def normalize(
     return ((images.to(work) - means) * scale).to(dtype)
 
 
-# torchvision's v2.MixUp and v2.CutMix draw one lambda for a whole batch, from the global generator. The
-# reference draws one per example, and a resumed run must draw the same numbers again: hence these few lines
-# of our own.
-def mix(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    generator: torch.Generator,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Mixed images (floating point, B C H W) and soft targets (float32, B K) from class numbers (int64, B).
-
-    Each example is mixed with another one of the batch. mixup: lambda ~ Beta(mixup, mixup) per example, the
-    image is lambda * own + (1 - lambda) * other. cutmix: u ~ Beta(cutmix, cutmix) per example (1 is the
-    reference's uniform); a box of sides int(sqrt(1 - u) * H), int(sqrt(1 - u) * W) about a uniform centre,
-    clipped at the border, keeps the own image, the other one fills the rest, and the label weight is the
-    exact share of pixels. With both, the first half of the batch is mixup and the second half cutmix, as in
-    the reference code. Targets are smoothed last: y * (1 - s) + s / K. With everything at 0 the images come
-    back as they are.
-
-    Mixing normalised images equals normalising mixed ones, as the weights add up to 1. All draws happen on
-    the CPU, from one number of `generator`, so every device gets the same ones.
-    """
-    _check_mix(images, mixup=mixup, cutmix=cutmix, label_smoothing=label_smoothing)
-    targets = one_hot(labels, num_classes).float()
-    batch, _, height, width = images.shape
-    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    if mixup > 0 or cutmix > 0:
-        first_cut = batch if cutmix == 0 else 0 if mixup == 0 else (batch + 1) // 2
-        # A shift by 1 .. B-1 pairs nobody with himself, and the order of the batch is random already.
-        other = np.roll(np.arange(batch), int(rng.integers(1, batch)) if batch > 1 else 0)
-        weights = np.ones((batch, 1, height, width), dtype=np.float32)
-        if first_cut > 0:
-            weights[:first_cut] = rng.beta(mixup, mixup, size=(first_cut, 1, 1, 1))
-        if first_cut < batch:
-            weights[first_cut:] = _boxes(batch - first_cut, height, width, cutmix, rng)
-        share = torch.from_numpy(weights.mean(axis=(1, 2, 3), dtype=np.float64)).to(targets).unsqueeze(1)
-        mask = torch.from_numpy(weights).to(images)
-        partner = torch.from_numpy(other).to(images.device)
-        images = torch.lerp(images[partner], images, mask)
-        targets = share * targets + (1 - share) * targets[partner]
-    if label_smoothing > 0:
-        targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
-    return images, targets
-
-
-def _boxes(count: int, height: int, width: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
-    # count 1 H W, 1 inside the box and 0 outside. Half a side is rounded down on both flanks of the centre,
-    # as in the reference (dataset.py, cutmix_padding).
-    side = np.sqrt(1 - rng.beta(alpha, alpha, size=count))
-
-    def inside(length: int) -> np.ndarray:
-        half = (side * length).astype(np.int64) // 2
-        centre = rng.integers(0, length, size=count)
-        places = np.arange(length)
-        return (places >= (centre - half)[:, None]) & (places < (centre + half)[:, None])
-
-    rows, columns = inside(height), inside(width)
-    return (rows[:, None, :, None] & columns[:, None, None, :]).astype(np.float32)
-
-
 def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:
     if text == "off":
         return []
     if text == "trivial":
         return [torchvision_module("transforms.v2").TrivialAugmentWide(fill=list(fill))]
-    match = re.fullmatch(r"([1-9]\d?)x(\d\d?)", text)
-    if match is None or int(match[2]) > 30:
+    match = re.fullmatch(r"(tv:)?([1-9]\d?)x(\d\d?)", text)
+    if match is None or int(match[3]) > 30:
         raise ValueError(
-            f"randaugment={text!r}. Allowed: 'off', 'trivial', or '<layers>x<magnitude>' with a magnitude of 0 to 30. "
-            "Fix: randaugment='2x9'"
+            f"randaugment={text!r}. Allowed: 'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is "
+            "their full range), 'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30. "
+            "Fix: randaugment='4x5'"
         )
+    layers, magnitude = int(match[2]), int(match[3])
+    if match[1] is None:
+        return [ReferenceRandAugment(layers, magnitude)]
     v2 = torchvision_module("transforms.v2")
-    return [v2.RandAugment(num_ops=int(match[1]), magnitude=int(match[2]), fill=list(fill))]
+    return [v2.RandAugment(num_ops=layers, magnitude=magnitude, fill=list(fill))]
+
+
+class AfterMixing:
+    """The policy of a `randaugment` word for pictures that are mixed first; see `FreshPairs.after`."""
+
+    def __init__(self, text: str, fill: tuple[int, int, int] = GREY) -> None:
+        self.policy = _policy(text, fill)
+
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 H W 3 -> the same, augmented; draws come from `rng` by way of torch's default generator."""
+        from PIL import Image as pillow
+
+        torch.default_generator.manual_seed(int(rng.integers(2**62)))
+        image = pillow.fromarray(pixels)
+        for step in self.policy:
+            image = step(image)
+        return np.asarray(image)
+
+
+class ReferenceRandAugment:
+    """RGB picture -> RGB picture, by `rand_augment`; its draws come from torch's default generator."""
+
+    def __init__(self, layers: int, magnitude: float) -> None:
+        self.layers, self.magnitude = layers, magnitude
+
+    def __call__(self, image: Image) -> Image:
+        from PIL import Image as pillow
+
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        return pillow.fromarray(
+            rand_augment(np.asarray(image), layers=self.layers, magnitude=self.magnitude, rng=rng)
+        )
 
 
 def _interpolation(word: str) -> Any:
@@ -286,15 +259,3 @@ def _check_word(option: str, word: str, allowed: tuple[str, ...]) -> None:
     if word not in allowed:
         nearest = (get_close_matches(word, allowed, n=1, cutoff=0.0) or allowed)[0]
         raise ValueError(f"{option}={word!r}. Allowed: {', '.join(allowed)}. Fix: {option}={nearest!r}")
-
-
-def _check_mix(images: Tensor, **options: float) -> None:
-    if not images.is_floating_point():
-        raise ValueError(
-            f"mix of {images.dtype} images. Allowed: floating point. Fix: images = normalize(images)"
-        )
-    for option, value in options.items():
-        if option != "label_smoothing" and value < 0:
-            raise ValueError(f"{option}={value}. Allowed: 0 (off) or more. Fix: {option}=0")
-        if option == "label_smoothing" and not 0 <= value < 1:
-            raise ValueError(f"{option}={value}. Allowed: 0 (off) up to, not including, 1. Fix: {option}=0.1")

@@ -8,7 +8,7 @@ integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from normfree.data.images import ImageError
+from normfree.data.mixing import FreshPairs
 from normfree.data.protocol import Source
 from normfree.data.seeds import key, permutation
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Transform = Callable[["Image"], Tensor]
 _Place = tuple[int, int]  # (epoch, index); the epoch is -1 for evaluation, which draws nothing
+_Pair = tuple[_Place, _Place, bool, int]  # own, other, by cutmix?, number of the output in its batch
+_Entry = tuple[int, int, list[Any]]  # step, epoch of the batch, places or pairs
 _EVAL = -1
 
 
@@ -32,9 +35,10 @@ _EVAL = -1
 class Batch:
     """This rank's part of one batch.
 
-    `images` uint8 B C H W, `labels` int64 B, `indices` int64 B (positions in the source), `names` B paths or
-    ids. `step` counts batches from 0; `epoch` is that of the first sample of the global batch (0 in
-    evaluation).
+    `images` grey levels B C H W (uint8 as a rule), `labels` int64 B, `indices` int64 B (positions in the source),
+    `names` B paths or ids. `step` counts batches from 0; `epoch` is that of the first sample of the global batch (0 in
+    evaluation). With `pairs`, `partners` int64 B are the labels of the second images and `share` float32 B the parts
+    of the first ones.
     """
 
     images: Tensor
@@ -43,6 +47,8 @@ class Batch:
     names: tuple[str, ...]
     step: int
     epoch: int
+    partners: Tensor | None = None
+    share: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,6 +60,8 @@ class Batch:
             images=self.images.pin_memory(),
             labels=self.labels.pin_memory(),
             indices=self.indices.pin_memory(),
+            partners=None if self.partners is None else self.partners.pin_memory(),
+            share=None if self.share is None else self.share.pin_memory(),
         )
 
 
@@ -69,13 +77,15 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    pairs: FreshPairs | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of the steps `start_step`, ..., `num_steps` - 1 (`num_steps` is the length of the whole run).
 
     `batch_size` counts samples over all ranks; rank r of W gets the r-th of W equal consecutive parts. Every
     batch is full: one that meets the end of an epoch takes its rest from the next, so it may be larger than
     the data. Batches are bit-identical for any number of `workers` (processes; 0 works in this one) and from
-    any `start_step`, and the caller's random state is left alone. Closing the generator stops the workers. A
+    any `start_step`, and the caller's random state is left alone. With `pairs` every output is mixed of two images
+    read for it, so that a step takes 2 * `batch_size` places of the stream. Closing the generator stops the workers. A
     picture that cannot be read raises `ImageError` with its name; wrong arguments raise `ValueError` at once.
     """
     _check(source, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
@@ -90,8 +100,8 @@ def train_batches(
             f"start_step={start_step} of num_steps={num_steps}. Allowed: 0 to {num_steps}. "
             "Fix: num_steps counts the steps of the whole run, the finished ones included"
         )
-    plan = TrainPlan(len(source), batch_size, seed, range(start_step, num_steps), rank, world_size)
-    return _stream(_Fetcher(source, transform, seed), plan, workers=workers, pin_memory=pin_memory)
+    plan = TrainPlan(len(source), batch_size, seed, range(start_step, num_steps), rank, world_size, pairs)
+    return _stream(_Fetcher(source, transform, seed, pairs), plan, workers=workers, pin_memory=pin_memory)
 
 
 def eval_batches(
@@ -117,22 +127,40 @@ def eval_batches(
 class TrainPlan:
     """Which samples make which step: iterates over lists of (step, epoch of the batch, [(epoch, index), ...])."""
 
-    def __init__(self, n: int, batch_size: int, seed: int, steps: range, rank: int, world_size: int) -> None:
-        self._n, self._batch_size, self._seed, self._steps = n, batch_size, seed, steps
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        rank: int,
+        world_size: int,
+        pairs: FreshPairs | None = None,
+    ) -> None:
+        self._n, self._batch_size, self._seed, self._steps, self._pairs = n, batch_size, seed, steps, pairs
         self._part = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[_Place]]]:
+    def __iter__(self) -> Iterator[_Entry]:
         orders: dict[int, np.ndarray] = {}
+        reads = self._batch_size * (2 if self._pairs else 1)
         for step in self._steps:
-            start = step * self._batch_size
-            places = [divmod(start + i, self._n) for i in self._part]
-            for epoch in {epoch for epoch, _ in places} - orders.keys():
-                orders[epoch] = permutation(self._n, self._seed, "order", epoch)
-            orders = {epoch: order for epoch, order in orders.items() if epoch >= places[0][0]}
-            yield step, start // self._n, [(epoch, int(orders[epoch][place])) for epoch, place in places]
+            start = step * reads
+            first, last = start // self._n, (start + reads - 1) // self._n
+            orders = {e: orders[e] if e in orders else permutation(self._n, self._seed, "order", e)
+                      for e in range(first, last + 1)}  # fmt: skip
+
+            def place(offset: int, start: int = start, orders: dict[int, np.ndarray] = orders) -> _Place:
+                epoch, position = divmod(start + offset, self._n)
+                return epoch, int(orders[epoch][position])
+
+            if self._pairs is None:
+                yield step, first, [place(i) for i in self._part]
+            else:
+                whole = [(i, self._pairs.places(i, self._batch_size)) for i in self._part]
+                yield step, first, [(place(own), place(other), cut, i) for i, (own, other, cut) in whole]
 
 
 class EvalPlan:
@@ -145,7 +173,7 @@ class EvalPlan:
     def __len__(self) -> int:
         return -(-len(self._part) // self._batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, int, list[_Place]]]:
+    def __iter__(self) -> Iterator[_Entry]:
         for step in range(len(self)):
             part = self._part[step * self._batch_size : (step + 1) * self._batch_size]
             yield step, 0, [(_EVAL, index) for index in part]
@@ -154,28 +182,43 @@ class EvalPlan:
 class _Fetcher(torch.utils.data.Dataset[Any]):
     """Turns one entry of a plan into a `Batch`; this is what runs in the workers."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
-        self._source, self._transform, self._seed = source, transform, seed
+    def __init__(
+        self, source: Source, transform: Transform, seed: int, pairs: FreshPairs | None = None
+    ) -> None:
+        self._source, self._transform, self._seed, self._pairs = source, transform, seed, pairs
 
-    def __getitem__(self, entry: tuple[int, int, list[_Place]]) -> Batch | ImageError:
+    def __getitem__(self, entry: _Entry) -> Batch | ImageError:
         step, epoch, places = entry
-        indices = [index for _, index in places]
         # The default generator of the CPU alone: `torch.manual_seed` would reset every GPU's as well.
         state = torch.default_generator.get_state()
         try:
-            images = torch.stack([self._sample(*place) for place in places])
+            if self._pairs is None:
+                return self._batch([self._sample(*place) for place in places], places, step, epoch)
+            images, shares = zip(*(self._pair(pair, step) for pair in places), strict=True)
+            batch = self._batch(images, [own for own, _, _, _ in places], step, epoch)
+            partners = torch.tensor([self._source.label(other[1]) for _, other, _, _ in places])
+            return replace(batch, partners=partners, share=torch.tensor(shares, dtype=torch.float32))
         except ImageError as error:
             return error  # raised by `_stream`: torch would bury its message in the traceback of a worker
         finally:
             torch.default_generator.set_state(state)
+
+    def _batch(self, images: Sequence[Tensor], places: list[_Place], step: int, epoch: int) -> Batch:
+        indices = [index for _, index in places]
         return Batch(
-            images=images,
+            images=torch.stack(list(images)),
             labels=torch.tensor([self._source.label(index) for index in indices]),
             indices=torch.tensor(indices),
             names=tuple(self._source.name(index) for index in indices),
             step=step,
             epoch=epoch,
         )
+
+    def _pair(self, pair: _Pair, step: int) -> tuple[Tensor, float]:
+        own, other, cut, number = pair
+        assert self._pairs is not None
+        rng = np.random.default_rng(key(self._seed, "mix", step, number))
+        return self._pairs.combine(self._sample(*own), self._sample(*other), cut=cut, rng=rng)
 
     def _sample(self, epoch: int, index: int) -> Tensor:
         if epoch == _EVAL:

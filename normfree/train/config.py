@@ -116,11 +116,13 @@ class Augment(Section):
     flip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Probability of a mirror image."""
     randaugment: str = "off"
-    """off, auto (the row's), trivial, or <layers>x<magnitude>, for example 4x5."""
+    """off, auto (the row's), trivial, <layers>x<magnitude> of DeepMind's (4x5), or tv:2x9, torchvision's."""
     mixup: float = Field(default=0.0, ge=0.0)
     """Beta parameter of mixup; 0: none. With cutmix too, each gets half of the batch."""
     cutmix: float = Field(default=0.0, ge=0.0)
     """Beta parameter of cutmix; 0: none, 1: uniform."""
+    mix_with: Literal["batch", "fresh"] = "batch"
+    """Partners: others of the batch, or images read for it alone and augmented after mixing, as the papers did."""
     label_smoothing: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Probability mass spread over all classes, after mixing."""
 

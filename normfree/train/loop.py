@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from normfree.data.augment import mix, normalize, train_transform
+from normfree.data.augment import AfterMixing, normalize, train_transform
 from normfree.data.loader import Batch, train_batches
+from normfree.data.mixing import FreshPairs, mix, paired_targets
 from normfree.data.protocol import Split
 from normfree.data.seeds import key
 from normfree.inference import Evaluation, evaluate, run_device
@@ -72,9 +73,10 @@ class Trainer:
         groups = parameter_groups(net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping)
         self.optimizer = SGD(groups, config.optim.lr, momentum=config.optim.momentum)
         self.ema = Ema(net, decay=config.optim.ema_decay)
+        self.pairs = _pairs(config)
         self.transform = train_transform(
             image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
-            randaugment=config.augment.randaugment,
+            randaugment="off" if self.pairs else config.augment.randaugment,
         )  # fmt: skip
         self.forward: nn.Module = torch.compile(net) if config.compile else net  # type: ignore[assignment]
 
@@ -106,6 +108,11 @@ class Trainer:
         augment = self.config.augment
         images = normalize(batch.images.to(self.device, non_blocking=True))
         labels = batch.labels.to(self.device, non_blocking=True)
+        if batch.partners is not None and batch.share is not None:  # mixed already, image by image
+            partners, share = batch.partners.to(self.device), batch.share.to(self.device)
+            return images.contiguous(memory_format=torch.channels_last), paired_targets(
+                labels, partners, share, num_classes=self.num_classes, label_smoothing=augment.label_smoothing
+            )
         generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step))
         return mix(
             images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
@@ -147,6 +154,14 @@ class Trainer:
         self.optimizer.load_named_state_(saved.tensors["optim"])
 
 
+def _pairs(config: Config) -> FreshPairs | None:
+    augment = config.augment
+    if augment.mix_with == "batch" or augment.mixup == augment.cutmix == 0:
+        return None
+    after = None if augment.randaugment == "off" else AfterMixing(augment.randaugment)
+    return FreshPairs(augment.mixup, augment.cutmix, after)
+
+
 def train(config: Config, out: str | Path, *, console: Console | None = None) -> run.TrainResult:
     """Runs `config` in the run folder `out`, or continues what is there, to the end.
 
@@ -181,7 +196,7 @@ def _steps(
     batch_size, meter = config.input.batch_size, Meter()
     batches = train_batches(
         split.train, trainer.transform, batch_size=batch_size, seed=config.seed, start_step=step, num_steps=total,
-        workers=config.input.workers, pin_memory=trainer.device.type == "cuda",
+        workers=config.input.workers, pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs,
     )  # fmt: skip
 
     def due(length: str) -> bool:

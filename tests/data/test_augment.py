@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from normfree.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_transform, mix, normalize, train_transform
+from normfree.data.augment import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize, train_transform
+from normfree.data.mixing import mix
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -32,7 +33,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_training_pictures_are_uint8_squares_that_follow_torchs_generator() -> None:
-    transform = train_transform(image_size=24, randaugment="2x9")
+    transform = train_transform(image_size=24, randaugment="tv:2x9")
     torch.manual_seed(3)
     first, second = transform(gradient(60, 40)), transform(gradient(60, 40))
     assert (first.dtype, first.shape) == (torch.uint8, (3, 24, 24))
@@ -62,7 +63,9 @@ def test_crops_keep_to_their_share_of_the_area() -> None:
 
 def test_randaugment_shows_the_fill_where_it_moves_the_edge() -> None:
     picture = Image.new("RGB", (32, 32), (255, 255, 255))
-    transform = train_transform(image_size=32, crop_min=1.0, flip=0.0, randaugment="1x30", fill=(7, 90, 200))
+    transform = train_transform(
+        image_size=32, crop_min=1.0, flip=0.0, randaugment="tv:1x30", fill=(7, 90, 200)
+    )
     torch.manual_seed(0)
     corners = {tuple(transform(picture)[:, 0, 0].tolist()) for _ in range(60)}
     assert (7, 90, 200) in corners
@@ -71,8 +74,9 @@ def test_randaugment_shows_the_fill_where_it_moves_the_edge() -> None:
 @pytest.mark.parametrize("text", ["2", "2x31", "0x9", "x", "on", "2x9x1", "rand-m9"])
 def test_a_wrong_randaugment(text: str) -> None:
     assert text_of(lambda: train_transform(image_size=8, randaugment=text)) == (
-        f"randaugment={text!r}. Allowed: 'off', 'trivial', or '<layers>x<magnitude>' with a magnitude of 0 to 30. "
-        "Fix: randaugment='2x9'"
+        f"randaugment={text!r}. Allowed: 'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is "
+        "their full range), 'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30. "
+        "Fix: randaugment='4x5'"
     )
 
 
@@ -143,7 +147,7 @@ def test_resizing_is_antialiased() -> None:
 def test_evaluation_needs_no_torchvision() -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
-        "from normfree.data.augment import eval_transform, mix, normalize\n"
+        "from normfree.data.augment import eval_transform, normalize\n"
         "from normfree.data.loader import eval_batches\n"
         "from PIL import Image; print(tuple(eval_transform(image_size=8)(Image.new('RGB', (9, 9))).shape))"
     )

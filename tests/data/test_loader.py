@@ -28,7 +28,7 @@ def make_source(n: int, *, tones: int = 1) -> ArraySource:
 
 def stream(source: Any, *, start_step: int = 0, num_steps: int = 9, **options: Any) -> list[Batch]:
     options = {"batch_size": 6, "seed": 5, **options}
-    transform = train_transform(image_size=8, randaugment="2x9")
+    transform = train_transform(image_size=8, randaugment="tv:2x9")
     return list(train_batches(source, transform, start_step=start_step, num_steps=num_steps, **options))
 
 

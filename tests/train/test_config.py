@@ -14,6 +14,7 @@ KEYS = [
     *("input.image_size", "input.eval_size", "input.eval_crop", "input.batch_size", "input.micro_batch"),
     *("input.workers", "input.val_fraction", "input.root", "input.download"),
     *("augment.crop_min", "augment.flip", "augment.randaugment", "augment.mixup", "augment.cutmix"),
+    "augment.mix_with",
     *("augment.label_smoothing", "optim.lr", "optim.momentum", "optim.weight_decay", "optim.clip"),
     *("optim.clipping", "optim.clipping_eps", "optim.warmup", "optim.schedule", "optim.final_lr"),
     *("optim.ema_decay", "log.every", "log.evaluate_every", "log.checkpoint_every", "log.keep"),
