@@ -148,6 +148,8 @@ class Optim(Section):
     """Course of the learning rate."""
     final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
     """Where the schedule ends, as a share of the peak."""
+    sam_rho: float = Field(default=0.0, ge=0.0)
+    """Sharpness-aware minimization: length of the step uphill at which the gradient is taken; 0: none."""
     ema_decay: float = Field(default=0.99999, ge=0.0, le=1.0)
     """Decay of the weight average, reached by the ramp (1 + t) / (10 + t)."""
 

@@ -30,6 +30,7 @@ from normfree.models.zoo import create_model
 from normfree.optim.agc import ClipReport, NonFiniteGradientError, clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.groups import parameter_groups
+from normfree.optim.sam import STRIDE, ascend_, descend_
 from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD
 from normfree.train import checkpoint, run
@@ -89,7 +90,10 @@ class Trainer:
         )
         self.optimizer.set_lr(config.optim.lr * factor)
         images, targets = self.prepare(batch, step)
+        before = self.climb_(images, targets, step) if config.optim.sam_rho else None
         loss, correct = self.gradients(images, targets, step)
+        if before is not None:
+            descend_(self.net.parameters(), before)
         try:
             report = clip_grad_(
                 self.optimizer.param_groups, mode=config.optim.clip, clipping=config.optim.clipping,
@@ -118,6 +122,11 @@ class Trainer:
             images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
             mixup=augment.mixup, cutmix=augment.cutmix, label_smoothing=augment.label_smoothing, generator=generator,
         )  # fmt: skip
+
+    def climb_(self, images: Tensor, targets: Tensor, step: int) -> list[Tensor]:
+        """SAM: moves the weights uphill for this process's part of the batch. Returns where they were."""
+        self.gradients(images[::STRIDE], targets[::STRIDE], step)
+        return ascend_(self.net.parameters(), rho=self.config.optim.sam_rho)
 
     def gradients(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; exact without batch statistics.

@@ -17,6 +17,7 @@ KEYS = [
     "augment.mix_with",
     *("augment.label_smoothing", "optim.lr", "optim.momentum", "optim.weight_decay", "optim.clip"),
     *("optim.clipping", "optim.clipping_eps", "optim.warmup", "optim.schedule", "optim.final_lr"),
+    "optim.sam_rho",
     *("optim.ema_decay", "log.every", "log.evaluate_every", "log.checkpoint_every", "log.keep"),
 ]
 

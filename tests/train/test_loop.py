@@ -108,6 +108,21 @@ def test_stopped_at_any_step_and_continued_gives_the_same_bits(unbroken, tmp_pat
     assert [r["step"] for r in rows(tmp_path / "run")] == [2, 4, 6, 6, 8, 10, 12, 12]
 
 
+def test_the_whole_recipe_stops_and_continues_too(tmp_path, monkeypatch):
+    """Pairs of fresh images, RandAugment after mixing, SAM: what they draw is a function of the step as well."""
+    flags = ("--augment.mix_with", "fresh", "--augment.randaugment", "2x3", "--optim.sam_rho", "0.05")
+    loop.train(config(*flags), tmp_path / "whole", console=quiet())
+    stop_after(monkeypatch, 7)
+    with pytest.raises(loop.Stopped):
+        loop.train(config(*flags), tmp_path / "run", console=quiet())
+    monkeypatch.undo()
+    continued = load_config(tmp_path / "run" / "config.toml")
+    loop.train(continued, tmp_path / "run", console=quiet())
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    loop.train(config(*flags, "--input.workers", "2"), tmp_path / "other", console=quiet())
+    assert_same_bits(tmp_path / "whole", tmp_path / "other")
+
+
 def test_workers_do_not_change_a_bit(unbroken, tmp_path):
     loop.train(config("--input.workers", "2"), tmp_path / "run", console=quiet())
     assert_same_bits(unbroken, tmp_path / "run")
@@ -229,6 +244,36 @@ def test_micro_batches_are_exact_without_batch_statistics(micro_batch):
     for model, low, high in (("nf_resnet_nano", 0.0, 1e-5), ("resnet_nano", 0.1, 100.0)):
         whole, cut = batch_gradient(model, 0), batch_gradient(model, micro_batch)
         assert low <= float((whole - cut).norm() / whole.norm()) <= high, model
+
+
+def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
+    off = ("--net.drop_rate", "0", "--net.stochdepth_rate", "0")
+    plain, batch = trainer_and_batch(*off)
+    images, targets = plain.prepare(batch, 2)
+    sharp, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
+    start = [p.detach().clone() for p in sharp.net.parameters()]
+    before = sharp.climb_(images, targets, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))
+    uphill = [p.detach() - s for p, s in zip(sharp.net.parameters(), start, strict=True)]
+    plain.gradients(images[::5], targets[::5], 2)  # two images of the ten decide the direction
+    gradient = torch.cat([p.grad.flatten() for p in plain.net.parameters()])
+    moved = torch.cat([u.flatten() for u in uphill])
+    torch.testing.assert_close(moved, 0.3 * gradient / gradient.norm(), rtol=1e-3, atol=1e-6)
+
+    stepped, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
+    stepped.step(batch, 2)
+    by_hand, _ = trainer_and_batch(*off)  # an ordinary step with the gradient of the point uphill
+    by_hand.net.load_state_dict(sharp.net.state_dict())
+    by_hand.gradients(images, targets, 2)
+    by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), start, strict=True)))
+    optim = by_hand.config.optim
+    loop.clip_grad_(
+        by_hand.optimizer.param_groups, mode="agc", clipping=optim.clipping, eps=optim.clipping_eps
+    )
+    by_hand.optimizer.set_lr(stepped.optimizer.param_groups[0]["lr"])
+    by_hand.optimizer.step()
+    for one, other in zip(stepped.net.parameters(), by_hand.net.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_dropout_is_a_function_of_seed_and_step_alone():
