@@ -74,8 +74,13 @@ def show(arguments: ShowArguments) -> int:
 
     name = arguments.name
     if name in RECIPES:
+        from normfree.train.run import resolve
+
         recipe = RECIPES[name]
-        print(f"# recipe {name}: {recipe.__doc__}\n{to_toml(recipe())}", end="")
+        config = recipe()
+        if config.model != "auto":  # whose network a folder of weights will bring
+            config = resolve(config)
+        print(f"# recipe {name}: {recipe.__doc__}\n{to_toml(config)}", end="")
     elif (Path(name) / "config.toml").is_file():
         print(f"# run {name}\n{to_toml(load_config(Path(name) / 'config.toml'))}", end="")
         results = Path(name) / "results.json"

@@ -20,7 +20,7 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 MAX_HEADER = 8 << 20
 
 
-def load_weights(net: Net, source: str | Path | Mapping[str, Any]) -> None:
+def load_weights(net: Net, source: str | Path | Mapping[str, Any], *, head: bool = True) -> None:
     """Fills `net` with weights, strictly: every name and shape must agree, or nothing is loaded.
 
     Args:
@@ -28,14 +28,17 @@ def load_weights(net: Net, source: str | Path | Mapping[str, Any]) -> None:
             the reference does, and `timm_dm_nfnet_f0` as timm does.
         source: a `.safetensors` file, a released `.npz` file, a model or run folder, or a state dict or haiku tree.
             Whose names they are is told from the names. With `num_classes=0` a classifier is passed over.
+        head: load the classifier too; False leaves the network's own as it is, for other classes.
 
     Raises:
         ValueError: the source cannot be read, names are missing or unknown, shapes differ, or a value is not finite.
     """
-    if isinstance(source, Mapping):
-        load_state_dict_(net, to_our_names(source))
-    else:
-        load_state_dict_(net, to_our_names(read_weights(Path(source))), source=str(source))
+    said = "the state dict" if isinstance(source, Mapping) else str(source)
+    state = to_our_names(source if isinstance(source, Mapping) else read_weights(Path(source)))
+    if not head:
+        own = {k: v for k, v in net.state_dict().items() if k.startswith("head.")}
+        state = {k: v for k, v in state.items() if not k.startswith("head.")} | own
+    load_state_dict_(net, state, source=said)
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
