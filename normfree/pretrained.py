@@ -226,34 +226,56 @@ def from_pretrained(
     if str(source).endswith(".onnx") and not Path(source).is_dir():
         return _from_onnx(Path(source))
     folder = fetch(str(source)) if str(source).startswith(PREFIX) else model_folder(Path(source))
+    about = describe(folder, numerics=numerics)
+    try:
+        net = create_model(about.row, num_classes=len(about.classes), **about.arguments)
+        if not isinstance(net, Net):
+            raise TypeError("'features_only' in model_args")
+    except TypeError as error:
+        raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
+    load_weights(net, folder)
+    return TrainedModel(net.eval(), about.preprocessing, about.classes)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model folder's config.json says: the row, what `create_model` is given besides, what travels with it."""
+
+    row: str
+    arguments: dict[str, Any]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+
+
+def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "reference") -> Description:
+    """Reads config.json of a model folder of ours or timm's, or of a run folder; see `from_pretrained`.
+
+    Raises:
+        ValueError: there is none, or it contradicts itself.
+    """
+    folder = model_folder(Path(folder))
     config = read_config(folder)
     try:
         ours = config.get("normfree")
         if ours is not None:
-            row, args = ours["row"], {"in_channels": ours["in_channels"], **ours["model_args"]}
-            fields: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in ours["preprocessing"].items()
-            }
-            pre = Preprocessing(**fields)
+            row, arguments = ours["row"], {"in_channels": ours["in_channels"], **ours["model_args"]}
+            pre = Preprocessing.from_fields(ours["preprocessing"])
+            if not isinstance(row, str):
+                raise TypeError(f"{row!r} for the name of a row")
         else:
-            row, args = _row_of_timm(config, numerics)
+            row, arguments = _row_of_timm(config, numerics)
             pre = Preprocessing.from_config(config["pretrained_cfg"])
-        net = create_model(row, num_classes=config["num_classes"], **args)
-        if not isinstance(net, Net):
-            raise TypeError("'features_only' in model_args")
-        classes = tuple(config.get("label_names") or map(str, range(net.num_classes)))
+        count = int(config["num_classes"])
+        classes = tuple(config.get("label_names") or map(str, range(count)))
     except (
         TypeError,
         KeyError,
         AttributeError,
     ) as error:  # whoever wrote it: it is data, and may hold anything
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
-    if len(classes) != net.num_classes:
-        raise ValueError(
-            f"{folder}: config.json names {len(classes)} classes, the network has {net.num_classes}."
-        )
-    load_weights(net, folder)
-    return TrainedModel(net.eval(), pre, classes)
+    if len(classes) != count:
+        raise ValueError(f"{folder}: config.json names {len(classes)} classes, the network has {count}.")
+    return Description(row, arguments, pre, classes)
 
 
 def _from_onnx(path: Path) -> TrainedModel:
