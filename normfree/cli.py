@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from normfree._version import __version__
+from normfree.commands.bench import BenchArguments, bench
 from normfree.commands.convert import ConvertArguments, convert
 from normfree.commands.export import ExportArguments, export_
 from normfree.commands.look import ListArguments, ShowArguments, list_, show
@@ -29,6 +30,7 @@ HELP = """usage: normfree VERB ...      (normfree VERB --help says more)
   export RUN|MODEL --format onnx|pt2
                                     one file for other runtimes; --int8: smaller
   serve RUN|MODEL                   a page to drop images on, and JSON
+  bench NAME...                     images a second on this machine
 
   --version   --help   --traceback  (the last shows where an error came from)
 """
@@ -72,7 +74,7 @@ def _dispatch(words: list[str]) -> int:
         return train_help() if {"--help", "-h"} & set(rest) else train(rest)
     if verb not in VERBS:
         hint = did_you_mean(verb, [*VERBS, "train"])
-        verbs = "list, show, train, eval, predict, convert, export, serve"
+        verbs = ", ".join(["list", "show", "train", *list(VERBS)[2:]])
         raise UsageError(f"unknown verb {verb!r}.{hint} Verbs: {verbs}.")
     function, arguments = VERBS[verb]
     return _call(function, arguments, rest, verb)
@@ -90,4 +92,5 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "convert": (convert, ConvertArguments),
     "export": (export_, ExportArguments),
     "serve": (serve, ServeArguments),
+    "bench": (bench, BenchArguments),
 }
