@@ -128,7 +128,7 @@ def test_list_and_show(trained, capsys):
         (
             "trian",
             "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, convert, export, "
-            "serve.",
+            "serve, bench.",
         ),
         ("train dmo", "'dmo' is no recipe, run folder or .toml file. Did you mean 'demo'? Recipes: "),
         (

@@ -16,7 +16,7 @@ LIGHT = {
     "nf_ecaresnet26", "nf_regnet_b0", "nf_regnet_b1", "nf_regnet_b2", "nf_regnet_b3", "nf_regnet_b4", "nf_regnet_b5",
 }  # fmt: skip
 WEIGHED = [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
-TOLERANCE = 1e-5  # relative L2 error, float32; 2e-6 is seen
+TOLERANCE = 1e-5  # relative L2 error, float32
 
 
 def shaken_timm(name, **kwargs):
@@ -26,7 +26,7 @@ def shaken_timm(name, **kwargs):
     with torch.no_grad():
         for key, parameter in net.named_parameters():
             if parameter.ndim == 0 or key.endswith("gain"):
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.8, 1.2)
             else:
                 parameter.add_(0.1 * parameter.std().nan_to_num(1.0) * torch.randn_like(parameter))
     return net
@@ -48,6 +48,7 @@ def test_same_function_and_same_weights_both_ways(name):
     theirs = shaken_timm(name)
     ours = create_model(f"timm_{name}")
     load_weights(ours, theirs.state_dict())
+    errors = []
     for size in ((64, 64), (97, 75)):
         images = torch.randn(2, 3, *size)
         for training in (
@@ -55,10 +56,23 @@ def test_same_function_and_same_weights_both_ways(name):
             True,
         ):  # their default rates of dropout and stochastic depth are 0, so are ours
             with torch.no_grad():
-                assert distance(ours.train(training)(images), theirs.train(training)(images)) < TOLERANCE
+                errors.append(distance(ours.train(training)(images), theirs.train(training)(images)))
+    print(f"{name}: {max(errors):.1e}")  # pytest -s shows the table of docs/weights.md
+    assert max(errors) < TOLERANCE
     back = timm_from_state_dict(ours.state_dict(), attention_at=ours.variant.attention_at)
     timm.create_model(name).load_state_dict(back, strict=True)
     assert all(torch.equal(back[key], value) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dm_nfnet_f0", "eca_nfnet_l1", "nf_regnet_b2", "nf_seresnet26"])
+def test_what_is_left_is_rounding(name):
+    """In float64 nothing is left: the mathematics is the same, whatever a network makes of rounding errors."""
+    theirs = shaken_timm(name).double().eval()
+    ours = create_model(f"timm_{name}").double().eval()
+    load_weights(ours, theirs.state_dict())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert distance(ours(images), theirs(images)) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "nf_resnet26", "nf_regnet_b0", "eca_nfnet_l0"])
