@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.data.crops import TrainTransform
 from normfree.data.randaugment import rand_augment
 from normfree.data.resample import resize_bicubic
 from normfree.data.vision import torchvision_module
@@ -50,7 +51,7 @@ def train_transform(
     `randaugment` is "off", "trivial" (one operation of random strength: TrivialAugment, arXiv 2103.10158),
     "LxM": L operations in a row at magnitude M, as DeepMind ran it, where 10 is the full range (`rand_augment`), or
     "tv:LxM": torchvision's (arXiv 1909.13719), where 30 is, with `fill` (0-255) at uncovered edges. Resizing is
-    antialiased. Raises `ValueError` for values that mean nothing.
+    antialiased, by torch's kernels for uint8 (`resize`). Raises `ValueError` for values that mean nothing.
     """
     _check_size(image_size)
     if not 0 < crop_min <= 1:
@@ -63,12 +64,24 @@ def train_transform(
         )
     if not 0 <= flip <= 1:
         raise ValueError(f"flip={flip}. Allowed: a probability, 0 to 1. Fix: flip=0.5")
-    mode = _interpolation(interpolation)
+    _check_word("interpolation", interpolation, INTERPOLATIONS)
     policy = _policy(randaugment, fill)
+    if interpolation != "nearest":
+        return TrainTransform(
+            image_size,
+            crop_min=crop_min,
+            crop_ratio=crop_ratio,
+            flip=flip,
+            interpolation=interpolation,
+            policy=policy,
+        )
     v2 = torchvision_module("transforms.v2")
     steps = [
         v2.RandomResizedCrop(
-            image_size, scale=(crop_min, 1.0), ratio=tuple(crop_ratio), interpolation=mode, antialias=True
+            image_size,
+            scale=(crop_min, 1.0),
+            ratio=tuple(crop_ratio),
+            interpolation=v2.InterpolationMode.NEAREST,
         ),
         v2.RandomHorizontalFlip(flip),
         *policy,
@@ -241,11 +254,6 @@ class ReferenceRandAugment:
         return pillow.fromarray(
             rand_augment(np.asarray(image), layers=self.layers, magnitude=self.magnitude, rng=rng)
         )
-
-
-def _interpolation(word: str) -> Any:
-    _check_word("interpolation", word, INTERPOLATIONS)
-    return torchvision_module("transforms.v2").InterpolationMode(word)
 
 
 def _check_size(image_size: int) -> None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from normfree.data.images import MAX_PIXELS, SUFFIXES, load_image
+from normfree.data.jpeg import load_array
 from normfree.data.protocol import Split
 from normfree.data.seeds import key
 
@@ -48,6 +51,10 @@ class FolderSource:
     def image(self, index: int, draw: int = 0) -> Image:
         """File `index`, decoded; a file holds one picture, so `draw` changes nothing."""
         return load_image(self.name(index), background=self._background, max_pixels=self._max_pixels)
+
+    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
+        """The same as an array, H W 3."""
+        return load_array(self.name(index), background=self._background, max_pixels=self._max_pixels)
 
     def name(self, index: int) -> str:
         """The path of file `index`."""

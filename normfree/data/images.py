@@ -54,10 +54,11 @@ class ImageError(ValueError):
 def load_image(
     source: str | os.PathLike[str] | bytes,
     *,
+    name: str = "image bytes",
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
 ) -> Image:
-    """Decode the first picture of a file, or of a byte string, to mode RGB.
+    """Decode the first picture of a file, or of a byte string (which errors call `name`), to mode RGB.
 
     The format is read from the content, not from the name. The size in the header is held against
     `max_pixels` before anything is decoded. The EXIF orientation is applied; transparency is laid over
@@ -65,8 +66,8 @@ def load_image(
     Raises `ImageError` for every kind of file that this does not cover, truncated ones and floating-point
     pixels included.
     """
-    name = "image bytes" if isinstance(source, bytes) else os.fspath(source)
-    data = source if isinstance(source, bytes) else _read(name)
+    name = name if isinstance(source, bytes) else os.fspath(source)
+    data = source if isinstance(source, bytes) else read_file(name)
     if not data:
         raise ImageError(name, "the file is empty")
     from PIL import Image, UnidentifiedImageError
@@ -89,7 +90,9 @@ def load_image(
         raise ImageError(name, f"damaged: {error or type(error).__name__}") from error
 
 
-def _read(path: str) -> bytes:
+def read_file(source: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file; `ImageError` for anything else."""
+    path = os.fspath(source)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

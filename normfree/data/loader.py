@@ -8,6 +8,7 @@ integers.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -226,7 +227,14 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
         number = key(self._seed, "augment", epoch, index)
         # transforms v2 draw from torch's default generator and from nothing else, so seeding it is enough.
         torch.default_generator.manual_seed(number)
-        return self._transform(self._source.image(index, draw=number))
+        return self._transform(self._picture(index, number))
+
+    def _picture(self, index: int, draw: int) -> Any:
+        # Some sources hold or decode arrays; a detour over a PIL image would cost them a copy or two.
+        pixels = getattr(self._source, "pixels", None)
+        if pixels is None or not getattr(self._transform, "takes_arrays", False):
+            return self._source.image(index, draw=draw)
+        return pixels(index, draw)
 
 
 def _stream(
@@ -243,6 +251,7 @@ def _stream(
             pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where there is no GPU
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(0),  # else it would take a number from the caller's
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
     )
     try:
@@ -255,6 +264,16 @@ def _stream(
         shut_down = getattr(batches, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+            for worker in getattr(batches, "_workers", ()):  # one that is stuck; it would not hear SIGTERM
+                if worker.is_alive():
+                    worker.kill()
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    # torchrun, Slurm and a terminal send SIGTERM and SIGINT to workers as well. If those died of it, the run could not
+    # finish its step and save. A worker ends when the process that it reads for tells it to, or is gone.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check(source: Source, *, batch_size: int, workers: int, rank: int, world_size: int) -> None:

@@ -35,6 +35,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """The path or id of sample `index`, for errors, logs and tables of predictions."""
 
+    # A source may also have `pixels(index, draw=0) -> np.ndarray`: the same picture as uint8 H W 3, perhaps read-only.
+    # The loader prefers it for training, as it saves copies.
+
 
 @dataclass(frozen=True)
 class Split:
@@ -93,10 +96,13 @@ class ArraySource:
         """Picture `draw` (modulo their count) of sample `index`; 0 is the canonical one."""
         from PIL import Image
 
-        if self._rows is None:
-            return Image.fromarray(self._images[index])
-        row = self._rows[index]
-        return Image.fromarray(self._images[row[draw % len(row)]])
+        return Image.fromarray(self.pixels(index, draw))
+
+    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
+        """The same as an array, H W 3."""
+        row = (index,) if self._rows is None else self._rows[index]
+        picture: np.ndarray = self._images[row[draw % len(row)]]
+        return picture
 
     def name(self, index: int) -> str:
         """The id of sample `index`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import warnings
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from normfree.data.parts import parse_word
 from normfree.data.protocol import ArraySource, Source, Split
 from normfree.data.vision import torchvision_module
 
@@ -26,12 +29,20 @@ def open_source(
 ) -> Split:
     """Find a data set by name or by path.
 
-    `data` is "emoji" (the default of the demo), "cifar10", "cifar100", "fashion_mnist", "synthetic" (with
-    options: "synthetic:classes=4,size=32,train=256,val=64"), or the path of a folder of images; a folder that
-    bears one of these names is meant by "./emoji". `val_fraction` and `seed` split a folder that has no
-    validation part of its own; the named sets have fixed splits. `root` is where the sets of torchvision lie
-    (default "data"); they are downloaded there only when `download` is True. Raises `ValueError` for what
-    cannot be found or used.
+    `data` is one of these words (docs/data.md has examples):
+
+    - "emoji" (the default of the demo), "cifar10", "cifar100", "fashion_mnist", "synthetic" (with options:
+      "synthetic:classes=4,size=32,train=256,val=64");
+    - the path of a folder: class folders, train/ and val/ of class folders, ImageNet as it is published, or tar
+      shards; a folder that bears the name of a set is meant by "./emoji";
+    - "shards:PATTERN[,val=PATTERN]", where the prefix may be left out if the pattern ends in .tar: WebDataset;
+    - "packed:FILE[,val=FILE]": what `pack` wrote;
+    - "hf:FOLDER_OR_NAME[,split=...,image=...,label=...,val=...]": Hugging Face datasets.
+
+    `val_fraction` and `seed` split what has no validation part of its own; the named sets have fixed splits.
+    `root` is where the sets of torchvision lie (default "data"); they, and remote names after "hf:", are
+    downloaded only when `download` is True. Raises `ValueError` for what cannot be found or used, and
+    `ModuleNotFoundError` naming the extra for what needs a package that is missing.
     """
     text = os.fspath(data)
     if text == "emoji":
@@ -44,29 +55,116 @@ def open_source(
         return open_synthetic(text)
     if text in TORCHVISION_SETS:
         return _open_torchvision(text, root=Path(root or DEFAULT_ROOT), download=download)
+    word = _word(text)
+    if word:
+        return _open_word(word, val_fraction=val_fraction, seed=seed, download=download)
     path = Path(text).expanduser()
     if not path.exists():
         raise ValueError(_unknown(text))
     if not path.is_dir():
         raise ValueError(
-            f"{text!r} is a file. Allowed: a folder of images, or one of {', '.join(NAMES)}. "
+            f"{text!r} is a file. Allowed: {_ALLOWED}. "
             f"Fix: name the folder of images; an archive must be unpacked first"
         )
     from normfree.data.folders import open_folder
+    from normfree.data.imagenet import find_imagenet, open_imagenet
 
+    if find_imagenet(path):
+        return open_imagenet(path)
     return open_folder(path, val_fraction=val_fraction, seed=seed)
 
 
 def open_labelled(data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Source:
-    """The images to score a finished network on: the validation part of a named data set, that of a folder which
-    has one, or else every image of a folder of class folders. Nothing is downloaded. Raises as `open_source`.
+    """The images to score a finished network on: the validation part of a named data set, that of a folder or word
+    which has one, or else every image. Nothing is downloaded. Raises as `open_source`.
     """
-    path = Path(os.fspath(data)).expanduser()
-    if os.fspath(data).partition(":")[0] in NAMES or not path.is_dir():
+    text = os.fspath(data)
+    word = _word(text)
+    if word:
+        return _open_word_labelled(word)
+    path = Path(text).expanduser()
+    if text.partition(":")[0] in NAMES or not path.is_dir():
         return open_source(data, root=root).val
     from normfree.data.folders import open_labelled_folder
+    from normfree.data.imagenet import find_imagenet, open_imagenet
 
+    if find_imagenet(path):
+        return open_imagenet(path).val
     return open_labelled_folder(path)
+
+
+SCHEMES = {  # word -> its options
+    "shards": ("val",),
+    "packed": ("val",),
+    "hf": ("split", "val", "image", "label", "subset", "revision"),
+}
+_SILENT = ("streaming",)  # understood, to say why it is refused
+
+
+def _word(text: str) -> str:
+    """`text` as SCHEME:..., or "" when it is a name or a folder of images."""
+    scheme, colon, _ = text.partition(":")
+    if colon and scheme in SCHEMES:
+        return text
+    if scheme == "pipe" and colon:
+        return f"shards:{text}"
+    misspelt = re.match(r"\w+:(?!//)", text) and not Path(text).exists()  # "shard:x.tar"
+    if re.search(r"\.tar(,val=|$)", text) and not misspelt:
+        return f"shards:{text}"
+    path = Path(text).expanduser()
+    if text and path.is_dir():
+        names = sorted(p.name for p in path.glob("*.tar"))
+        # An archive that lies beside class folders is not meant.
+        if names and not any(p.is_dir() and not p.name.startswith(".") for p in path.iterdir()):
+            return _shard_folder(path, names)
+    return ""
+
+
+def _shard_folder(path: Path, names: list[str]) -> str:
+    # names like imagenet1k-train-0000.tar and imagenet1k-validation-00.tar, as they are published
+    train, val = ([name for name in names if word in name] for word in ("train", "val"))
+    folder = glob.escape(str(path))
+    if train and val:
+        if set(train) & set(val) or len(train) + len(val) < len(names):
+            odd = next(name for name in names if (name in train) == (name in val))
+            raise ValueError(
+                f"{path} holds {odd}, which is neither *train*.tar nor *val*.tar alone. Allowed: these two, or one "
+                f"kind. Fix: shards:{path}/...,val={path}/..."
+            )
+        return f"shards:{folder}/*train*.tar,val={folder}/*val*.tar"
+    return f"shards:{folder}/*.tar"
+
+
+def _open_word(text: str, *, val_fraction: float, seed: int, download: bool) -> Split:
+    scheme = text.partition(":")[0]
+    target, options = parse_word(text, allowed=SCHEMES[scheme], silent=_SILENT)
+    if scheme == "shards":
+        from normfree.data.shards import split_shards
+
+        return split_shards(target, options.get("val"), val_fraction=val_fraction, seed=seed)
+    if scheme == "packed":
+        from normfree.data.pack import split_packed
+
+        return split_packed(target, options.get("val"), val_fraction=val_fraction, seed=seed)
+    from normfree.data.hugging import split_hugging
+
+    return split_hugging(target, options, val_fraction=val_fraction, seed=seed, download=download)
+
+
+def _open_word_labelled(text: str) -> Source:
+    scheme = text.partition(":")[0]
+    target, options = parse_word(text, allowed=SCHEMES[scheme], silent=_SILENT)
+    if scheme == "shards":
+        from normfree.data.shards import open_shards
+
+        return open_shards(options.get("val", target))
+    if scheme == "packed":
+        from normfree.data.pack import PackedSource
+
+        return PackedSource(options.get("val", target))
+    from normfree.data.hugging import labelled_hugging
+
+    return labelled_hugging(target, options)
 
 
 # name -> class in torchvision.datasets, folder below the root, side in pixels, credit
@@ -118,8 +216,14 @@ def _array_source(name: str, part: str, data: Any) -> ArraySource:
     )
 
 
+_ALLOWED = f"a folder of images, or one of {', '.join([*NAMES, *(f'{word}:...' for word in SCHEMES)])}"
+
+
 def _unknown(text: str) -> str:
+    scheme, colon, rest = text.partition(":")
     near = get_close_matches(text.lower().replace("-", "_"), NAMES, n=1)
+    close = get_close_matches(scheme.lower(), (*SCHEMES, "synthetic"), n=1, cutoff=0.5) if colon else []
     fix = f"Did you mean {near[0]!r}?" if near else "Fix: check the path"
-    allowed = f"a folder of images, or one of {', '.join(NAMES)}"
-    return f"{text!r} is neither a folder nor a known data set. Allowed: {allowed}. {fix}"
+    if close:
+        fix = f"Did you mean {close[0] + ':' + rest!r}?"
+    return f"{text!r} is neither a folder nor a known data set. Allowed: {_ALLOWED}. {fix}"

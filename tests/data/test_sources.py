@@ -12,7 +12,7 @@ from normfree.data.sources import open_source
 
 LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
 SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
-NAMES = "emoji, cifar10, cifar100, fashion_mnist, synthetic"
+NAMES = "emoji, cifar10, cifar100, fashion_mnist, synthetic, shards:..., packed:..., hf:..."
 
 
 def fill(root: Path, **counts: int) -> Path:
@@ -136,6 +136,8 @@ def test_paths_that_are_no_folder(tmp_path: Path) -> None:
         f"'cifar-10' is neither a folder nor a known data set. {allowed} Did you mean 'cifar10'?"
     )
     assert message("emojis").endswith("Did you mean 'emoji'?")
+    assert message("shard:a.tar").endswith("Did you mean 'shards:a.tar'?")
+    assert message("pack:a").endswith("Did you mean 'packed:a'?")
     assert message(tmp_path / "photos.zip") == (
         f"{str(tmp_path / 'photos.zip')!r} is a file. {allowed} "
         "Fix: name the folder of images; an archive must be unpacked first"

@@ -1,0 +1,254 @@
+"""Hugging Face datasets as a source: Arrow rows with random access, decoded by `load_image` like every other file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normfree.data.images import MAX_PIXELS, ImageError, load_image
+from normfree.data.jpeg import load_array
+from normfree.data.parts import MAX_CLASSES, make_split, number_classes
+from normfree.data.protocol import Split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VAL_SPLITS = ("validation", "val", "valid", "test")  # the first one found is taken
+_IMAGES = ("image", "img", "jpg", "picture")
+_LABELS = ("label", "labels", "fine_label", "cls")
+
+
+class HuggingSource:
+    """The rows of a `datasets.Dataset` with encoded pictures in `image` and `labels` (int64 N); i is the row."""
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        image: str,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        prefix: str,
+        background: tuple[int, int, int] = (255, 255, 255),
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.classes = tuple(classes)
+        self._rows, self._image, self._labels, self._prefix = rows, image, labels, prefix
+        self._background, self._max_pixels = background, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        """The class of row `index`."""
+        return int(self._labels[index])
+
+    def image(self, index: int, draw: int = 0) -> Image:
+        """The picture of row `index`; a row holds one picture, so `draw` changes nothing."""
+        return load_image(self._data(index), **self._options(index))
+
+    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
+        """The same as an array, H W 3."""
+        return load_array(self._data(index), **self._options(index))
+
+    def _options(self, index: int) -> dict[str, Any]:
+        return {"name": self.name(index), "background": self._background, "max_pixels": self._max_pixels}
+
+    def _data(self, index: int) -> str | bytes:
+        cell = self._rows[int(index)][self._image]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise ImageError(self.name(index), "the row has no picture")
+        data: str | bytes = cell["path"] if cell["bytes"] is None else cell["bytes"]
+        return data
+
+    def name(self, index: int) -> str:
+        """FOLDER_OR_NAME/SPLIT/ROW."""
+        return f"{self._prefix}/{index}"
+
+
+def split_hugging(
+    target: str, options: Mapping[str, str], *, val_fraction: float, seed: int, download: bool = False
+) -> Split:
+    """The split of a folder (of parquet or arrow files, or what `save_to_disk` left), or of a set on the hub.
+
+    `options`: `split` to train on ("train"), `val` to validate on (default: validation, val, valid or test if there
+    is one, else a part of `split` chosen by hash), the columns `image` and `label` (default: the one picture column,
+    the one class column), and for the hub `subset` and `revision`. Labels are class numbers, whole numbers from 0,
+    or texts, whose sorted values become the classes. Nothing comes from the hub unless `download` is True. Raises
+    `ValueError` for what is not there, and for `streaming`: a stream has no row numbers.
+    """
+    parts = _open(target, options, download=download)
+    train_name = options.get("split", "train" if "train" in parts or len(parts) != 1 else next(iter(parts)))
+    train_rows = _part(parts, train_name, target, "split")
+    val_name = options.get("val") or next((n for n in VAL_SPLITS if n in parts and n != train_name), None)
+    val_rows = None if val_name is None else _part(parts, val_name, target, "val")
+    tables = [_table(rows, options, target) for rows in (train_rows, val_rows) if rows is not None]
+    classes = _classes([labels for _, _, labels, _ in tables], tables[0][3], target)
+    sources = [
+        _source(table, classes, f"{target}/{name}")
+        for table, name in zip(tables, (train_name, val_name), strict=False)
+    ]
+    what = f"{target} ({train_name}{'' if val_name is None else ', ' + val_name})"
+    held = sources[1] if len(sources) > 1 else None
+    return make_split(what, sources[0], held, val_fraction=val_fraction, seed=seed, ident=str)
+
+
+def labelled_hugging(target: str, options: Mapping[str, str]) -> HuggingSource:
+    """The rows to score a network on: those of the option `val`, else of `split`, else of a validation split.
+
+    Raises as `split_hugging`.
+    """
+    parts = _open(target, options, download=False)
+    usual = next((n for n in VAL_SPLITS if n in parts), next(iter(parts)))
+    name = options.get("val") or options.get("split") or usual
+    table = _table(_part(parts, name, target, "val" if "val" in options else "split"), options, target)
+    return _source(table, _classes([table[2]], table[3], target), f"{target}/{name}")
+
+
+def _open(target: str, options: Mapping[str, str], *, download: bool) -> dict[str, Any]:
+    if options.get("streaming", "false").lower() not in ("false", "0", "no"):
+        raise ValueError(
+            "streaming=true: a stream has no row numbers, so no run could shuffle over the whole set or "
+            "resume exactly. Allowed: a downloaded set. Fix: leave out streaming"
+        )
+    folder = Path(target).expanduser()
+    local = folder.is_dir()
+    if not local and (not download or target.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"'hf:{target}' is no folder here. Allowed: a folder of parquet or arrow files, or a name on the hub and a "
+            "download when told to. Fix: --input.download true, or check the path"
+        )
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("hf: needs datasets: pip install 'normfree[datasets]'") from None
+    try:
+        if local and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+            found = datasets.load_from_disk(str(folder))
+        else:
+            found = datasets.load_dataset(
+                str(folder.resolve()) if local else target,
+                options.get("subset"),
+                revision=options.get("revision"),
+            )
+    except Exception as error:  # the library raises its own errors, OSError, ValueError and those of the hub
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"'hf:{target}' cannot be opened: {first}. Allowed: a folder of parquet or arrow files, or a name on "
+            "the hub. Fix: check the name"
+        ) from error
+    return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+
+
+def _part(parts: Mapping[str, Any], name: str, target: str, option: str) -> Any:
+    if name not in parts:
+        raise ValueError(
+            f"'hf:{target}' has no split {name!r}. Allowed: {', '.join(parts)}. "
+            f"Did you mean {option}={_near(name, parts)}?"
+        )
+    if len(parts[name]) == 0:
+        raise ValueError(
+            f"the split {name!r} of 'hf:{target}' is empty. Allowed: one row or more. Fix: another split"
+        )
+    return parts[name]
+
+
+_Table = tuple[Any, str, "list[Any] | np.ndarray", "tuple[str, ...] | None"]
+
+
+def _table(rows: Any, options: Mapping[str, str], target: str) -> _Table:
+    """(rows with the picture column alone, its name, labels as they are written, names of the label's feature)."""
+    import datasets
+
+    features = rows.features
+    pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    image = _column(features, options.get("image"), pictures, _IMAGES, "image", target)
+    kinds = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    label = _column(features, options.get("label"), kinds, _LABELS, "label", target)
+    try:
+        encoded = (
+            rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)).with_format(None)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"the column {image!r} of 'hf:{target}' holds {features[image]}, which is no picture. Allowed: encoded "
+            "pictures (Image, or bytes and path). Fix: image=COLUMN"
+        ) from error
+    kind = features[label]
+    if not isinstance(kind, datasets.ClassLabel) and getattr(kind, "dtype", "") not in _LABEL_TYPES:
+        raise ValueError(
+            f"the column {label!r} of 'hf:{target}' holds {kind}, which is no class. Allowed: class numbers or texts. "
+            "Fix: label=COLUMN"
+        )
+    labels = rows.select_columns([label]).with_format(None)[:][label]
+    missing = next((i for i, value in enumerate(labels) if value is None or value in (-1, "")), None)
+    if missing is not None:
+        raise ValueError(
+            f"row {missing} of 'hf:{target}' has no label ({label}={labels[missing]!r}). Allowed: a class in each row. "
+            "Fix: choose a split with labels"
+        )
+    return encoded, image, labels, tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+
+
+_LABEL_TYPES = (
+    "string",
+    "large_string",
+    "bool",
+    *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)),
+)
+
+
+def _column(
+    features: Mapping[str, Any],
+    asked: str | None,
+    typed: Sequence[str],
+    usual: Sequence[str],
+    option: str,
+    target: str,
+) -> str:
+    if asked is None:
+        asked = next((name for name in usual if name in features), typed[0] if len(typed) == 1 else usual[0])
+        if asked in typed or asked in features:
+            return asked
+    if asked not in features:
+        raise ValueError(
+            f"'hf:{target}' has no column {asked!r}. Allowed: {', '.join(features)}. "
+            f"Did you mean {option}={_near(asked, features)}?"
+        )
+    return asked
+
+
+def _classes(columns: Sequence[Any], names: tuple[str, ...] | None, target: str) -> tuple[str, ...]:
+    if names is None and isinstance(columns[0][0], str):
+        names = tuple(sorted({value for column in columns for value in column}))
+    highest = -1
+    if not isinstance(columns[0][0], str):
+        low, highest = min(min(column) for column in columns), max(max(column) for column in columns)
+        names = number_classes(min(int(highest), MAX_CLASSES) + 1) if names is None else names
+        if low < 0 or highest >= len(names):
+            raise ValueError(
+                f"'hf:{target}' has the class number {low if low < 0 else highest}. Allowed: 0 to {len(names) - 1}. "
+                "Fix: number the classes from 0"
+            )
+    assert names is not None
+    if len(names) < 2:
+        raise ValueError(f"'hf:{target}' holds one class. Allowed: two or more. Fix: another label column")
+    return names
+
+
+def _source(table: _Table, classes: tuple[str, ...], prefix: str) -> HuggingSource:
+    rows, image, labels, _ = table
+    if isinstance(labels[0], str):
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[value] for value in labels]
+    return HuggingSource(
+        rows, image=image, labels=np.asarray(labels, dtype=np.int64), classes=classes, prefix=prefix
+    )
+
+
+def _near(word: str, words: Mapping[str, Any]) -> str:
+    return get_close_matches(word, list(words), n=1, cutoff=0.0)[0]
