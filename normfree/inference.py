@@ -6,7 +6,7 @@ Legend: B batch, C channels, H W height and width, K classes. `top1` and `top5` 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,10 +83,15 @@ def evaluate(
     batch_size: int = 128,
     workers: int = 0,
     device: str | torch.device = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Evaluation:
     """Scores `model` (images B 3 S S -> logits B K) on every image of `source`, each once, in evaluation mode.
 
     Computed in float32 whatever the training precision, as in the reference. The model's mode is restored.
+    With several processes each scores its part (`rank` of `world_size`), `gather` joins rows (N_r 4, float64, on the
+    CPU) of all of them in order of rank, and every process returns the whole score.
 
     Raises:
         ValueError: logits are not finite or not one per class; such a network has no score.
@@ -95,27 +100,37 @@ def evaluate(
     transform = preprocessing.transform()
     was_training = model.training
     model.eval().to(place)
-    loss, top5, answers, truths = 0.0, 0, [], []
+    parts = [torch.empty(0, 4, dtype=torch.float64)]
     try:
-        for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers):
+        for batch in eval_batches(
+            source, transform, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size
+        ):
             images, labels = batch.images.to(place), batch.labels.to(place)
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
-            if logits.shape[-1] != len(source.classes) or not torch.isfinite(logits).all():
-                what = "not finite" if logits.shape[-1] == len(source.classes) else f"{logits.shape[-1]} wide"
-                raise ValueError(f"logits are {what} for {batch.names[0]!r} and others; the data has "
-                                 f"{len(source.classes)} classes. There is no score to report.")  # fmt: skip
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            if logits.shape[-1] != len(source.classes):
+                raise _no_score(f"{logits.shape[-1]} wide", batch.names[0], source)
             best = logits.topk(min(5, logits.shape[-1])).indices
-            top5 += int((best == labels[:, None]).any(dim=1).sum())
-            answers.append(best[:, 0].cpu())
-            truths.append(batch.labels)
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            loss[~torch.isfinite(logits).all(dim=1)] = (
+                torch.nan
+            )  # told after all are gathered, or others would wait
+            hits = (best == labels[:, None]).any(dim=1)
+            parts.append(torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1))
     finally:
         model.train(was_training)
-    predictions, labels_ = torch.cat(answers), torch.cat(truths)
-    count = len(labels_)
-    top1 = int((predictions == labels_).sum())
-    return Evaluation(100 * top1 / count, 100 * top5 / count, loss / count, count, tuple(source.classes),
-                      labels_, predictions)  # fmt: skip
+    rows = gather(torch.cat(parts))
+    wrong = torch.isnan(rows[:, 3]).nonzero()
+    if len(wrong):
+        raise _no_score("not finite", source.name(int(wrong[0])), source)
+    truths, answers, count = rows[:, 0].long(), rows[:, 1].long(), len(rows)
+    top1, top5 = int((answers == truths).sum()), int(rows[:, 2].sum())
+    return Evaluation(100 * top1 / count, 100 * top5 / count, float(rows[:, 3].sum()) / count, count,
+                      tuple(source.classes), truths, answers)  # fmt: skip
+
+
+def _no_score(what: str, name: str, source: Source) -> ValueError:
+    return ValueError(f"logits are {what} for {name!r} and others; the data has {len(source.classes)} classes. "
+                      "There is no score to report.")  # fmt: skip
 
 
 # --- predict files ------------------------------------------------------------------------------------

@@ -248,12 +248,12 @@ class Description:
 
 
 def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "reference") -> Description:
-    """Reads config.json of a model folder of ours or timm's, or of a run folder; see `from_pretrained`.
+    """Reads config.json of a model folder of ours or timm's, of a run folder, or from the hub; see `from_pretrained`.
 
     Raises:
         ValueError: there is none, or it contradicts itself.
     """
-    folder = model_folder(Path(folder))
+    folder = fetch(str(folder)) if str(folder).startswith(PREFIX) else model_folder(Path(folder))
     config = read_config(folder)
     try:
         ours = config.get("normfree")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,16 @@ TRAIN_WORDS = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--
 
 def train(words: list[str]) -> int:
     """Resolves recipe, file or run and the overrides, then trains."""
+    try:
+        config, folder = _chosen(words)
+    except ValueError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        return 2  # torchrun gives all processes the same words; one on each machine complains
+    return _train(config, folder)
+
+
+def _chosen(words: list[str]) -> tuple[Config, Path]:
     out, words = _take_option(words, "--out")
     source = words.pop(0) if words and not words[0].startswith("--") else ""
     from normfree.train.config import load_config
@@ -37,7 +48,7 @@ def train(words: list[str]) -> int:
         before = load_config(folder / "config.toml")
         raise UsageError(f"{folder} holds a run of {before.model} on {before.data}. Continue it with `normfree train "
                          f"{folder}`, or choose another --out.")  # fmt: skip
-    return _train(config, folder)
+    return config, folder
 
 
 def _base(source: str, words: list[str]) -> tuple[Config, str]:
@@ -56,7 +67,7 @@ def _base(source: str, words: list[str]) -> tuple[Config, str]:
     return with_overrides(RECIPES[source](), words), source
 
 
-def _resume(folder: Path, words: list[str], out: str) -> int:
+def _resume(folder: Path, words: list[str], out: str) -> tuple[Config, Path]:
     from normfree.train.config import load_config, with_overrides
 
     harmless = {"device", "input.workers", "log.every", "log.keep"}  # what does not change the result
@@ -66,7 +77,7 @@ def _resume(folder: Path, words: list[str], out: str) -> int:
         what = ", ".join(["--out"] * bool(out) + [f"--{w}" for w in blocked])
         raise UsageError(f"{what}: a run continues as it was started; only {', '.join(sorted(harmless))} may change. "
                          f"For a new run: normfree train {folder}/config.toml --key value")  # fmt: skip
-    return _train(with_overrides(load_config(folder / "config.toml"), words), folder)
+    return with_overrides(load_config(folder / "config.toml"), words), folder
 
 
 def _free_folder(name: str) -> Path:
@@ -79,15 +90,25 @@ def _free_folder(name: str) -> Path:
 def _train(config: Config, folder: Path) -> int:
     from normfree.train.loop import Diverged, Stopped
     from normfree.train.loop import train as run
+    from normfree.train.parallel import ElsewhereError
 
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, this one alone speaks
     try:
         run(config, folder)
     except Stopped as stopped:
-        print(f"\nstopped after step {stopped.step}, everything is saved. Continue: normfree train {folder}")
+        if first:
+            print(
+                f"\nstopped after step {stopped.step}, everything is saved. Continue: normfree train {folder}"
+            )
         return stopped.exit_code
     except Diverged as error:
-        print(f"normfree: {error}", file=sys.stderr)
+        if first:
+            print(f"normfree: {error}", file=sys.stderr)
         return 3  # its own code, so that scripts can tell a diverged run from a wrong command
+    except ElsewhereError:
+        if first:
+            raise
+        return 2
     return 0
 
 

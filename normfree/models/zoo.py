@@ -35,6 +35,7 @@ def create_model(
     num_classes: int = 1000,
     in_channels: int = 3,
     weights: str | Path | None = None,
+    head: bool = True,
     features_only: bool = False,
     out_indices: tuple[int, ...] | None = None,
     **overrides: object,
@@ -47,7 +48,8 @@ def create_model(
         in_channels: channels of the images.
         weights: whatever `load_weights` reads: a model or run folder, a file. `hf-hub:OWNER/NAME` downloads a
             folder, "download" the published weights of this row. The classifier must have `num_classes` classes,
-            unless that is 0.
+            unless that is 0 or `head` is False.
+        head: take the classifier from `weights` too; False starts a new one, for other classes.
         features_only: return the maps of stem and stages instead of logits (`FeatureNet`).
         out_indices: which of them; default all.
         **overrides: any field of the row (`Variant`), for example `widths=(32, 64, 96, 96)`.
@@ -58,7 +60,7 @@ def create_model(
     variant = variant_of(name).with_overrides(overrides)
     net = Net(variant, name=name, num_classes=num_classes, in_channels=in_channels)
     if weights is not None:
-        load_weights(net, _local(name, weights))
+        load_weights(net, _local(name, weights), head=head)
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={out_indices} needs features_only=True.")
     return FeatureNet(net, out_indices=out_indices) if features_only else net

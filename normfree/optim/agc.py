@@ -2,7 +2,8 @@
 
 Source: [B] section 4.1, equation 3, and the reference code. A unit is what feeds one output: dimension 0 of a
 weight in torch's layout, or a whole gain or bias vector. Call it after `loss.backward()`, before any
-optimizer.
+optimizer. Parameters that FSDP2 shards (DTensors) are clipped as one process would clip them; every process makes the
+call and gets the same report.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from normfree.optim.groups import some_names
+from normfree.optim.sharded import (
+    counts_here,
+    is_sharded,
+    local,
+    shard_group,
+    spread,
+    sum_norms,
+    sum_over,
+)
 
 Clippable: TypeAlias = (
     nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
@@ -74,7 +84,9 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
     Source: reference code, whose kernels are HWIO and IO with the unit last. Its rank-3 rule (one unit for
     each pair of trailing indices) is met by no layer of the published networks and has no counterpart here.
     """
-    return _unit_norms([tensor])[0].reshape(_unit_shape(tensor))
+    norms = _unit_norms([tensor], shard_group([tensor]))[0]
+    shaped = norms.reshape(_scale_shape(norms, tensor))
+    return spread(shaped, tensor, rows=not _is_one_unit(tensor)) if is_sharded(tensor) else shaped
 
 
 def adaptive_clip_grad_(
@@ -105,12 +117,21 @@ def adaptive_clip_grad_(
     entries = _entries(model_or_parameters, clipping)
     clipped = [e for e in entries if e.clipping > 0.0]
     exempt = [e.grad for e in entries if e.clipping == 0.0]
-    batches = [_Batch(list(members)) for members in _by_device(clipped).values()]
-    norms = [batch.grad_norm for batch in batches] + _tensor_norms(exempt)
-    grad_norm = _checked_total(norms, entries, error_if_nonfinite)
+    group = shard_group(e.grad for e in entries)
+    batches = [_Batch(list(members), group) for members in _by_device(clipped).values()]
+    grad_norm = _checked_total(
+        [batch.counted(batch.grad_norm) for batch in batches],
+        _tensor_norms(exempt, group),
+        entries,
+        error_if_nonfinite,
+        group,
+    )
     counts = [batch.clip_(eps).to(grad_norm.device) for batch in batches]
-    units = sum(batch.grad_norm.numel() for batch in batches)
-    fraction = torch.stack(counts).sum() / units if units else torch.zeros_like(grad_norm)
+    if group is None:
+        units = sum(batch.grad_norm.numel() for batch in batches)
+    else:
+        units = sum(1 if _is_one_unit(e.grad) else e.grad.shape[0] for e in clipped)
+    fraction = _total(counts, group) / units if units else torch.zeros_like(grad_norm)
     return ClipReport(fraction.to(torch.float32), units, grad_norm)
 
 
@@ -147,38 +168,57 @@ def clip_grad_(
             "Pass mode='off'."
         )
     entries = _entries(model_or_parameters, clipping)
-    grad_norm = _checked_total(_tensor_norms([e.grad for e in entries]), entries, error_if_nonfinite)
-    parameters = [e.parameter for e in entries]
+    group = shard_group(e.grad for e in entries)
+    norms = _tensor_norms([e.grad for e in entries], group)
+    grad_norm = _checked_total([], norms, entries, error_if_nonfinite, group)
+    parameters = [_plain(e) for e in entries]
     fraction, units = torch.zeros_like(grad_norm, dtype=torch.float32), 0
     if mode == "norm" and entries:
         fraction, units = (grad_norm > clipping).to(torch.float32), 1
         torch.nn.utils.clip_grads_with_norm_(parameters, clipping, grad_norm)
     elif mode == "value" and entries:
         units = sum(e.grad.numel() for e in entries)
-        above = [torch.count_nonzero(e.grad.abs() > clipping).to(grad_norm.device) for e in entries]
-        fraction = (torch.stack(above).sum() / units).to(torch.float32)
+        above = [
+            torch.count_nonzero(local(e.grad).abs() > clipping).to(grad_norm.device)
+            for e in entries
+            if group is None or counts_here(e.grad, group)
+        ]
+        fraction = (_total(above, group) / units).to(torch.float32)
         torch.nn.utils.clip_grad_value_(parameters, clipping)
     return ClipReport(fraction, units, grad_norm)
 
 
 class _Batch:
-    """The gradients to clip on one device, with the norms of all their units in one vector."""
+    """The gradients to clip on one device, with the norms of all their units that lie here in one vector.
 
-    def __init__(self, entries: list[_Entry]) -> None:
-        self.entries = entries
-        norms = _unit_norms([e.grad for e in entries])
+    `group`: see `shard_group`. A unit that several processes hold, or know, is counted by the first of them.
+    """
+
+    def __init__(self, entries: list[_Entry], group: Any) -> None:
+        self.entries, self.group = entries, group
+        norms = _unit_norms([e.grad for e in entries], group)
         self.sizes = [n.numel() for n in norms]
         self.grad_norm = torch.cat(norms)
 
+    def counted(self, values: Tensor) -> Tensor:
+        """`values`, one for each unit, with 0 for those that another process counts."""
+        if self.group is None:
+            return values
+        first = torch.distributed.get_rank(self.group) == 0
+        here = [counts_here(e.grad, self.group) and (first or not _is_one_unit(e.grad)) for e in self.entries]
+        mask = torch.tensor([h for h, size in zip(here, self.sizes, strict=True) for _ in range(size)])
+        return torch.where(mask.to(values.device), values, torch.zeros_like(values))
+
     @torch.no_grad()
     def clip_(self, eps: float) -> Tensor:
-        """Scale the gradients; returns the number of units that were over their limit."""
-        grads = [e.grad for e in self.entries]
-        limit = torch.cat(_unit_norms([e.parameter for e in self.entries])).clamp_(min=eps) * self._clipping()
+        """Scale the gradients; returns the number of units counted here that were over their limit."""
+        grads = [local(e.grad) for e in self.entries]
+        weights = torch.cat(_unit_norms([e.parameter for e in self.entries], self.group))
+        limit = weights.clamp_(min=eps) * self._clipping()
         # An infinite norm is reached only if errors are off: infinity times limit / infinity would be NaN.
         over = (self.grad_norm > limit) & torch.isfinite(self.grad_norm)
         scale = torch.where(over, limit / self.grad_norm.clamp(min=GRADIENT_FLOOR), 1.0)
-        scales = [s.view(_unit_shape(g)) for s, g in zip(scale.split(self.sizes), grads, strict=True)]
+        scales = [s.view(_scale_shape(s, g)) for s, g in zip(scale.split(self.sizes), grads, strict=True)]
         if scale.device.type == "cpu":
             # Reading a flag is free here, and a tensor that keeps its gradient need not pass through memory.
             hit = [bool(flags.any()) for flags in over.split(self.sizes)]
@@ -186,7 +226,7 @@ class _Batch:
             scales = [s for s, changes in zip(scales, hit, strict=True) if changes]
         if grads:
             torch._foreach_mul_(grads, scales)
-        return over.sum()
+        return self.counted(over).sum()
 
     def _clipping(self) -> float | Tensor:
         """One number if all groups agree, else one for each unit."""
@@ -247,18 +287,42 @@ def _check_limit(what: str, value: float) -> None:
         raise ValueError(f"{what} is {value}. It must be 0 or more. The published value is {published}.")
 
 
-def _checked_total(norms: list[Tensor], entries: list[_Entry], error_if_nonfinite: bool) -> Tensor:
-    """Global norm from partial norms; looks for the culprits only when it is not finite."""
-    if not norms:
+def _checked_total(
+    here: list[Tensor], whole: list[Tensor], entries: list[_Entry], error_if_nonfinite: bool, group: Any
+) -> Tensor:
+    """Global norm from norms of which each process has its own (`here`) and norms that all know (`whole`).
+
+    Looks for the culprits only when it is not finite.
+    """
+    if not entries:
         return torch.zeros(())
-    device = norms[0].device
-    total = torch.linalg.vector_norm(torch.cat([n.reshape(-1).to(device) for n in norms]))
+    norms = [sum_over(n.double().square().sum(), group).sqrt() for n in here] if group is not None else here
+    device = entries[0].grad.device
+    flat = [n.reshape(-1).to(device) for n in norms + whole]
+    total = torch.linalg.vector_norm(torch.cat(flat))
+    if group is not None:
+        total = total.to(torch.promote_types(entries[0].grad.dtype, torch.float32))
     if error_if_nonfinite and not torch.isfinite(total):
-        each = _tensor_norms([e.grad for e in entries])
+        each = _tensor_norms([e.grad for e in entries], group)
         names = [e.name for e, norm in zip(entries, each, strict=True) if not torch.isfinite(norm)]
         if names:
             raise NonFiniteGradientError(names, len(entries))
     return total
+
+
+def _total(counts: list[Tensor], group: Any) -> Tensor:
+    """The sum of counts, over all processes if there are several."""
+    total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long)
+    return total if group is None else sum_over(total, group)
+
+
+def _plain(entry: _Entry) -> Tensor:
+    """The parameter with its gradient as torch's own functions take them: of a DTensor, the rows that lie here."""
+    if not is_sharded(entry.parameter):
+        return entry.parameter
+    rows = local(entry.parameter).detach()
+    rows.grad = local(entry.grad)
+    return rows
 
 
 def _by_device(entries: list[_Entry]) -> dict[torch.device, list[_Entry]]:
@@ -272,27 +336,27 @@ def _is_one_unit(tensor: Tensor) -> bool:
     return sum(n != 1 for n in tensor.shape) <= 1
 
 
-def _unit_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of the unit norms of `tensor`, keeping every dimension."""
-    ones = (1,) * tensor.ndim
-    return ones if _is_one_unit(tensor) else (tensor.shape[0], *ones[1:])
+def _scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
+    """Shape in which `values`, one for each unit, broadcast against `tensor`, keeping every dimension."""
+    return (len(values), *(1,) * (tensor.ndim - 1)) if tensor.ndim else ()
 
 
 @torch.no_grad()
-def _unit_norms(tensors: list[Tensor]) -> list[Tensor]:
+def _unit_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """One vector of unit norms per tensor: a reduction for each matrix, one call for all one-unit tensors."""
-    single = iter(_tensor_norms([t for t in tensors if _is_one_unit(t)]))
+    single = iter(_tensor_norms([t for t in tensors if _is_one_unit(t)], group))
     return [
         next(single).reshape(1)
         if _is_one_unit(t)
-        else torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), dtype=_norm_dtype(t))
+        else torch.linalg.vector_norm(local(t), dim=tuple(range(1, t.ndim)), dtype=_norm_dtype(t))
         for t in tensors
     ]
 
 
 @torch.no_grad()
-def _tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
-    """0-dim norm of each tensor, by one multi-tensor call for each device and dtype."""
+def _tensor_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """0-dim norm of each whole tensor, by one multi-tensor call for each device and dtype."""
+    whole, tensors = tensors, [local(t) for t in tensors]
     norms: list[Tensor | None] = [None] * len(tensors)
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -301,7 +365,8 @@ def _tensor_norms(tensors: list[Tensor]) -> list[Tensor]:
         members = [tensors[i] for i in indices]
         for i, norm in zip(indices, torch._foreach_norm(members, 2, _norm_dtype(members[0])), strict=True):
             norms[i] = norm
-    return [norm for norm in norms if norm is not None]
+    found = [norm for norm in norms if norm is not None]
+    return found if group is None else sum_norms(found, whole, group)
 
 
 def _norm_dtype(tensor: Tensor) -> torch.dtype:

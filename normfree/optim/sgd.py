@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
 from normfree.optim.groups import copy_named_
+from normfree.optim.sharded import is_sharded, local
 
 # torch has one fused update kernel for each of these; on the CPU it takes half of the loop's time, while
 # the foreach path is slower than the loop (measured on the shapes of NFNet-F0).
@@ -99,6 +100,11 @@ class SGD(Optimizer):
                 )
             grads = [p.grad for p in params]
             buffers: list[Tensor | None] = [self._buffer(p) if group["momentum"] else None for p in params]
+            if any(map(is_sharded, params)):  # each process updates the rows that lie with it, if any
+                here = [i for i, p in enumerate(params) if local(p).numel()]
+                buffers = [None if (b := buffers[i]) is None else local(b) for i in here]
+                grads = [local(grads[i]) for i in here]
+                params = [local(params[i]) for i in here]
             fused = self.fused is not False and _fusable(params, buffers)
             if fused:
                 # The fused kernels walk memory side by side and never look at strides: a gradient in another

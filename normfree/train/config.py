@@ -177,9 +177,9 @@ class Config(Section):
     data: str = "emoji"
     """A folder of images, or emoji, cifar10, cifar100, fashion_mnist, synthetic."""
     model: str = "nf_resnet_nano"
-    """A name from `normfree list`."""
+    """A name from `normfree list`; auto: the network of weights."""
     weights: str = ""
-    """A model or run folder to start from; empty: random initial weights."""
+    """A model or run folder to start from, with a new classifier if it knows other classes; empty: random weights."""
     length: str = "60ep"
     """How long to train: epochs (90ep) or steps (5000st)."""
     seed: int = Field(default=0, ge=0)

@@ -8,6 +8,7 @@ this page; whoever wants a look reads metrics.jsonl.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD
 from normfree.train import checkpoint, run
 from normfree.train.config import Config, steps_of
-from normfree.train.metrics import LiveLine, Meter, Metrics, Voice
+from normfree.train.metrics import LiveLine, Meter, Metrics, NoMetrics, Voice
+from normfree.train.parallel import World, start_world
 
 IN_PROCESS = 2000  # images; scoring fewer takes less time than starting workers
 
@@ -53,11 +55,26 @@ class Diverged(ValueError):
 
 
 class Trainer:
-    """Network, optimizer and average of one run, and what one step does to them. `weights`: a folder to start from."""
+    """Network, optimizer and average of one run, and what one step does to them. `weights`: a folder to start from,
+    `head`: with its classifier too.
 
-    def __init__(self, config: Config, *, num_classes: int, samples: int, weights: str = "") -> None:
+    `world`: the processes that share the run, each with a trainer of its own; None: this one alone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        num_classes: int,
+        samples: int,
+        weights: str = "",
+        head: bool = True,
+        world: World | None = None,
+    ) -> None:
         self.config, self.num_classes = config, num_classes
-        self.device = run_device(config.device)
+        self.world = world or World(device=run_device(config.device))
+        self.world.part(config.input.batch_size)
+        self.device = self.world.device
         self.total_steps = max(
             1, steps_of(config.length, samples=samples, batch_size=config.input.batch_size)
         )
@@ -68,7 +85,9 @@ class Trainer:
         )
         torch.manual_seed(key(config.seed, "init"))
         fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
-        net = create_model(config.model, num_classes=num_classes, weights=weights or None, **fields)
+        net = create_model(
+            config.model, num_classes=num_classes, weights=weights or None, head=head, **fields
+        )
         assert isinstance(net, Net)
         self.net = net.to(self.device).to(memory_format=torch.channels_last)
         groups = parameter_groups(net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping)
@@ -94,6 +113,7 @@ class Trainer:
         loss, correct = self.gradients(images, targets, step)
         if before is not None:
             descend_(self.net.parameters(), before)
+        self.world.sum_([*(p.grad for p in self.net.parameters() if p.grad is not None), loss, correct])
         try:
             report = clip_grad_(
                 self.optimizer.param_groups, mode=config.optim.clip, clipping=config.optim.clipping,
@@ -108,7 +128,11 @@ class Trainer:
         return loss, correct, report
 
     def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Normalized, mixed images B 3 S S and soft targets B K, on the device."""
+        """Normalized, mixed images B 3 S S and soft targets B K, on the device.
+
+        With mix_with "batch" the partners come from this process's part of the batch, so that pairs and shares
+        depend on the number of processes; with "fresh", and without mixing, nothing does.
+        """
         augment = self.config.augment
         images = normalize(batch.images.to(self.device, non_blocking=True))
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -117,7 +141,7 @@ class Trainer:
             return images.contiguous(memory_format=torch.channels_last), paired_targets(
                 labels, partners, share, num_classes=self.num_classes, label_smoothing=augment.label_smoothing
             )
-        generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step))
+        generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step, self.world.rank))
         return mix(
             images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
             mixup=augment.mixup, cutmix=augment.cutmix, label_smoothing=augment.label_smoothing, generator=generator,
@@ -129,24 +153,36 @@ class Trainer:
         return ascend_(self.net.parameters(), rho=self.config.optim.sam_rho)
 
     def gradients(self, images: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; exact without batch statistics.
+        """Adds this process's share of the gradient of the batch's mean loss, micro-batch by micro-batch; the sum
+        over micro-batches and processes is exact without batch statistics. Returns its shares of loss and answers.
 
         All randomness of the network comes from (seed, step, micro-batch), so nothing hidden has to be saved.
+        Micro-batches are numbered over all processes: of equal size, they are the same for any number of those.
         """
         self.net.train()
         size = self.config.input.micro_batch or len(images)
+        whole, first = len(images) * self.world.size, self.world.rank * -(-len(images) // size)
         loss = torch.zeros((), device=self.device)
-        correct = torch.zeros((), device=self.device, dtype=torch.long)
+        correct = torch.zeros(
+            (), device=self.device
+        )  # float32, to travel with the gradients; exact to 2 ** 24
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-        for part, (x, y) in enumerate(zip(images.split(size), targets.split(size), strict=True)):
+        for part, (x, y) in enumerate(zip(images.split(size), targets.split(size), strict=True), first):
             torch.manual_seed(key(self.config.seed, "model", step, part))
             with half:
                 logits = self.forward(x)
-            share = F.cross_entropy(logits.float(), y, reduction="sum") / len(images)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            share = F.cross_entropy(logits, y, reduction="sum") / whole
             share.backward()
             loss += share.detach()
             correct += (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum()
         return loss, correct
+
+    def align_(self) -> None:
+        """Makes the processes' networks one again. Only batch-norm twins have what differs: running statistics, each
+        process's own while training, which do not act on the training; scores and checkpoints take their mean."""
+        for net in (self.net, self.ema.module):
+            self.world.mean_([b for b in net.buffers() if b.is_floating_point()])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds."""
@@ -179,19 +215,39 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         Diverged: a gradient was not finite.
         Stopped: SIGTERM or SIGINT arrived; a checkpoint was written first.
     """
-    voice, out, start = Voice(console or Console()), Path(out), time.monotonic()
-    run.check_folder(out)
-    split = run.open_data(config, voice)
-    config = run.resolve(config)
-    weights = "" if (out / "checkpoints").exists() else config.weights
-    trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights)
-    with run.locked(out):  # nothing is written before data and model are known to work
-        voice.keep(out / "log.txt")
-        step, best = _resume(trainer, out, voice)
-        run.begin(out, config, split, trainer.net, trainer.total_steps, voice)
+    start = time.monotonic()
+    with start_world(config.device) as world, contextlib.ExitStack() as stack:
+        voice, out = Voice(console or Console() if world.first else Console(quiet=True)), Path(out)
+        with world.together():
+            if world.first:  # downloads and looks at every picture before the others come
+                run.check_folder(out)
+                split = run.open_data(config, voice)
+        with world.together():
+            if not world.first:
+                split = run.open_data(config, voice, check=False)
+            config = run.resolve(config)
+            weights = "" if (out / "checkpoints").exists() else config.weights
+            head = run.keeps_head(weights, tuple(split.classes))
+            if not head:
+                voice.say(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
+            trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights,
+                              head=head, world=world)  # fmt: skip
+        step, best = 0, -1.0
+        with world.together():  # nothing is written before data and model are known to work
+            if world.first:
+                stack.enter_context(run.locked(out))
+                voice.keep(out / "log.txt")
+                step, best = _resume(trainer, out, voice)
+                run.begin(out, config, split, trainer.net, trainer.total_steps, voice)
+            else:
+                voice.keep(Path(os.devnull))
+        step, best = world.tell((step, best))[0]
+        world.copy_first_([t for part in trainer.tensors().values() for t in part.values()])
         last, average = _steps(trainer, split, out, voice, step=step, best=best) or score(trainer, split)
         result = run.TrainResult(out, trainer.total_steps, last, average, time.monotonic() - start)
-        run.finish(config, split, trainer.ema.module, result, voice)
+        with world.together():
+            if world.first:
+                run.finish(config, split, trainer.ema.module, result, voice)
         return result
 
 
@@ -201,18 +257,19 @@ def _steps(
     """The steps that are left, with what is written, scored and saved between them. Returns the scores after the
     last step, or None when no step was left."""
     scores: tuple[Evaluation, Evaluation] | None = None
-    config, total, samples = trainer.config, trainer.total_steps, len(split.train)
+    config, total, samples, world = trainer.config, trainer.total_steps, len(split.train), trainer.world
     batch_size, meter = config.input.batch_size, Meter()
     batches = train_batches(
         split.train, trainer.transform, batch_size=batch_size, seed=config.seed, start_step=step, num_steps=total,
         workers=config.input.workers, pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs,
+        rank=world.rank, world_size=world.size,
     )  # fmt: skip
 
     def due(length: str) -> bool:
         return step == total or step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0
 
     with (
-        contextlib.closing(Metrics(out / "metrics.jsonl", step=step)) as log,
+        contextlib.closing(Metrics(out / "metrics.jsonl", step=step) if world.first else NoMetrics()) as log,
         contextlib.closing(batches),
         LiveLine(voice, step=step, total_steps=total) as line,
         stop_flag() as stop,
@@ -220,7 +277,10 @@ def _steps(
         for batch in batches:
             loss, correct, report = trainer.step(batch, step)
             step += 1
-            meter.add(loss, correct, len(batch))
+            meter.add(loss, correct, batch_size)
+            signalled = world.largest(
+                stop[0] if stop else 0
+            )  # whoever got the signal, all stop after the same step
             place = {"step": step, "epoch": round(step * batch_size / samples, 4)}
             if due(f"{config.log.every}st"):
                 values = {**meter.read(), "clipped": float(report)}
@@ -235,24 +295,40 @@ def _steps(
                 voice.say(f"epoch {place['epoch']:5.1f}  top-1 {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
                           f"loss {weights.loss:.3f}")  # fmt: skip
                 improved, best = average.top1 > best, max(best, average.top1)
-            if improved or stop or due(config.log.checkpoint_every):
+            if improved or signalled or due(config.log.checkpoint_every):
                 state = {"best_ema_top1": best, "seed": config.seed, "total_steps": total}
-                saved = checkpoint.save(out / "checkpoints", step, tensors=trainer.tensors(), state=state,
-                                        keep=config.log.keep)  # fmt: skip
-                if improved:
-                    checkpoint.point(out / "checkpoints", "best", saved.name)
-            if stop and step < total:
-                raise Stopped(step, stop[0])
+                _save(trainer, out / "checkpoints", step, state, is_best=improved)
+            if signalled and step < total:
+                raise Stopped(step, signalled)
     return scores
+
+
+def _save(trainer: Trainer, folder: Path, step: int, state: dict[str, Any], *, is_best: bool) -> None:
+    trainer.align_()
+    with trainer.world.together():  # nobody leaves, or trains on, before it is on disk
+        if trainer.world.first:
+            saved = checkpoint.save(
+                folder, step, tensors=trainer.tensors(), state=state, keep=trainer.config.log.keep
+            )
+            if is_best:
+                checkpoint.point(folder, "best", saved.name)
 
 
 def score(trainer: Trainer, split: Split) -> tuple[Evaluation, Evaluation]:
     """Evaluations of the weights and of their average on the validation source."""
-    config = trainer.config
+    config, world = trainer.config, trainer.world
+    trainer.align_()
     workers = 0 if len(split.val) < IN_PROCESS else config.input.workers
     first, second = (
         evaluate(
-            net, split.val, preprocessing=run.preprocessing(config), workers=workers, device=trainer.device
+            net,
+            split.val,
+            preprocessing=run.preprocessing(config),
+            workers=workers,
+            device=trainer.device,
+            rank=world.rank,
+            world_size=world.size,
+            gather=world.gather,
         )
         for net in (trainer.net, trainer.ema.module)
     )

@@ -44,6 +44,16 @@ class Metrics:
         self._file.close()
 
 
+class NoMetrics:
+    """`Metrics` of a process that writes nothing."""
+
+    def write(self, **values: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class Meter:
     """Means over the steps since it was last read. Keeps tensors where they are, so that a GPU is not waited for."""
 

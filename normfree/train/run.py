@@ -23,7 +23,7 @@ from normfree.diagnose.report import draw_curves, read_metrics
 from normfree.inference import Evaluation
 from normfree.models.net import Net
 from normfree.models.zoo import variant_of
-from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
+from normfree.pretrained import Preprocessing, TrainedModel, describe, save_pretrained
 from normfree.train.config import Config, load_config, to_toml
 from normfree.train.metrics import Voice
 
@@ -41,8 +41,28 @@ class TrainResult:
     seconds: float
 
 
+def with_model(config: Config) -> Config:
+    """The config with the network of its weights in place of model "auto".
+
+    Raises:
+        ValueError: "auto" without weights, or weights that do not say.
+    """
+    if config.model == "auto":
+        if not config.weights:
+            raise ValueError(
+                "model='auto' is the network of --weights, and none are given. Say --weights FOLDER, or --model NAME."
+            )
+        config = config.model_copy(update={"model": describe(config.weights).row})
+    return config
+
+
 def resolve(config: Config) -> Config:
-    """The config with every "auto" replaced by what it means for this model."""
+    """The config with every "auto" replaced by what it means for this model.
+
+    Raises:
+        ValueError: the model is unknown, or "auto" without weights to tell it.
+    """
+    config = with_model(config)
     row = variant_of(config.model)
     size = row.train_size if config.input.image_size == "auto" else config.input.image_size
     fallback = row.test_size if config.input.image_size == "auto" else size
@@ -64,23 +84,29 @@ def resolve(config: Config) -> Config:
     )
 
 
+def keeps_head(weights: str, classes: tuple[str, ...]) -> bool:
+    """Whether a run on `classes` starts with the classifier of `weights` too: if that knows the same ones, in the same
+    order. A file of weights does not say; it must fit as a whole."""
+    return not weights or Path(weights).is_file() or describe(weights).classes == classes
+
+
 def preprocessing(config: Config) -> Preprocessing:
     """How a resolved config looks at validation images."""
     return Preprocessing(image_size=int(config.input.eval_size), crop=config.input.eval_crop)
 
 
-def open_data(config: Config, voice: Voice) -> Split:
-    """The data, opened, and audited if it is a folder of the user's: each file is decoded once.
+def open_data(config: Config, voice: Voice, *, check: bool = True) -> Split:
+    """The data, opened, and with `check` audited if it is a folder of the user's: each file is decoded once.
 
     Raises:
         ValueError: it cannot be used; files that cannot be read are named.
     """
-    variant_of(config.model)  # a misspelt model is reported before any data is read
+    variant_of(with_model(config).model)  # a misspelt model is reported before any data is read
     split = open_source(
         config.data, val_fraction=config.input.val_fraction, seed=config.seed, download=config.input.download,
         root=config.input.root,
     )  # fmt: skip
-    if split.files:
+    if check and split.files:
         for source in (split.train, split.val):
             require_clean(audit(source))
     for note in split.notes:

@@ -362,3 +362,30 @@ def test_training_starts_from_the_weights_of_another_run(unbroken, tmp_path):
     theirs = load_file(unbroken / "model" / "model.safetensors")
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+def test_fine_tuning_takes_the_folders_network_and_a_new_head_for_other_classes(unbroken, tmp_path):
+    """Same classes: the classifier comes too. Others: all but it does, and the new one starts as a row's does."""
+    still = shlex.split(
+        "--length 1st --optim.lr 1e-12 --optim.warmup 0st --input.batch_size 8 --input.workers 0 --weights"
+    )
+    theirs = load_file(unbroken / "model" / "model.safetensors")
+    for classes, kept in ((3, True), (5, False)):
+        out = tmp_path / str(classes)
+        console = quiet()
+        words = ["--data", f"synthetic:classes={classes},size=16,train=40,val=10", *still, str(unbroken)]
+        loop.train(with_overrides(RECIPES["finetune"](), words), out, console=console)
+        assert load_config(out / "config.toml").model == "nf_resnet_nano"
+        ours = load_file(out / "checkpoints" / "step-00000001" / "model.safetensors")
+        for name in theirs.keys() - {"head.weight", "head.bias"}:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9, msg=name)
+        assert torch.allclose(ours["head.weight"][:3], theirs["head.weight"], atol=1e-9) == kept
+        said = "a new classifier for 5 classes on the network of" in console.file.getvalue()
+        assert said != kept
+
+
+def test_auto_needs_weights_to_name_the_network(tmp_path):
+    with pytest.raises(ValueError, match=r"^model='auto' is the network of --weights, and none are given\. Say "
+                                         r"--weights FOLDER, or --model NAME\.$"):  # fmt: skip
+        loop.train(with_overrides(RECIPES["finetune"](), ["--data", DATA]), tmp_path / "run", console=quiet())
+    assert not (tmp_path / "run").exists()
