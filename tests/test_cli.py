@@ -159,7 +159,7 @@ def test_list_and_show(trained, capsys):
         ("train --data synthetic --model nf_resnet_nano --device gpu", "device 'gpu' cannot be used here: "),
         (
             "train --data synthetic --model nf_resnet_nano --weights nowhere",
-            "'nowhere' does not exist. Give a file or folder of weights.",
+            "'nowhere' is no model folder: it needs config.json and model.safetensors",
         ),
         ("eval nowhere emoji", "'nowhere' is no model folder: it needs config.json and model.safetensors"),
         ("train missing.toml", "missing.toml cannot be read as TOML: "),
