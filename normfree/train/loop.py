@@ -141,7 +141,8 @@ class Trainer:
             return images.contiguous(memory_format=torch.channels_last), paired_targets(
                 labels, partners, share, num_classes=self.num_classes, label_smoothing=augment.label_smoothing
             )
-        generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step, self.world.rank))
+        rank = (self.world.rank,) if self.world.rank else ()  # the first process draws what a single one draws
+        generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step, *rank))
         return mix(
             images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
             mixup=augment.mixup, cutmix=augment.cutmix, label_smoothing=augment.label_smoothing, generator=generator,
