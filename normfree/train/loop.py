@@ -141,7 +141,9 @@ class Trainer:
             return images.contiguous(memory_format=torch.channels_last), paired_targets(
                 labels, partners, share, num_classes=self.num_classes, label_smoothing=augment.label_smoothing
             )
-        rank = (self.world.rank,) if self.world.rank else ()  # the first process draws what a single one draws
+        rank = (
+            (self.world.rank,) if self.world.rank else ()
+        )  # the first process draws what a single one draws
         generator = torch.Generator().manual_seed(key(self.config.seed, "mix", step, *rank))
         return mix(
             images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
