@@ -111,8 +111,7 @@ class EvalTransform:
             return self._reference(np.asarray(image))
         s, filter_ = self.image_size, Resampling[self.interpolation.upper()]
         if self.crop == "crop_resize":
-            side = max(1, int(s / (s + CROP_PADDING) * min(image.size)))
-            left, top = ((length - side + 1) // 2 for length in image.size)
+            left, top, side = self._centre_square(*image.size)
             image = image.resize((s, s), filter_, box=(left, top, left + side, top + side))
         else:
             side = s + CROP_PADDING if self.crop == "resize_crop_32" else int(s / self.crop_pct)
@@ -132,11 +131,15 @@ class EvalTransform:
                 image = image.resize((s, s), filter_, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
+    def _centre_square(self, width: int, height: int) -> tuple[int, int, int]:
+        """(left, top, side) of what "crop_resize" keeps."""
+        side = max(1, int(self.image_size / (self.image_size + CROP_PADDING) * min(width, height)))
+        return (width - side + 1) // 2, (height - side + 1) // 2, side
+
     def _reference(self, pixels: np.ndarray) -> Tensor:
         s, (height, width) = self.image_size, pixels.shape[:2]
         if self.crop == "crop_resize":
-            side = max(1, int(s / (s + CROP_PADDING) * min(height, width)))
-            top, left = (height - side + 1) // 2, (width - side + 1) // 2
+            left, top, side = self._centre_square(width, height)
             seen = resize_bicubic(pixels[top : top + side, left : left + side], s, s)
         else:
             offset = CROP_PADDING // 2

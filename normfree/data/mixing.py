@@ -46,7 +46,7 @@ def mix(
     batch, _, height, width = images.shape
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     if mixup > 0 or cutmix > 0:
-        first_cut = batch if cutmix == 0 else 0 if mixup == 0 else (batch + 1) // 2
+        first_cut = _first_cut(batch, mixup, cutmix)
         # A shift by 1 .. B-1 pairs nobody with himself, and the order of the batch is random already.
         other = np.roll(np.arange(batch), int(rng.integers(1, batch)) if batch > 1 else 0)
         weights = np.ones((batch, 1, height, width), dtype=np.float32)
@@ -60,6 +60,13 @@ def mix(
         images = torch.lerp(images[partner], images, mask)
         targets = share * targets + (1 - share) * targets[partner]
     return images, smooth(targets, label_smoothing)
+
+
+def _first_cut(batch_size: int, mixup: float, cutmix: float) -> int:
+    """Where in a batch mixup ends and cutmix begins: with both, each has half (released code)."""
+    if mixup > 0 and cutmix > 0:
+        return (batch_size + 1) // 2
+    return 0 if cutmix > 0 else batch_size
 
 
 def smooth(targets: Tensor, label_smoothing: float) -> Tensor:
@@ -110,7 +117,7 @@ class FreshPairs:
     def places(self, output: int, batch_size: int) -> tuple[int, int, bool]:
         """Of the 2 · `batch_size` images read for a batch: which two make output number `output`, and whether by
         cutmix. In quarters Q0 … Q3, the first half is mixup of (Q0, Q1), the second cutmix of (Q2, Q3)."""
-        first = batch_size if self.cutmix == 0 else 0 if self.mixup == 0 else (batch_size + 1) // 2
+        first = _first_cut(batch_size, self.mixup, self.cutmix)
         if output < first:
             return output, first + output, False
         second = batch_size - first
