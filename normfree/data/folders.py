@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from normfree.data.images import MAX_PIXELS, SUFFIXES, load_image
-from normfree.data.jpeg import load_array
+from normfree.data.images import MAX_PIXELS, SUFFIXES
+from normfree.data.parts import EncodedSource
 from normfree.data.protocol import Split
 from normfree.data.seeds import key
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "test")  # the first one found is taken
@@ -23,7 +21,7 @@ _LITTER = {"__macosx", "thumbs.db", "desktop.ini"}  # what file managers leave b
 _LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
 
 
-class FolderSource:
+class FolderSource(EncodedSource):
     """Image files with labels. `samples` holds (path relative to `root`, class number)."""
 
     def __init__(
@@ -38,8 +36,7 @@ class FolderSource:
         self.classes = tuple(classes)
         self._root = root
         self._samples = list(samples)
-        self._background = background
-        self._max_pixels = max_pixels
+        super().__init__(background=background, max_pixels=max_pixels)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -48,13 +45,9 @@ class FolderSource:
         """The class of file `index`."""
         return self._samples[index][1]
 
-    def image(self, index: int, draw: int = 0) -> Image:
-        """File `index`, decoded; a file holds one picture, so `draw` changes nothing."""
-        return load_image(self.name(index), background=self._background, max_pixels=self._max_pixels)
-
-    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
-        """The same as an array, H W 3."""
-        return load_array(self.name(index), background=self._background, max_pixels=self._max_pixels)
+    def data(self, index: int) -> str:
+        """The path of file `index`."""
+        return self.name(index)
 
     def name(self, index: int) -> str:
         """The path of file `index`."""

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfree.data.images import MAX_PIXELS, ImageError, load_image
-from normfree.data.jpeg import load_array
-from normfree.data.parts import MAX_CLASSES, make_split, number_classes
+from normfree.data.images import MAX_PIXELS, ImageError
+from normfree.data.parts import MAX_CLASSES, EncodedSource, make_split, number_classes
 from normfree.data.protocol import Split
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 VAL_SPLITS = ("validation", "val", "valid", "test")  # the first one found is taken
 _IMAGES = ("image", "img", "jpg", "picture")
 _LABELS = ("label", "labels", "fine_label", "cls")
 
 
-class HuggingSource:
+class HuggingSource(EncodedSource):
     """The rows of a `datasets.Dataset` with encoded pictures in `image` and `labels` (int64 N); i is the row."""
 
     def __init__(
@@ -38,7 +37,7 @@ class HuggingSource:
     ) -> None:
         self.classes = tuple(classes)
         self._rows, self._image, self._labels, self._prefix = rows, image, labels, prefix
-        self._background, self._max_pixels = background, max_pixels
+        super().__init__(background=background, max_pixels=max_pixels)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -47,18 +46,8 @@ class HuggingSource:
         """The class of row `index`."""
         return int(self._labels[index])
 
-    def image(self, index: int, draw: int = 0) -> Image:
-        """The picture of row `index`; a row holds one picture, so `draw` changes nothing."""
-        return load_image(self._data(index), **self._options(index))
-
-    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
-        """The same as an array, H W 3."""
-        return load_array(self._data(index), **self._options(index))
-
-    def _options(self, index: int) -> dict[str, Any]:
-        return {"name": self.name(index), "background": self._background, "max_pixels": self._max_pixels}
-
-    def _data(self, index: int) -> str | bytes:
+    def data(self, index: int) -> str | bytes:
+        """The path or the bytes in row `index`."""
         cell = self._rows[int(index)][self._image]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise ImageError(self.name(index), "the row has no picture")

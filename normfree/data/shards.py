@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normfree.data.images import MAX_PIXELS, ImageError, load_image
-from normfree.data.jpeg import load_array
-from normfree.data.parts import make_split, number_classes
+from normfree.data.images import MAX_PIXELS, ImageError
+from normfree.data.parts import EncodedSource, make_split, number_classes
 from normfree.data.places import Place, beside, expand
 from normfree.data.protocol import Split
 from normfree.data.tar_index import TarIndex, index_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 _THREADS = 8  # shards that are indexed at a time; a remote one mostly waits
 
 
-class ShardSource:
+class ShardSource(EncodedSource):
     """The pictures of tar shards. Sample i is a (shard, offset, size); order is that of shards and members.
 
     `shards` holds (place, index, stamp) of each; `image` reads the bytes of one member and decodes them, and
@@ -48,7 +47,7 @@ class ShardSource:
         # One byte string: a million Python strings would be copied page by page into every worker.
         encoded = [name.encode("utf-8") for _, index, _ in shards for name in index.names]
         self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
-        self._background, self._max_pixels = background, max_pixels
+        super().__init__(background=background, max_pixels=max_pixels)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -56,18 +55,6 @@ class ShardSource:
     def label(self, index: int) -> int:
         """The class of member `index`, from the table."""
         return int(self._labels[index])
-
-    def image(self, index: int, draw: int = 0) -> Image:
-        """Member `index`, decoded; a member holds one picture, so `draw` changes nothing."""
-        return load_image(
-            self.data(index), name=self.name(index), background=self._background, max_pixels=self._max_pixels
-        )
-
-    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
-        """The same as an array, H W 3."""
-        return load_array(
-            self.data(index), name=self.name(index), background=self._background, max_pixels=self._max_pixels
-        )
 
     def data(self, index: int) -> bytes:
         """The bytes of member `index`, as they lie in the shard."""
