@@ -150,31 +150,41 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
-    """Markdown: one row per case and arm."""
+def milliseconds(timing: Timing) -> str:
+    """An arm's time as the tables have it."""
+    low, high = timing.quartiles_ms
+    return f"{timing.median_ms:.1f} ({low:.1f} … {high:.1f})"
+
+
+def table(
+    comparisons: Sequence[Comparison],
+    *,
+    columns: tuple[str, str, str] = ("case", "arm", "ms (quartiles)"),
+    figure: Callable[[Timing], str] = milliseconds,
+) -> str:
+    """Markdown: one row per case and arm. `figure` writes what the third column holds."""
     lines = [
-        "| case | arm | ms (quartiles) | times faster than the baseline (95 %) |",
+        f"| {' | '.join(columns)} | times faster than the baseline (95 %) |",
         "|---|---|--:|--:|",
     ]
     for comparison in comparisons:
         for t in comparison.timings:
-            low, high = t.quartiles_ms
             faster = f"{t.speedup:.2f} ({t.interval[0]:.2f} … {t.interval[1]:.2f})"
             if t.arm == comparison.baseline:
                 faster = f"baseline, against itself ± {comparison.noise:.2f}"
-            lines.append(
-                f"| {comparison.case} | {t.arm} | {t.median_ms:.1f} ({low:.1f} … {high:.1f}) | {faster} |"
-            )
+            lines.append(f"| {comparison.case} | {t.arm} | {figure(t)} | {faster} |")
     return "\n".join(lines) + "\n"
 
 
-def write(suite: str, comparisons: Sequence[Comparison]) -> Path:
-    """results/SUITE.json and .md."""
+def write(suite: str, comparisons: Sequence[Comparison], *, about: str = "", rows: str = "") -> Path:
+    """results/SUITE.json and .md; `about` says in the page what was done, `rows` is its table (default: `table`)."""
     folder = ROOT / "results"
     folder.mkdir(exist_ok=True)
-    entry = {"suite": suite, "machine": machine(), "comparisons": [asdict(c) for c in comparisons]}
+    facts = machine()
+    entry = {"suite": suite, "machine": facts, "comparisons": [asdict(c) for c in comparisons]}
     (folder / f"{suite}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
-    words = ", ".join(f"{k} {v}" for k, v in machine().items() if v)
+    words = ", ".join(f"{k} {v}" for k, v in facts.items() if v)
+    parts = [f"# {suite}", about, words, rows or table(comparisons)]
     path = folder / f"{suite}.md"
-    path.write_text(f"# {suite}\n\n{words}\n\n{table(comparisons)}", encoding="utf-8")
+    path.write_text("\n\n".join(part for part in parts if part), encoding="utf-8")
     return path

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
 import torch
-from harness import ROOT, Arm, Comparison, compare, machine
+from harness import Arm, Comparison, Timing, compare, table, write
 from kornia_rs import io as kornia_io
 from PIL import Image
 from skimage import data as samples
@@ -149,21 +147,10 @@ def kornia_decode(data: bytes) -> np.ndarray:
     return np.asarray(kornia_io.decode_image_jpegturbo(data, "rgb"))
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
-    """Markdown: images per second and the ratio to the baseline."""
-    lines = [
-        "| filter | loader | images/s (quartiles) | times faster than the baseline (95 %) |",
-        "|---|---|--:|--:|",
-    ]
-    for comparison in comparisons:
-        for t in comparison.timings:
-            slow, fast = (COUNT / (1e-3 * ms) for ms in reversed(t.quartiles_ms))
-            faster = f"{t.speedup:.2f} ({t.interval[0]:.2f} … {t.interval[1]:.2f})"
-            if t.arm == comparison.baseline:
-                faster = f"baseline, against itself ± {comparison.noise:.2f}"
-            rate = f"{COUNT / (1e-3 * t.median_ms):.0f} ({slow:.0f} … {fast:.0f})"
-            lines.append(f"| {comparison.case} | {t.arm} | {rate} | {faster} |")
-    return "\n".join(lines) + "\n"
+def rate(timing: Timing) -> str:
+    """Images per second, as the table has it."""
+    slow, fast = (COUNT / (1e-3 * ms) for ms in reversed(timing.quartiles_ms))
+    return f"{COUNT / (1e-3 * timing.median_ms):.0f} ({slow:.0f} … {fast:.0f})"
 
 
 def main() -> None:
@@ -174,13 +161,10 @@ def main() -> None:
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     comparisons = suite(rounds=words.rounds)
-    entry = {"suite": "loading", "machine": machine(), "comparisons": [asdict(c) for c in comparisons]}
-    (ROOT / "results" / "loading.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{k} {v}" for k, v in machine().items() if v)
     what = f"JPEG bytes of {WIDTH} × {HEIGHT} pixels, quality {QUALITY} -> random resized crop to {SIZE}, flip -> uint8"
-    text = f"# loading\n\n{what}; {COUNT} pictures per pass, one core, wall time.\n\n{facts}\n\n{table(comparisons)}"
-    (ROOT / "results" / "loading.md").write_text(text, encoding="utf-8")
-    print(text)
+    about = f"{what}; {COUNT} pictures per pass, one core, wall time."
+    rows = table(comparisons, columns=("filter", "loader", "images/s (quartiles)"), figure=rate)
+    print(write("loading", comparisons, about=about, rows=rows).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
