@@ -88,9 +88,10 @@ def _free_folder(name: str) -> Path:
 
 
 def _train(config: Config, folder: Path) -> int:
-    from normfree.train.loop import Diverged, Stopped
+    from normfree.train.loop import Stopped
     from normfree.train.loop import train as run
     from normfree.train.parallel import ElsewhereError
+    from normfree.train.trainer import Diverged
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, this one alone speaks
     try:

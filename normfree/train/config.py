@@ -1,4 +1,4 @@
-"""The config of a run: a strict, frozen tree of at most 45 keys, one file and one set of flags.
+"""The config of a run: a strict, frozen tree of at most 50 keys, one file and one set of flags.
 
     recipe (a function, a TOML file, or a run's own config) -> overrides, left to right -> checked -> written
 
@@ -52,6 +52,12 @@ def _check_size(value: int | str) -> int | str:
     return value
 
 
+def _check_count(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 0:
+        raise ValueError("expected 0 or more images, or 'auto'")
+    return value
+
+
 def _check_rate(value: float | str) -> float | str:
     if isinstance(value, float) and not 0.0 <= value < 1.0:
         raise ValueError("expected a number from 0 to below 1, or 'auto'")
@@ -94,8 +100,8 @@ class Input(Section):
     """Preprocessing for evaluation; auto: squash up to 96 px, resize_crop_32 above."""
     batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, over all processes."""
-    micro_batch: int = Field(default=0, ge=0)
-    """Images per forward and backward pass, to save memory; 0: the whole batch at once."""
+    micro_batch: Auto | int = 0
+    """Images per forward and backward pass, to save memory; 0: the whole batch at once; auto: as many as fit."""
     workers: int = Field(default=1, ge=0)
     """Processes that read images; 0 reads in the training process. Batches do not depend on it."""
     val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
@@ -106,6 +112,7 @@ class Input(Section):
     """Fetch such a data set if it is not there. Nothing is downloaded otherwise."""
 
     _sizes = field_validator("image_size", "eval_size")(_check_size)
+    _count = field_validator("micro_batch")(_check_count)
 
 
 class Augment(Section):
@@ -113,6 +120,8 @@ class Augment(Section):
 
     crop_min: float = Field(default=0.08, gt=0.0, le=1.0)
     """Smallest share of the area that a random crop keeps."""
+    repeats: int = Field(default=1, ge=1)
+    """How often an image stands in its batch, each time augmented anew."""
     flip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Probability of a mirror image."""
     randaugment: str = "off"
@@ -142,6 +151,10 @@ class Optim(Section):
     """AGC: largest ratio of a unit's gradient norm to its weight norm. norm, value: the bound itself."""
     clipping_eps: float = Field(default=1e-3, gt=0.0)
     """AGC: floor of the weight norm, so that zeros can move."""
+    unclipped: str = "classifier.weight"
+    """AGC: parameters that are not clipped, as name patterns with commas between them; "" clips all."""
+    class_balance: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Weight of an image in the loss: 1 / (images of its class) to this power; 0: all alike, 1: all classes alike."""
     warmup: str = "5ep"
     """Linear warm-up from 0."""
     schedule: Literal["warmup_cosine", "warmup_linear", "constant"] = "warmup_cosine"
@@ -167,6 +180,10 @@ class Log(Section):
     """Between checkpoints; one is always written at the end and when the run is stopped."""
     keep: int = Field(default=2, ge=2)
     """Newest checkpoints to keep, besides the best."""
+    to: str = ""
+    """Loggers beside metrics.jsonl: tensorboard, wandb, or both with a comma between them."""
+    profile: int = Field(default=0, ge=0)
+    """Steps to record with PyTorch's profiler, after the first few; 0: none."""
 
     _length = field_validator("evaluate_every", "checkpoint_every")(_check_length)
 
@@ -182,12 +199,17 @@ class Config(Section):
     """A model or run folder to start from, with a new classifier if it knows other classes; empty: random weights."""
     length: str = "60ep"
     """How long to train: epochs (90ep) or steps (5000st)."""
+    patience: int = Field(default=0, ge=0)
+    """Evaluations without a better score after which the run ends, its best weights kept; 0: to the end."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order, augmentation and dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto: the first GPU, else the CPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of activations; weights, momentum and average are always float32."""
+    parallel: Literal["replicated", "sharded", "exact"] = "replicated"
+    """Several processes: each with the whole network, with a part of it (FSDP2), or with bits that do not depend on
+    their number."""
     compile: bool = False
     """Compile the network with torch.compile."""
     net: Net = Net()

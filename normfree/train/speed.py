@@ -21,8 +21,8 @@ from normfree.models.cost import count
 from normfree.models.zoo import variant_of
 from normfree.surgery.fold import fold
 from normfree.train.config import Augment, Config, Input
-from normfree.train.loop import Trainer
 from normfree.train.run import resolve
+from normfree.train.trainer import Trainer
 
 #: Multiply-accumulates of a training step per one of inference: forward, and backward for inputs and for weights.
 BACKWARD = 3

@@ -24,6 +24,7 @@ from normfree.train import checkpoint, loop, run
 from normfree.train.config import Config, load_config, with_overrides
 from normfree.train.recipes import RECIPES
 from normfree.train.run import resolve
+from normfree.train.trainer import Diverged
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
@@ -321,7 +322,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_pat
         return result
 
     monkeypatch.setattr(loop.Trainer, "gradients", poisoned)
-    with pytest.raises(loop.Diverged) as error:
+    with pytest.raises(Diverged) as error:
         loop.train(config("--optim.clip", mode), tmp_path / "run", console=quiet())
     text = str(error.value)
     assert text.startswith("step 7: 1 of ")

@@ -49,6 +49,7 @@ from normfree.train import loop, run
 from normfree.train.config import load_config, with_overrides
 from normfree.train.parallel import ElsewhereError, start_world
 from normfree.train.recipes import RECIPES
+from normfree.train.trainer import Diverged
 
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
 torch.set_num_threads(1)
@@ -172,7 +173,7 @@ def work(size, rank, port):
     loop.Trainer.gradients = poisoned
     try:
         loop.train(config(), folder / f"diverged{world.size}", console=quiet)
-    except loop.Diverged as error:
+    except Diverged as error:
         found["diverged"] = str(error)
     found["console"] = quiet.file.getvalue()
     torch.save(found, folder / f"found-{world.size}-{world.rank}.pt")
