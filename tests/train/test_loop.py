@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from normfree.data.augment import train_transform
 from normfree.data.loader import train_batches
 from normfree.data.sources import open_source
+from normfree.optim.agc import clip_grad_
 from normfree.train import checkpoint, loop, run
 from normfree.train.config import Config, load_config, with_overrides
 from normfree.train.recipes import RECIPES
 from normfree.train.run import resolve
-from normfree.train.trainer import Diverged
+from normfree.train.trainer import Diverged, Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
@@ -85,7 +86,7 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
-    original = loop.Trainer.step
+    original = Trainer.step
 
     def stepping(self, batch, at):
         result = original(self, batch, at)
@@ -93,7 +94,7 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
         return result
 
-    monkeypatch.setattr(loop.Trainer, "step", stepping)
+    monkeypatch.setattr(Trainer, "step", stepping)
 
 
 @pytest.mark.parametrize("step", range(1, 12))
@@ -227,7 +228,7 @@ def test_sigterm_saves_and_leaves_no_process_behind(tmp_path):
 def trainer_and_batch(*flags: str):
     resolved = resolve(config(*flags))
     split = open_source(DATA)
-    trainer = loop.Trainer(resolved, num_classes=3, samples=48)
+    trainer = Trainer(resolved, num_classes=3, samples=48)
     transform = train_transform(image_size=16)
     batch = next(train_batches(split.train, transform, batch_size=10, seed=0, num_steps=1))
     return trainer, batch
@@ -268,9 +269,7 @@ def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
     by_hand.gradients(images, targets, 2)
     by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), start, strict=True)))
     optim = by_hand.config.optim
-    loop.clip_grad_(
-        by_hand.optimizer.param_groups, mode="agc", clipping=optim.clipping, eps=optim.clipping_eps
-    )
+    clip_grad_(by_hand.optimizer.param_groups, mode="agc", clipping=optim.clipping, eps=optim.clipping_eps)
     by_hand.optimizer.set_lr(stepped.optimizer.param_groups[0]["lr"])
     by_hand.optimizer.step()
     for one, other in zip(stepped.net.parameters(), by_hand.net.parameters(), strict=True):
@@ -313,7 +312,7 @@ def test_the_loss_falls(tmp_path):
 
 @pytest.mark.parametrize("mode", ["agc", "norm", "value", "off"])
 def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_path, monkeypatch, mode):
-    original = loop.Trainer.gradients
+    original = Trainer.gradients
 
     def poisoned(self, images, targets, step):
         result = original(self, images, targets, step)
@@ -321,7 +320,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_pat
             self.net.stages[1][0].conv1.weight.grad[0, 0, 0, 0] = float("nan" if mode == "norm" else "inf")
         return result
 
-    monkeypatch.setattr(loop.Trainer, "gradients", poisoned)
+    monkeypatch.setattr(Trainer, "gradients", poisoned)
     with pytest.raises(Diverged) as error:
         loop.train(config("--optim.clip", mode), tmp_path / "run", console=quiet())
     text = str(error.value)

@@ -49,7 +49,7 @@ from normfree.train import loop, run
 from normfree.train.config import load_config, with_overrides
 from normfree.train.parallel import ElsewhereError, start_world
 from normfree.train.recipes import RECIPES
-from normfree.train.trainer import Diverged
+from normfree.train.trainer import Diverged, Trainer
 
 folder, flags = Path(sys.argv[1]), sys.argv[2:]
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def work(size, rank, port):
         off = ("--model", model, "--input.batch_size", "32", "--net.drop_rate", "0", "--net.stochdepth_rate", "0",
                "--input.micro_batch", str(-(-(32 // world.size) // micro_batches)),
                "--augment.mixup", "0", "--augment.cutmix", "0")
-        trainer = loop.Trainer(config(*off), num_classes=3, samples=48, world=world)
+        trainer = Trainer(config(*off), num_classes=3, samples=48, world=world)
         trainer.net.to(dtype)
         batch = next(train_batches(open_source("synthetic:classes=3,size=16,train=48,val=13").train,
             train_transform(image_size=16), batch_size=32, seed=0, num_steps=1, rank=world.rank, world_size=world.size))
@@ -132,7 +132,7 @@ def work(size, rank, port):
     if world.size == 2:
         loop.train(config(), folder / "again2", console=quiet)
     split = open_source("synthetic:classes=3,size=16,train=48,val=13")
-    twin = loop.Trainer(config("--model", "resnet_nano"), num_classes=3, samples=48, world=world)
+    twin = Trainer(config("--model", "resnet_nano"), num_classes=3, samples=48, world=world)
     for batch in train_batches(split.train, twin.transform, batch_size=8, seed=0, num_steps=1, rank=world.rank,
                                world_size=world.size, pairs=twin.pairs):
         twin.step(batch, 0)
@@ -142,19 +142,19 @@ def work(size, rank, port):
     found["statistics"] = statistics()
     loop.score(twin, split)
     found["aligned"] = statistics()
-    original = loop.Trainer.step
+    original = Trainer.step
     if world.size == 4:
         def stepping(self, batch, at):
             if at == 2 and world.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)  # one of the four
             return original(self, batch, at)
 
-        loop.Trainer.step = stepping
+        Trainer.step = stepping
         try:
             loop.train(config(), folder / "stopped", console=quiet)
         except loop.Stopped as stopped:
             found["stopped"] = stopped.step, stopped.exit_code
-        loop.Trainer.step = original
+        Trainer.step = original
         if world.first:
             shutil.rmtree(folder / "stopped" / "checkpoints" / "step-00000002")  # so that the third is what continues
     else:
@@ -163,14 +163,14 @@ def work(size, rank, port):
         world.barrier()
         loop.train(load_config(folder / "stopped" / "config.toml"), folder / f"continued{world.size}", console=quiet)
 
-    original_gradients = loop.Trainer.gradients
+    original_gradients = Trainer.gradients
     def poisoned(self, images, targets, step):
         result = original_gradients(self, images, targets, step)
         if step == 1 and world.rank == world.size - 1:
             self.net.head.bias.grad[0] = float("nan")
         return result
 
-    loop.Trainer.gradients = poisoned
+    Trainer.gradients = poisoned
     try:
         loop.train(config(), folder / f"diverged{world.size}", console=quiet)
     except Diverged as error:
