@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Activation = Callable[[Tensor], Tensor]
+from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, recomputes
 
 #: How a standardized filter is kept from dividing by zero, and the constant. "floor": under variance * fan-in
 #: (reference code, `WSConv2D`); "add": to the variance (timm, `std_conv_eps`).
@@ -198,14 +198,44 @@ def pad_input(
     "same" is XLA's rule; "symmetric" is (k - 1) // 2 on every side, torch's and timm's custom. Both give
     ceil(size / stride) outputs for odd kernels; at stride 2 they look at different places of even sizes.
     """
+    border, sides = borders(x, kernel_size, stride, padding=padding)
+    return (x if border is None else F.pad(x, border, value=value)), sides
+
+
+def borders(
+    x: Tensor, kernel_size: int, stride: int, *, padding: str
+) -> tuple[tuple[int, int, int, int] | None, tuple[int, int]]:
+    """What `pad_input` adds to B C H W (left, right, top, bottom; None: nothing), and what the next op adds itself."""
     if padding == "symmetric":
         side = (kernel_size - 1) // 2
-        return x, (side, side)
+        return None, (side, side)
     top, bottom = same_padding(x.shape[-2], kernel_size, stride)
     left, right = same_padding(x.shape[-1], kernel_size, stride)
     if top == bottom and left == right:
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
+        return None, (top, left)
+    return (left, right, top, bottom), (0, 0)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    act: Activation | None,
+    stride: int,
+    groups: int,
+    padding: str,
+) -> Tensor:
+    """Convolution of `act(x)` with the padding of `pad_input`. Where autograd watches, `act(x)` is not kept."""
+    if act is not None and (act in KEPT_ANYWAY or not recomputes()):
+        x, act = act(x), None
+    if act is None:
+        x, sides = pad_input(x, weight.shape[-1], stride, padding=padding)
+        return F.conv2d(x, weight, bias, stride, sides, 1, groups)
+    border, sides = borders(x, weight.shape[-1], stride, padding=padding)
+    return activated_conv2d(
+        x, weight, bias, act=act, border=border, stride=stride, padding=sides, groups=groups
+    )
 
 
 class WSConv2d(nn.Module):
@@ -257,9 +287,12 @@ class WSConv2d(nn.Module):
         """The kernel that the convolution uses, O I H W."""
         return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = pad_input(x, self.kernel_size, self.stride, padding=self.padding)
-        return F.conv2d(x, self.standardized_weight(), self.bias, self.stride, padding, 1, self.groups)
+    def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
+        """Of `act(x)`, if `act` is given; its value is then not kept for the backward pass."""
+        return convolve(
+            x, self.standardized_weight(), self.bias, act=act, stride=self.stride, groups=self.groups,
+            padding=self.padding,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         o, i = self.weight.shape[:2]
@@ -290,9 +323,17 @@ class Conv2d(nn.Conv2d):
         # He et al. 2015: variance 2 / fan-in, as in the papers' batch-norm signal propagation plots.
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, padding = pad_input(x, self.kernel_size[0], self.stride[0], padding=self.pad_mode)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, 1, self.groups)
+    def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
+        """Of `act(x)`, if `act` is given; its value is then not kept for the backward pass."""
+        return convolve(
+            x,
+            self.weight,
+            self.bias,
+            act=act,
+            stride=self.stride[0],
+            groups=self.groups,
+            padding=self.pad_mode,
+        )
 
 
 def avg_pool_same(x: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.get_submodule("conv0")(x)
         for i in range(1, self.depth):
-            x = self.get_submodule(f"conv{i}")(self.act(self.get_submodule(f"norm{i}")(x)))
+            x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), self.act)
         return max_pool(x, padding=self.padding) if self.max_pool else x
 
 
@@ -174,19 +174,24 @@ class Block(nn.Module):
         mask = self.stochdepth(branch)
         return gate if mask is None else mask * gate
 
-    def branch(self, a: Tensor) -> Tensor:
-        """The residual branch up to, but without, its gate. `a` is the activated input."""
-        r = self.conv1(self.act(self.norm1(self.conv0(a))))
+    def branch(self, r: Tensor) -> Tensor:
+        """The residual branch behind its first convolution, up to, but without, its gate."""
+        r = self.conv1(self.norm1(r), self.act)
         if self.second_conv:
-            r = self.conv1b(self.act(self.norm1b(r)))
+            r = self.conv1b(self.norm1b(r), self.act)
         if self.attention is not None and self.attention_in_middle:
             r = r * (self.attention(r) * self.gate_scale)
-        return self.conv2(self.act(self.norm2(r)))
+        return self.conv2(self.norm2(r), self.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.act(self.norm0(x))
-        shortcut = self.conv_shortcut(avg_pool_same(a) if self.pool else a) if self.transition else x
-        r = self.branch(a)
+        normed = self.norm0(x)
+        if self.pool:  # keeps its own input
+            a = self.act(normed)
+            shortcut, r = self.conv_shortcut(avg_pool_same(a)), self.conv0(a)
+        else:
+            shortcut = self.conv_shortcut(normed, self.act) if self.transition else x
+            r = self.conv0(normed, self.act)
+        r = self.branch(r)
         gate = self.branch_gate(r)
         if isinstance(gate, Tensor):
             return torch.addcmul(shortcut, r, gate.to(r.dtype))
