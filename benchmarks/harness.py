@@ -12,7 +12,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ ROOT = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do the job. `run` does it once and returns what the gate compares."""
+    """One way to do the job. `run` does it once and returns what the gate compares; `before` is called before each
+    run and not timed."""
 
     name: str
     run: Callable[[], Tensor]
+    before: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,25 @@ def compare(
     window_s: float = 0.3,
     tolerance: float = 1e-5,
     seed: int = 0,
+    gradients: bool = False,
     choose: Callable[[dict[str, float]], list[str]] = list,
 ) -> Comparison:
     """Times `arms`. A visit is one warm call, then calls for at least `window_s`; the first round is not counted.
 
+    `gradients`: the arms train; otherwise they run in inference mode.
     `choose` gets the median of each arm and returns the names to report, baseline first; by default all, in order.
 
     Raises:
         ArithmeticError: an arm's result is further than `tolerance` (relative L2) from the first arm's.
     """
-    with torch.inference_mode():
-        wanted = arms[0].run()
-        errors = {arm.name: float((arm.run() - wanted).norm() / wanted.norm()) for arm in arms}
+    with torch.enable_grad() if gradients else torch.inference_mode():
+        wanted = _once(arms[0])[1]
+        errors = {a.name: float((_once(a)[1] - wanted).norm() / wanted.norm()) for a in arms[1:]}
+        errors[arms[0].name] = 0.0
         wrong = {name: error for name, error in errors.items() if not error <= tolerance}
         if wrong:
             raise ArithmeticError(f"{case}: {wrong} differ from {arms[0].name} by more than {tolerance}")
-        visits = [*arms, Arm("A/A", arms[0].run)]
+        visits = [*arms, replace(arms[0], name="A/A")]
         seconds: dict[str, list[float]] = {arm.name: [] for arm in visits}
         dice = random.Random(seed)
         for turn in range(rounds + 1):
@@ -113,15 +118,23 @@ def _ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
 
 
 def _visit(arm: Arm, window_s: float) -> float:
-    arm.run()
-    _synchronize()
-    count, start = 0, time.perf_counter()
-    while True:
-        arm.run()
+    _once(arm)
+    count, passed = 0, 0.0
+    while passed < window_s:
+        passed += _once(arm)[0]
         count += 1
-        _synchronize()
-        if (passed := time.perf_counter() - start) >= window_s:
-            return passed / count
+    return passed / count
+
+
+def _once(arm: Arm) -> tuple[float, Tensor]:
+    """Seconds and result of one call."""
+    if arm.before is not None:
+        arm.before()
+    _synchronize()
+    start = time.perf_counter()
+    result = arm.run()
+    _synchronize()
+    return time.perf_counter() - start, result
 
 
 def _synchronize() -> None:

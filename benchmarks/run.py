@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import harness
 import inference
+import training
 
-SUITES = {"inference": inference.suite}
+SUITES = {
+    "inference": inference.suite,
+    "training": training.suite,
+    "training_bfloat16": partial(training.suite, half=True),
+    "update": training.update_suite,
+}
 
 
 def main() -> None:
