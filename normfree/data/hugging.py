@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from normfree.data.images import MAX_PIXELS, ImageError
-from normfree.data.parts import MAX_CLASSES, EncodedSource, make_split, number_classes
+from normfree.data.parts import MAX_CLASSES, EncodedSource, is_yes, make_split, number_classes
 from normfree.data.protocol import Split
-
-if TYPE_CHECKING:
-    pass
+from normfree.data.streams import BUFFER, StreamSource, labels_of
 
 VAL_SPLITS = ("validation", "val", "valid", "test")  # the first one found is taken
 _IMAGES = ("image", "img", "jpg", "picture")
@@ -67,63 +67,78 @@ def split_hugging(
     `options`: `split` to train on ("train"), `val` to validate on (default: validation, val, valid or test if there
     is one, else a part of `split` chosen by hash), the columns `image` and `label` (default: the one picture column,
     the one class column), and for the hub `subset` and `revision`. Labels are class numbers, whole numbers from 0,
-    or texts, whose sorted values become the classes. Nothing comes from the hub unless `download` is True. Raises
-    `ValueError` for what is not there, and for `streaming`: a stream has no row numbers.
+    or texts, whose sorted values become the classes. Nothing comes from the hub unless `download` is True or
+    `streaming` is "yes". Then rows are read forwards while they are needed (`StreamSource`), `buffer` of them are
+    shuffled with each other, and a validation split must be there. Raises `ValueError` for what is not there.
     """
+    stream = _streaming(options)
     parts = _open(target, options, download=download)
     train_name = options.get("split", "train" if "train" in parts or len(parts) != 1 else next(iter(parts)))
-    train_rows = _part(parts, train_name, target, "split")
     val_name = options.get("val") or next((n for n in VAL_SPLITS if n in parts and n != train_name), None)
-    val_rows = None if val_name is None else _part(parts, val_name, target, "val")
-    tables = [_table(rows, options, target) for rows in (train_rows, val_rows) if rows is not None]
-    classes = _classes([labels for _, _, labels, _ in tables], tables[0][3], target)
-    sources = [
-        _source(table, classes, f"{target}/{name}")
-        for table, name in zip(tables, (train_name, val_name), strict=False)
-    ]
-    what = f"{target} ({train_name}{'' if val_name is None else ', ' + val_name})"
+    if stream and val_name is None:
+        raise ValueError(
+            f"'hf:{target}' has no split to validate on, and a stream cannot be divided. Allowed: a second split, or "
+            "a set without streaming. Fix: leave out streaming"
+        )
+    names = [train_name] if val_name is None else [train_name, val_name]
+    rows = [_part(parts, name, target, option) for name, option in zip(names, ("split", "val"), strict=False)]
+    tables = [_table(part, name, options, target) for part, name in zip(rows, names, strict=True)]
+    classes = _classes([table.labels for table in tables], tables[0].names, target)
+    sources = [_source(table, classes, f"{target}/{name}") for table, name in zip(tables, names, strict=True)]
+    what = f"{target} ({', '.join(names)})"
     held = sources[1] if len(sources) > 1 else None
-    return make_split(what, sources[0], held, val_fraction=val_fraction, seed=seed, ident=str)
+    split = make_split(what, sources[0], held, val_fraction=val_fraction, seed=seed, ident=str)
+    if not isinstance(sources[0], StreamSource):
+        return split
+    return replace(split, files=False, notes=(*split.notes, *_stream_notes(sources[0], tables[0])))
 
 
-def labelled_hugging(target: str, options: Mapping[str, str]) -> HuggingSource:
+def labelled_hugging(
+    target: str, options: Mapping[str, str], *, download: bool = False
+) -> HuggingSource | StreamSource:
     """The rows to score a network on: those of the option `val`, else of `split`, else of a validation split.
 
     Raises as `split_hugging`.
     """
-    parts = _open(target, options, download=False)
+    parts = _open(target, options, download=download)
     usual = next((n for n in VAL_SPLITS if n in parts), next(iter(parts)))
     name = options.get("val") or options.get("split") or usual
-    table = _table(_part(parts, name, target, "val" if "val" in options else "split"), options, target)
-    return _source(table, _classes([table[2]], table[3], target), f"{target}/{name}")
+    table = _table(_part(parts, name, target, "val" if "val" in options else "split"), name, options, target)
+    return _source(table, _classes([table.labels], table.names, target), f"{target}/{name}")
+
+
+def _streaming(options: Mapping[str, str]) -> bool:
+    stream, size = is_yes(options, "streaming"), options.get("buffer", str(BUFFER))
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"buffer={size}. Allowed: a whole number from 1. Fix: buffer={BUFFER}")
+    if "buffer" in options and not stream:
+        raise ValueError(
+            f"buffer={size} without streaming=yes. Allowed: both, as else the whole set is shuffled. "
+            "Fix: leave out buffer"
+        )
+    return stream
 
 
 def _open(target: str, options: Mapping[str, str], *, download: bool) -> dict[str, Any]:
-    if options.get("streaming", "false").lower() not in ("false", "0", "no"):
-        raise ValueError(
-            "streaming=true: a stream has no row numbers, so no run could shuffle over the whole set or "
-            "resume exactly. Allowed: a downloaded set. Fix: leave out streaming"
-        )
-    folder = Path(target).expanduser()
+    folder, stream = Path(target).expanduser(), _streaming(options)
     local = folder.is_dir()
-    if not local and (not download or target.startswith((".", "/", "~"))):
+    if not local and (not (download or stream) or target.startswith((".", "/", "~"))):
         raise ValueError(
             f"'hf:{target}' is no folder here. Allowed: a folder of parquet or arrow files, or a name on the hub and a "
-            "download when told to. Fix: --input.download true, or check the path"
+            "download when told to. Fix: download=yes, or check the path"
         )
     try:
         import datasets
     except ModuleNotFoundError:
         raise ModuleNotFoundError("hf: needs datasets: pip install 'normfree[datasets]'") from None
+    saved = local and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file())
+    if saved and stream:
+        raise ValueError(
+            f"'hf:{target}' was left by save_to_disk, which is read in place. Allowed: streaming=yes for parquet and "
+            "other files, or for a name on the hub. Fix: leave out streaming"
+        )
     try:
-        if local and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
-            found = datasets.load_from_disk(str(folder))
-        else:
-            found = datasets.load_dataset(
-                str(folder.resolve()) if local else target,
-                options.get("subset"),
-                revision=options.get("revision"),
-            )
+        found = datasets.load_from_disk(str(folder)) if saved else _load(target, options)
     except Exception as error:  # the library raises its own errors, OSError, ValueError and those of the hub
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -133,54 +148,90 @@ def _open(target: str, options: Mapping[str, str], *, download: bool) -> dict[st
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 
+def _load(target: str, options: Mapping[str, str], **more: Any) -> Any:
+    import datasets
+
+    folder = Path(target).expanduser()
+    if _streaming(options):
+        more["streaming"] = True
+    return datasets.load_dataset(
+        str(folder.resolve()) if folder.is_dir() else target,
+        options.get("subset"),
+        revision=options.get("revision"),
+        **more,
+    )
+
+
 def _part(parts: Mapping[str, Any], name: str, target: str, option: str) -> Any:
     if name not in parts:
         raise ValueError(
             f"'hf:{target}' has no split {name!r}. Allowed: {', '.join(parts)}. "
             f"Did you mean {option}={_near(name, parts)}?"
         )
-    if len(parts[name]) == 0:
+    if hasattr(parts[name], "__len__") and len(parts[name]) == 0:  # a stream has none; it is counted later
         raise ValueError(
             f"the split {name!r} of 'hf:{target}' is empty. Allowed: one row or more. Fix: another split"
         )
     return parts[name]
 
 
-_Table = tuple[Any, str, "list[Any] | np.ndarray", "tuple[str, ...] | None"]
+@dataclass(frozen=True)
+class _Table:
+    """A split: `rows` with the picture column `image` alone, `labels` as they are written, `names` of the label's
+    feature; of a stream also the rows of each file in `counts`, and its `buffer`."""
+
+    rows: Any
+    image: str
+    labels: Any
+    names: tuple[str, ...] | None
+    counts: tuple[int, ...] = ()
+    buffer: int = BUFFER
 
 
-def _table(rows: Any, options: Mapping[str, str], target: str) -> _Table:
-    """(rows with the picture column alone, its name, labels as they are written, names of the label's feature)."""
+def _table(rows: Any, name: str, options: Mapping[str, str], target: str) -> _Table:
     import datasets
 
     features = rows.features
+    if features is None:
+        raise ValueError(
+            f"'hf:{target}' does not say which columns it has. Allowed: a set with features (parquet has them). "
+            "Fix: leave out streaming"
+        )
     pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     image = _column(features, options.get("image"), pictures, _IMAGES, "image", target)
     kinds = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     label = _column(features, options.get("label"), kinds, _LABELS, "label", target)
-    try:
-        encoded = (
-            rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)).with_format(None)
-        )
+    picture = datasets.Image(decode=False)
+    try:  # on no rows, as a stream would say it at the first one
+        empty = datasets.Dataset.from_dict({image: []}, features=datasets.Features({image: features[image]}))
+        empty.cast_column(image, picture)
     except Exception as error:
         raise ValueError(
             f"the column {image!r} of 'hf:{target}' holds {features[image]}, which is no picture. Allowed: encoded "
             "pictures (Image, or bytes and path). Fix: image=COLUMN"
         ) from error
+    encoded = rows.select_columns([image]).cast_column(image, picture)
     kind = features[label]
     if not isinstance(kind, datasets.ClassLabel) and getattr(kind, "dtype", "") not in _LABEL_TYPES:
         raise ValueError(
             f"the column {label!r} of 'hf:{target}' holds {kind}, which is no class. Allowed: class numbers or texts. "
             "Fix: label=COLUMN"
         )
-    labels = rows.select_columns([label]).with_format(None)[:][label]
+    counts: tuple[int, ...] = ()
+    if _streaming(options):
+        parts = _streamed_labels(rows, name, label, options, target)
+        labels, counts = [value for part in parts for value in part], tuple(map(len, parts))
+    else:
+        encoded = encoded.with_format(None)
+        labels = rows.select_columns([label]).with_format(None)[:][label]
     missing = next((i for i, value in enumerate(labels) if value is None or value in (-1, "")), None)
     if missing is not None:
         raise ValueError(
             f"row {missing} of 'hf:{target}' has no label ({label}={labels[missing]!r}). Allowed: a class in each row. "
             "Fix: choose a split with labels"
         )
-    return encoded, image, labels, tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+    names = tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+    return _Table(encoded, image, labels, names, counts, int(options.get("buffer", BUFFER)))
 
 
 _LABEL_TYPES = (
@@ -229,14 +280,59 @@ def _classes(columns: Sequence[Any], names: tuple[str, ...] | None, target: str)
     return names
 
 
-def _source(table: _Table, classes: tuple[str, ...], prefix: str) -> HuggingSource:
-    rows, image, labels, _ = table
+def _source(table: _Table, classes: tuple[str, ...], prefix: str) -> HuggingSource | StreamSource:
+    labels = table.labels
     if isinstance(labels[0], str):
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[value] for value in labels]
-    return HuggingSource(
-        rows, image=image, labels=np.asarray(labels, dtype=np.int64), classes=classes, prefix=prefix
+    found = np.asarray(labels, dtype=np.int64)
+    if not table.counts:
+        return HuggingSource(table.rows, image=table.image, labels=found, classes=classes, prefix=prefix)
+    return StreamSource(
+        table.rows,
+        image=table.image,
+        labels=found,
+        counts=table.counts,
+        classes=classes,
+        prefix=prefix,
+        buffer=table.buffer,
     )
+
+
+def _streamed_labels(
+    rows: Any, name: str, label: str, options: Mapping[str, str], target: str
+) -> list[list[Any]]:
+    with contextlib.suppress(
+        Exception
+    ):  # parquet alone knows `columns`, and leaves the pictures where they are
+        rows = _load(target, options, columns=[label])[name]
+    try:
+        parts = labels_of(rows, label)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the labels of 'hf:{target}' cannot be read: {first}. Allowed: files that can be read to the end. "
+            "Fix: check them"
+        ) from error
+    if not any(parts):
+        raise ValueError(
+            f"the split {name!r} of 'hf:{target}' is empty. Allowed: one row or more. Fix: another split"
+        )
+    return parts
+
+
+def _stream_notes(source: StreamSource, table: _Table) -> list[str]:
+    notes = [
+        f"read as a stream: {len(table.counts)} files in a new order each epoch, and {table.buffer} images shuffled "
+        "with each other; a run that continues reads its files again up to its place"
+    ]
+    seen, even = source.evenness()
+    if seen < even / 2:
+        notes.append(
+            f"the stream is sorted: {table.buffer} images in a row hold {seen:.1f} classes on average, {even:.1f} if "
+            "they were shuffled; networks train badly so. Raise buffer=, or leave out streaming"
+        )
+    return notes
 
 
 def _near(word: str, words: Mapping[str, Any]) -> str:

@@ -3,13 +3,14 @@
 Position q = step * batch_size + i of the stream is sample `permutation(N, seed, "order", q // N)[q % N]` of
 epoch q // N, augmented under a generator seeded with `key(seed, "augment", epoch, index)`. So a run that
 stops at any step continues with the very batches that it would have seen, and the state to save is two
-integers.
+integers. With `repeats`, R, each sample stands R times in a row: q // R takes the place of q, and the copies q % R
+are augmented as the showings R * turn + q % R of that sample.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +20,14 @@ from torch import Tensor
 
 from normfree.data.images import ImageError
 from normfree.data.mixing import FreshPairs
+from normfree.data.plan import EVAL, EvalPlan, Fetched, Pair, Place, Plan, TrainPlan, shuffled
 from normfree.data.protocol import Source
-from normfree.data.seeds import key, permutation
+from normfree.data.seeds import key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Transform = Callable[["Image"], Tensor]
-_Place = tuple[int, int]  # (epoch, index); the epoch is -1 for evaluation, which draws nothing
-_Pair = tuple[_Place, _Place, bool, int]  # own, other, by cutmix?, number of the output in its batch
-_Entry = tuple[int, int, list[Any]]  # step, epoch of the batch, places or pairs
-_EVAL = -1
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ def train_batches(
     world_size: int = 1,
     pin_memory: bool = False,
     pairs: FreshPairs | None = None,
+    repeats: int = 1,
 ) -> Generator[Batch, None, None]:
     """Batches of the steps `start_step`, ..., `num_steps` - 1 (`num_steps` is the length of the whole run).
 
@@ -88,6 +87,11 @@ def train_batches(
     any `start_step`, and the caller's random state is left alone. With `pairs` every output is mixed of two images
     read for it, so that a step takes 2 * `batch_size` places of the stream. Closing the generator stops the workers. A
     picture that cannot be read raises `ImageError` with its name; wrong arguments raise `ValueError` at once.
+
+    `repeats`: repeated augmentation (Hoffer et al. 2020, "Augment your batch"; Berman et al. 2019, "MultiGrain"). A
+    batch holds `batch_size` / `repeats` samples, each `repeats` times in a row under draws of its own; a rank may get
+    some of the copies and the next rank the others. Epochs count what is shown, so every sample has been shown
+    `repeats` times after `repeats` epochs, with the very augmentations of as many epochs without repeats.
     """
     _check(source, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
     if batch_size % world_size:
@@ -101,7 +105,23 @@ def train_batches(
             f"start_step={start_step} of num_steps={num_steps}. Allowed: 0 to {num_steps}. "
             "Fix: num_steps counts the steps of the whole run, the finished ones included"
         )
-    plan = TrainPlan(len(source), batch_size, seed, range(start_step, num_steps), rank, world_size, pairs)
+    if repeats < 1 or batch_size % repeats:
+        nearest = max(d for d in range(1, max(repeats, 1) + 1) if batch_size % d == 0)
+        raise ValueError(
+            f"repeats={repeats} with batch_size={batch_size}. Allowed: 1 or more, and a divisor of batch_size, as the "
+            f"copies of a sample share a batch. Fix: repeats={nearest}"
+        )
+    own = getattr(source, "order", None)  # of a source that cannot be read anywhere
+    plan = TrainPlan(
+        len(source),
+        batch_size=batch_size,
+        steps=range(start_step, num_steps),
+        order=shuffled(len(source), seed) if own is None else lambda turn: own(seed, turn),
+        rank=rank,
+        world_size=world_size,
+        pairs=pairs,
+        repeats=repeats,
+    )
     return _stream(_Fetcher(source, transform, seed, pairs), plan, workers=workers, pin_memory=pin_memory)
 
 
@@ -125,71 +145,20 @@ def eval_batches(
     return _stream(_Fetcher(source, transform, 0), plan, workers=workers, pin_memory=pin_memory)
 
 
-class TrainPlan:
-    """Which samples make which step: iterates over lists of (step, epoch of the batch, [(epoch, index), ...])."""
-
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        steps: range,
-        rank: int,
-        world_size: int,
-        pairs: FreshPairs | None = None,
-    ) -> None:
-        self._n, self._batch_size, self._seed, self._steps, self._pairs = n, batch_size, seed, steps, pairs
-        self._part = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[_Entry]:
-        orders: dict[int, np.ndarray] = {}
-        reads = self._batch_size * (2 if self._pairs else 1)
-        for step in self._steps:
-            start = step * reads
-            first, last = start // self._n, (start + reads - 1) // self._n
-            orders = {e: orders[e] if e in orders else permutation(self._n, self._seed, "order", e)
-                      for e in range(first, last + 1)}  # fmt: skip
-
-            def place(offset: int, start: int = start, orders: dict[int, np.ndarray] = orders) -> _Place:
-                epoch, position = divmod(start + offset, self._n)
-                return epoch, int(orders[epoch][position])
-
-            if self._pairs is None:
-                yield step, first, [place(i) for i in self._part]
-            else:
-                whole = [(i, self._pairs.places(i, self._batch_size)) for i in self._part]
-                yield step, first, [(place(own), place(other), cut, i) for i, (own, other, cut) in whole]
-
-
-class EvalPlan:
-    """The same for evaluation: consecutive indices of one rank, in batches."""
-
-    def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
-        self._part = range(rank * n // world_size, (rank + 1) * n // world_size)
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self._part) // self._batch_size)
-
-    def __iter__(self) -> Iterator[_Entry]:
-        for step in range(len(self)):
-            part = self._part[step * self._batch_size : (step + 1) * self._batch_size]
-            yield step, 0, [(_EVAL, index) for index in part]
-
-
 class _Fetcher(torch.utils.data.Dataset[Any]):
     """Turns one entry of a plan into a `Batch`; this is what runs in the workers."""
 
     def __init__(
         self, source: Source, transform: Transform, seed: int, pairs: FreshPairs | None = None
     ) -> None:
-        self._source, self._transform, self._seed, self._pairs = source, transform, seed, pairs
+        self.source, self._transform, self._seed, self._pairs = source, transform, seed, pairs
 
-    def __getitem__(self, entry: _Entry) -> Batch | ImageError:
-        step, epoch, places = entry
+    def __getitem__(self, entry: Any) -> Batch | ImageError:
+        step, epoch, places, *data = entry
+        if data and isinstance(data[0], ImageError):
+            return data[0]
+        if data:  # read for this step, in the process that plans
+            self.source.hold(data[0])  # type: ignore[attr-defined]
         # The default generator of the CPU alone: `torch.manual_seed` would reset every GPU's as well.
         state = torch.default_generator.get_state()
         try:
@@ -197,55 +166,55 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
                 return self._batch([self._sample(*place) for place in places], places, step, epoch)
             images, shares = zip(*(self._pair(pair, step) for pair in places), strict=True)
             batch = self._batch(images, [own for own, _, _, _ in places], step, epoch)
-            partners = torch.tensor([self._source.label(other[1]) for _, other, _, _ in places])
+            partners = torch.tensor([self.source.label(other[1]) for _, other, _, _ in places])
             return replace(batch, partners=partners, share=torch.tensor(shares, dtype=torch.float32))
         except ImageError as error:
             return error  # raised by `_stream`: torch would bury its message in the traceback of a worker
         finally:
             torch.default_generator.set_state(state)
 
-    def _batch(self, images: Sequence[Tensor], places: list[_Place], step: int, epoch: int) -> Batch:
+    def _batch(self, images: Sequence[Tensor], places: list[Place], step: int, epoch: int) -> Batch:
         indices = [index for _, index in places]
         return Batch(
             images=torch.stack(list(images)),
-            labels=torch.tensor([self._source.label(index) for index in indices]),
+            labels=torch.tensor([self.source.label(index) for index in indices]),
             indices=torch.tensor(indices),
-            names=tuple(self._source.name(index) for index in indices),
+            names=tuple(self.source.name(index) for index in indices),
             step=step,
             epoch=epoch,
         )
 
-    def _pair(self, pair: _Pair, step: int) -> tuple[Tensor, float]:
+    def _pair(self, pair: Pair, step: int) -> tuple[Tensor, float]:
         own, other, cut, number = pair
         assert self._pairs is not None
         rng = np.random.default_rng(key(self._seed, "mix", step, number))
         return self._pairs.combine(self._sample(*own), self._sample(*other), cut=cut, rng=rng)
 
-    def _sample(self, epoch: int, index: int) -> Tensor:
-        if epoch == _EVAL:
-            return self._transform(self._source.image(index))
-        number = key(self._seed, "augment", epoch, index)
+    def _sample(self, showing: int, index: int) -> Tensor:
+        if showing == EVAL:
+            return self._transform(self.source.image(index))
+        number = key(self._seed, "augment", showing, index)
         # transforms v2 draw from torch's default generator and from nothing else, so seeding it is enough.
         torch.default_generator.manual_seed(number)
         return self._transform(self._picture(index, number))
 
     def _picture(self, index: int, draw: int) -> Any:
         # Some sources hold or decode arrays; a detour over a PIL image would cost them a copy or two.
-        pixels = getattr(self._source, "pixels", None)
+        pixels = getattr(self.source, "pixels", None)
         if pixels is None or not getattr(self._transform, "takes_arrays", False):
-            return self._source.image(index, draw=draw)
+            return self.source.image(index, draw=draw)
         return pixels(index, draw)
 
 
-def _stream(
-    fetcher: _Fetcher, plan: TrainPlan | EvalPlan, *, workers: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
+def _stream(fetcher: _Fetcher, plan: Plan, *, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
     from torch.utils.data import DataLoader
 
+    read = getattr(fetcher.source, "read", None)
+    ahead = None if read is None else Fetched(plan, read)
     batches = iter(
         DataLoader(
             fetcher,
-            sampler=plan,
+            sampler=plan if ahead is None else ahead,
             batch_size=None,  # the fetcher makes whole batches
             num_workers=workers,  # torch gives each one thread
             pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where there is no GPU
@@ -260,6 +229,8 @@ def _stream(
                 raise batch
             yield batch
     finally:
+        if ahead is not None:
+            ahead.close()
         # Without this, workers would live until the garbage collector comes by.
         shut_down = getattr(batches, "_shutdown_workers", None)
         if shut_down is not None:

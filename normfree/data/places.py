@@ -21,9 +21,10 @@ _NO_RANGES = "the server does not read at an offset (no range requests)"
 
 @dataclass(frozen=True)
 class Place:
-    """A local path, or a URL that fsspec opens (s3://, gs://, https://, ...)."""
+    """A local path, or a URL that fsspec opens (s3://, gs://, https://, ...); `label` is shown in its stead."""
 
     url: str
+    label: str = ""
 
     @property
     def remote(self) -> bool:
@@ -33,8 +34,8 @@ class Place:
     @property
     def shown(self) -> str:
         """The path or URL for messages and names: without user, password and query, which may be secrets."""
-        if not self.remote:
-            return self.url
+        if self.label or not self.remote:
+            return self.label or self.url
         scheme, _, rest = self.url.partition("://")
         host, slash, path = rest.partition("/")
         return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
@@ -151,7 +152,7 @@ def expand(pattern: str) -> list[Place]:
         pattern = os.path.expanduser(pattern)
         if Path(pattern).is_file():
             return [Place(pattern)]
-    places = [place for word in _braces(pattern, pattern) for place in _globbed(word)]
+    places = [place for word in braces(pattern, pattern) for place in _globbed(word)]
     if len({place.url for place in places}) != len(places):
         raise ValueError(f"{pattern!r} names a file twice. Allowed: each once. Fix: check the braces")
     return places
@@ -179,7 +180,8 @@ def _globbed(word: str) -> list[Place]:
     return [Place(name) for name in found]
 
 
-def _braces(word: str, whole: str) -> list[str]:
+def braces(word: str, whole: str) -> list[str]:
+    """The words that `word` stands for, with {000..127} and {a,b} written out; errors quote `whole`."""
     start, close = word.find("{"), word.find("}")
     if start < 0 and close < 0:
         return [word]
@@ -204,7 +206,7 @@ def _braces(word: str, whole: str) -> list[str]:
         raise ValueError(
             f"{whole!r} has {{{inner}}}. Allowed: {{000..127}} or {{a,b}}. Fix: leave out the braces"
         )
-    rests = _braces(word[close + 1 :], whole)
+    rests = braces(word[close + 1 :], whole)
     if len(parts) * len(rests) > MAX_PLACES:
         raise ValueError(
             f"{whole!r} stands for too many files. Allowed: {MAX_PLACES:,} at most. Fix: fewer braces"

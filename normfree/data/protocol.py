@@ -37,6 +37,10 @@ class Source(Protocol):
 
     # A source may also have `pixels(index, draw=0) -> np.ndarray`: the same picture as uint8 H W 3, perhaps read-only.
     # The loader prefers it for training, as it saves copies.
+    #
+    # A source that is cheap to read only forwards (`StreamSource`) says so by three methods more. `order(seed, turn)`:
+    # each index once, in place of the loader's permutation. `read(indices)`: what `image` needs for them, called in the
+    # process that plans, in the order of the plan. `hold(data)`: takes that in the process that decodes.
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normfree.data.images import MAX_PIXELS, ImageError
 from normfree.data.parts import EncodedSource, make_split, number_classes
+from normfree.data.pipes import PREFIX, commands, fetched
 from normfree.data.places import Place, beside, expand
 from normfree.data.protocol import Split
 from normfree.data.tar_index import TarIndex, index_of
-
-if TYPE_CHECKING:
-    pass
 
 _THREADS = 8  # shards that are indexed at a time; a remote one mostly waits
 
@@ -75,12 +74,18 @@ class ShardSource(EncodedSource):
         shard = self._places[self._shard(index)].shown
         return self.name(index).removeprefix(shard[: shard.rfind("/") + 1])
 
+    def kept(self) -> list[str]:
+        """A note on the space that the output of commands takes, if there are any."""
+        sizes = [stamp[0] for place, stamp in zip(self._places, self._stamps, strict=True) if place.label]
+        where = os.path.dirname(self._places[0].url)
+        return [f"{len(sizes)} shards were fetched into {where}, {sum(sizes):,} bytes"] if sizes else []
+
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
 
 def open_shards(
-    pattern: str, *, classes: Sequence[str] | None = None, cache: Path | None = None
+    pattern: str, *, classes: Sequence[str] | None = None, cache: Path | None = None, pipes: bool = False
 ) -> ShardSource:
     """The source of all shards that `pattern` names.
 
@@ -93,22 +98,28 @@ def open_shards(
     size and date. A remote shard is thereby read once from end to end. Afterwards a picture is one ranged read,
     so shuffling, parts per process and exact resume are those of a folder.
 
-    A pipe ("pipe:curl ...") is refused: it has no offsets, so a run could neither shuffle over the whole set nor
-    continue with the batches that it would have seen. Copy it into seekable shards first. Raises `ValueError`
-    for this and for shards that cannot be used, naming shard and member.
+    "pipe:COMMAND" is what a shell command writes (`pipes.fetched`), with braces too: a pipe has no offsets, so its
+    output is kept as a file beside the indices, whole. With `pipes` missing files are fetched; without, as is right
+    for a word that was not typed by the user, they are refused. Raises `ValueError` for shards that cannot be used,
+    naming shard and member.
     """
-    if pattern.startswith("pipe:") or pattern == "-":
+    if pattern == "-":
         raise ValueError(
-            f"{pattern!r} is a stream, in which nothing can be found again, so no run could resume exactly. "
-            "Allowed: tar files on disk, or URLs whose store reads at an offset. "
-            "Fix: copy the shards to one of these, then name them"
+            "'-' is a stream, in which nothing can be found again, so no run could resume exactly. Allowed: tar files "
+            "on disk, URLs, or pipe:COMMAND, which is kept in a file. Fix: name one of these"
         )
-    places = expand(pattern)
-    with ThreadPoolExecutor(min(_THREADS, len(places))) as pool:
-        indices = list(pool.map(lambda place: index_of(place, cache=cache), places))
-    shards = [(place, index, stamp) for place, (index, stamp) in zip(places, indices, strict=True)]
+    words = commands(pattern) if pattern.startswith(PREFIX) else expand(pattern)
+
+    def look(word: str | Place) -> tuple[Place, TarIndex, tuple[int, str]]:
+        place = word
+        if isinstance(place, str):
+            place = fetched(place, run=pipes, folder=None if cache is None else cache / "pipes")
+        return place, *index_of(place, cache=cache)
+
+    with ThreadPoolExecutor(min(_THREADS, len(words))) as pool:
+        shards = list(pool.map(look, words))
     highest = max(int(index.labels.max()) for _, index, _ in shards)
-    names = _class_names(places[0]) if classes is None else tuple(classes)
+    names = _class_names(shards[0][0]) if classes is None else tuple(classes)
     if names is None:
         names = number_classes(highest + 1)
     if highest >= len(names):
@@ -125,15 +136,18 @@ def open_shards(
     return ShardSource(shards, classes=names)
 
 
-def split_shards(pattern: str, val: str | None, *, val_fraction: float, seed: int) -> Split:
+def split_shards(
+    pattern: str, val: str | None, *, val_fraction: float, seed: int, pipes: bool = False
+) -> Split:
     """The split of shards: `val` is the pattern of the validation shards; without one, a part is chosen by hash.
 
     Where classes are numbers, both parts get as many as the larger one has. Raises as `open_shards`.
     """
-    train = open_shards(pattern)
+    train = open_shards(pattern, pipes=pipes)
     if val is None:
-        return make_split(pattern, train, None, val_fraction=val_fraction, seed=seed, ident=train.ident)
-    held = open_shards(val)
+        split = make_split(pattern, train, None, val_fraction=val_fraction, seed=seed, ident=train.ident)
+        return replace(split, notes=(*split.notes, *train.kept()))
+    held = open_shards(val, pipes=pipes)
     if held.classes != train.classes:
         longer = max(train.classes, held.classes, key=len)
         if any(
@@ -144,7 +158,8 @@ def split_shards(pattern: str, val: str | None, *, val_fraction: float, seed: in
                 "Fix: copy one of them"
             )
         train.classes = held.classes = longer
-    return make_split(pattern, train, held, val_fraction=val_fraction, seed=seed)
+    split = make_split(pattern, train, held, val_fraction=val_fraction, seed=seed)
+    return replace(split, notes=(*split.notes, *train.kept(), *held.kept()))
 
 
 def _class_names(place: Place) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from normfree.data.parts import parse_word
+from normfree.data.parts import is_yes, parse_word
 from normfree.data.protocol import ArraySource, Source, Split
 from normfree.data.vision import torchvision_module
 
@@ -26,23 +26,26 @@ def open_source(
     seed: int = 0,
     download: bool = False,
     root: str | os.PathLike[str] | None = None,
+    pipes: bool = False,
 ) -> Split:
     """Find a data set by name or by path.
 
     `data` is one of these words (docs/data.md has examples):
 
-    - "emoji" (the default of the demo), "cifar10", "cifar100", "fashion_mnist", "synthetic" (with options:
-      "synthetic:classes=4,size=32,train=256,val=64");
+    - "emoji" (the default of the demo), "synthetic" (with options: "synthetic:classes=4,size=32,train=256,val=64");
+    - "cifar10", "cifar100", "fashion_mnist" (with options: "cifar10:root=FOLDER,download=yes");
     - the path of a folder: class folders, train/ and val/ of class folders, ImageNet as it is published, or tar
       shards; a folder that bears the name of a set is meant by "./emoji";
     - "shards:PATTERN[,val=PATTERN]", where the prefix may be left out if the pattern ends in .tar: WebDataset;
+      a PATTERN may be "pipe:COMMAND";
     - "packed:FILE[,val=FILE]": what `pack` wrote;
-    - "hf:FOLDER_OR_NAME[,split=...,image=...,label=...,val=...]": Hugging Face datasets.
+    - "hf:FOLDER_OR_NAME[,split=...,image=...,label=...,val=...,download=yes]": Hugging Face datasets.
 
     `val_fraction` and `seed` split what has no validation part of its own; the named sets have fixed splits.
     `root` is where the sets of torchvision lie (default "data"); they, and remote names after "hf:", are
-    downloaded only when `download` is True. Raises `ValueError` for what cannot be found or used, and
-    `ModuleNotFoundError` naming the extra for what needs a package that is missing.
+    downloaded only when `download` is True; what the word itself says of these two goes first. `pipes`: the
+    commands of "pipe:" may run; for a word that was typed, not for one that a config brought. Raises `ValueError`
+    for what cannot be found or used, and `ModuleNotFoundError` naming the extra for a package that is missing.
     """
     text = os.fspath(data)
     if text == "emoji":
@@ -53,11 +56,11 @@ def open_source(
         from normfree.data.synthetic import open_synthetic
 
         return open_synthetic(text)
-    if text in TORCHVISION_SETS:
+    if text.partition(":")[0] in TORCHVISION_SETS:
         return _open_torchvision(text, root=Path(root or DEFAULT_ROOT), download=download)
     word = _word(text)
     if word:
-        return _open_word(word, val_fraction=val_fraction, seed=seed, download=download)
+        return _open_word(word, val_fraction=val_fraction, seed=seed, download=download, pipes=pipes)
     path = Path(text).expanduser()
     if not path.exists():
         raise ValueError(_unknown(text))
@@ -74,14 +77,17 @@ def open_source(
     return open_folder(path, val_fraction=val_fraction, seed=seed)
 
 
-def open_labelled(data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> Source:
+def open_labelled(
+    data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, pipes: bool = False
+) -> Source:
     """The images to score a finished network on: the validation part of a named data set, that of a folder or word
-    which has one, or else every image. Nothing is downloaded. Raises as `open_source`.
+    which has one, or else every image. Nothing is downloaded unless the word says so. `pipes` and errors as for
+    `open_source`.
     """
     text = os.fspath(data)
     word = _word(text)
     if word:
-        return _open_word_labelled(word)
+        return _open_word_labelled(word, pipes=pipes)
     path = Path(text).expanduser()
     if text.partition(":")[0] in NAMES or not path.is_dir():
         return open_source(data, root=root).val
@@ -96,9 +102,8 @@ def open_labelled(data: str | os.PathLike[str], *, root: str | os.PathLike[str] 
 SCHEMES = {  # word -> its options
     "shards": ("val",),
     "packed": ("val",),
-    "hf": ("split", "val", "image", "label", "subset", "revision"),
+    "hf": ("split", "val", "image", "label", "subset", "revision", "download", "streaming", "buffer"),
 }
-_SILENT = ("streaming",)  # understood, to say why it is refused
 
 
 def _word(text: str) -> str:
@@ -135,36 +140,37 @@ def _shard_folder(path: Path, names: list[str]) -> str:
     return f"shards:{folder}/*.tar"
 
 
-def _open_word(text: str, *, val_fraction: float, seed: int, download: bool) -> Split:
+def _open_word(text: str, *, val_fraction: float, seed: int, download: bool, pipes: bool) -> Split:
     scheme = text.partition(":")[0]
-    target, options = parse_word(text, allowed=SCHEMES[scheme], silent=_SILENT)
+    target, options = parse_word(text, allowed=SCHEMES[scheme])
     if scheme == "shards":
         from normfree.data.shards import split_shards
 
-        return split_shards(target, options.get("val"), val_fraction=val_fraction, seed=seed)
+        return split_shards(target, options.get("val"), val_fraction=val_fraction, seed=seed, pipes=pipes)
     if scheme == "packed":
         from normfree.data.pack import split_packed
 
         return split_packed(target, options.get("val"), val_fraction=val_fraction, seed=seed)
     from normfree.data.hugging import split_hugging
 
+    download = is_yes(options, "download", download)
     return split_hugging(target, options, val_fraction=val_fraction, seed=seed, download=download)
 
 
-def _open_word_labelled(text: str) -> Source:
+def _open_word_labelled(text: str, *, pipes: bool) -> Source:
     scheme = text.partition(":")[0]
-    target, options = parse_word(text, allowed=SCHEMES[scheme], silent=_SILENT)
+    target, options = parse_word(text, allowed=SCHEMES[scheme])
     if scheme == "shards":
         from normfree.data.shards import open_shards
 
-        return open_shards(options.get("val", target))
+        return open_shards(options.get("val", target), pipes=pipes)
     if scheme == "packed":
         from normfree.data.pack import PackedSource
 
         return PackedSource(options.get("val", target))
     from normfree.data.hugging import labelled_hugging
 
-    return labelled_hugging(target, options)
+    return labelled_hugging(target, options, download=is_yes(options, "download"))
 
 
 # name -> class in torchvision.datasets, folder below the root, side in pixels, credit
@@ -176,12 +182,17 @@ TORCHVISION_SETS = {
 NAMES = ("emoji", *TORCHVISION_SETS, "synthetic")
 
 
-def _open_torchvision(name: str, *, root: Path, download: bool) -> Split:
+def _open_torchvision(text: str, *, root: Path, download: bool) -> Split:
+    name = text.partition(":")[0]
+    _, options = parse_word(text, allowed=("root", "download"), named=True)
+    root = Path(options.get("root", root)).expanduser()
+    download = is_yes(options, "download", download)
+    fix = f"{name}:" + (f"root={options['root']}," if "root" in options else "") + "download=yes"
     class_name, folder, size, credit = TORCHVISION_SETS[name]
     if not download and not (root / folder).is_dir():
         raise ValueError(
             f"{name!r} is not here: looked in {root / folder}. Allowed: a copy in that place, or a download when "
-            "told to. Fix: --input.download true"
+            f"told to. Fix: {fix}"
         )
     opener = getattr(torchvision_module("datasets"), class_name)
     try:
@@ -191,7 +202,7 @@ def _open_torchvision(name: str, *, root: Path, download: bool) -> Split:
     except RuntimeError:  # missing or damaged files: torchvision compares their MD5 sums
         raise ValueError(
             f"{name!r} in {root / folder} is incomplete or damaged. Allowed: the files as they were published. "
-            "Fix: delete that folder, then --input.download true"
+            f"Fix: delete that folder, then {fix}"
         ) from None
     except OSError as error:
         raise ValueError(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def parameter_groups(
     *,
     weight_decay: float,
     clipping: float,
+    unclipped: Sequence[str] | None = None,
     lr_multipliers: Mapping[str, float] | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> list[dict[str, Any]]:
@@ -62,10 +64,13 @@ def parameter_groups(
 
     weight_decay, clipping: the run's values, for the groups to which they apply ([B] section 4.3: 2e-5,
     0.01).
+    unclipped: whose gradients AGC leaves alone, as shell patterns of whole names ("head.weight", "stem.*",
+        "*.gain"; * stands for dots too), in place of what `rules` say of clipping; () clips everything. [B] section
+        4.1: the classifier is never clipped, the stem need not be, the stages must be at large batches.
     lr_multipliers: pattern -> further factor on the learning rate, first match wins, so that fine-tuning can
         slow the trunk down and keep `rules`.
-    Raises ValueError for a parameter that no rule matches and for a pattern of `lr_multipliers` that matches
-    no parameter.
+    Raises ValueError for a parameter that no rule matches, for a pattern of `lr_multipliers` that decides for no
+    trainable parameter, and for one of `unclipped` that matches no parameter.
     Source: the grouping of the reference code (151, 1 and 81 tensors on NFNet-F0).
     """
     multipliers = dict(lr_multipliers or {})
@@ -73,25 +78,44 @@ def parameter_groups(
     chosen = {name: _first([rule.pattern for rule in rules], name) for name in trainable}
     slowed = {name: _first(list(multipliers), name) for name in trainable}
     _check_rules(chosen, slowed, rules=rules, patterns=list(multipliers))
-    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    _check_unclipped(unclipped or (), [name for name, _ in model.named_parameters()], rules)
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for name, parameter in trainable.items():
         index = chosen[name]
         rule, which = rules[index], slowed[name]
         multiplier = rule.lr_multiplier * (1.0 if which < 0 else list(multipliers.values())[which])
+        clipped = rule.clipping
+        if unclipped is not None:
+            clipped = not any(fnmatchcase(name, pattern) for pattern in unclipped)
         group = groups.setdefault(
-            (index, multiplier),
+            (index, multiplier, clipped),
             {
                 "params": [],
                 "param_names": [],
                 "name": rule.name,
                 "weight_decay": weight_decay * rule.weight_decay,
-                "clipping": clipping if rule.clipping else 0.0,
+                "clipping": clipping if clipped else 0.0,
                 "lr_multiplier": multiplier,
             },
         )
         group["params"].append(parameter)
         group["param_names"].append(name)
     return [groups[key] for key in sorted(groups)]
+
+
+def parse_unclipped(text: str) -> tuple[str, ...]:
+    """The patterns of one line with commas between, as `parameter_groups` takes them; "" is none, so all is clipped.
+
+    Raises ValueError for a line with an empty pattern.
+    """
+    patterns = tuple(word.strip() for word in text.split(",")) if text.strip() else ()
+    if "" in patterns:
+        fix = ",".join(pattern for pattern in patterns if pattern)
+        raise ValueError(
+            f"unclipped={text!r} has an empty pattern. Allowed: names with commas between, with * for any part. "
+            f"Fix: {fix!r}"
+        )
+    return patterns
 
 
 def _first(patterns: list[str], name: str) -> int:
@@ -116,6 +140,29 @@ def _check_rules(
             f"searched in names such as {some_names(slowed)}, and the first match wins. "
             "Correct the pattern, or move it up."
         )
+
+
+def _check_unclipped(patterns: Sequence[str], names: Sequence[str], rules: Sequence[Rule]) -> None:
+    if isinstance(patterns, str):  # its letters would be taken for patterns
+        raise ValueError(
+            f"unclipped={patterns!r} is one text. Allowed: a sequence of patterns. Fix: unclipped=({patterns!r},)"
+        )
+    wrong = next((p for p in patterns if not any(fnmatchcase(name, p) for name in names)), None)
+    if wrong is None:
+        return
+    near = {name: name for name in names}
+    for name in names:
+        parts = name.split(".")
+        heads = [".".join(parts[:i]) + ".*" for i in range(1, len(parts))]
+        near |= dict(zip(heads, heads, strict=True))
+        for rule in rules:  # "classifier" is called head.weight
+            if re.search(rule.pattern, name):
+                near.setdefault(rule.name, name)
+    close = get_close_matches(wrong, near, n=1, cutoff=0.0)
+    raise ValueError(
+        f"unclipped has {wrong!r}, which matches no parameter. Allowed: names of parameters, with * for any part. "
+        + (f"Did you mean {near[close[0]]!r}?" if close else "This model has none.")
+    )
 
 
 def some_names(names: Iterable[str], *, limit: int = 5) -> str:

@@ -168,19 +168,15 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert message("hf:owner/set") == (
         "'hf:owner/set' is no folder here. Allowed: a folder of parquet or arrow files, or a name on the hub and a "
-        "download when told to. Fix: --input.download true, or check the path"
+        "download when told to. Fix: download=yes, or check the path"
     )
     assert message("hf:./owner", download=True).startswith("'hf:./owner' is no folder here.")
     assert asked == []
     check(open_source("hf:owner/set,subset=small,revision=abc", download=True).train, range(6))
-    assert asked == [("owner/set", "small", "abc")]
-
-
-def test_a_stream_is_refused_in_one_line() -> None:
-    assert message("hf:owner/set,streaming=true", download=True) == (
-        "streaming=true: a stream has no row numbers, so no run could shuffle over the whole set or resume exactly. "
-        "Allowed: a downloaded set. Fix: leave out streaming"
-    )
+    check(open_labelled("hf:owner/set,download=yes"), range(3))
+    check(open_source("hf:owner/set,download=yes").val, range(3))
+    assert asked == [("owner/set", "small", "abc"), ("owner/set", None, None), ("owner/set", None, None)]
+    assert message("hf:owner/set,download=no", download=True).startswith("'hf:owner/set' is no folder here.")
 
 
 def test_errors_name_what_there_is(tmp_path: Path) -> None:
@@ -197,11 +193,11 @@ def test_errors_name_what_there_is(tmp_path: Path) -> None:
     assert message(f"{word},label=image").startswith(f"the column 'image' of '{word}' holds Image(")
     assert message(f"{word},lebal=x") == (
         f"'{word},lebal=x' has an unknown 'lebal'. Allowed: split=..., val=..., image=..., label=..., subset=..., "
-        "revision=.... Did you mean 'label='?"
+        "revision=..., download=..., streaming=..., buffer=.... Did you mean 'label='?"
     )
     assert message("hf:") == (
         "'hf:' names nothing. Allowed: hf:PATH, then split=..., val=..., image=..., label=..., subset=..., "
-        "revision=.... Fix: add the path"
+        "revision=..., download=..., streaming=..., buffer=.... Fix: add the path"
     )
     assert message("hg:x").endswith("Did you mean 'hf:x'?")
     unlabelled = parquet(tmp_path / "b", train=rows(range(3), labels=[0, 1, -1]), test=rows(range(3)))

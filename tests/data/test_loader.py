@@ -14,8 +14,9 @@ from normfree.data.augment import eval_transform, train_transform
 from normfree.data.folders import FolderSource
 from normfree.data.images import ImageError
 from normfree.data.loader import Batch, eval_batches, train_batches
+from normfree.data.mixing import FreshPairs
 from normfree.data.protocol import ArraySource
-from normfree.data.seeds import permutation
+from normfree.data.seeds import key, permutation
 
 
 def make_source(n: int, *, tones: int = 1) -> ArraySource:
@@ -88,6 +89,71 @@ def test_a_batch_may_be_larger_than_the_data() -> None:
     assert not torch.equal(
         first.images[same[0]], first.images[same[1]]
     )  # another epoch, another augmentation
+
+
+def shown(batches: list[Batch]) -> list[tuple[int, bytes]]:
+    return [
+        (i, x.numpy().tobytes()) for b in batches for i, x in zip(b.indices.tolist(), b.images, strict=True)
+    ]
+
+
+def test_without_repeats_the_draws_are_the_formula() -> None:
+    source, transform = make_source(10, tones=3), train_transform(image_size=8, randaugment="tv:2x9")
+    expected = []
+    for q in range(24):
+        epoch, index = q // 10, int(permutation(10, 5, "order", q // 10)[q % 10])
+        number = key(5, "augment", epoch, index)
+        torch.manual_seed(number)
+        expected.append((index, transform(source.image(index, draw=number)).numpy().tobytes()))
+    assert shown(stream(source, num_steps=4)) == expected
+    assert shown(stream(source, num_steps=4, repeats=1)) == expected
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 6])
+def test_repeats_change_the_order_alone(repeats: int) -> None:
+    source = make_source(10, tones=3)
+    # `repeats` epochs of 10 are whole steps of 6 for 6 epochs; each sample has 6 showings in both streams
+    plain, repeated = stream(source, num_steps=10), stream(source, num_steps=10, repeats=repeats)
+    assert sorted(shown(plain)) == sorted(shown(repeated))
+    assert shown(plain) != shown(repeated)
+    assert [b.epoch for b in plain] == [b.epoch for b in repeated]
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 6])
+def test_the_copies_of_a_sample_share_a_batch_and_no_draw(repeats: int) -> None:
+    order = np.concatenate([permutation(16, 5, "order", turn) for turn in range(2)]).tolist()
+    batches = stream(make_source(16), num_steps=5, repeats=repeats)
+    for batch in batches:
+        images = 6 // repeats
+        wanted = order[batch.step * images : (batch.step + 1) * images]
+        assert batch.indices.tolist() == [i for i in wanted for _ in range(repeats)]
+    assert len({pixels for _, pixels in shown(batches)}) == 30
+
+
+@pytest.mark.parametrize("pairs", [None, FreshPairs(mixup=0.2, cutmix=1.0)])
+def test_repeated_batches_depend_on_seed_and_step_alone(pairs: FreshPairs | None) -> None:
+    source = make_source(7, tones=2)
+    whole = stream(source, repeats=3, pairs=pairs)
+    assert_same(stream(source, repeats=3, pairs=pairs, workers=2), whole)
+    for start in (1, 4, 9):
+        assert_same(stream(source, repeats=3, pairs=pairs, start_step=start), whole[start:])
+    # parts of two and of three, so that copies are on different ranks
+    for size in (2, 3):
+        ranks = [stream(source, repeats=3, pairs=pairs, rank=rank, world_size=size) for rank in range(size)]
+        for batch, *parts in zip(whole, *ranks, strict=True):
+            assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+
+
+def test_no_sample_is_mixed_with_its_own_copy() -> None:
+    # two quarters of 3 and more: the partner stands at least `repeats` places further
+    for batch in stream(make_source(30), repeats=3, batch_size=6, pairs=FreshPairs(mixup=0.2, cutmix=1.0)):
+        order = permutation(30, 5, "order", batch.step * 4 // 30).tolist()
+        images = order[batch.step * 4 % 30 : batch.step * 4 % 30 + 4]
+        if len(images) == 4:
+            own = [images[0]] * 3 + [images[2]] * 3
+            other = [images[1]] * 3 + [images[3]] * 3
+            assert batch.indices.tolist() == own
+            assert batch.partners.tolist() == [i % 3 for i in other]
 
 
 def test_seeds_and_epochs_differ() -> None:
@@ -212,6 +278,11 @@ def test_wrong_arguments_are_refused_before_the_first_batch() -> None:
     assert text(batch_size=7, world_size=3) == (
         "batch_size=7 for 3 processes. Allowed: multiples of 3, as each process takes an equal part. Fix: batch_size=6"
     )
+    assert text(repeats=3) == (
+        "repeats=3 with batch_size=4. Allowed: 1 or more, and a divisor of batch_size, as the copies of a sample "
+        "share a batch. Fix: repeats=2"
+    )
+    assert text(repeats=0).endswith("Fix: repeats=1")
     assert text(start_step=3) == (
         "start_step=3 of num_steps=2. Allowed: 0 to 2. "
         "Fix: num_steps counts the steps of the whole run, the finished ones included"

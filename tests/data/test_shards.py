@@ -324,17 +324,6 @@ def test_errors_of_patterns(pattern: str, text: str) -> None:
     assert error(pattern) == text
 
 
-def test_a_pipe_is_refused_in_one_line() -> None:
-    for opener in (open_shards, open_source):
-        with pytest.raises(ValueError, match=r".") as caught:
-            opener("pipe:curl -s https://example.org/a.tar")
-        assert str(caught.value) == (
-            "'pipe:curl -s https://example.org/a.tar' is a stream, in which nothing can be found again, so no run "
-            "could resume exactly. Allowed: tar files on disk, or URLs whose store reads at an offset. "
-            "Fix: copy the shards to one of these, then name them"
-        )
-
-
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.tar")
     (tmp_path / "y.tar").mkdir()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.data.sources import open_source
+from normfree.data.sources import open_labelled, open_source
 
 LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
 SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
@@ -285,7 +285,7 @@ def test_cifar10_from_a_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     planes = fake_cifar10(tmp_path)
     text = (
         f"'cifar10' in {tmp_path / 'cifar-10-batches-py'} is incomplete or damaged. "
-        "Allowed: the files as they were published. Fix: delete that folder, then --input.download true"
+        "Allowed: the files as they were published. Fix: delete that folder, then cifar10:download=yes"
     )
     assert message("cifar10", root=tmp_path) == text  # the MD5 sums of the copy are not the published ones
     from torchvision.datasets import cifar
@@ -327,9 +327,62 @@ def test_grey_sets_become_rgb(tmp_path: Path) -> None:
 def test_nothing_is_downloaded_unless_told(tmp_path: Path, name: str, folder: str) -> None:
     assert message(name, root=tmp_path) == (
         f"{name!r} is not here: looked in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
-        "told to. Fix: --input.download true"
+        f"told to. Fix: {name}:download=yes"
+    )
+    assert message(f"{name}:root={tmp_path},download=no", root="elsewhere", download=True) == (
+        f"{name!r} is not here: looked in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
+        f"told to. Fix: {name}:root={tmp_path},download=yes"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+    from torchvision.datasets import cifar
+
+    fake_cifar10(tmp_path / "a, b")  # a comma belongs to the path, unless option= follows
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: True)
+    asked = []
+
+    class Recorded(datasets.CIFAR10):
+        def __init__(self, root: str, *, train: bool, download: bool) -> None:
+            asked.append((root, download))
+            super().__init__(root, train=train)
+
+    monkeypatch.setattr(datasets, "CIFAR10", Recorded)
+    for word in (f"cifar10:root={tmp_path}/a, b", f"cifar10:download=yes,root={tmp_path}/a, b"):
+        assert len(open_source(word).train) == 10
+        assert len(open_labelled(word)) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b").rename("data")
+    open_source("cifar10:download=yes")
+    here = [(f"{tmp_path}/a, b", False)] * 4 + [(f"{tmp_path}/a, b", True)] * 4
+    assert asked == [*here, ("data", True), ("data", True)]
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("download=true", "download=true. Allowed: yes or no. Fix: download=yes"),
+        ("download=never", "download=never. Allowed: yes or no. Fix: download=no"),
+        (
+            "rot=x",
+            "'cifar10:rot=x' has an unknown 'rot'. Allowed: root=..., download=.... Did you mean 'root='?",
+        ),
+        (
+            "root=x,root=y",
+            "'cifar10:root=x,root=y' has a second 'root'. Allowed: root=..., download=.... Did you mean 'root='?",
+        ),
+        (
+            "download",
+            "'cifar10:download' has an empty 'download'. Allowed: root=..., download=.... Did you mean 'download='?",
+        ),
+    ],
+)
+def test_errors_of_the_options_of_a_set(word: str, text: str) -> None:
+    assert message(f"cifar10:{word}") == text
 
 
 def test_a_torchvision_that_does_not_fit_names_both_versions(

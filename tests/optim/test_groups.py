@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from normfree.optim.groups import DEFAULT_RULES, Rule, copy_named_, parameter_groups, some_names
+from normfree.optim.agc import adaptive_clip_grad_
+from normfree.optim.groups import (
+    DEFAULT_RULES,
+    Rule,
+    copy_named_,
+    parameter_groups,
+    parse_unclipped,
+    some_names,
+)
 from normfree.optim.sgd import SGD
 
 
@@ -96,6 +104,96 @@ def test_lr_multipliers_split_groups_and_keep_the_rules() -> None:
     assert {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]} == pytest.approx(
         {n: 3.0 if n.startswith("head.") else 0.15 for n in rate}
     )
+
+
+def unclipped_names(model: nn.Module, **options: object) -> list[str]:
+    groups = parameter_groups(model, weight_decay=0.5, clipping=0.1, **options)  # type: ignore[arg-type]
+    assert {g["clipping"] for g in groups} <= {0.0, 0.1}
+    return sorted(name for g in groups if g["clipping"] == 0.0 for name in g["param_names"])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (None, ["head.weight"]),
+        (("head.weight",), ["head.weight"]),
+        ((), []),
+        (("head.*",), ["head.bias", "head.weight"]),
+        (("head.weight", "stem.conv*"), ["head.weight", "stem.conv0.bias", "stem.conv0.weight"]),
+        (("stages.0.*",), ["stages.0.0.se.bias", "stages.0.0.se.weight"]),
+    ],
+)
+def test_patterns_say_what_is_not_clipped_and_change_nothing_else(patterns: object, names: list[str]) -> None:
+    model = Twin()
+    assert unclipped_names(model, unclipped=patterns) == names
+
+    def decay(**options: object) -> dict[str, float]:
+        groups = parameter_groups(model, weight_decay=0.5, clipping=0.1, **options)  # type: ignore[arg-type]
+        return {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+
+    assert decay(unclipped=patterns) == decay()
+    rest = [Rule("rest", "", clipping=False)]
+    assert unclipped_names(model, unclipped=("head.bias",), rules=rest) == ["head.bias"]
+
+
+def test_the_published_choice_gives_the_groups_of_the_rules() -> None:
+    model = Twin()
+    plain, named = (
+        parameter_groups(model, weight_decay=0.5, clipping=0.1, unclipped=choice)
+        for choice in (None, ("head.weight",))
+    )
+    assert [{**g, "params": [id(p) for p in g["params"]]} for g in plain] == [
+        {**g, "params": [id(p) for p in g["params"]]} for g in named
+    ]
+
+
+def test_clipping_acts_on_the_others_alone() -> None:
+    model = Twin()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    adaptive_clip_grad_(parameter_groups(model, weight_decay=0.0, clipping=0.1, unclipped=("s*.*0.*weight",)))
+    kept = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.eq(100.0).all()]
+    assert kept == ["stem.conv0.weight", "stem.norm0.weight", "stages.0.0.se.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("haed.weight", "head.weight"),
+        ("stage.0.*", "stages.0.*"),
+        ("classifier", "head.weight"),
+        ("stem", "stem.*"),
+        ("head.weigh", "head.weight"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_word_for_word(pattern: str, near: str) -> None:
+    message = (
+        f"unclipped has {pattern!r}, which matches no parameter. Allowed: names of parameters, with * for any "
+        f"part. Did you mean {near!r}?"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        unclipped_names(Twin(), unclipped=("head.weight", pattern))
+
+
+def test_a_frozen_parameter_may_be_named_and_a_text_is_no_sequence() -> None:
+    model = Twin()
+    model.stem.requires_grad_(False)
+    assert unclipped_names(model, unclipped=("stem.*", "head.weight")) == ["head.weight"]
+    message = "unclipped='stem' is one text. Allowed: a sequence of patterns. Fix: unclipped=('stem',)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        unclipped_names(model, unclipped="stem")
+
+
+def test_patterns_in_one_line() -> None:
+    assert parse_unclipped("head.weight") == ("head.weight",)
+    assert parse_unclipped("head.weight, stem.*") == ("head.weight", "stem.*")
+    assert parse_unclipped("") == ()
+    message = (
+        "unclipped='stem.*,,head.weight' has an empty pattern. Allowed: names with commas between, with * for "
+        "any part. Fix: 'stem.*,head.weight'"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_unclipped("stem.*,,head.weight")
 
 
 def test_groups_are_fit_for_any_torch_optimizer() -> None:
