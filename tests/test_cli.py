@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -127,8 +128,8 @@ def test_list_and_show(trained, capsys):
     [
         (
             "trian",
-            "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, convert, export, "
-            "serve, bench.",
+            "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, diagnose, "
+            "convert, export, serve, bench.",
         ),
         ("train dmo", "'dmo' is no recipe, run folder or .toml file. Did you mean 'demo'? Recipes: "),
         (
@@ -193,6 +194,28 @@ def test_a_written_config_trains_the_same_model_again(trained, tmp_path, capsys)
     assert main(["train", str(trained / "config.toml"), "--out", str(tmp_path / "again")]) == 0
     first, second = (run / "model" / "model.safetensors" for run in (trained, tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_shell_command_runs_when_it_is_typed_and_never_from_a_config(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for i, path in enumerate(sorted(photos.rglob("*.png"))):
+            tar.add(path, f"{i:03}.png")
+            label = tarfile.TarInfo(f"{i:03}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"01"[i % 2 : i % 2 + 1]))
+    word, out = f"pipe:cat {tmp_path / 'photos.tar'}; echo once >> {tmp_path / 'runs'}", tmp_path / "run"
+    assert main(["train", "scratch", "--data", word, *TINY, "--out", str(out)]) == 0
+    assert main(["train", str(out)]) == 0  # what the command wrote is still there
+    assert main(["eval", str(out), word]) == 0
+    assert (tmp_path / "runs").read_text() == "once\n"
+    (kept,) = (tmp_path / "cache" / "normfree" / "pipes").iterdir()
+    kept.unlink()
+    capsys.readouterr()
+    for words in (["train", str(out)], ["train", str(out / "config.toml"), "--out", str(tmp_path / "other")]):
+        assert main(words) == 2
+        assert "is a shell command, and was not typed here" in capsys.readouterr().err
+    assert (tmp_path / "runs").read_text() == "once\n"
 
 
 def test_a_diverged_run_has_its_own_exit_code(tmp_path, monkeypatch, capsys):

@@ -31,8 +31,6 @@ class EvalArguments:
     """Processes that read images."""
     device: str = "auto"
     """cpu, cuda, mps; auto: the first GPU, else the CPU."""
-    root: str = "data"
-    """Where cifar10, cifar100 and fashion_mnist lie."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -67,7 +65,7 @@ def eval_(arguments: EvalArguments) -> int:
     from normfree.pretrained import from_pretrained
 
     model = from_pretrained(arguments.model)
-    source = open_labelled(arguments.data, root=arguments.root)
+    source = open_labelled(arguments.data, pipes=True)
     if tuple(source.classes) != model.classes:
         raise UsageError(f"{arguments.data} has classes {', '.join(source.classes[:5])}, ...; the model knows "
                          f"{', '.join(model.classes[:5])}, .... They must be the same, in the same order.")  # fmt: skip
