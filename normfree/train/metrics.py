@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,10 +56,18 @@ class NoMetrics:
 
 
 class Meter:
-    """Means over the steps since it was last read. Keeps tensors where they are, so that a GPU is not waited for."""
+    """Means over the steps since it was last read. Keeps tensors where they are, so that a GPU is not waited for.
 
-    def __init__(self) -> None:
+    A checkpoint takes its `state` along, and a new meter continues from it, so that the row after a stop covers the
+    steps before it as well.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._start()
+        if state:
+            self._losses += [torch.tensor(x) for x in state["losses"]]
+            self._corrects += [torch.tensor(x) for x in state["corrects"]]
+            self._images, self._since = state["images"], time.monotonic() - state["seconds"]
 
     def _start(self) -> None:
         self._losses: list[Tensor] = []
@@ -75,12 +84,25 @@ class Meter:
         """Mean loss, train_top1 in percent and images per second since the last reading; then starts anew."""
         seconds = max(1e-9, time.monotonic() - self._since)
         values = {
-            "loss": float(torch.stack(self._losses).mean()),
-            "train_top1": 100.0 * float(torch.stack(self._corrects).sum()) / self._images,
+            "loss": float(_stack(self._losses).mean()),
+            "train_top1": 100.0 * float(_stack(self._corrects).sum()) / self._images,
             "images_per_s": round(self._images / seconds, 1),
         }
         self._start()
         return values
+
+    def state(self) -> dict[str, Any]:
+        """What has been added since the last reading, as plain numbers; exact for float32. Waits for a GPU."""
+        return {
+            "losses": _stack(self._losses).tolist() if self._losses else [],
+            "corrects": _stack(self._corrects).tolist() if self._corrects else [],
+            "images": self._images,
+            "seconds": time.monotonic() - self._since,
+        }
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack([v.to(values[-1].device) for v in values])  # those of a checkpoint lie on the CPU
 
 
 class Voice:

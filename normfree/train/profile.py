@@ -1,0 +1,176 @@
+"""Where the time of a training step goes: some steps under PyTorch's profiler, as a trace and as a table.
+
+Nothing of the arithmetic changes, and without the profiler nothing is measured: a `span` then costs 0.14 µs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from normfree.data.loader import Batch
+from normfree.models.layers import WSConv2d
+
+BEFORE = 3  # steps that are not recorded: first calls choose kernels, start threads and make the momentum
+ROWS = 15  # operations in the table
+
+# What a step consists of, in order; `Trainer` and this file mark them. "rest": the lines between, and an evaluation.
+PHASES = ("data", "prepare", "forward", "backward", "exchange", "clip", "update")
+STANDARDIZATION = "weight standardization"
+PARTS = ("convolution", STANDARDIZATION, "clip", "update", "data")
+
+_NOTHING = contextlib.nullcontext()
+_on = False
+
+
+def span(name: str) -> contextlib.AbstractContextManager[Any]:
+    """Marks the work done in it with `name`, in a trace and in the table; outside a profile it does nothing."""
+    return record_function(name) if _on else _NOTHING
+
+
+def profiled(
+    batches: Generator[Batch, None, None],
+    *,
+    steps: int,
+    net: nn.Module,
+    folder: Path,
+    say: Callable[[str], None],
+    compiled: bool = False,
+) -> Generator[Batch, None, None]:
+    """The same batches; what the caller does with those after the first few is recorded, `steps` times.
+
+    Writes `folder`/trace.json (chrome://tracing, Perfetto) and `folder`/table.txt and says where. `net`: its weight
+    standardization is marked, unless it is `compiled`, which fuses that with other work.
+    """
+    with contextlib.closing(batches):
+        if steps:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it speaks of GPUs that are not there
+            activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
+            plan = schedule(wait=BEFORE - 1, warmup=1, active=steps)
+            recorded = 0
+            with (
+                profile(activities=activities, schedule=plan) as profiler,
+                _marked(None if compiled else net),
+            ):
+                for number in range(BEFORE + steps):
+                    with span("data"):
+                        batch = next(batches, None)
+                    if batch is None:
+                        break
+                    yield batch
+                    recorded = number + 1 - BEFORE
+                    if recorded < steps:
+                        profiler.step()
+            if recorded < 1:
+                say(f"no profile: it begins after {BEFORE} steps, and the run has ended before")
+                return
+            folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(folder / "trace.json"))
+            (folder / "table.txt").write_text(table(profiler, recorded), encoding="utf-8")
+            say(f"profile of {recorded} steps: {folder}/table.txt, and {folder}/trace.json for Perfetto")
+        yield from batches
+
+
+@contextlib.contextmanager
+def _marked(net: nn.Module | None) -> Iterator[None]:
+    """Turns spans on, and gives every weight standardization of `net` one."""
+    global _on
+    layers = [] if net is None else [m for m in net.modules() if isinstance(m, WSConv2d)]
+
+    def marked(original: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def standardized_weight() -> torch.Tensor:
+            with span(STANDARDIZATION):
+                return original()
+
+        return standardized_weight
+
+    try:
+        _on = True
+        for layer in layers:
+            layer.__dict__["standardized_weight"] = marked(layer.standardized_weight)
+        yield
+    finally:
+        _on = False
+        for layer in layers:
+            layer.__dict__.pop("standardized_weight", None)
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def table(profiler: profile, steps: int) -> str:
+    """Time by phase, by part, and the operations that take most of it, for `steps` recorded steps."""
+    events = list(profiler.events() or ())
+    device = any(e.self_device_time_total > 0 for e in events)
+    whole = sum(e.cpu_time_total for e in events if e.name.startswith("ProfilerStep"))
+    phases, parts = _phases(events), _parts(events)
+    lines = [f"{steps} steps after {BEFORE}, {whole / steps / 1e3:.2f} ms each under the profiler\n"]
+    lines += ["phase, on the CPU's clock           ms a step    share"]
+    phases["rest"] = whole - sum(phases.values())
+    lines += [f"{name:32} {us / steps / 1e3:12.3f} {_percent(us, whole)}" for name, us in phases.items()]
+    for column, name in enumerate(("CPU", "GPU")[: 1 + device]):
+        total = sum(times[column] for times in parts.values())
+        lines += [f"\npart, {name} time of its operations    ms a step    share"]
+        lines += [
+            f"{part:32} {times[column] / steps / 1e3:12.3f} {_percent(times[column], total)}"
+            for part, times in parts.items()
+        ]
+    order = "self_device_time_total" if device else "self_cpu_time_total"
+    lines += ["", profiler.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50)]
+    return "\n".join(lines)
+
+
+def _percent(value: float, whole: float) -> str:
+    return f"{100 * value / whole if whole else 0.0:6.1f} %"
+
+
+def _phases(events: list[Any]) -> dict[str, float]:
+    """Microseconds of each phase, on the clock of the thread that trains."""
+    times = dict.fromkeys(PHASES, 0.0)
+    for event in events:
+        if event.name in times:
+            times[event.name] += event.cpu_time_total
+    return times
+
+
+def _parts(events: list[Any]) -> dict[str, list[float]]:
+    """Microseconds of CPU and GPU that operations take themselves, by the part they belong to.
+
+    An operation belongs to the innermost part around it. One of the backward pass belongs where the operation that it
+    differentiates does: autograd numbers the nodes that it makes, and both carry the number.
+    """
+    forward: dict[tuple[int, int], str] = {}
+    for event in events:
+        if event.sequence_nr >= 0 and event.fwd_thread == 0:
+            # the last one with a number makes the node
+            forward[event.thread, event.sequence_nr] = _part_around(event, {})
+    times: dict[str, list[float]] = {part: [0.0, 0.0] for part in PARTS}
+    others: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for event in events:
+        if event.name.startswith("ProfilerStep"):
+            continue
+        part = _part_around(event, forward)
+        row = times[part] if part else others["other"]
+        row[0] += event.self_cpu_time_total
+        row[1] += event.self_device_time_total
+    return {**times, **others}
+
+
+def _part_around(event: Any, forward: dict[tuple[int, int], str]) -> str:
+    while event is not None:
+        if event.name in PARTS:
+            return str(event.name)
+        if "conv" in event.name.lower() and not event.name.startswith("autograd::"):
+            return "convolution"
+        if event.name.startswith("autograd::"):
+            return forward.get((event.fwd_thread, event.sequence_nr), "")
+        event = event.cpu_parent
+    return ""
