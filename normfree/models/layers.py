@@ -277,6 +277,7 @@ class WSConv2d(nn.Module):
                 "is 1, standardized weights would all be zero. Use a larger kernel_size or fewer groups."
             )
         self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
+        self.shared_kernel: Tensor | None = None  # set while `standardized_once` holds the kernels of a step
         self.input_scale, self.padding, self.eps = input_scale, padding, eps
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
         self.gain = nn.Parameter(torch.ones(out_channels))
@@ -285,6 +286,8 @@ class WSConv2d(nn.Module):
 
     def standardized_weight(self) -> Tensor:
         """The kernel that the convolution uses, O I H W."""
+        if self.shared_kernel is not None:
+            return self.shared_kernel
         return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
     def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:

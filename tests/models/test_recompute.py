@@ -1,4 +1,4 @@
-"""A convolution that computes its activation again in the backward pass is the same function with the same gradients."""
+"""A convolution that computes its activation again for the backward pass is the same function, gradients included."""
 
 import pytest
 import torch

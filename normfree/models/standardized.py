@@ -1,0 +1,238 @@
+"""Weight standardization of many convolutions at once, and once per optimizer step.
+
+`standardize_all` is `layers.standardize` for a list of weights, as one op: on CUDA devices with Triton one launch each
+way (two if some filters do not lie on 16-byte boundaries), elsewhere plain torch with the gradient in closed form.
+`standardized_once` lets all micro-batches of a step share the result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from normfree.models.layers import WS_EPS, WSConv2d, standardize
+
+#: Elements that a program takes at a time, and its warps.
+BLOCK, WARPS = 2048, 8
+
+
+@contextmanager
+def standardized_once(net: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within it, every `WSConv2d` of `net` uses one standardized kernel, whatever the number of forward passes.
+
+    Gradients gather in the kernels; leaving the context takes their sum back to weights and gains in one
+    backward pass. That is exact, since the gradient of the weights is linear in that of the kernels. Gives the kernels
+    by module name; their `.grad` may be changed until the end, for example summed over processes. After an error
+    nothing is taken back. Weights and gains must not change inside, and their own `.grad` is complete only after
+    it. Kernels and their gradients take twice the memory of the weights.
+
+    Raises:
+        RuntimeError: a weight or gain was changed inside.
+        ValueError: parameters are sharded over processes, or the context is open already.
+    """
+    convs: dict[str, WSConv2d] = {
+        name: conv for name, conv in net.named_modules() if isinstance(conv, WSConv2d)
+    }
+    for name, conv in convs.items():
+        if hasattr(conv.weight, "device_mesh"):
+            raise ValueError(
+                f"The weight of {name!r} is sharded over processes. standardized_once takes whole weights. "
+                "Do without it, or use DDP."
+            )
+        if conv.shared_kernel is not None:
+            raise ValueError(
+                f"{name!r} has a standardized kernel already. standardized_once does not nest. Open it once."
+            )
+    kernels: dict[str, Tensor] = {}
+    for eps in sorted({conv.eps for conv in convs.values()}):
+        for learns in (False, True):
+            some = {n: c for n, c in convs.items() if c.eps == eps and _learns(c) == learns}
+            if some:
+                made = standardize_all(
+                    [c.weight for c in some.values()],
+                    [c.gain for c in some.values()],
+                    [c.input_scale for c in some.values()],
+                    eps=eps,
+                )
+                kernels |= dict(zip(some, made, strict=True))
+    leaves = {name: kernel.detach().requires_grad_(kernel.requires_grad) for name, kernel in kernels.items()}
+    try:
+        for name, conv in convs.items():
+            conv.shared_kernel = leaves[name]
+        yield leaves
+    finally:
+        for conv in convs.values():
+            conv.shared_kernel = None
+    used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+    torch.autograd.backward([kernels[n] for n in used], [leaves[n].grad for n in used])
+
+
+def _learns(conv: WSConv2d) -> bool:
+    return torch.is_grad_enabled() and (conv.weight.requires_grad or conv.gain.requires_grad)
+
+
+def standardize_backward(
+    weight: Tensor, gain: Tensor, grad: Tensor, *, scale: float = 1.0, eps: str = "floor"
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and gain of `standardize` from that of its result, in closed form.
+
+    With d = w - μ, r = max(Σd², 1e-4) ** -0.5 and G the incoming gradient, per filter: ∂gain = scale·r·ΣGd and
+    ∂w = gain·scale·r·(G - mean(G) - h·d·r²·ΣGd). h is 1 above the floor, 1/2 at it and 0 below it, where r is
+    constant; with `eps="add"` it is 1. Computed in float32 at least, returned in the types of weight and gain.
+    """
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    dims, ones = tuple(range(1, weight.ndim)), (-1, *(1,) * (weight.ndim - 1))
+    w, g = weight.to(kind), grad.to(kind)
+    centered = w - w.mean(dims, keepdim=True)
+    added, floor = _constants(weight, eps)
+    power = centered.square().sum(dims) + added
+    along = (g * centered).sum(dims)
+    inverse = torch.rsqrt(power.clamp(min=floor))
+    passes = torch.heaviside(power - floor, power.new_full((), 0.5))
+    back = (along * inverse.square() * passes).view(ones)
+    factor = (gain.to(kind) * inverse * scale).view(ones)
+    by_weight = (g - g.mean(dims, keepdim=True)).addcmul_(centered, back, value=-1.0).mul_(factor)
+    return by_weight.to(weight.dtype), (along * inverse * scale).to(gain.dtype)
+
+
+def _constants(weight: Tensor, eps: str) -> tuple[float, float]:
+    """What is added to v·N and the floor under it; one of them is 0."""
+    return (0.0, WS_EPS["floor"]) if eps == "floor" else (WS_EPS["add"] * weight[0].numel(), 0.0)
+
+
+# --- many at once ------------------------------------------------------------------------------------
+
+
+def standardize_all(
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    eps: str = "floor",
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """`standardize(weight, gain, scale=scale, eps=eps)` of every weight, in the memory format of the weight.
+
+    dtype: of the results; None is that of each weight. Gradients of first order flow to weights and gains; nothing is
+    kept for them but those themselves.
+    """
+    return list(_Standardize.apply(tuple(scales), eps, dtype, *weights, *gains))
+
+
+class _Standardize(torch.autograd.Function):
+    """Of all weights and gains, one list behind the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scales: tuple[float, ...], eps: str, dtype: torch.dtype | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.scales, ctx.eps = scales, eps
+        weights, gains = tensors[: len(scales)], tensors[len(scales) :]
+        if _with_triton(tensors, dtype):
+            outs = [torch.empty_like(w, dtype=dtype) for w in weights]
+            _launch("forward", [weights, gains, outs], scales, eps)
+            return tuple(outs)
+        made = zip(weights, gains, scales, strict=True)
+        return tuple(
+            _as(w, standardize(w, g, scale=scale, eps=eps).to(dtype or w.dtype)) for w, g, scale in made
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        """A kernel that was not used has no gradient, and its weight gets none."""
+        count = len(grads)
+        found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        weights, gains = ([ctx.saved_tensors[i + shift] for i, _ in found] for shift in (0, count))
+        scales = [ctx.scales[i] for i, _ in found]
+        arrived = [_as(w, grad) for w, (_, grad) in zip(weights, found, strict=True)]
+        results: list[Tensor | None] = [None] * (2 * count)
+        if found and _with_triton([*weights, *gains], arrived[0].dtype):
+            outs = [[torch.empty_like(t) for t in column] for column in (weights, gains)]
+            _launch("backward", [weights, gains, arrived, *outs], scales, ctx.eps)
+            pairs = list(zip(*outs, strict=True))
+        else:
+            made = zip(weights, gains, arrived, scales, strict=True)
+            pairs = [standardize_backward(w, g, up, scale=scale, eps=ctx.eps) for w, g, up, scale in made]
+        for (i, _), (by_weight, by_gain) in zip(found, pairs, strict=True):
+            results[i], results[count + i] = by_weight, by_gain
+        return None, None, None, *results
+
+
+def _as(like: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` in the memory format of `like`; itself if it has that."""
+    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    if all(n == 1 or s == t for n, s, t in strides):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def _with_triton(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+    """Whether the kernels take them: on CUDA, in float32, without gaps, dimension 0 outermost."""
+    return (
+        all(t.is_cuda and t.dtype == torch.float32 and _runs(t) for t in tensors)
+        and dtype in (None, torch.float32, torch.bfloat16)
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def _runs(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _launch(direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str) -> None:
+    """One kernel over all filters. `columns`: weights, gains, kernels or their gradients, and what is written."""
+    from normfree.models import kernels
+
+    weights, kind = columns[0], columns[2][0].dtype
+    rows, numbers = [], []
+    for weight, scale, tensors in zip(weights, scales, zip(*columns, strict=True), strict=True):
+        w, gain, kernel, *outs = (t.data_ptr() for t in tensors)
+        length = weight[0].numel()
+        walked = [w, kernel, *outs[:1], length * kind.itemsize]
+        rows.append(([w, gain, kernel, *(outs or [0, 0])], length, any(n % 16 for n in walked)))
+        numbers.append([scale, _constants(weight, eps)[0]])
+    order = sorted(range(len(rows)), key=lambda i: rows[i][2])
+    units = tuple(len(weights[i]) for i in order)
+    table = [
+        [*pointers[:4], length, first, pointers[4], 0]
+        for (pointers, length, _), first in zip(
+            (rows[i] for i in order), accumulate(units, initial=0), strict=False
+        )
+    ]
+    device = weights[0].device
+    tables = [
+        _sent(table, torch.int64, device),
+        _owner(units, device),
+        _sent([numbers[i] for i in order], torch.float32, device),
+    ]
+    aligned = sum(len(weights[i]) for i in order if not rows[i][2])
+    floor = _constants(weights[0], eps)[1]
+    with torch.cuda.device_of(weights[0]):
+        for start, count, hint in ((0, aligned, True), (aligned, sum(units) - aligned, False)):
+            if count:
+                getattr(kernels, direction)[(count,)](
+                    *tables, start, floor, BLOCK=BLOCK, ALIGNED=hint, OUT=kernels.TYPES[kind],
+                    num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _owner(units: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which tensor a unit belongs to, for tensors of so many units each."""
+    return torch.arange(len(units), dtype=torch.int32).repeat_interleave(torch.tensor(units)).to(device)
+
+
+def _sent(values: list[list[Any]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, without a wait."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
