@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from normfree._version import __version__
 
 if TYPE_CHECKING:
+    from normfree.diagnose.dependence import batch_dependence
+    from normfree.diagnose.gradients import gradient_report
+    from normfree.diagnose.propagation import signal_propagation
     from normfree.inference import evaluate, predict
     from normfree.models.layers import WSConv2d, gain_of, scaled_activation
     from normfree.models.rows import VARIANTS
@@ -21,13 +24,18 @@ if TYPE_CHECKING:
     from normfree.optim.groups import parameter_groups
     from normfree.optim.sgd import SGD
     from normfree.pretrained import from_pretrained, push_to_hub, save_pretrained
+    from normfree.surgery.convert import convert_batchnorm
 
 _OWNERS = {
+    "batch_dependence": "diagnose.dependence",
+    "gradient_report": "diagnose.gradients",
+    "signal_propagation": "diagnose.propagation",
     "VARIANTS": "models.rows",
     "WSConv2d": "models.layers",
     "gain_of": "models.layers",
     "scaled_activation": "models.layers",
     "load_weights": "models.weights",
+    "convert_batchnorm": "surgery.convert",
     "create_model": "models.zoo",
     "list_models": "models.zoo",
     "adaptive_clip_grad_": "optim.agc",
@@ -48,10 +56,13 @@ __all__ = [
     "WSConv2d",
     "__version__",
     "adaptive_clip_grad_",
+    "batch_dependence",
+    "convert_batchnorm",
     "create_model",
     "evaluate",
     "from_pretrained",
     "gain_of",
+    "gradient_report",
     "list_models",
     "load_weights",
     "parameter_groups",
@@ -59,6 +70,7 @@ __all__ = [
     "push_to_hub",
     "save_pretrained",
     "scaled_activation",
+    "signal_propagation",
 ]
 
 

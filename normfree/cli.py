@@ -11,6 +11,7 @@ import tyro
 from normfree._version import __version__
 from normfree.commands.bench import BenchArguments, bench
 from normfree.commands.convert import ConvertArguments, convert
+from normfree.commands.diagnose import DiagnoseArguments, diagnose
 from normfree.commands.export import ExportArguments, export_
 from normfree.commands.look import ListArguments, ShowArguments, list_, show
 from normfree.commands.serve import ServeArguments, serve
@@ -26,6 +27,7 @@ HELP = """usage: normfree VERB ...      (normfree VERB --help says more)
                                     alone: the demo; a run folder: continue it
   eval RUN|MODEL DATA               top-1 and top-5 on labelled images
   predict RUN|MODEL PATH...         classes of files and folders of images
+  diagnose NAME|RUN|MODEL [DATA]    signals, gradients, dependence on the batch
   convert FILE|MODEL FOLDER         weights of others into a model folder
   export RUN|MODEL --format onnx|pt2
                                     one file for other runtimes; --int8: smaller
@@ -89,6 +91,7 @@ VERBS: dict[str, tuple[Callable[..., int], type]] = {
     "show": (show, ShowArguments),
     "eval": (eval_, EvalArguments),
     "predict": (predict_, PredictArguments),
+    "diagnose": (diagnose, DiagnoseArguments),
     "convert": (convert, ConvertArguments),
     "export": (export_, ExportArguments),
     "serve": (serve, ServeArguments),

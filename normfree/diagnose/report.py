@@ -21,8 +21,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(metrics: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Loss, accuracy and clipped fraction over epochs, as a PNG.
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, in inches, that needs no display.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message says what to install.
@@ -33,8 +33,18 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path, *, title: str) -> Non
     except ModuleNotFoundError:
         raise ModuleNotFoundError('curves need matplotlib, which is not installed. Fix: pip install "normfree[demo]"')\
             from None  # fmt: skip
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Loss, accuracy and clipped fraction over epochs, as a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; the message says what to install.
+    """
+    figure = new_figure(11, 3.4)
     loss, accuracy, clipped = figure.subplots(1, 3)
     train = [m for m in metrics if "loss" in m]
     val = [m for m in metrics if "top1" in m]
