@@ -38,6 +38,8 @@ class Evaluation:
     """int64 N"""
     predictions: Tensor = field(repr=False)
     """int64 N"""
+    losses: Tensor = field(repr=False)
+    """float64 N, cross entropy of each image in nats, in the order of the source"""
 
     def confusion(self) -> Tensor:
         """K K counts: row = true class, column = answer."""
@@ -125,7 +127,7 @@ def evaluate(
     truths, answers, count = rows[:, 0].long(), rows[:, 1].long(), len(rows)
     top1, top5 = int((answers == truths).sum()), int(rows[:, 2].sum())
     return Evaluation(100 * top1 / count, 100 * top5 / count, float(rows[:, 3].sum()) / count, count,
-                      tuple(source.classes), truths, answers)  # fmt: skip
+                      tuple(source.classes), truths, answers, rows[:, 3])  # fmt: skip
 
 
 def _no_score(what: str, name: str, source: Source) -> ValueError:

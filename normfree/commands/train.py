@@ -16,18 +16,25 @@ if TYPE_CHECKING:
 
 TRAIN_WORDS = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--key value ...]
 
-  nothing        the demo, or the recipe "scratch" when --data names data of your own
+  nothing        the demo; the recipe "scratch" when --data names data of your own, "finetune" with --weights too
   RECIPE         a name from `normfree list recipes`
   RUN            a run folder: continue it where it stopped
   FILE.toml      a config, for example runs/demo-1/config.toml
   --out FOLDER   the run folder; default runs/RECIPE-N
+  --exact        short for --parallel exact: the same bits for any number of processes
+  --find-lr      no run, but a test of learning rates: find_lr.png and find_lr.json,
+                 here or in --out, and a suggestion
 """
 
 
 def train(words: list[str]) -> int:
-    """Resolves recipe, file or run and the overrides, then trains."""
+    """Resolves recipe, file or run and the overrides, then trains, or with --find-lr tries learning rates."""
+    words = [part for word in words for part in (("--parallel", "exact") if word == "--exact" else (word,))]
     try:
-        config, folder = _chosen(words)
+        if "--find-lr" in words:
+            return _find_lr([word for word in words if word != "--find-lr"])
+        config, folder = _chosen(list(words))
+        _run_pipes(words, config)
     except ValueError:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
@@ -51,6 +58,30 @@ def _chosen(words: list[str]) -> tuple[Config, Path]:
     return config, folder
 
 
+def _run_pipes(words: list[str], config: Config) -> None:
+    """Runs the shell commands of a --data word that was typed in this call, once on each machine. What they wrote is
+    then there for the run, which itself runs none."""
+    typed = any(word.partition("=")[0] == "--data" for word in words)
+    if typed and "pipe:" in config.data and os.environ.get("LOCAL_RANK", "0") == "0":
+        from normfree.data.sources import open_source
+
+        open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, pipes=True)
+
+
+def _find_lr(words: list[str]) -> int:
+    out, words = _take_option(words, "--out")
+    source = words.pop(0) if words and not words[0].startswith("--") else ""
+    if source and (Path(source) / "config.toml").is_file():
+        source = str(Path(source) / "config.toml")
+    config, _ = _base(source, words)
+    if (Path(out) / "config.toml").exists():
+        raise UsageError(f"{out or '.'} holds a run, and --find-lr is none. Choose another --out.")
+    from normfree.train.find_lr import find_lr
+
+    find_lr(config, out)
+    return 0
+
+
 def _base(source: str, words: list[str]) -> tuple[Config, str]:
     from normfree.train.config import load_config, with_overrides
     from normfree.train.recipes import RECIPES
@@ -58,8 +89,8 @@ def _base(source: str, words: list[str]) -> tuple[Config, str]:
     if source.endswith(".toml"):
         return with_overrides(load_config(Path(source)), words), Path(source).stem
     if not source:
-        own_data = any(word.partition("=")[0] == "--data" for word in words)
-        source = "scratch" if own_data else "demo"
+        given = {word.partition("=")[0] for word in words}
+        source = "demo" if "--data" not in given else "finetune" if "--weights" in given else "scratch"
     if source not in RECIPES:
         hint = did_you_mean(source, RECIPES)
         raise UsageError(f"{source!r} is no recipe, run folder or .toml file.{hint} Recipes: {', '.join(RECIPES)}. "
@@ -70,7 +101,15 @@ def _base(source: str, words: list[str]) -> tuple[Config, str]:
 def _resume(folder: Path, words: list[str], out: str) -> tuple[Config, Path]:
     from normfree.train.config import load_config, with_overrides
 
-    harmless = {"device", "input.workers", "log.every", "log.keep"}  # what does not change the result
+    harmless = {
+        "device",
+        "input.workers",
+        "log.every",
+        "log.keep",
+        "log.profile",
+        "log.to",
+        "parallel",
+    }  # what does not change the result
     other = [w.removeprefix("--").partition("=")[0] for w in words if w.startswith("--")]
     blocked = [w for w in other if w not in harmless]
     if out or blocked:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.optim.groups import copy_named_
+from normfree.optim.sharded import local
 
 
 def ema_decay(step: int, *, decay: float = 0.99999, ramp: bool = True) -> float:
@@ -27,7 +28,8 @@ class Ema:
     """Average e of the parameters p of `model`: e <- d * e + (1 - d) * p, beginning at e = p.
 
     Floating-point buffers are averaged like parameters, all other buffers are copied. Half-precision tensors
-    are averaged in float32, because a step of 1 - d = 1e-5 rounds to nothing below that.
+    are averaged in float32, because a step of 1 - d = 1e-5 rounds to nothing below that. A network that FSDP2 is to cut
+    is given before that, and `module` is then cut in the same way; each process averages its rows.
     decay, ramp: see `ema_decay`, which also says which values raise ValueError.
     Source: [B] section 4.3, reference code.
     """
@@ -57,8 +59,10 @@ class Ema:
             copy_named_(target, source, owner="the averaged network")
         averaged = [name for name, tensor in target.items() if tensor.is_floating_point()]
         weight = 1.0 - ema_decay(step, decay=self.decay, ramp=self.ramp)
-        shadow = [target[name] for name in averaged]
-        torch._foreach_lerp_(shadow, [source[n].to(target[n]) for n in averaged], weight)
+        shadow = [local(target[name]) for name in averaged]  # of what FSDP2 has cut, the rows that lie here
+        torch._foreach_lerp_(
+            shadow, [local(source[n]).to(s) for n, s in zip(averaged, shadow, strict=True)], weight
+        )
         for name in target.keys() - set(averaged):
             target[name].copy_(source[name])
 

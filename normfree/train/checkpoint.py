@@ -44,7 +44,7 @@ def save(
     """Writes the checkpoint of `step` under `folder`, points `last` at it, and removes all but the `keep` newest
     and the one that `best` names. Later steps were passed over as damaged, and go as well. Returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    final = folder / name_of(step)
     work = folder / f".{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -65,6 +65,11 @@ def save(
     point(folder, "last", final.name)
     _remove_old(folder, keep, newest_step=step)
     return final
+
+
+def name_of(step: int) -> str:
+    """The name of the folder that holds the checkpoint of `step`."""
+    return f"step-{step:08d}"
 
 
 def point(folder: Path, name: str, target: str) -> None:
@@ -99,7 +104,7 @@ def read(path: Path) -> Checkpoint:
         step = int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no readable {MANIFEST} ({type(error).__name__}).") from None
-    if path.name != f"step-{step:08d}":  # nothing else vouches for the manifest's own number
+    if path.name != name_of(step):  # nothing else vouches for the manifest's own number
         raise ValueError(f"{path}: {MANIFEST} says step {step}.")
     if "state.json" not in listed or any(name != Path(name).name for name in listed):
         raise ValueError(f"{path}: {MANIFEST} does not list the files of a checkpoint.")
@@ -117,7 +122,7 @@ def _remove_old(folder: Path, keep: int, *, newest_step: int) -> None:
     spared = {best.read_text(encoding="utf-8").strip()} if best.is_file() else set()
     found = sorted(folder.glob("step-*"), reverse=True)
     # A damaged later one must not push a sound one out of the `keep` newest.
-    later = [path for path in found if path.name > f"step-{newest_step:08d}"]
+    later = [path for path in found if path.name > name_of(newest_step)]
     old = [path for path in found[len(later) :][keep:] if path.name not in spared]
     for path in later + old:
         shutil.rmtree(path, ignore_errors=True)

@@ -64,6 +64,25 @@ def _check_rate(value: float | str) -> float | str:
     return value
 
 
+LOGGERS = ("tensorboard", "wandb")
+
+
+def loggers_in(to: str) -> tuple[str, ...]:
+    """The loggers that a value of `log.to` names, each once, in their own order."""
+    named = [word.strip() for word in to.split(",")]
+    return tuple(logger for logger in LOGGERS if logger in named)
+
+
+def _check_loggers(value: str) -> str:
+    for word in value.split(",") if value else ():
+        if word.strip() not in LOGGERS:
+            near = difflib.get_close_matches(word.strip(), LOGGERS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"expected tensorboard, wandb, or both with a comma between them. Nearest to {word.strip()!r}: {near}"
+            )
+    return value
+
+
 def steps_of(length: str, *, samples: int, batch_size: int) -> int:
     """A length in optimizer steps: "90ep" of `samples` images at `batch_size` a step, or "5000st". Rounded."""
     match = _LENGTH.fullmatch(length)
@@ -76,7 +95,7 @@ class Net(Section):
     """Changes to the model's row."""
 
     activation: str = "auto"
-    """Activation by the reference's name, for example silu; auto: the row's."""
+    """Activation by the reference's name, for example silu; auto: that of the weights, else the row's."""
     drop_rate: Auto | float = "auto"
     """Dropout before the classifier; auto: the row's."""
     stochdepth_rate: Auto | float = "auto"
@@ -84,7 +103,7 @@ class Net(Section):
     skip_gain: Auto | float = "auto"
     """Initial value of each branch's learnable scalar; auto: the row's, 0 in the published ones."""
     alpha: Auto | float = "auto"
-    """Scale of each residual branch; auto: the row's."""
+    """Scale of each residual branch; auto: that of the weights, else the row's."""
 
     _rates = field_validator("drop_rate", "stochdepth_rate")(_check_rate)
 
@@ -93,9 +112,9 @@ class Input(Section):
     """From files to batches."""
 
     image_size: Auto | int = "auto"
-    """Side of the training images in pixels; auto: the row's train_size."""
+    """Side of the training images in pixels; auto: the row's train_size, or in its ratio to the weights' test size."""
     eval_size: Auto | int = "auto"
-    """Side of the evaluation images; auto: the row's test_size, or image_size when that is given."""
+    """Side of the evaluation images; auto: the weights', else the row's test_size, or image_size when that is given."""
     eval_crop: Literal["auto", "resize_crop_32", "crop_resize", "squash"] = "auto"
     """Preprocessing for evaluation; auto: squash up to 96 px, resize_crop_32 above."""
     batch_size: int = Field(default=64, ge=1)
@@ -106,10 +125,6 @@ class Input(Section):
     """Processes that read images; 0 reads in the training process. Batches do not depend on it."""
     val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
     """Share of a folder without a val/ of its own that is kept for validation."""
-    root: str = "data"
-    """Where cifar10, cifar100 and fashion_mnist lie."""
-    download: bool = False
-    """Fetch such a data set if it is not there. Nothing is downloaded otherwise."""
 
     _sizes = field_validator("image_size", "eval_size")(_check_size)
     _count = field_validator("micro_batch")(_check_count)
@@ -151,8 +166,8 @@ class Optim(Section):
     """AGC: largest ratio of a unit's gradient norm to its weight norm. norm, value: the bound itself."""
     clipping_eps: float = Field(default=1e-3, gt=0.0)
     """AGC: floor of the weight norm, so that zeros can move."""
-    unclipped: str = "classifier.weight"
-    """AGC: parameters that are not clipped, as name patterns with commas between them; "" clips all."""
+    unclipped: str = "head.weight"
+    """AGC: parameters that are not clipped, as patterns of names with commas between them; nothing: all are."""
     class_balance: float = Field(default=0.0, ge=0.0, le=1.0)
     """Weight of an image in the loss: 1 / (images of its class) to this power; 0: all alike, 1: all classes alike."""
     warmup: str = "5ep"
@@ -186,13 +201,14 @@ class Log(Section):
     """Steps to record with PyTorch's profiler, after the first few; 0: none."""
 
     _length = field_validator("evaluate_every", "checkpoint_every")(_check_length)
+    _loggers = field_validator("to")(_check_loggers)
 
 
 class Config(Section):
     """Everything that decides a run."""
 
     data: str = "emoji"
-    """A folder of images, or emoji, cifar10, cifar100, fashion_mnist, synthetic."""
+    """A folder of images, emoji, synthetic, cifar10:root=data,download=no, or another word of docs/data.md."""
     model: str = "nf_resnet_nano"
     """A name from `normfree list`; auto: the network of weights."""
     weights: str = ""
@@ -200,7 +216,7 @@ class Config(Section):
     length: str = "60ep"
     """How long to train: epochs (90ep) or steps (5000st)."""
     patience: int = Field(default=0, ge=0)
-    """Evaluations without a better score after which the run ends, its best weights kept; 0: to the end."""
+    """Evaluations without a better averaged score after which the run ends, its best weights kept; 0: to the end."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order, augmentation and dropout."""
     device: str = "auto"

@@ -76,6 +76,21 @@ class World:
                 [t.detach() for t in bucket], [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)]
             )
 
+    def tree_sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces every tensor by its sum over the processes, a power of two, added in pairs: ((t0 + t1) + (t2 + t3))
+        + ..., with the bits that one process would get in this order."""
+        assert self.size & (self.size - 1) == 0, self.size
+        for bucket in _buckets(tensors) if self.size > 1 else ():
+            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+            other = torch.empty_like(flat)
+            for level in range(self.size.bit_length() - 1):
+                _exchange(_swap, flat, other, partner=self.rank ^ (1 << level))
+                flat += other  # a + b and b + a are the same float
+            parts = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(
+                [t.detach() for t in bucket], [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)]
+            )
+
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces every floating-point tensor by its mean over the processes."""
         if self.size > 1 and tensors:
@@ -143,6 +158,17 @@ class World:
             raise problem
         if failed:
             raise ElsewhereError(f"process {min(failed)} of {self.size}: {failed[min(failed)]}")
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block, exchanges that FSDP2 makes by itself raise ElsewhereError too, when a process has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "onnection" in str(error)
+            if self.size == 1 or not lost:
+                raise
+            raise _ended(error) from error
 
     def close(self) -> None:
         """Leaves the world."""
@@ -229,6 +255,16 @@ def _exchange(collective: Callable[..., Any], *arguments: Any, **options: Any) -
     try:
         collective(*arguments, **options)
     except RuntimeError as error:
-        raise ElsewhereError(
-            f"another process of this run has ended ({str(error).splitlines()[0][:200]}). Its own output says why."
-        ) from error
+        raise _ended(error) from error
+
+
+def _ended(error: RuntimeError) -> ElsewhereError:
+    first = (str(error).splitlines() or [""])[0]
+    return ElsewhereError(f"another process of this run has ended ({first[:200]}). Its own output says why.")
+
+
+def _swap(mine: Tensor, theirs: Tensor, *, partner: int) -> None:
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
+    ):
+        work.wait()

@@ -48,7 +48,7 @@ def scratch() -> Config:
 
 
 def cifar() -> Config:
-    """CIFAR-10 with a small NF-ResNet: `normfree train cifar --input.download true`. Not yet run to the end."""
+    """CIFAR-10 with a small NF-ResNet: `normfree train cifar --data cifar10:download=yes`. Not yet run to the end."""
     return Config(
         data="cifar10",
         model="nf_resnet_micro",
@@ -62,13 +62,17 @@ def cifar() -> Config:
 def finetune() -> Config:
     """A folder of one's own from a trained network, with a new head if its classes are others.
 
-    Command: `normfree train finetune --data photos/ --weights FOLDER`; the network is the folder's. A low rate, gentle
-    crops, no mixing, an average over about a hundred steps; branches are open already. The published fine-tuning
-    (`imagenet_finetune`) is for millions of images. Not yet run on a large network.
+    The network is the folder's, and so are the sizes, or the row's where they agree. A low rate, gentle crops, no
+    mixing, an average over about a hundred steps; branches are open already. The run ends when a third of it has
+    brought no better score: the rate falls to 0 along a cosine, so early on a shorter wait would take the noise of a
+    high rate for a plateau. The published fine-tuning (`imagenet_finetune`) is for millions of images.
+    Command: `normfree train finetune --data photos/ --weights FOLDER`. Not yet run on a large network.
     """
+    epochs = 30
     return Config(
         model="auto",
-        length="30ep",
+        length=f"{epochs}ep",
+        patience=epochs // 3,
         input=Input(batch_size=32, workers=2),
         augment=Augment(crop_min=0.4),
         optim=Optim(lr=0.02, weight_decay=1e-5, clipping=0.04, warmup="1ep", ema_decay=0.99),

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,31 +22,47 @@ from normfree.data.protocol import Split
 from normfree.data.sources import open_source
 from normfree.diagnose.report import draw_curves, read_metrics
 from normfree.inference import Evaluation
+from normfree.models.hub import PREFIX, repository_of
 from normfree.models.net import Net
+from normfree.models.variants import Variant
 from normfree.models.zoo import variant_of
-from normfree.pretrained import Preprocessing, TrainedModel, describe, save_pretrained
+from normfree.pretrained import (
+    TRAINING_FIELDS,
+    Description,
+    Preprocessing,
+    TrainedModel,
+    describe,
+    save_pretrained,
+)
 from normfree.train.config import Config, load_config, to_toml
 from normfree.train.metrics import Voice
 
+#: Keys in which a continued run may not differ from how it began; further ones, of `input`, stand in `begin`.
+DECISIVE = ("data", "model", "weights", "length", "patience", "seed", "precision", "net", "augment", "optim")
+FEW_STEPS = 300  # ours: below it a warm-up and a decay of the rate leave little in between
 SQUASH_UP_TO = 96  # px; a margin of 32 px, as at ImageNet sizes, would cut a small picture's content away
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reached: scores of the last weights and of their average, seconds of this process."""
+    """What a finished run reached: scores of the weights and of their average after `step`, seconds of this process.
+
+    `step` is the last of the `steps` taken, or with patience that of the best averaged weights.
+    """
 
     out: Path
     steps: int
+    step: int
     weights: Evaluation
     average: Evaluation
     seconds: float
 
 
 def with_model(config: Config) -> Config:
-    """The config with the network of its weights in place of model "auto".
+    """The config with the network of its weights in place of model "auto", and an address in place of "download".
 
     Raises:
-        ValueError: "auto" without weights, or weights that do not say.
+        ValueError: "auto" without weights, weights that do not say, or none that are published.
     """
     if config.model == "auto":
         if not config.weights:
@@ -53,6 +70,8 @@ def with_model(config: Config) -> Config:
                 "model='auto' is the network of --weights, and none are given. Say --weights FOLDER, or --model NAME."
             )
         config = config.model_copy(update={"model": describe(config.weights).row})
+    if config.weights == "download":
+        config = config.model_copy(update={"weights": PREFIX + repository_of(config.model)})
     return config
 
 
@@ -60,12 +79,20 @@ def resolve(config: Config) -> Config:
     """The config with every "auto" replaced by what it means for this model.
 
     Raises:
-        ValueError: the model is unknown, or "auto" without weights to tell it.
+        ValueError: the model is unknown, "auto" without weights to tell it, or weights of a network with other fields
+            than its row.
     """
     config = with_model(config)
     row = variant_of(config.model)
-    size = row.train_size if config.input.image_size == "auto" else config.input.image_size
-    fallback = row.test_size if config.input.image_size == "auto" else size
+    train_size, test_size = row.train_size, row.test_size
+    if "auto" in (config.input.image_size, config.net.activation, config.net.alpha) and _is_folder(
+        config.weights
+    ):
+        found = describe(config.weights)
+        row = _as_trained(row, found, config.weights)
+        train_size, test_size = _sizes(row, found.preprocessing.image_size)
+    size = train_size if config.input.image_size == "auto" else config.input.image_size
+    fallback = test_size if config.input.image_size == "auto" else size
     eval_size = fallback if config.input.eval_size == "auto" else config.input.eval_size
     crop = config.input.eval_crop
     if crop == "auto":
@@ -84,10 +111,39 @@ def resolve(config: Config) -> Config:
     )
 
 
+def _is_folder(weights: str) -> bool:
+    return bool(weights) and not Path(weights).is_file()
+
+
+def _as_trained(row: Variant, found: Description, weights: str) -> Variant:
+    """The row with the fields in which the network of `found` computes something else. A config can say two of them;
+    whatever concerns training alone is the new run's own.
+
+    Raises:
+        ValueError: there are others.
+    """
+    changed = {k: v for k, v in found.arguments.items() if k not in TRAINING_FIELDS | {"in_channels"}}
+    other = sorted(changed.keys() - {"activation", "alpha"})
+    if other:
+        raise ValueError(
+            f"the network of {weights} differs from its row {found.row} in {', '.join(other)}, which a run cannot "
+            "change. Allowed: activation, alpha. Train it in Python: from_pretrained, then an optimizer of your own."
+        )
+    return row.with_overrides(changed)
+
+
+def _sizes(row: Variant, seen: int) -> tuple[int, int]:
+    """Training and test size for weights that were tested at `seen` px: that size again, and the row's ratio of the
+    two, in whole 32 px as in [B] table 1."""
+    if seen == row.test_size or row.train_size == row.test_size:
+        return seen * row.train_size // row.test_size, seen
+    return max(32, 32 * round(seen * row.train_size / row.test_size / 32)), seen
+
+
 def keeps_head(weights: str, classes: tuple[str, ...]) -> bool:
     """Whether a run on `classes` starts with the classifier of `weights` too: if that knows the same ones, in the same
     order. A file of weights does not say; it must fit as a whole."""
-    return not weights or Path(weights).is_file() or describe(weights).classes == classes
+    return not _is_folder(weights) or describe(weights).classes == classes
 
 
 def preprocessing(config: Config) -> Preprocessing:
@@ -103,8 +159,7 @@ def open_data(config: Config, voice: Voice, *, check: bool = True) -> Split:
     """
     variant_of(with_model(config).model)  # a misspelt model is reported before any data is read
     split = open_source(
-        config.data, val_fraction=config.input.val_fraction, seed=config.seed, download=config.input.download,
-        root=config.input.root,
+        config.data, val_fraction=config.input.val_fraction, seed=config.seed
     )  # fmt: skip
     if check and split.files:
         for source in (split.train, split.val):
@@ -160,10 +215,11 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, v
     path = out / "config.toml"
     if path.exists():
         before = load_config(path)
-        changed = [k for k in ("data", "model", "weights", "length", "seed", "precision", "net", "augment", "optim")
-                   if getattr(before, k) != getattr(config, k)]  # fmt: skip
+        changed = [k for k in DECISIVE if getattr(before, k) != getattr(config, k)]
         changed += [f"input.{k}" for k in ("image_size", "batch_size", "micro_batch", "val_fraction")
                     if getattr(before.input, k) != getattr(config.input, k)]  # fmt: skip
+        if before.parallel != config.parallel and "exact" in (before.parallel, config.parallel):
+            changed.append("parallel")  # the others agree up to rounding; exact promises bits
         if changed:
             raise ValueError(f"{out} was started with another {', '.join(changed)}. Drop the change, or start another "
                              "run with --out.")  # fmt: skip
@@ -187,21 +243,30 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, v
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
         voice.say("bfloat16 on a CPU without such units is many times slower than float32")
+    if config.weights and total_steps < FEW_STEPS:
+        voice.say(f"{total_steps} steps are few; in a small folder count steps: --length 1000st "
+                  "--log.evaluate_every 50st")  # fmt: skip
 
 
 def finish(config: Config, split: Split, average: torch.nn.Module, result: TrainResult, voice: Voice) -> None:
     """Writes results.json, curves.png and the model folder (averaged weights), and prints the scores."""
     out = result.out
-    scores = {"weights": _scores(result.weights), "average": _scores(result.average), "steps": result.steps}
+    scores = {"weights": _scores(result.weights), "average": _scores(result.average),
+              "steps": result.steps, "step": result.step}  # fmt: skip
     (out / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     assert isinstance(average, Net)
     trained = TrainedModel(average, preprocessing(config), tuple(split.classes))
     save_pretrained(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
+    if result.step != result.steps:
+        voice.say(f"the model is that of step {result.step}, which scored best")
     voice.say(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
     )  # fmt: skip
+    if largest > 2 / len(split.classes):  # then top-1 says little about the others
+        voice.say(f"mean over classes: {fmean(result.average.per_class().values()):.2f} % (averaged weights); for rare "
+                  "classes see --optim.class_balance")  # fmt: skip
     try:
         draw_curves(
             read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}"
@@ -214,15 +279,19 @@ def finish(config: Config, split: Split, average: torch.nn.Module, result: Train
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    per_class = evaluation.per_class()
     return {
         "top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "images": evaluation.count,
-        "per_class_top1": evaluation.per_class(), "confusion": evaluation.confusion().tolist(),
+        "balanced_top1": fmean(per_class.values()), "per_class_top1": per_class,
+        "confusion": evaluation.confusion().tolist(),
     }  # fmt: skip
 
 
 def _card(config: Config, split: Split, result: TrainResult) -> str:
     """The model card: measured numbers only."""
-    rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in result.average.per_class().items())
+    per_class = result.average.per_class()
+    rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in per_class.items())
+    best = f"the best of {result.steps} by the images below, " if result.step != result.steps else ""
     credit = f"\nData: {split.credit}\n" if split.credit else ""
     return f"""---
 library_name: normfree
@@ -230,17 +299,18 @@ tags: [image-classification, normalizer-free]
 ---
 # {config.model} on {Path(config.data).name}
 
-{len(split.classes)} classes, {config.input.eval_size} px, {result.steps} steps of {config.input.batch_size} images,
-trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
+{len(split.classes)} classes, {config.input.eval_size} px, {result.step} steps of {config.input.batch_size} images,
+{best}trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
 
 | measured on {result.average.count} validation images | top-1 % | top-5 % | loss |
 |---|---|---|---|
 | averaged weights | {result.average.top1:.2f} | {result.average.top5:.2f} | {result.average.loss:.4f} |
-| last weights | {result.weights.top1:.2f} | {result.weights.top5:.2f} | {result.weights.loss:.4f} |
+| weights | {result.weights.top1:.2f} | {result.weights.top5:.2f} | {result.weights.loss:.4f} |
 
 | class | top-1 % |
 |---|---|
 {rows}
+| mean over classes | {fmean(per_class.values()):.1f} |
 {credit}
 ## Config
 
