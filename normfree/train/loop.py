@@ -152,7 +152,8 @@ def _steps(
             if due(f"{config.log.every}st"):
                 values = {**meter.read(), "clipped": float(report)}
                 lr = trainer.optimizer.param_groups[0]["lr"]
-                log.write(**place, **values, lr=lr, grad_norm=float(report.grad_norm))
+                more = {"ratios": trainer.ratios} if trainer.ratios else {}
+                log.write(**place, **values, lr=lr, grad_norm=float(report.grad_norm), **more)
                 line.update(step, **values)
             improved = False
             if due(config.log.evaluate_every):

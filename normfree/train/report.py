@@ -260,7 +260,7 @@ def _inside(course: Course, drawn: _Drawn, device: torch.device, *, several: boo
 
 
 def _some(model: TrainedModel, source: Source) -> tuple[Tensor, Tensor]:
-    """Up to IMAGES normalized validation images B 3 S S, evenly spread, since most sources are sorted by class; labels."""
+    """Up to IMAGES normalized validation images B 3 S S, and their labels. Evenly spread: most sources are sorted."""
     count, pre = min(IMAGES, len(source)), model.preprocessing
     indices = [i * len(source) // count for i in range(count)]
     transform = pre.transform()

@@ -7,6 +7,7 @@ order copies this page. `modes.py` says what the config's `parallel` changes in 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,10 @@ from normfree.data.augment import AfterMixing, normalize, train_transform
 from normfree.data.loader import Batch
 from normfree.data.mixing import FreshPairs, mix, paired_targets
 from normfree.data.seeds import key
+from normfree.diagnose.gradients import ratio_quantiles
 from normfree.inference import run_device
 from normfree.models.net import Net
+from normfree.models.standardized import standardized_once
 from normfree.models.zoo import create_model
 from normfree.optim.agc import ClipReport, NonFiniteGradientError, clip_grad_
 from normfree.optim.ema import Ema
@@ -34,6 +37,8 @@ from normfree.train.exact import TreeSum
 from normfree.train.modes import check_mode
 from normfree.train.parallel import World
 from normfree.train.profile import span
+
+SAMPLE_RATIOS = 10  # lines of metrics.jsonl from one sample of gradients against weights to the next
 
 
 class Diverged(ValueError):
@@ -95,6 +100,7 @@ class Trainer:
             unclipped=parse_unclipped(config.optim.unclipped),
         )  # fmt: skip
         self.optimizer = SGD(groups, config.optim.lr, momentum=config.optim.momentum)
+        self.ratios: dict[str, list[float]] = {}  # of the step just taken, if it was sampled
         self.pairs = _pairs(config)
         self.transform = train_transform(
             image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
@@ -127,8 +133,12 @@ class Trainer:
             loss, correct = self.gradients(images, targets, step)
         if before is not None:
             descend_(self.net.parameters(), before)
+        self.ratios = {}
         with span("exchange"):
             self.exchange_([loss, correct])
+        sampled = (step + 1) % (SAMPLE_RATIOS * config.log.every) == 0 and not self.sharded
+        if sampled and self.world.first:
+            self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
         try:
             with span("clip"):
                 report = clip_grad_(
@@ -210,26 +220,29 @@ class Trainer:
         self.net.train()
         size, tree = self._size(len(images)), TreeSum()
         whole, first = len(images) * self.world.size, self.world.rank * -(-len(images) // size)
+        # "exact" adds up whole gradients of micro-batches, and FSDP2 has whole weights only while a block computes
+        once = contextlib.nullcontext() if self.exact or self.sharded else standardized_once(self.net)
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros(
             (), device=self.device
         )  # float32, to travel with the gradients; exact to 2 ** 24
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-        for part, (x, y) in enumerate(zip(images.split(size), targets.split(size), strict=True), first):
-            torch.manual_seed(key(self.config.seed, "model", step, part))
-            with span("forward"):
-                with half:
-                    logits = self.forward(x)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                share = F.cross_entropy(logits, y, reduction="sum") / whole
-            with span("backward"):
-                share.backward()
-            right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(correct.dtype)
-            if self.exact:
-                tree.add([*self._take_gradients(), share.detach(), right])
-            else:
-                loss += share.detach()
-                correct += right
+        with once:
+            for part, (x, y) in enumerate(zip(images.split(size), targets.split(size), strict=True), first):
+                torch.manual_seed(key(self.config.seed, "model", step, part))
+                with span("forward"):
+                    with half:
+                        logits = self.forward(x)
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    share = F.cross_entropy(logits, y, reduction="sum") / whole
+                with span("backward"):
+                    share.backward()
+                right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(correct.dtype)
+                if self.exact:
+                    tree.add([*self._take_gradients(), share.detach(), right])
+                else:
+                    loss += share.detach()
+                    correct += right
         if self.exact:
             *gradients, loss, correct = tree.total()
             for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
