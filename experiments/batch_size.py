@@ -1,0 +1,405 @@
+"""Accuracy against batch size for batch norm, no norm, and no norm with AGC: figure 2a of [B] at the size of CIFAR-10.
+
+    python experiments/batch_size.py [--preset cpu|gpu] [--data WORD] [--jobs 1]
+    python experiments/batch_size.py --probe        # the runs that chose the rate and λ
+
+[B] is arXiv 2102.06171. Three arms share one row, one base learning rate (times batch / 256) and one number of epochs:
+`bn`, the batch-norm twin; `nf`, the normalizer-free network without clipping; `nf_agc`, the same with AGC. A cell is
+one arm at one batch size from one seed: a run folder of its own below runs/batch_size/. Say the command again after an
+interruption: finished cells are kept, the broken one continues where it was saved. Writes
+experiments/results/batch_size.md, .json and .png. `--data` is any data word of normfree; the default, cifar10, must lie
+in data/ (`normfree train cifar --data cifar10:download=yes` fetches it). A part of it is packed once into one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from batch_size_report import ARMS, write
+
+from normfree import VARIANTS
+from normfree.data.seeds import permutation
+from normfree.train.config import Augment, Config, Input, Log, Net, Optim, steps_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from normfree.data.protocol import Source
+
+RUNS = Path("runs/batch_size")
+RESULTS = Path(__file__).parent / "results"
+PROBE_SEED = 100  # in no table
+
+# Rows of this experiment alone: six bottleneck blocks on 16, 8 and 4 px, so that two cores train them 45 times.
+_THIN = replace(VARIANTS["nf_resnet_nano"], stem="conv3_stride2", depths=(2, 2, 2), widths=(32, 64, 128))
+ROWS = {"nf_resnet_thin": _THIN, "resnet_thin": replace(_THIN, norm="batch")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One size of the experiment. `lr` is the peak rate at a batch of 256; `clippings` are AGC's λ, one for each batch
+    size, as [B] took the best for each. `probes` are the λ that were tried, by batch size."""
+
+    data: str = "cifar10"
+    model: str
+    train_images: int
+    val_images: int
+    length: str
+    warmup: str
+    batches: tuple[int, ...]
+    seeds: int
+    lr: float
+    clippings: tuple[float, ...]
+    workers: int = 0
+    probe_lrs: tuple[float, ...] = ()
+    probes: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    note: str = ""
+
+
+PRESETS = {
+    "cpu": Preset(
+        model="nf_resnet_thin", train_images=8_000, val_images=2_000, length="10ep", warmup="1ep",
+        batches=(32, 64, 128, 256, 512), seeds=3, lr=0.4, clippings=(0.16, 0.16, 0.16, 0.08, 0.02),
+        probe_lrs=(0.2, 0.4, 0.8),
+        probes={32: (0.08, 0.16), 64: (0.08, 0.16), 128: (0.04, 0.08, 0.16), 256: (0.04, 0.08, 0.16),
+                512: (0.005, 0.01, 0.02, 0.04, 0.08)},
+        note="The machine did other work too. The plan began with λ = 0.02 at every batch size; after its seed 0 "
+             "(below) each batch size got a λ of its own, and the largest kept 0.02.",
+    ),
+    "gpu": Preset(
+        model="nf_resnet_mini", train_images=50_000, val_images=10_000, length="60ep", warmup="5ep",
+        batches=(128, 256, 512, 1024, 2048, 4096), seeds=5, lr=0.1, workers=8,
+        clippings=(0.16, 0.16, 0.08, 0.04, 0.02, 0.01),  # [B] at 4096; below that a guess, doubled as the batch halves
+        probe_lrs=(0.1, 0.2, 0.4), probes=dict.fromkeys((128, 512, 1024, 2048, 4096), (0.01, 0.02, 0.04, 0.08, 0.16)),
+    ),
+    "tiny": Preset(
+        data="synthetic:classes=4,size=16,train=64,val=32", model="nf_resnet_thin", train_images=32, val_images=16,
+        length="2ep", warmup="1ep", batches=(8, 16), seeds=1, lr=0.1, clippings=(0.04, 0.02),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: `lr` is the rate at a batch of 256, `clipping` AGC's λ (0 in the other arms)."""
+
+    arm: str
+    batch: int
+    seed: int
+    lr: float
+    clipping: float
+
+    @property
+    def name(self) -> str:
+        clip = f"-agc{self.clipping:g}" if self.clipping else ""
+        return f"{self.arm}-b{self.batch}-lr{self.lr:g}{clip}-s{self.seed}"
+
+
+def cell(preset: Preset, arm: str, *, batch: int, seed: int, lr: float = 0.0, clipping: float = 0.0) -> Cell:
+    """A cell with the preset's rate and λ unless others are given."""
+    own = dict(zip(preset.batches, preset.clippings, strict=True))[batch]
+    clipping = (clipping or own) if arm == "nf_agc" else 0.0
+    return Cell(arm, batch, seed, lr or preset.lr, clipping)
+
+
+def cells(preset: Preset) -> list[Cell]:
+    """All cells of the table, seed after seed, so that an interrupted experiment holds whole tables."""
+    return [
+        cell(preset, arm, batch=batch, seed=seed)
+        for seed in range(preset.seeds)
+        for arm in ARMS
+        for batch in preset.batches
+    ]
+
+
+def config_of(preset: Preset, cell: Cell, data: str) -> Config:
+    """The config of a cell: [B] section 4.1 and appendix D, but short, small and with open branches."""
+    samples, batch = preset.train_images, cell.batch
+    steps = steps_of(preset.length, samples=samples, batch_size=batch)
+    return Config(
+        data=data,
+        model=preset.model.removeprefix("nf_") if cell.arm == "bn" else preset.model,
+        length=preset.length,
+        seed=cell.seed,
+        net=Net(drop_rate=0.0, stochdepth_rate=0.0),
+        input=Input(batch_size=batch, workers=preset.workers),
+        augment=Augment(crop_min=0.5),
+        optim=Optim(
+            lr=cell.lr * batch / 256, weight_decay=1e-4, warmup=preset.warmup,
+            clip="agc" if cell.arm == "nf_agc" else "off", clipping=cell.clipping or 0.01,
+            ema_decay=0.0,  # no average: it equals the weights
+        ),
+        log=Log(every=max(1, steps // 100), evaluate_every=preset.length, checkpoint_every="2ep"),
+    )  # fmt: skip
+
+
+# --- data ---------------------------------------------------------------------------------------------
+
+
+class Part:
+    """`count` samples of a source, as many of each class as possible, chosen by a fixed order."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        if count > len(source):
+            raise ValueError(
+                f"{count} images are wanted and the data has {len(source)}. Allowed: up to that. Fix: another --data"
+            )
+        self._source, self.classes = source, source.classes
+        members: dict[int, list[int]] = {}
+        for index in permutation(len(source), 0, "batch_size"):
+            members.setdefault(source.label(int(index)), []).append(int(index))
+        order = sorted((rank, label, i) for label, own in members.items() for rank, i in enumerate(own))
+        self._indices = sorted(i for _, _, i in order[:count])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def label(self, index: int) -> int:
+        return self._source.label(self._indices[index])
+
+    def image(self, index: int, draw: int = 0) -> Image:
+        return self._source.image(self._indices[index], draw)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+
+def packed(preset: Preset, data: str, folder: Path) -> str:
+    """The preset's part of `data` as a data word: two packed files in `folder`, written if they are not there."""
+    from normfree.data.pack import pack
+    from normfree.data.sources import open_source
+
+    files = {part: folder / f"{part}.packed" for part in ("train", "val")}
+    told = folder / "data.txt"  # whence the files came
+    if not told.exists():
+        split = open_source(data)
+        counts = {"train": preset.train_images, "val": preset.val_images}
+        for part, path in files.items():
+            pack(Part(getattr(split, part), counts[part]), path, size=32)
+        told.write_text(data + "\n", encoding="utf-8")
+    if told.read_text(encoding="utf-8").strip() != data:
+        raise ValueError(
+            f"{folder} holds cells on {told.read_text(encoding='utf-8').strip()}, not on {data}. Allowed: one data "
+            f"set for each preset. Fix: move {folder} away"
+        )
+    return f"packed:{files['train']},val={files['val']}"
+
+
+# --- cells --------------------------------------------------------------------------------------------
+
+
+def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
+    """Trains a cell in `folder`/NAME to its end, or to a signal, and writes cell.json there. Returns an exit code.
+
+    A run whose gradients or answers are no longer finite has diverged: that is a result, with the accuracy of
+    guessing, and is not repeated.
+    """
+    import torch
+    from rich.console import Console
+
+    from normfree.data.sources import open_source
+    from normfree.train.loop import Stopped, train
+    from normfree.train.trainer import Diverged
+
+    out, start = folder / cell.name, time.process_time()
+    before = read_cell(out)
+    outcome: dict[str, Any] = {"status": "done"}
+    code = 0
+    try:
+        result = train(config_of(preset, cell, data), out, console=Console(quiet=True))
+        outcome["top1"] = result.weights.top1
+    except Stopped as stopped:
+        code, outcome = stopped.exit_code, {"status": "stopped"}
+    except ValueError as error:
+        if not isinstance(error, Diverged) and "not finite" not in str(error):
+            raise
+        outcome = {"status": "diverged", "top1": 100 / len(open_source(data).classes), "message": str(error)}
+    outcome["cpu_seconds"] = round(time.process_time() - start + before.get("cpu_seconds", 0.0), 1)
+    outcome["threads"] = torch.get_num_threads()
+    (out / "cell.json").write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+    return code
+
+
+def read_cell(out: Path) -> dict[str, Any]:
+    """What cell.json of a cell says; empty when there is none."""
+    path = out / "cell.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_rows(folder: Path, wanted: Iterable[Cell]) -> list[dict[str, Any]]:
+    """One row for every finished or diverged cell: the cell, its outcome, steps and the mean clipped fraction."""
+    from normfree.diagnose.report import read_metrics
+
+    rows = []
+    for cell in wanted:
+        outcome = read_cell(folder / cell.name)
+        if outcome.get("status") not in ("done", "diverged"):
+            continue
+        lines = read_metrics(folder / cell.name / "metrics.jsonl")
+        clipped = [line["clipped"] for line in lines if "clipped" in line]
+        rows.append(
+            asdict(cell)
+            | {"clipped": round(statistics.fmean(clipped), 4) if clipped else 0.0}
+            | {"steps": max((line["step"] for line in lines), default=0)}
+            | {key: value for key, value in outcome.items() if key != "message"}
+        )
+    return rows
+
+
+# Keep freed memory: glibc hands the blocks of large batches back to the kernel after every step and asks for them anew,
+# which made a batch of 512 four times slower here. Other C libraries ignore these.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 28),
+}  # fmt: skip
+
+
+def run_cells(wanted: Sequence[Cell], *, preset: str, data: str, runs: Path, jobs: int) -> None:
+    """Runs the cells that are not finished, `jobs` at a time, each in a process of its own with one thread.
+
+    Raises:
+        KeyboardInterrupt: a signal came; the cells at work have been saved.
+        ValueError: a cell failed for another reason than divergence.
+    """
+    folder, running = runs / preset, set[subprocess.Popen[bytes]]()
+    left = [c for c in wanted if read_cell(folder / c.name).get("status") not in ("done", "diverged")]
+    print(
+        f"{len(wanted) - len(left)} of {len(wanted)} cells are there, {len(left)} to run in {folder}/",
+        flush=True,
+    )
+    environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1"}
+
+    def work(cell: Cell) -> None:
+        words = ["--preset", preset, "--data", data, "--runs", str(runs), "--cell", json.dumps(asdict(cell))]
+        # in a session of its own: a Ctrl-C reaches this process alone, which then asks every cell once to save itself
+        process = subprocess.Popen(
+            [sys.executable, __file__, *words], env=environment, start_new_session=True
+        )
+        running.add(process)
+        code = process.wait()
+        running.discard(process)
+        if code:
+            raise ValueError(
+                f"cell {cell.name} ended with exit code {code}; see {folder / cell.name}/log.txt"
+            )
+        outcome = read_cell(folder / cell.name)
+        seconds = outcome["cpu_seconds"]
+        print(f"{cell.name}: {outcome['status']}, top-1 {outcome['top1']:.2f} %, {seconds:.0f} s", flush=True)
+
+    def stop(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(work, cell) for cell in left]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            raise
+
+
+# --- the command ---
+
+
+def probe_cells(preset: Preset) -> list[Cell]:
+    """The runs behind the preset's rate (both networks at the middle batch) and λ; and, from seed 0, what the λ of the
+    largest batch does at the smaller ones."""
+    middle = preset.batches[len(preset.batches) // 2]
+    rates = [
+        cell(preset, arm, batch=middle, seed=PROBE_SEED, lr=lr)
+        for lr in preset.probe_lrs
+        for arm in ("bn", "nf")
+    ]
+    tried = [
+        cell(preset, "nf_agc", batch=batch, seed=PROBE_SEED, clipping=clipping)
+        for batch, clippings in preset.probes.items()
+        for clipping in clippings
+    ]
+    smallest = preset.clippings[-1]
+    constant = [
+        cell(preset, "nf_agc", batch=batch, seed=0, clipping=smallest)
+        for batch, clipping in zip(preset.batches, preset.clippings, strict=True)
+        if clipping != smallest and preset.probes
+    ]
+    return rates + tried + constant
+
+
+def machine() -> str:
+    """Cores and name of the CPU, or of the GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+
+
+def found(name: str, *, runs: Path, data: str) -> dict[str, Any]:
+    """All that is known of a preset's cells: what batch_size.json holds and the page is made of."""
+    import torch
+
+    from normfree.data.pack import PackedSource
+
+    preset, row = PRESETS[name], VARIANTS[PRESETS[name].model]
+    word = "FOLDER" if Path(data).exists() else data  # a path means nothing elsewhere
+    files = Path(PackedSource(runs / name / "train.packed", check=False).name(0)).suffix
+    command = "python experiments/batch_size.py" + (f" --preset {name}" if name != "cpu" else "")
+    others = [other for other in ("cpu", "gpu") if other != name and not (runs / other).exists()]
+    return {
+        "name": name, "command": command + (f" --data {word}" if data != preset.data else ""),
+        "data": f"{files} files of {word}" if files else word, "machine": machine(), "torch": str(torch.__version__),
+        "remark": f"{preset.note} Not yet run: preset {' and '.join(others)}." if others else preset.note,
+        "preset": asdict(preset),
+        "network": {"depths": row.depths, "widths": row.widths, "skip_gain": row.skip_gain},
+        "total": len(cells(preset)),
+        "cells": read_rows(runs / name, cells(preset)), "probe": read_rows(runs / name, probe_cells(preset)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    VARIANTS.update(ROWS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--data", default="", help="any data word of normfree; default: the preset's")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, of one thread each")
+    parser.add_argument("--probe", action="store_true", help="run the cells that choose rate and λ")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="where the cells' run folders go")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where table, picture and JSON go")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    data, folder = arguments.data or preset.data, arguments.runs / arguments.preset
+    if arguments.cell:
+        word = packed(preset, data, folder)
+        sys.exit(run_cell(preset, Cell(**json.loads(arguments.cell)), data=word, folder=folder))
+    try:
+        packed(preset, data, folder)
+        wanted = probe_cells(preset) if arguments.probe else cells(preset)
+        run_cells(wanted, preset=arguments.preset, data=data, runs=arguments.runs, jobs=arguments.jobs)
+    except KeyboardInterrupt:
+        sys.exit("stopped; say the same command again to continue")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(write(found(arguments.preset, runs=arguments.runs, data=data), arguments.results))
+
+
+if __name__ == "__main__":
+    main()
