@@ -36,8 +36,11 @@ def bench(arguments: BenchArguments) -> int:
     from rich.table import Table
 
     from normfree.models.zoo import variant_of
+    from normfree.train.allocator import keep_freed_memory
     from normfree.train.speed import BACKWARD, measure
 
+    if arguments.device in ("auto", "cpu"):
+        keep_freed_memory()  # as `normfree train` does
     for name in arguments.names:  # all of them before the first takes its minutes
         variant_of(name)
     table = Table(box=None, pad_edge=False, header_style="bold")

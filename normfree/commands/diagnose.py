@@ -34,7 +34,8 @@ class DiagnoseArguments:
     model: Positional[str]
     """A model name, a run or model folder, or timm:NAME or torchvision:NAME (random weights)."""
     data: Positional[str] = ""
-    """A folder of class folders, or the name of a data set; nothing: the data of a run, else Gaussian noise."""
+    """A folder of class folders, or the name of a data set; nothing: the data of a run, else Gaussian noise. A second
+    run folder: one page with both runs, and nothing else."""
     batch_size: int = 16
     """Images; the gradient is that of one batch."""
     image_size: int = 0
@@ -43,6 +44,8 @@ class DiagnoseArguments:
     """cpu, cuda, mps; auto: the first GPU, else the CPU."""
     out: str = ""
     """Folder for the pictures; nothing: diagnose-NAME here."""
+    report: str = ""
+    """HTML page about a run, or two; nothing: report.html in the run's folder, RUN-RUN.html here for two."""
     json: bool = False
     """Print one JSON object instead of tables; no pictures unless --out names a folder."""
 
@@ -76,6 +79,17 @@ def diagnose(arguments: DiagnoseArguments) -> int:
         raise UsageError(f"--batch-size {arguments.batch_size}: expected 2 or more; one has no neighbours.")
     if arguments.image_size < 0:
         raise UsageError(f"--image-size {arguments.image_size}: expected pixels, or 0 for the network's own.")
+    runs = [
+        Path(word) for word in (arguments.model, arguments.data) if (Path(word) / "config.toml").is_file()
+    ]
+    if arguments.report and not runs:
+        raise UsageError(
+            f"--report {arguments.report}: only runs have a page, and {arguments.model} is none."
+        )
+    if arguments.data and Path(arguments.data) in runs:
+        if len(runs) < 2:
+            raise UsageError(f"{arguments.data} is a run, and {arguments.model} is none to put beside it.")
+        return _report(arguments, runs)
     torch.manual_seed(0)
     subject, device = _subject(arguments), run_device(arguments.device)
     images, labels, seen = _images(arguments, subject)
@@ -103,6 +117,8 @@ def diagnose(arguments: DiagnoseArguments) -> int:
         _print_dependence(console, dependence)
     if arguments.out or not arguments.json:
         _draw(arguments, title, signal, gradients)
+    if runs and not arguments.json:
+        return _report(arguments, runs)
     return 0
 
 
@@ -370,6 +386,18 @@ def _draw(
     if not arguments.json:
         names = (["signal.png"] if signal is not None else []) + ["ratios.png"]
         print(f"\npictures: {', '.join(str(folder / name) for name in names)}")
+
+
+def _report(arguments: DiagnoseArguments, runs: list[Path]) -> int:
+    """Writes the page of one run, or of two."""
+    from normfree.train.report import write_report
+
+    names = "-".join(run.resolve().name for run in runs)
+    path = Path(arguments.report) if arguments.report else (
+        runs[0] / "report.html" if len(runs) == 1 else Path(f"{names}.html")
+    )  # fmt: skip
+    print(f"report: {write_report(runs, path, device=arguments.device)}")
+    return 0
 
 
 def _terminal() -> bool:

@@ -153,9 +153,7 @@ def _of_run(path: Path, pre: Preprocessing) -> _Pictures:
 
     config = load_config(path)
     try:
-        split = open_source(
-            config.data, val_fraction=config.input.val_fraction, seed=config.seed
-        )
+        split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed)
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(
             f"the run's data cannot be read: {error}. Or give other pictures: --images FOLDER"

@@ -127,11 +127,14 @@ def _free_folder(name: str) -> Path:
 
 
 def _train(config: Config, folder: Path) -> int:
+    from normfree.train.allocator import keep_freed_memory
     from normfree.train.loop import Stopped
     from normfree.train.loop import train as run
     from normfree.train.parallel import ElsewhereError
     from normfree.train.trainer import Diverged
 
+    if config.device in ("auto", "cpu"):
+        keep_freed_memory()  # also harmless beside a GPU
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, this one alone speaks
     try:
         run(config, folder)

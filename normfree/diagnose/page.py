@@ -39,13 +39,10 @@ def page(title: str, facts: str, sections: Iterable[Section]) -> str:
             f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>{note}{section.body}</section>'
         )
     template = files("normfree.diagnose").joinpath("page.html").read_text(encoding="utf-8")
-    for mark, text in (
-        ("TITLE", html.escape(title)),
-        ("FACTS", html.escape(facts)),
-        ("SECTIONS", "\n".join(parts)),
-    ):
-        template = template.replace(f"<!--{mark}-->", text, 1)
-    return template
+    texts = {
+        "TITLE": html.escape(title), "FACTS": html.escape(facts), "SECTIONS": "\n".join(parts)
+    }  # fmt: skip
+    return re.sub("<!--([A-Z]+)-->", lambda mark: texts[mark[1]], template)
 
 
 def figures(drawn: Iterable[tuple[Any, str]]) -> str:

@@ -44,6 +44,11 @@ def curve_figures(runs: Mapping[str, Rows]) -> Iterator[tuple[Any, str]]:
     for panel in PANELS:
         if any(name in row for rows in runs.values() for row in rows for name, _, _ in panel.lines):
             yield _curves(panel, runs), f"{panel.title} over epochs"
+    sampled = {
+        run: found for run, rows in runs.items() if (found := [row for row in rows if row.get("ratios")])
+    }
+    if sampled:
+        yield _ratios(sampled), "gradient to weight over epochs"
 
 
 def _curves(panel: Panel, runs: Mapping[str, Rows]) -> Any:
@@ -69,10 +74,26 @@ def _curves(panel: Panel, runs: Mapping[str, Rows]) -> Any:
     return figure
 
 
+def _ratios(runs: Mapping[str, Rows]) -> Any:
+    """What AGC compares, over a run: the ratio below which half of the units lie, and that of 90 %."""
+    figure = new_figure(4.2, 2.9)
+    axis = figure.add_subplot()
+    for (run, rows), colour in zip(runs.items(), RUN_COLOURS, strict=False):
+        epochs = [row["epoch"] for row in rows]
+        for place, word, dash in ((1, "half of the units", ":"), (2, "90 %", "-")):
+            values = [row["ratios"]["all"][place] for row in rows]
+            label = ", ".join(filter(None, (run if len(runs) > 1 else "", word)))
+            axis.plot(epochs, values, color=colour, ls=dash, marker="o", ms=2.5, lw=1.4, label=label)
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8)
+    _plain(axis, "|gradient| / |weights|", "epoch")
+    return figure
+
+
 def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], *, title: str) -> Any:
     """Share of the images of each true class (row) that got each answer (column); percent from 1 on are written."""
     size = len(classes)
-    figure = new_figure(min(9.0, 2.2 + 0.42 * size), min(8.6, 1.6 + 0.42 * size))
+    figure = new_figure(min(9.0, 1.8 + 0.34 * size), min(8.6, 1.4 + 0.34 * size))
     axis = figure.add_subplot()
     from matplotlib.patches import Rectangle
 

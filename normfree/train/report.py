@@ -26,7 +26,7 @@ from normfree.diagnose.propagation import signal_propagation
 from normfree.diagnose.report import read_metrics
 from normfree.inference import evaluate, run_device
 from normfree.models.zoo import create_model
-from normfree.pretrained import TrainedModel, from_pretrained
+from normfree.pretrained import TrainedModel, describe, from_pretrained
 from normfree.train import run
 from normfree.train.config import Config, load_config
 from normfree.train.metrics import Voice
@@ -157,7 +157,7 @@ def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[page.Section]
     blocks, tables = [], ""
     for course in finished:
         scores = course.results["average"]
-        classes, confusion = _classes(course), scores["confusion"]
+        classes, confusion = describe(course.folder).classes, scores["confusion"]
         title = f"{course.name}: answers, % of the true class"
         blocks.append(
             (run_figures.confusion_figure(confusion, classes, title=title), f"confusion of {course.name}")
@@ -180,12 +180,6 @@ def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[page.Section]
         drawn.block(blocks) + tables,
         "Of the averaged weights on the validation images. Rows are true classes.",
     )
-
-
-def _classes(course: Course) -> list[str]:
-    config = json.loads((course.folder / "model" / "config.json").read_text(encoding="utf-8"))
-    names: list[str] = config["classes"]
-    return names
 
 
 def _settings(courses: Sequence[Course]) -> page.Section:

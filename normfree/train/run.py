@@ -39,7 +39,6 @@ from normfree.train.metrics import Voice
 
 #: Keys in which a continued run may not differ from how it began; further ones, of `input`, stand in `begin`.
 DECISIVE = ("data", "model", "weights", "length", "patience", "seed", "precision", "net", "augment", "optim")
-FEW_STEPS = 300  # ours: below it a warm-up and a decay of the rate leave little in between
 SQUASH_UP_TO = 96  # px; a margin of 32 px, as at ImageNet sizes, would cut a small picture's content away
 
 
@@ -243,9 +242,6 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, v
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
         voice.say("bfloat16 on a CPU without such units is many times slower than float32")
-    if config.weights and total_steps < FEW_STEPS:
-        voice.say(f"{total_steps} steps are few; in a small folder count steps: --length 1000st "
-                  "--log.evaluate_every 50st")  # fmt: skip
 
 
 def finish(config: Config, split: Split, average: torch.nn.Module, result: TrainResult, voice: Voice) -> None:
@@ -274,7 +270,7 @@ def finish(config: Config, split: Split, average: torch.nn.Module, result: Train
         voice.say(f"curves: {out}/curves.png")
     except ModuleNotFoundError as error:
         voice.say(f"no picture: {error}")
-    voice.say(f"model:  {out}/model/    next: normfree predict {out} IMAGE...")
+    voice.say(f"model:  {out}/model/    next: normfree predict {out} IMAGE..., normfree diagnose {out}")
     voice.say(f"{result.seconds:.0f} s")
 
 

@@ -393,23 +393,6 @@ def test_the_word_download_becomes_the_address():
     )
 
 
-def test_few_steps_are_said_to_be_few(tmp_path):
-    console = quiet()
-    flags = (
-        "--weights",
-        folder_of(tmp_path / "net", "nf_resnet_nano", 16),
-        "--length",
-        "2st",
-        "--patience",
-        "0",
-    )
-    loop.train(config(*flags), tmp_path / "run", console=console)
-    assert (
-        "2 steps are few; in a small folder count steps: --length 1000st --log.evaluate_every 50st\n"
-        in console.file.getvalue()
-    )
-
-
 def test_data_and_weights_alone_mean_fine_tuning(monkeypatch):
     chosen = []
     monkeypatch.setattr(commands, "_train", lambda config, folder: chosen.append((config, folder)) or 0)
