@@ -27,8 +27,9 @@ FLOORS = {
 GROUND = ("models", "optim", "data")
 FACE = {
     "SGD", "VARIANTS", "Ema", "WSConv2d", "__version__", "adaptive_clip_grad_", "batch_dependence",
-    "convert_batchnorm", "create_model", "evaluate", "from_pretrained", "gain_of", "gradient_report", "list_models", "load_weights",
-    "parameter_groups", "predict", "push_to_hub", "save_pretrained", "scaled_activation", "signal_propagation",
+    "convert_batchnorm", "create_model", "evaluate", "from_pretrained", "gain_of", "gradient_report", "list_models",
+    "load_weights", "parameter_groups", "predict", "push_to_hub", "save_pretrained", "scaled_activation",
+    "signal_propagation",
 }  # fmt: skip
 
 

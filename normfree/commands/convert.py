@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from normfree.commands.place import move_into_place
 from normfree.commands.words import UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +23,11 @@ class ConvertArguments:
     """Weights of DeepMind, timm or others into a model folder; or any network into DeepMind's layout."""
 
     source: Positional[str]
-    """A released .npz, a .safetensors, a .pth, a run or model folder of ours or timm's, or hf-hub:OWNER/NAME."""
+    """A released .npz, a .safetensors, a .pth, a run or model folder of ours or timm's, hf-hub:OWNER/NAME; or
+    timm:NAME or torchvision:NAME, whose batch norm is taken out."""
     target: Positional[str]
-    """A new folder; or a new file that ends in .npz, for the released layout."""
+    """A new folder; or a new file that ends in .npz, for the released layout, or in .safetensors for another library's
+    network."""
     model: str = ""
     """The row of the weights; default: recognised by names and shapes."""
     numerics: Literal["reference", "timm"] = "reference"
@@ -35,14 +36,33 @@ class ConvertArguments:
     """Which entry of a .pth holds the weights, when several might, for example state_dict_ema."""
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """A text file with one class name per line; default: those of the source, else numbers."""
+    how: Literal["exact", "normalizer_free", "scratch"] = "exact"
+    """timm:, torchvision: only. How batch norm is taken out: folded; folded with standardized kernels; rewritten."""
+    weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """timm:, torchvision: only. The network's weights."""
+    images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
+    """timm:, torchvision: only. Pictures that kernels are fitted to, or that outputs are compared on."""
 
 
 def convert(arguments: ConvertArguments) -> int:
     """Reads and checks everything first; the target then appears whole or not at all."""
+    from normfree.commands.convert_foreign import LIBRARIES, convert_foreign
     from normfree.models.hub import PREFIX
     from normfree.models.weights import PICKLED
 
     target = Path(arguments.target)
+    if arguments.source.startswith(LIBRARIES):
+        print(
+            convert_foreign(
+                arguments.source, target, how=arguments.how, weights=arguments.weights, images=arguments.images,
+                key=arguments.key,
+            )
+        )  # fmt: skip
+        return 0
+    if arguments.weights or arguments.images or arguments.how != "exact":
+        raise UsageError(
+            f"--how, --weights and --images are for timm:NAME and torchvision:NAME, not for {arguments.source}."
+        )
     _check_target(target)
     folder = arguments.source.startswith(PREFIX) or Path(arguments.source).is_dir()
     if arguments.key and Path(arguments.source).suffix not in PICKLED:
@@ -195,8 +215,8 @@ def _write(target: Path, model: TrainedModel) -> Path:
 
     if target.suffix == ".npz":
         tree = _released(model)
-        return _move(target, lambda place: _write_haiku(place, tree))
-    return _move(target, lambda place: save_pretrained(model, place)) / MODEL_FILE
+        return move_into_place(target, lambda place: _write_haiku(place, tree))
+    return move_into_place(target, lambda place: save_pretrained(model, place)) / MODEL_FILE
 
 
 def _write_haiku(place: Path, tree: Any) -> None:
@@ -214,22 +234,6 @@ def _released(model: TrainedModel) -> Any:
             f"{name} computes as timm does, which the released layout cannot say. Convert it to a folder."
         )
     return haiku_from_state_dict(model.net.state_dict())
-
-
-def _move(target: Path, write: Callable[[Path], Any]) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    place = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        write(place)
-        if target.is_dir():
-            target.rmdir()  # it is empty
-        place.rename(target)
-    finally:
-        if place.is_dir():
-            shutil.rmtree(place, ignore_errors=True)
-        else:
-            place.unlink(missing_ok=True)
-    return target
 
 
 def _sha256(path: Path) -> str:

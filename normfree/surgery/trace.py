@@ -1,0 +1,126 @@
+"""A module as a graph of layers: torch.fx, with layers as leaves whatever class they have.
+
+Convolutions with padding of their own, batch norms with an activation inside and small modules without parameters stay
+whole, so that the graph speaks of layers and not of what they are made of. The model is traced as it evaluates.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+
+class NotTraceableError(ValueError):
+    """torch.fx cannot follow the model, or follows it to an operation that has no rule. `place` names it."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        self.place = place
+        super().__init__(f"{place}: {reason}")
+
+
+class _LayerTracer(fx.Tracer):
+    """Remembers in `failed` the innermost module that could not be traced."""
+
+    failed = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _ConvNd | _BatchNorm | nn.Linear):
+            return True
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        bare = not any(m.children()) and not any(True for _ in m.parameters())
+        return bare and _takes_one_tensor(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of `model` in evaluation mode; `model` keeps its mode. Arguments of `forward` that have a default
+    take it.
+
+    Raises:
+        NotTraceableError: the model's Python depends on the values or the kind of its input.
+    """
+    tracer = _LayerTracer()
+    modes = {module: module.training for module in model.modules()}
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+    try:
+        return tracer.trace(model.eval(), concrete_args=defaults or None)
+    except Exception as error:
+        place = type(model).__name__ + (f".{tracer.failed}" if tracer.failed else "")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise NotTraceableError(place, f"torch.fx cannot trace it ({first}).") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, if it calls one."""
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose results a node reads, each once, in order."""
+    return list(dict.fromkeys(node.all_input_nodes))
+
+
+def convolutions(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the convolutions that are called once: those that read maps, and those behind a global pooling, which
+    make a gate or are part of the head.
+
+    Raises:
+        NotTraceableError: see `trace`.
+    """
+    graph, pooled = trace(model), set[fx.Node]()
+    maps: dict[bool, list[str]] = {False: [], True: []}
+    calls = Counter(id(module_of(model, node)) for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        inputs, module = tensor_inputs(node), module_of(model, node)
+        if _pools_globally(node, module) or (inputs and pooled.issuperset(inputs)):
+            pooled.add(node)
+        if isinstance(module, _ConvNd) and calls[id(module)] == 1:
+            maps[node in pooled].append(str(node.target))
+    return maps[False], maps[True]
+
+
+def _pools_globally(node: fx.Node, module: nn.Module | None) -> bool:
+    if module is not None and not any(True for _ in module.parameters()):
+        try:
+            out = module(torch.zeros(2, 3, 4, 5))
+        except Exception:  # it wants something else than a map
+            return False
+        return isinstance(out, torch.Tensor) and out.shape in ((2, 3), (2, 3, 1, 1))
+    over: Any = (*node.args[1:2], *node.kwargs.values(), None)[0]
+    if node.target == "mean":
+        return isinstance(over, tuple | list) and sorted(d % 4 for d in over) == [2, 3]
+    return node.target is torch.nn.functional.adaptive_avg_pool2d and over in (1, (1, 1), [1, 1])
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in parameters if p.default is inspect.Parameter.empty]
+    return len(needed) == 1 and needed[0].kind is not inspect.Parameter.VAR_POSITIONAL
+
+
+def is_functional_batch_norm(node: fx.Node) -> bool:
+    """Whether a node normalizes over a batch without a module to hold the statistics."""
+    return node.op == "call_function" and node.target in (torch.nn.functional.batch_norm, torch.batch_norm)

@@ -1,0 +1,287 @@
+"""Batch norm folded into networks that nobody here wrote: the function of evaluation mode stays."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from normfree.optim.agc import adaptive_clip_grad_
+from normfree.optim.groups import parameter_groups
+from normfree.optim.sgd import SGD
+from normfree.surgery.batchnorm import ScaleShift, batchnorms
+from normfree.surgery.convert import convert_batchnorm
+
+
+def lived_in(net):
+    """Weights and statistics that have moved; in evaluation mode."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in batchnorms(net).values():
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2.0)
+            if module.weight is not None:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.3)
+    return net.eval()
+
+
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+class PreActivation(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))): the first norm has no layer before it that it could go into."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm0, self.norm1 = nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+        self.conv0, self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1)
+        self.hidden, self.norm2, self.head = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv1(F.relu(self.norm1(self.conv0(F.relu(self.norm0(x), inplace=True)))))
+        return self.head(F.relu(self.norm2(self.hidden(x.mean((2, 3))))))
+
+
+NETWORKS = {
+    "pre-activation": PreActivation,
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=5),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=5, width_mult=0.35),
+    "test_resnet": lambda: timm.create_model("test_resnet", num_classes=5),
+    "test_efficientnet": lambda: timm.create_model("test_efficientnet", num_classes=5),
+    "test_byobnet": lambda: timm.create_model("test_byobnet", num_classes=5),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_outputs_stay_and_batch_norm_is_gone(name, dtype, tolerance):
+    net = lived_in(NETWORKS[name]()).to(dtype)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    images = torch.randn(3, 3, 64, 64, dtype=dtype)
+    converted, report = convert_batchnorm(net, images)
+    with torch.no_grad():
+        error = distance(converted(images), net(images))
+    assert error < tolerance
+    assert report.error == pytest.approx(error, rel=1e-3)
+    assert not batchnorms(converted)
+    assert not list(converted.buffers())
+    assert {c.norm.removesuffix(".0") for c in report.layers} == set(batchnorms(net))
+    assert type(converted) is type(net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the original is untouched
+
+
+def test_what_goes_where():
+    net = lived_in(PreActivation())
+    converted, report = convert_batchnorm(net)
+    assert [(c.norm, c.change, c.layer) for c in report.layers] == [
+        ("norm0", "scale and shift", "norm0"),
+        ("norm1", "folded", "conv0"),
+        ("norm2", "folded", "hidden"),
+    ]
+    assert str(report) == (
+        "exact: 1 scale and shift, 2 folded\n"
+        "layer   change           norm\n"
+        "norm0   scale and shift  norm0\n"
+        "conv0   folded           norm1\n"
+        "hidden  folded           norm2"
+    )
+    factor = net.norm0.weight / (net.norm0.running_var + net.norm0.eps).sqrt()
+    torch.testing.assert_close(converted.norm0.gain, factor)
+    torch.testing.assert_close(converted.norm0.bias, net.norm0.bias - net.norm0.running_mean * factor)
+    assert isinstance(converted.norm1, nn.Identity)
+
+
+class Tied(nn.Module):
+    """One convolution read twice, one called twice, one norm called twice: nothing may be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called, self.other = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm0, self.norm1 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.norm2 = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        read = self.read(x)
+        x = self.norm0(read) + read
+        x = self.called(self.norm1(self.called(x)))
+        return self.norm2(self.norm2(self.other(x)))
+
+
+def test_shared_layers_and_norms_get_scales_of_their_own():
+    net, images = lived_in(Tied()).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    converted, report = convert_batchnorm(net, images)
+    assert report.counts == {"scale and shift": 3}
+    assert distance(converted(images), net(images)) < 1e-12
+
+
+class Branching(nn.Module):
+    """Python that torch.fx cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x if x.sum() > 0 else -x))
+
+
+def test_exact_needs_no_trace():
+    net, images = lived_in(Branching()).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    converted, report = convert_batchnorm(net, images)
+    assert isinstance(converted.norm, ScaleShift)
+    assert report.counts == {"scale and shift": 1}
+    assert distance(converted(images), net(images)) < 1e-12
+
+
+class Halved(nn.Conv2d):
+    """A convolution whose output does not scale with its weight."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+def test_a_convolution_that_changes_its_weight_keeps_it():
+    net = lived_in(nn.Sequential(Halved(3, 4, 3), nn.BatchNorm2d(4))).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    converted, report = convert_batchnorm(net, images)
+    assert report.counts == {"scale and shift": 1}
+    assert torch.equal(converted[0].weight, net[0].weight)
+    assert distance(converted(images), net(images)) < 1e-12
+
+
+def test_the_batch_no_longer_matters_and_agc_trains():
+    """The gradients of two halves are the batch's together: no statistics of batches anywhere."""
+    net = lived_in(timm.create_model("test_efficientnet", num_classes=5, drop_rate=0.0)).double().train()
+    images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
+
+    def gradients(model, chosen):
+        model.zero_grad()
+        F.cross_entropy(model(images[chosen]), labels[chosen], reduction="sum").backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    def depends_on_neighbours(model):
+        pairs = gradients(model, [0, 1]) + gradients(model, [2, 3])
+        return distance(pairs, gradients(model, [0, 1, 2, 3]))
+
+    converted = convert_batchnorm(net).model
+    assert converted.training
+    assert depends_on_neighbours(converted) < 1e-12
+    assert depends_on_neighbours(net) > 0.1
+    groups = parameter_groups(converted, weight_decay=2e-5, clipping=0.1)
+    names = {name: group["name"] for group in groups for name in group["param_names"]}
+    assert set(names) == {n for n, _ in converted.named_parameters()}
+    optimizer, losses = SGD(groups, lr=0.1), []
+    for _ in range(16):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(converted(images), labels)
+        loss.backward()
+        adaptive_clip_grad_(optimizer.param_groups)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return F.batch_norm(x, torch.zeros(4), torch.ones(4))
+
+
+class Whitening(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4))
+        self.eps = 0.0
+
+    def forward(self, x):
+        return x / x.norm()
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x), x
+
+
+class Late(nn.Conv2d):
+    """Seems linear on the probe and is not."""
+
+    def forward(self, x):
+        return super().forward(x) if x.shape[-1] == 16 else super().forward(x).clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    ("net", "how", "message"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+            "exact",
+            "1 has no running statistics (track_running_stats=False), so there is nothing to fold. Train it with "
+            "running statistics, or convert with how='scratch'.",
+        ),
+        (
+            Functional(),
+            "exact",
+            "batch_norm: torch.nn.functional.batch_norm is called outside of a module, which cannot be replaced. Use "
+            "torch.nn.BatchNorm2d.",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), Whitening()),
+            "exact",
+            "1: Whitening holds running statistics and is no batch norm that is known here. Replace it by "
+            "torch.nn.BatchNorm2d, which loads its statistics.",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
+            "exact",
+            "Sequential has no batch norm: nothing to convert. It has 1 GroupNorm.",
+        ),
+        (
+            nn.BatchNorm2d(3),
+            "folded",
+            "how='folded'. Allowed: exact, normalizer_free, scratch. Use 'exact', which keeps what the network "
+            "computes.",
+        ),
+        (
+            Pair(),
+            "exact",
+            "Pair returns tuple in evaluation mode; one tensor is needed. Wrap it in a module that returns the logits.",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_folded_is_refused_by_name(net, how, message):
+    with pytest.raises(ValueError, match=r".") as caught:
+        convert_batchnorm(net, torch.randn(1, 3, 8, 8), how=how)
+    assert str(caught.value) == message
+
+
+def test_a_conversion_that_does_not_hold_on_the_images_is_refused():
+    net = lived_in(nn.Sequential(Late(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(
+        ValueError, match=r"^Sequential: folding would change its outputs by .* of their norm"
+    ):
+        convert_batchnorm(net, torch.randn(1, 3, 8, 8))
+
+
+def test_other_norms_stay_and_are_named():
+    net = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)))
+    converted, report = convert_batchnorm(net)
+    assert report.kept == {"2": "GroupNorm does not look at a batch"}
+    assert isinstance(converted[2], nn.GroupNorm)
+    with pytest.raises(
+        ValueError, match=r"^alpha=0\.3, skip_gain=0\.0 with how='exact': only how='scratch' has them\.$"
+    ):
+        convert_batchnorm(net, alpha=0.3)

@@ -1,0 +1,337 @@
+"""Architectures rewritten as normalizer-free ones: the variance is where the bookkeeping says."""
+
+import contextlib
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import fx, nn
+
+from normfree.models.layers import gain_of
+from normfree.models.net import expected_betas
+from normfree.optim.groups import parameter_groups
+from normfree.surgery.batchnorm import batchnorms
+from normfree.surgery.convert import convert_batchnorm
+from normfree.surgery.scratch import SkipGain
+from normfree.surgery.standardize import Standardized
+from normfree.surgery.trace import NotTraceableError, trace
+
+
+class Block(nn.Module):
+    """A user's own: pre-activation or not, with a gate or not."""
+
+    def __init__(self, width, out, *, stride=1, pre=True, gate=False, act=None):
+        super().__init__()
+        self.pre, self.gate = pre, gate
+        self.act = nn.ReLU(inplace=True) if act is None else act
+        self.norm0, self.norm1 = nn.BatchNorm2d(width if pre else out), nn.BatchNorm2d(out)
+        self.conv0 = nn.Conv2d(width, out, 3, padding=1, bias=False, stride=stride)
+        self.conv1 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.project = (
+            nn.Conv2d(width, out, 1, stride=stride) if stride > 1 or width != out else nn.Identity()
+        )
+        if gate:
+            self.fc0, self.fc1 = nn.Linear(out, 8), nn.Linear(8, out)
+
+    def forward(self, x):
+        if self.pre:
+            a = self.act(self.norm0(x))
+            x = x if isinstance(self.project, nn.Identity) else self.project(a)
+            r = self.conv1(self.act(self.norm1(self.conv0(a))))
+        else:
+            r = self.norm1(self.conv1(self.act(self.norm0(self.conv0(x)))))
+            x = self.project(x)
+        if self.gate:
+            g = torch.sigmoid(self.fc1(F.relu(self.fc0(r.mean((2, 3))))))
+            r = r * g[:, :, None, None]
+        x = x + r
+        return x if self.pre else self.act(x)
+
+
+def network(**kwargs):
+    """Two stages of three blocks."""
+    torch.manual_seed(0)
+    blocks = [Block(32, 64, **kwargs), *(Block(64, 64, **kwargs) for _ in range(2))]
+    blocks += [Block(64, 128, stride=2, **kwargs), *(Block(128, 128, **kwargs) for _ in range(2))]
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), *blocks, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5)
+    )  # fmt: skip
+
+
+class Recorder(fx.Interpreter):
+    """Average channel variance of every convolution's output and after every skip gain's sum, by name."""
+
+    def __init__(self, module):
+        super().__init__(module.eval())
+        self.found = {}
+
+    def run_node(self, n):
+        out = super().run_node(n)
+        for name in [str(n.target), *(str(i.target) for i in n.all_input_nodes)]:
+            conv, gained = n.op == "call_module" and name == str(n.target), name.startswith("skip_gains")
+            if isinstance(out, torch.Tensor) and (conv != gained) and out.dim() == 4:
+                self.found[name] = float(out.detach().var((0, 2, 3), correction=0).mean())
+        return out
+
+
+def measured(net, images):
+    recorder = Recorder(net)
+    with torch.no_grad():
+        recorder.run(images)
+    return recorder.found
+
+
+def worst(net, report, images, kind):
+    found = measured(net, images)
+    return max(
+        abs(math.log(found[c.layer] / c.variance)) for c in report.layers if c.change == kind
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "pre-activation": network,
+    "post-activation": lambda: network(pre=False),
+    "gated": lambda: network(gate=True),
+    "silu": lambda: network(act=nn.SiLU()),
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=5),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_variance_follows_the_bookkeeping(name):
+    """Gaussian images, branches open: after every sum within 15 %, without having looked at any image. 25 % where maps
+    of 4 x 4 are a good part padding."""
+    converted, report = convert_batchnorm(NETWORKS[name](), how="scratch", skip_gain=1.0)
+    images = torch.randn(2, 3, *((128, 128) if name == "resnet18" else (32, 32)))
+    assert worst(converted, report, images, "skip gain") < (0.25 if name == "resnet18" else 0.15)
+    assert not batchnorms(converted)
+    sums = [m for m in converted.modules() if isinstance(m, SkipGain)]
+    assert len(sums) == report.counts["skip gain"] == (8 if name == "resnet18" else 6)
+    assert report.counts["gate doubled"] == (6 if name == "gated" else 0)
+
+
+def test_images_set_the_gains_where_neighbours_are_alike():
+    """Depthwise filters of mean zero see little of what is alike; on the user's images every layer is set right."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_efficientnet", num_classes=5)
+    images = F.avg_pool2d(torch.randn(8, 3, 70, 70), 7, stride=1)  # smooth
+    smooth, report = convert_batchnorm(net, images, how="scratch", skip_gain=1.0)
+    assert worst(smooth, report, images, "standardized") < 1e-4
+    blind, report = convert_batchnorm(net, how="scratch", skip_gain=1.0)
+    assert worst(blind, report, images, "standardized") > 0.5
+
+
+def test_constants_are_those_of_the_paper():
+    """A pre-activation network: gamma / sqrt(1 + k alpha^2) in what reads the stream, gamma inside the branch."""
+    _, report = convert_batchnorm(network(), how="scratch", alpha=0.3)
+    gamma = gain_of(F.relu)
+    betas = [b for stage in expected_betas((3, 3), 0.3) for b in stage]
+    betas[0] = 1.0  # the stem's output
+    scales = {c.layer: c.input_scale for c in report.layers if c.change == "standardized"}
+    assert scales["0"] == pytest.approx(1.0, rel=1e-6)
+    for block, beta in enumerate(betas, start=1):
+        assert scales[f"{block}.conv0"] == pytest.approx(beta * gamma, rel=0.02)
+        assert scales[f"{block}.conv1"] == pytest.approx(gamma, rel=0.02)
+    for block in (1, 4):
+        assert scales[f"{block}.project"] == scales[f"{block}.conv0"]
+    variances = [c.variance for c in report.layers if c.change == "skip gain"]
+    assert variances == pytest.approx([1 + k * 0.09 for k in (1, 2, 3)] * 2, rel=0.02)
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_it_computes_what_its_parts_say(pre):
+    """The rewritten block against the same written by hand from its parameters."""
+    torch.manual_seed(0)
+    net = Block(8, 8, pre=pre, gate=True).double()
+    converted, report = convert_batchnorm(net, how="scratch", alpha=0.5, skip_gain=0.7)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    kept = x.clone()
+    conv0, conv1 = converted.conv0, converted.conv1
+    r = conv1(F.relu(conv0(F.relu(x) if pre else x)))
+    g = torch.sigmoid(converted.fc1(F.relu(converted.fc0(r.mean((2, 3))))))[:, :, None, None]
+    expected = x + 0.5 * 0.7 * 2 * g * r
+    torch.testing.assert_close(converted(x), expected if pre else F.relu(expected))
+    assert torch.equal(x, kept)  # activations in place had a norm before them
+    assert [c.change for c in report.layers] == [
+        "standardized", "standardized", "gate doubled", "skip gain", "removed", "removed",
+    ]  # fmt: skip
+    scale = converted.conv1.input_scale
+    kernel = conv1.standardized_weight().flatten(1)
+    torch.testing.assert_close(kernel.mean(1), torch.zeros(8, dtype=torch.float64))
+    torch.testing.assert_close(kernel.norm(dim=1), torch.full((8,), scale, dtype=torch.float64))
+
+
+def test_branches_start_closed_and_open_by_training():
+    net = network(gate=True)
+    converted, _ = convert_batchnorm(net, how="scratch")
+    images = torch.randn(2, 3, 16, 16)
+    out = converted(images)
+    out.square().sum().backward()
+    gains = {n: p for n, p in converted.named_parameters() if n.endswith("skip_gain")}
+    assert len(gains) == 6
+    assert all(p.item() == 0 and p.grad != 0 for p in gains.values())
+    converted.get_submodule("1.conv1").conv.weight.data.normal_()
+    assert torch.equal(converted(images), out)
+    groups = parameter_groups(converted, weight_decay=1.0, clipping=1.0)
+    assert all(g["weight_decay"] == 0 for g in groups for n in g["param_names"] if n in gains)
+    assert converted.training
+
+
+def test_weights_are_fresh_and_repeat_under_a_seed():
+    net = network()
+    one, two = [], []
+    for kept in (one, two):
+        torch.manual_seed(3)
+        kept += [p.detach() for p in convert_batchnorm(net, how="scratch").model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    converted = convert_batchnorm(net, how="scratch").model
+    assert not torch.equal(converted.get_submodule("10").weight, net[10].weight)
+    convs = [m for m in converted.modules() if isinstance(m, Standardized)]
+    assert all((m.gain == 1).all() and (m.conv.bias == 0).all() for m in convs)
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return torch.cat([x, x], dim=1)
+
+
+class Shuffling(Stacked):
+    def forward(self, x):
+        return self.norm(self.conv(x)).permute(0, 2, 3, 1)
+
+
+class Chunked(Stacked):
+    def forward(self, x):
+        return self.norm(self.conv(x)).chunk(2, dim=1)[0]
+
+
+class Sliced(Stacked):
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return x + x[:, :32]
+
+
+class Deciding(Stacked):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) if x.mean() > 0 else x
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(self.conv(self.conv(x)))
+
+
+class Unsquashed(Stacked):
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return x * x.mean((2, 3), keepdim=True)
+
+
+def plain(*layers):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *layers)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Stacked(), "Stacked.cat: cat has no rule."),
+        (Shuffling(), "Shuffling.permute: permute has no rule."),
+        (Chunked(), "Chunked.chunk: chunk has no rule (it gives several maps)."),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4)),
+            "Sequential.3: batch norm of something that is no map.",
+        ),
+        (Sliced(), "Sliced.getitem: getitem has no rule."),
+        (Twice(), "Twice.conv: this convolution is called twice."),
+        (
+            Unsquashed(),
+            "Unsquashed.mul: a gate without a sigmoid: what it multiplies by is not known.",
+        ),
+        (plain(nn.GroupNorm(2, 4)), "Sequential.2: GroupNorm has no rule."),
+        (plain(nn.ConvTranspose2d(4, 4, 3)), "Sequential.2: ConvTranspose2d cannot be standardized."),
+        (plain(nn.Conv2d(4, 4, 1, groups=4)), "Sequential.2: Conv2d cannot be standardized."),
+        (plain(nn.PixelShuffle(2)), "Sequential.2: PixelShuffle has no rule."),
+        (plain(nn.Linear(30, 30)), "Sequential.2: Linear has no rule."),
+    ],
+)
+def test_what_has_no_rule_is_refused_by_name(net, message):
+    with pytest.raises(NotTraceableError) as caught:
+        convert_batchnorm(net, how="scratch")
+    assert str(caught.value) == message
+
+
+def test_what_cannot_be_traced_is_refused_by_name():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), Deciding())
+    with pytest.raises(
+        NotTraceableError, match=r"^Sequential\.1: torch\.fx cannot trace it \(.*control flow.*\)\.$"
+    ):
+        convert_batchnorm(net, how="scratch")
+
+
+def test_tracing_leaves_modes_alone():
+    for net in (network(), nn.Sequential(nn.ReLU(), Deciding())):
+        net[1].eval()
+        modes = [m.training for m in net.modules()]
+        with contextlib.suppress(NotTraceableError):
+            trace(net)
+        assert [m.training for m in net.modules()] == modes
+
+
+def test_a_norm_under_two_names_goes_from_both():
+    norm = nn.BatchNorm2d(4)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm)
+    converted, report = convert_batchnorm(net, how="scratch")
+    assert not batchnorms(converted)
+    assert report.counts == {"standardized": 2, "removed": 1}
+
+
+def test_drops_stay_and_dropping_functions_are_named():
+    net = timm.create_model("test_resnet", num_classes=5, drop_path_rate=0.5)
+    converted, _ = convert_batchnorm(net, how="scratch")
+    assert sum(type(m).__name__ == "DropPath" for m in converted.modules()) == sum(
+        type(m).__name__ == "DropPath" for m in net.modules()
+    )
+
+    class Dropping(Stacked):
+        def forward(self, x):
+            return F.dropout(self.norm(self.conv(x)), 0.5, self.training)
+
+    _, report = convert_batchnorm(Dropping(), how="scratch")
+    assert report.kept == {"dropout": "dropout is called as a function: the traced network does not drop"}
+
+
+SLOW = {
+    "torchvision": [
+        "resnet50",
+        "resnext50_32x4d",
+        "wide_resnet50_2",
+        "regnet_x_400mf",
+        "regnet_y_400mf",
+        "mnasnet0_5",
+    ],
+    "timm": ["resnetv2_50", "seresnet50", "regnety_004", "ecaresnet26t", "mobilenetv2_100", "resnet26d"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name"), [(lib, n) for lib, names in SLOW.items() for n in names])
+def test_published_architectures_follow_it_on_their_images(library, name):
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name) if library == "torchvision" else timm.create_model(name)
+    images = torch.randn(4, 3, 128, 128)
+    converted, report = convert_batchnorm(net, images, how="scratch", skip_gain=1.0)
+    assert worst(converted, report, torch.randn(4, 3, 128, 128), "skip gain") < 0.25
+    assert converted(images).isfinite().all()
