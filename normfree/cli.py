@@ -28,7 +28,8 @@ HELP = """usage: normfree VERB ...      (normfree VERB --help says more)
   eval RUN|MODEL DATA               top-1 and top-5 on labelled images
   predict RUN|MODEL PATH...         classes of files and folders of images
   diagnose NAME|RUN|MODEL [DATA]    signals, gradients, dependence on the batch
-  convert FILE|MODEL FOLDER         weights of others into a model folder
+  convert FILE|MODEL FOLDER         weights of others into a model folder;
+                                    timm:NAME FILE: take batch norm out of it
   export RUN|MODEL --format onnx|pt2
                                     one file for other runtimes; --int8: smaller
   serve RUN|MODEL                   a page to drop images on, and JSON
