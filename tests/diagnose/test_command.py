@@ -30,7 +30,8 @@ def run(folder):
     net = create_model("nf_resnet_nano", num_classes=3).eval()
     save_pretrained(TrainedModel(net, Preprocessing(image_size=16), CLASSES), folder / "run" / "model")
     (folder / "run" / "config.toml").write_text(to_toml(config))
-    rows = [{"step": i, "ratios": {"all": [0.001, 0.01, 0.07]}} for i in range(3)] + [{"step": 3}]
+    ratios = {"all": [0.001, 0.01, 0.07]}
+    rows = [{"step": i, "epoch": i / 4, "ratios": ratios} for i in range(3)] + [{"step": 3, "epoch": 0.75}]
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "run"
 
