@@ -7,6 +7,7 @@ classifier, `torch.optim.SGD`, `ModelEmaV3`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from normfree.models.net import Net
+from normfree.models.standardized import standardized_once
 from normfree.models.weights import load_weights
 from normfree.models.zoo import create_model
 from normfree.optim.agc import clip_grad_
@@ -78,12 +80,13 @@ def our_update(net: Net) -> Callable[[], None]:
 
 
 def step(net: nn.Module, update: Callable[[], None], images: Tensor, labels: Tensor, *, half: bool) -> Tensor:
-    """One step; returns the loss."""
+    """One step; returns the loss. Ours standardizes as `Trainer.gradients` does."""
     net.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-        logits = net(images)
-    loss = F.cross_entropy(logits.float(), labels)
-    loss.backward()
+    with standardized_once(net) if isinstance(net, Net) else contextlib.nullcontext():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            logits = net(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
     update()
     return loss.detach()
 
