@@ -135,6 +135,16 @@ def _no_score(what: str, name: str, source: Source) -> ValueError:
                       "There is no score to report.")  # fmt: skip
 
 
+def sample(source: Source, *, count: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """`count` images of the source, normalized, B 3 S S, and their labels B. Evenly spread: most sources are sorted by
+    class."""
+    transform = preprocessing.transform()
+    indices = [i * len(source) // count for i in range(count)]
+    pixels = torch.stack([transform(source.image(i)) for i in indices])
+    labels = torch.tensor([source.label(i) for i in indices])
+    return normalize(pixels, mean=preprocessing.mean, std=preprocessing.std), labels
+
+
 # --- predict files ------------------------------------------------------------------------------------
 
 

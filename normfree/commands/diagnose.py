@@ -213,8 +213,8 @@ def _images(arguments: DiagnoseArguments, subject: _Subject) -> tuple[Tensor, Te
     """Normalized images B C S S, labels B, and what they are."""
     import torch
 
-    from normfree.data.augment import normalize
     from normfree.data.sources import open_labelled
+    from normfree.inference import sample
     from normfree.pretrained import Preprocessing
 
     data = arguments.data or subject.data
@@ -237,12 +237,7 @@ def _images(arguments: DiagnoseArguments, subject: _Subject) -> tuple[Tensor, Te
         from dataclasses import replace
 
         pre = replace(pre, image_size=size)
-    transform = pre.transform()
-    # evenly spread, since most sources are sorted by class
-    indices = [i * len(source) // count for i in range(count)]
-    pixels = torch.stack([transform(source.image(i)) for i in indices])
-    labels = torch.tensor([source.label(i) for i in indices])
-    return normalize(pixels, mean=pre.mean, std=pre.std), labels, f"images of {data}"
+    return *sample(source, count=count, preprocessing=pre), f"images of {data}"
 
 
 # --- what is said ------------------------------------------------------------------------------------

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from normfree.data.augment import normalize
 from normfree.data.protocol import Source
 from normfree.diagnose import figures, page, run_figures
 from normfree.diagnose.gradients import gradient_report
 from normfree.diagnose.propagation import signal_propagation
 from normfree.diagnose.report import read_metrics
-from normfree.inference import evaluate, run_device
+from normfree.inference import evaluate, run_device, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
 from normfree.train import run
@@ -224,7 +222,7 @@ def _inside(course: Course, drawn: _Drawn, device: torch.device, *, several: boo
         )
         return
     yield _mistakes(model, source, device, whose)
-    images, labels = _some(model, source)
+    images, labels = sample(source, count=min(IMAGES, len(source)), preprocessing=model.preprocessing)
     images, labels = images.to(device), labels.to(device)
     net = model.net.to(device)
     start = create_model(course.config.model, num_classes=len(model.classes), skip_gain=1.0).to(device)
@@ -251,15 +249,6 @@ def _inside(course: Course, drawn: _Drawn, device: torch.device, *, several: boo
         ),
         "What adaptive gradient clipping compares, layer by layer, at the averaged weights; λ are dashed.",
     )
-
-
-def _some(model: TrainedModel, source: Source) -> tuple[Tensor, Tensor]:
-    """Up to IMAGES normalized validation images B 3 S S, and their labels. Evenly spread: most sources are sorted."""
-    count, pre = min(IMAGES, len(source)), model.preprocessing
-    indices = [i * len(source) // count for i in range(count)]
-    transform = pre.transform()
-    pixels = torch.stack([transform(source.image(i)) for i in indices])
-    return normalize(pixels, mean=pre.mean, std=pre.std), torch.tensor([source.label(i) for i in indices])
 
 
 def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: str) -> page.Section:
