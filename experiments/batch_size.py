@@ -32,6 +32,7 @@ from batch_size_report import ARMS, write
 
 from normfree import VARIANTS
 from normfree.data.seeds import permutation
+from normfree.train.allocator import keep_freed_memory
 from normfree.train.config import Augment, Config, Input, Log, Net, Optim, steps_of
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
     from normfree.train.loop import Stopped, train
     from normfree.train.trainer import Diverged
 
+    keep_freed_memory()
     out, start = folder / cell.name, time.process_time()
     before = read_cell(out)
     outcome: dict[str, Any] = {"status": "done"}
@@ -259,13 +261,6 @@ def read_rows(folder: Path, wanted: Iterable[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-# Keep freed memory: glibc hands the blocks of large batches back to the kernel after every step and asks for them anew,
-# which made a batch of 512 four times slower here. Other C libraries ignore these.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 28),
-}  # fmt: skip
-
-
 def run_cells(wanted: Sequence[Cell], *, preset: str, data: str, runs: Path, jobs: int) -> None:
     """Runs the cells that are not finished, `jobs` at a time, each in a process of its own with one thread.
 
@@ -279,7 +274,7 @@ def run_cells(wanted: Sequence[Cell], *, preset: str, data: str, runs: Path, job
         f"{len(wanted) - len(left)} of {len(wanted)} cells are there, {len(left)} to run in {folder}/",
         flush=True,
     )
-    environment = {**ALLOCATOR, **os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def work(cell: Cell) -> None:
         words = ["--preset", preset, "--data", data, "--runs", str(runs), "--cell", json.dumps(asdict(cell))]

@@ -53,12 +53,6 @@ def _padded(x: Tensor, border: tuple[int, int, int, int] | None) -> Tensor:
     return x if border is None else F.pad(x, border)
 
 
-def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, int], groups: int
-) -> Tensor:
-    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
-
-
 class _ActivatedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -72,7 +66,7 @@ class _ActivatedConv2d(torch.autograd.Function):
         padding: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        y = _conv(_padded(act(x), border), weight, bias, stride, padding, groups)
+        y = F.conv2d(_padded(act(x), border), weight, bias, stride, padding, 1, groups)
         ctx.save_for_backward(x, weight)
         ctx.act, ctx.border, ctx.bias_sizes = act, border, None if bias is None else list(bias.shape)
         ctx.options = (stride, stride), padding, (1, 1), False, (0, 0), groups
@@ -95,6 +89,6 @@ class _ActivatedConv2d(torch.autograd.Function):
         return (
             grad_x,
             None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias,
+            grad_bias,
             *(None,) * 5,
         )
