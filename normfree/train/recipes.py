@@ -14,7 +14,7 @@ from normfree.train.config import Augment, Config, Input, Log, Net, Optim
 def demo() -> Config:
     """The main job: a small NF-ResNet with AGC on the embedded emoji, 72 px pictures in nine groups.
 
-    Command: `normfree train`. Two cores of an AMD EPYC: 197 s; top-1 on 374 unseen emoji, seed 0: 72.2 %, and 68.7 %
+    Command: `normfree train`. Two cores of an AMD EPYC: 169 s; top-1 on 374 unseen emoji, seed 0: 72.2 %, and 68.7 %
     after a change in rounding alone (three seeds of the former, averaged weights: 70.9 ± 1.1 %; largest class 19.3 %).
     """
     return Config(
