@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, recomputes
+from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
+from normfree.models.weight_gradient import pays
 
 #: How a standardized filter is kept from dividing by zero, and the constant. "floor": under variance * fan-in
 #: (reference code, `WSConv2D`); "add": to the variance (timm, `std_conv_eps`).
@@ -27,6 +28,20 @@ WS_EPS = {"floor": 1e-4, "add": 1e-5}
 def _gelu_tanh(x: Tensor) -> Tensor:
     # The reference calls `jax.nn.gelu`, whose default is the tanh form.
     return F.gelu(x, approximate="tanh")
+
+
+def _gelu_erf(x: Tensor) -> Tensor:
+    # oneDNN's GELU, in a third of the time both ways, is for row-major float32 tensors; channels_last is one from
+    # another side. A graph that is compiled or exported keeps the plain function.
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.compiler.is_compiling()
+    ):
+        return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return F.gelu(x)
 
 
 def _glu(x: Tensor) -> Tensor:
@@ -43,7 +58,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "celu": F.celu,
     "elu": F.elu,
     "gelu": _gelu_tanh,
-    "gelu_erf": F.gelu,  # the exact form, which timm uses
+    "gelu_erf": _gelu_erf,  # the exact form, which timm uses
     "glu": _glu,
     "leaky_relu": F.leaky_relu,
     "log_sigmoid": F.logsigmoid,
@@ -227,9 +242,10 @@ def convolve(
     padding: str,
 ) -> Tensor:
     """Convolution of `act(x)` with the padding of `pad_input`. Where autograd watches, `act(x)` is not kept."""
-    if act is not None and (act in KEPT_ANYWAY or not recomputes()):
+    own_backward = eager_training()
+    if act is not None and (act in KEPT_ANYWAY or not own_backward):
         x, act = act(x), None
-    if act is None:
+    if act is None and not (own_backward and pays(x, weight, groups=groups)):
         x, sides = pad_input(x, weight.shape[-1], stride, padding=padding)
         return F.conv2d(x, weight, bias, stride, sides, 1, groups)
     border, sides = borders(x, weight.shape[-1], stride, padding=padding)
@@ -410,3 +426,26 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}, rescale={self.rescale}"
+
+
+def kept_images(mask: Tensor) -> Tensor | None:
+    """Where `mask` B 1 1 1 of `StochasticDepth` is not zero, so that a branch need not compute what is thrown away;
+    None if that is everywhere. At least one image, so that the branch's parameters have gradients, which are then 0.
+
+    Reads the mask, for which a host with a GPU would wait; and what is compiled or captured wants one shape.
+    """
+    kept = mask.flatten().nonzero().flatten()
+    if len(kept) == len(mask):
+        return None
+    return kept if len(kept) else kept.new_zeros(1)
+
+
+def take_images(x: Tensor, kept: Tensor) -> Tensor:
+    """The images `kept` of B C H W, channels_last."""
+    return x.permute(0, 2, 3, 1).index_select(0, kept).permute(0, 3, 1, 2)
+
+
+def add_images(x: Tensor, part: Tensor, kept: Tensor) -> Tensor:
+    """x B C H W with `part` added to the images `kept`."""
+    part = part.to(x.dtype).permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1).index_add(0, kept, part).permute(0, 3, 1, 2)

@@ -25,9 +25,13 @@ from normfree.models.layers import (
     StochasticDepth,
     WSConv2d,
     activation,
+    add_images,
     avg_pool_same,
+    kept_images,
     max_pool,
+    take_images,
 )
+from normfree.models.recompute import eager_training
 from normfree.models.variants import STEMS, Variant, eca_kernel_size
 
 
@@ -128,11 +132,11 @@ class Block(nn.Module):
         super().__init__()
         width, groups = variant.branch_width(in_channels=in_channels, out_channels=out_channels, first=first)
         grouped = {"kernel_size": 3, "groups": groups}
-        gamma, normalizer_free = parts.gamma, not parts.batch_norm
+        gamma, self.normalizer_free = parts.gamma, not parts.batch_norm
         self.act = activation(variant.activation)
         self.alpha = 1.0 if parts.batch_norm else variant.alpha
         self.gate_scale = (
-            2.0 if normalizer_free else 1.0
+            2.0 if self.normalizer_free else 1.0
         )  # E[sigmoid] is 1/2 (reference; not in its BN ResNet)
         self.attention_in_middle = variant.attention_at == "middle"
         # transition: exactly the first block of each stage, in every row
@@ -166,13 +170,19 @@ class Block(nn.Module):
             else:
                 nn.init.constant_(self.conv2.gain, variant.skip_gain)
 
-    def branch_gate(self, branch: Tensor) -> Tensor | float:
-        """What the branch is multiplied by before it joins the shortcut: a number, or broadcastable to B C H W."""
+    def branch_gate(self, branch: Tensor, mask: Tensor | None = None) -> Tensor | float:
+        """What the branch is multiplied by before it joins the shortcut: a number, or broadcastable to B C H W.
+        `mask`: that of stochastic depth."""
         gate: Tensor | float = self.alpha if self.skip_gain is None else self.alpha * self.skip_gain
         if self.attention is not None and not self.attention_in_middle:
             gate = self.attention(branch) * (self.gate_scale * gate)
-        mask = self.stochdepth(branch)
         return gate if mask is None else mask * gate
+
+    def kept(self, mask: Tensor | None) -> Tensor | None:
+        """The images that the branch has to compute; None: all of them, as always with batch statistics."""
+        if mask is None or mask.device.type != "cpu" or not self.normalizer_free or not eager_training():
+            return None
+        return kept_images(mask)
 
     def branch(self, r: Tensor) -> Tensor:
         """The residual branch behind its first convolution, up to, but without, its gate."""
@@ -184,18 +194,25 @@ class Block(nn.Module):
         return self.conv2(self.norm2(r), self.act)
 
     def forward(self, x: Tensor) -> Tensor:
+        mask = self.stochdepth(x)
+        kept = self.kept(mask)
         normed = self.norm0(x)
         if self.pool:  # keeps its own input
             a = self.act(normed)
-            shortcut, r = self.conv_shortcut(avg_pool_same(a)), self.conv0(a)
+            shortcut, r = self.conv_shortcut(avg_pool_same(a)), self.conv0(_some(a, kept))
         else:
             shortcut = self.conv_shortcut(normed, self.act) if self.transition else x
-            r = self.conv0(normed, self.act)
+            r = self.conv0(_some(normed, kept), self.act)
         r = self.branch(r)
-        gate = self.branch_gate(r)
+        gate = self.branch_gate(r, mask if mask is None or kept is None else mask[kept])
         if isinstance(gate, Tensor):
-            return torch.addcmul(shortcut, r, gate.to(r.dtype))
+            gate = gate.to(r.dtype)
+            return torch.addcmul(shortcut, r, gate) if kept is None else add_images(shortcut, r * gate, kept)
         return torch.add(shortcut, r, alpha=gate)
+
+
+def _some(x: Tensor, kept: Tensor | None) -> Tensor:
+    return x if kept is None else take_images(x, kept)
 
 
 class Net(nn.Module):

@@ -1,8 +1,9 @@
-"""A convolution of an activation that keeps the activation's input alone.
+"""A convolution with a backward pass of its own: of an activation it keeps the activation's input alone.
 
 Autograd would keep both: the input for the activation's gradient, the output for that of the kernel. The output is
 computed again in the backward pass instead: one pass over memory more, and nearly half of what training has to hold
-less. Values and gradients are those of the plain path, bit for bit: the same operations in the same order.
+less. Values and gradients are those of the plain path, bit for bit: the same operations in the same order; but for the
+kernels that `weight_gradient` takes on, whose gradient is added up in another order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from normfree.models.weight_gradient import pays, weight_gradient
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -25,13 +28,14 @@ def activated_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    act: Activation,
+    act: Activation | None,
     border: tuple[int, int, int, int] | None,
     stride: int,
     padding: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """conv2d(pad(act(x), border), weight, bias). `x`: B C H W; `border`: (left, right, top, bottom) zeros, or None.
+    """conv2d(pad(act(x), border), weight, bias). `x`: B C H W; `act`: None is the identity; `border`: (left, right,
+    top, bottom) zeros, or None.
 
     Differentiable once.
     """
@@ -39,7 +43,7 @@ def activated_conv2d(
     return y
 
 
-def recomputes() -> bool:
+def eager_training() -> bool:
     """Whether to leave the plain path: it is taken without gradients, which keep nothing, under torch.compile, which
     decides by itself what to keep, and inside torch.func's transforms, which see only plain operations."""
     return (
@@ -49,8 +53,10 @@ def recomputes() -> bool:
     )
 
 
-def _padded(x: Tensor, border: tuple[int, int, int, int] | None) -> Tensor:
-    return x if border is None else F.pad(x, border)
+def _input(x: Tensor, act: Activation | None, border: tuple[int, int, int, int] | None) -> Tensor:
+    """What is convolved."""
+    a = x if act is None else act(x)
+    return a if border is None else F.pad(a, border)
 
 
 class _ActivatedConv2d(torch.autograd.Function):
@@ -60,13 +66,13 @@ class _ActivatedConv2d(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        act: Activation,
+        act: Activation | None,
         border: tuple[int, int, int, int] | None,
         stride: int,
         padding: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        y = F.conv2d(_padded(act(x), border), weight, bias, stride, padding, 1, groups)
+        y = F.conv2d(_input(x, act, border), weight, bias, stride, padding, 1, groups)
         ctx.save_for_backward(x, weight)
         ctx.act, ctx.border, ctx.bias_sizes = act, border, None if bias is None else list(bias.shape)
         ctx.options = (stride, stride), padding, (1, 1), False, (0, 0), groups
@@ -77,15 +83,34 @@ class _ActivatedConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_bias = needs_bias and ctx.bias_sizes is not None
         source = x.detach().requires_grad_(needs_x)
         with torch.enable_grad():
-            a = _padded(ctx.act(source), ctx.border)
-        # autocast computed in the type of `grad`, from copies of both in that type
-        grad_a, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, a.detach().to(grad.dtype), weight.to(grad.dtype), ctx.bias_sizes, *ctx.options,
-            (needs_x, needs_weight, needs_bias and ctx.bias_sizes is not None),
-        )  # fmt: skip
-        grad_x = torch.autograd.grad(a, source, grad_a.to(a.dtype))[0] if needs_x else None
+            a = _input(source, ctx.act, ctx.border)
+        strides, padding, *_, groups = ctx.options
+        grad_weight = grad_bias = grad_a = None
+        if needs_weight and grad.dtype == a.dtype and pays(a, weight, groups=groups):
+            grad_weight = weight_gradient(
+                a.detach(),
+                grad,
+                kernel_size=weight.shape[2:],
+                stride=strides[0],
+                padding=padding,
+                groups=groups,
+            )
+            needs_weight = False
+            if needs_bias:
+                grad_bias, needs_bias = grad.sum((0, 2, 3)), False
+        if needs_x or needs_weight or needs_bias:
+            # autocast computed in the type of `grad`, from copies of both in that type
+            found = torch.ops.aten.convolution_backward(
+                grad, a.detach().to(grad.dtype), weight.to(grad.dtype), ctx.bias_sizes, *ctx.options,
+                (needs_x, needs_weight, needs_bias),
+            )  # fmt: skip
+            grad_a = found[0]
+            grad_weight = found[1] if needs_weight else grad_weight
+            grad_bias = found[2] if needs_bias else grad_bias
+        grad_x = torch.autograd.grad(a, source, grad_a.to(a.dtype))[0] if grad_a is not None else None
         return (
             grad_x,
             None if grad_weight is None else grad_weight.to(weight.dtype),

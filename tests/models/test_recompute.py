@@ -102,6 +102,6 @@ def test_a_whole_network_keeps_a_third_less():
     images = [torch.randn(n, 3, 32, 32) for n in (2, 4)]
     few, many = (kept_bytes(lambda x=x: net(x)) for x in images)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normfree.models.layers.recomputes", lambda: False)
+        patch.setattr("normfree.models.layers.eager_training", lambda: False)
         plain = [kept_bytes(lambda x=x: net(x)) for x in images]
     assert many - few < 0.67 * (plain[1] - plain[0])  # of what grows with the batch

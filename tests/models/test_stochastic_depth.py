@@ -1,0 +1,94 @@
+"""A branch is computed for the images that stochastic depth keeps alone: the same function, gradients included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfree.models.layers import add_images, kept_images, take_images
+from normfree.models.net import Block, Net
+from normfree.models.zoo import create_model
+
+SMALL = {
+    "nfnet_f0": {"widths": (32, 64, 96, 96), "group_width": 8},
+    "timm_dm_nfnet_f0": {"widths": (32, 64, 96, 96), "group_width": 8},
+    "nf_resnet50": {"widths": (32, 64, 96, 96), "depths": (1, 2, 1, 1)},
+    "nf_regnet_b0": {"depths": (1, 1, 2, 1)},
+    "resnet50": {"widths": (32, 64, 96, 96), "depths": (1, 2, 1, 1)},
+}
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+
+
+def network(name: str, *, rate: float) -> Net:
+    torch.manual_seed(0)
+    net = create_model(name, num_classes=5, stochdepth_rate=rate, drop_rate=0.0, **SMALL[name])
+    assert isinstance(net, Net)
+    for block in net.modules():
+        if isinstance(block, Block) and block.skip_gain is not None:
+            torch.nn.init.constant_(block.skip_gain, 0.7)
+    return net.train().double()
+
+
+def results(net: Net, images: Tensor, *, seed: int) -> list[Tensor]:
+    net.zero_grad()
+    torch.manual_seed(seed)
+    logits = net(images)
+    F.cross_entropy(logits, torch.arange(len(images)) % 5).backward()
+    return [logits.detach(), *(p.grad for p in net.parameters())]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_what_is_thrown_away_need_not_be_computed(name, layout, monkeypatch):
+    images = torch.randn(6, 3, 40, 40, dtype=torch.float64).to(memory_format=LAYOUTS[layout])
+    net = network(name, rate=0.6)
+    found = results(net, images, seed=3)
+    monkeypatch.setattr("normfree.models.net.kept_images", lambda mask: None)
+    wanted = results(net, images, seed=3)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "resnet50"])
+def test_fewer_images_pass_through_the_branch_but_not_where_they_are_batch_statistics(name):
+    net = network(name, rate=0.6)
+    counts, block = [], net.stages[1][1]
+    block.conv2.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    masks = []
+    block.stochdepth.register_forward_hook(lambda module, args, mask: masks.append(int(mask.count_nonzero())))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        net(torch.randn(6, 3, 40, 40, dtype=torch.float64))
+    assert len(set(masks)) > 2
+    assert counts == ([max(1, n) for n in masks] if name == "nfnet_f0" else [6] * 8)
+
+
+def test_a_branch_that_nobody_takes_has_gradients_and_they_are_zero():
+    net = network("nfnet_f0", rate=0.0)
+    net.stages[3][-1].stochdepth.rate = 1.0
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    results(net, images, seed=0)
+    last = [p.grad for p in net.stages[3][-1].parameters()]
+    assert all(grad is not None and not grad.any() for grad in last)
+    assert all(p.grad.any() for p in net.stem.parameters())
+
+
+def test_evaluation_and_rate_zero_keep_all():
+    net = network("nfnet_f0", rate=0.6).eval()
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    wanted = network("nfnet_f0", rate=0.0)
+    assert torch.equal(net(images), wanted(images))
+
+
+def test_taking_and_adding():
+    mask = torch.tensor([1.0, 0.0, 1.25]).view(3, 1, 1, 1)
+    kept = kept_images(mask)
+    assert kept is not None
+    assert kept.tolist() == [0, 2]
+    assert kept_images(torch.ones(3, 1, 1, 1)) is None
+    assert kept_images(torch.zeros(3, 1, 1, 1)).tolist() == [0]
+    x = torch.randn(3, 4, 5, 6)
+    assert torch.equal(take_images(x, kept), x[[0, 2]])
+    assert torch.equal(
+        add_images(x, 2 * x[[0, 2]], kept), torch.stack([x[0] + 2 * x[0], x[1], x[2] + 2 * x[2]])
+    )
