@@ -22,16 +22,13 @@ from normfree.models.layers import (
     Conv2d,
     EfficientChannelAttention,
     SqueezeExcite,
-    StochasticDepth,
     WSConv2d,
     activation,
-    add_images,
     avg_pool_same,
-    kept_images,
     max_pool,
-    take_images,
 )
 from normfree.models.recompute import eager_training
+from normfree.models.stochastic_depth import StochasticDepth, add_images, kept_images, take_images
 from normfree.models.variants import STEMS, Variant, eca_kernel_size
 
 

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from normfree.models.layers import WS_EPS, WSConv2d, standardize
+from normfree.models.filters import (
+    constants,
+    is_run,
+    laid_out_as,
+    standardize_backward,
+    standardize_forward,
+)
+from normfree.models.layers import WSConv2d
 
 #: Elements that a program takes at a time, and its warps.
 BLOCK, WARPS = 2048, 8
@@ -79,35 +86,6 @@ def _learns(conv: WSConv2d) -> bool:
     return torch.is_grad_enabled() and (conv.weight.requires_grad or conv.gain.requires_grad)
 
 
-def standardize_backward(
-    weight: Tensor, gain: Tensor, grad: Tensor, *, scale: float = 1.0, eps: str = "floor"
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and gain of `standardize` from that of its result, in closed form.
-
-    With d = w - μ, r = max(Σd², 1e-4) ** -0.5 and G the incoming gradient, per filter: ∂gain = scale·r·ΣGd and
-    ∂w = gain·scale·r·(G - mean(G) - h·d·r²·ΣGd). h is 1 above the floor, 1/2 at it and 0 below it, where r is
-    constant; with `eps="add"` it is 1. Computed in float32 at least, returned in the types of weight and gain.
-    """
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    dims, ones = tuple(range(1, weight.ndim)), (-1, *(1,) * (weight.ndim - 1))
-    w, g = weight.to(kind), grad.to(kind)
-    centered = w - w.mean(dims, keepdim=True)
-    added, floor = _constants(weight, eps)
-    power = centered.square().sum(dims) + added
-    along = (g * centered).sum(dims)
-    inverse = torch.rsqrt(power.clamp(min=floor))
-    passes = torch.heaviside(power - floor, power.new_full((), 0.5))
-    back = (along * inverse.square() * passes).view(ones)
-    factor = (gain.to(kind) * inverse * scale).view(ones)
-    by_weight = (g - g.mean(dims, keepdim=True)).addcmul_(centered, back, value=-1.0).mul_(factor)
-    return by_weight.to(weight.dtype), (along * inverse * scale).to(gain.dtype)
-
-
-def _constants(weight: Tensor, eps: str) -> tuple[float, float]:
-    """What is added to v·N and the floor under it; one of them is 0."""
-    return (0.0, WS_EPS["floor"]) if eps == "floor" else (WS_EPS["add"] * weight[0].numel(), 0.0)
-
-
 # --- many at once ------------------------------------------------------------------------------------
 
 
@@ -121,8 +99,8 @@ def standardize_all(
 ) -> list[Tensor]:
     """`standardize(weight, gain, scale=scale, eps=eps)` of every weight, in the memory format of the weight.
 
-    dtype: of the results; None is that of each weight. Gradients of first order flow to weights and gains; nothing is
-    kept for them but those themselves.
+    dtype: of the results; None is that of each weight. Gradients of first order flow to weights and gains; kept for
+    them are those themselves, and two numbers a filter.
     """
     return list(_Standardize.apply(tuple(scales), eps, dtype, *weights, *gains))
 
@@ -136,16 +114,18 @@ class _Standardize(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.scales, ctx.eps = scales, eps
+        ctx.scales, ctx.eps, ctx.moments = scales, eps, None
         weights, gains = tensors[: len(scales)], tensors[len(scales) :]
         if _with_triton(tensors, dtype):
             outs = [torch.empty_like(w, dtype=dtype) for w in weights]
             _launch("forward", [weights, gains, outs], scales, eps)
             return tuple(outs)
-        made = zip(weights, gains, scales, strict=True)
-        return tuple(
-            _as(w, standardize(w, g, scale=scale, eps=eps).to(dtype or w.dtype)) for w, g, scale in made
-        )
+        made = [
+            standardize_forward(w, g, scale=scale, eps=eps)
+            for w, g, scale in zip(weights, gains, scales, strict=True)
+        ]
+        ctx.moments = [moments for _, moments in made]
+        return tuple(kernel.to(dtype or w.dtype) for w, (kernel, _) in zip(weights, made, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -155,39 +135,30 @@ class _Standardize(torch.autograd.Function):
         found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         weights, gains = ([ctx.saved_tensors[i + shift] for i, _ in found] for shift in (0, count))
         scales = [ctx.scales[i] for i, _ in found]
-        arrived = [_as(w, grad) for w, (_, grad) in zip(weights, found, strict=True)]
+        arrived = [laid_out_as(w, grad) for w, (_, grad) in zip(weights, found, strict=True)]
         results: list[Tensor | None] = [None] * (2 * count)
         if found and _with_triton([*weights, *gains], arrived[0].dtype):
             outs = [[torch.empty_like(t) for t in column] for column in (weights, gains)]
             _launch("backward", [weights, gains, arrived, *outs], scales, ctx.eps)
             pairs = list(zip(*outs, strict=True))
         else:
-            made = zip(weights, gains, arrived, scales, strict=True)
-            pairs = [standardize_backward(w, g, up, scale=scale, eps=ctx.eps) for w, g, up, scale in made]
+            moments = [ctx.moments[i] if ctx.moments else None for i, _ in found]
+            pairs = [
+                standardize_backward(w, g, up, scale=scale, eps=ctx.eps, moments=own)
+                for w, g, up, scale, own in zip(weights, gains, arrived, scales, moments, strict=True)
+            ]
         for (i, _), (by_weight, by_gain) in zip(found, pairs, strict=True):
             results[i], results[count + i] = by_weight, by_gain
         return None, None, None, *results
 
 
-def _as(like: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` in the memory format of `like`; itself if it has that."""
-    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
-    if all(n == 1 or s == t for n, s, t in strides):
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
 def _with_triton(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
     """Whether the kernels take them: on CUDA, in float32, without gaps, dimension 0 outermost."""
     return (
-        all(t.is_cuda and t.dtype == torch.float32 and _runs(t) for t in tensors)
+        all(t.is_cuda and t.dtype == torch.float32 and is_run(t) for t in tensors)
         and dtype in (None, torch.float32, torch.bfloat16)
         and importlib.util.find_spec("triton") is not None
     )
-
-
-def _runs(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _launch(direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str) -> None:
@@ -201,7 +172,7 @@ def _launch(direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequenc
         length = weight[0].numel()
         walked = [w, kernel, *outs[:1], length * kind.itemsize]
         rows.append(([w, gain, kernel, *(outs or [0, 0])], length, any(n % 16 for n in walked)))
-        numbers.append([scale, _constants(weight, eps)[0]])
+        numbers.append([scale, constants(weight, eps)[0]])
     order = sorted(range(len(rows)), key=lambda i: rows[i][2])
     units = tuple(len(weights[i]) for i in order)
     table = [
@@ -217,7 +188,7 @@ def _launch(direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequenc
         _sent([numbers[i] for i in order], torch.float32, device),
     ]
     aligned = sum(len(weights[i]) for i in order if not rows[i][2])
-    floor = _constants(weights[0], eps)[1]
+    floor = constants(weights[0], eps)[1]
     with torch.cuda.device_of(weights[0]):
         for start, count, hint in ((0, aligned, True), (aligned, sum(units) - aligned, False)):
             if count:

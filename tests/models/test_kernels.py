@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.models import layers, standardized
+from normfree.models import filters, layers, standardized
+from normfree.models.filters import standardize_backward
 from normfree.models.layers import WS_EPS, WSConv2d, standardize
-from normfree.models.standardized import standardize_all, standardize_backward, standardized_once
+from normfree.models.standardized import standardize_all, standardized_once
 from normfree.models.zoo import create_model
 
 SCALES = [1.3, 0.7, 2.0, 1.0, 1.1]
@@ -128,6 +130,27 @@ def test_the_closed_form_is_what_autograd_finds(eps: str) -> None:
             torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("part", [1, 40, 1 << 20])
+@pytest.mark.parametrize("eps", ["floor", "add"])
+def test_parts_and_gaps_in_memory_change_nothing(
+    eps: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filters, "PART", part)
+    for weight, gain in zip(*some_weights(torch.float64), strict=True):
+        wide = torch.randn(len(weight), 2 * weight.shape[1], *weight.shape[2:], dtype=torch.float64)
+        wide[:, ::2] = weight.detach()
+        grad = torch.randn_like(weight)
+        wanted = standardize(weight, gain, scale=1.7, eps=eps)
+        by_autograd = torch.autograd.grad(wanted, (weight, gain), grad)
+        for same in (weight.detach(), wide[:, ::2]):
+            made, moments = filters.standardize_forward(same, gain.detach(), scale=1.7, eps=eps)
+            torch.testing.assert_close(made, wanted.detach(), rtol=1e-12, atol=1e-14)
+            for known in (moments, None):
+                got = standardize_backward(same, gain.detach(), grad, scale=1.7, eps=eps, moments=known)
+                for one, two in zip(got, by_autograd, strict=True):
+                    torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+
+
 def test_only_filters_on_16_byte_boundaries_are_promised_to_be(
     interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,12 +239,11 @@ def test_gradients_are_those_of_the_ordinary_path(parts: int, eps: str) -> None:
 def test_one_standardization_of_each_weight_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def counted(weight: Tensor, gain: Tensor, **words: object) -> Tensor:
-        calls.append(id(weight))
-        return standardize(weight, gain, **words)
+    def counted(real: Callable[..., object]) -> Callable[..., object]:
+        return lambda weight, gain, **words: calls.append(id(weight)) or real(weight, gain, **words)
 
-    monkeypatch.setattr(layers, "standardize", counted)
-    monkeypatch.setattr(standardized, "standardize", counted)
+    monkeypatch.setattr(layers, "standardize", counted(standardize))
+    monkeypatch.setattr(standardized, "standardize_forward", counted(standardized.standardize_forward))
     net = tiny()
     convs = [m for m in net.modules() if isinstance(m, WSConv2d)]
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)

@@ -13,7 +13,6 @@ from normfree.models.layers import (
     WS_EPS,
     Conv2d,
     SqueezeExcite,
-    StochasticDepth,
     WSConv2d,
     avg_pool_same,
     gain_of,
@@ -29,6 +28,7 @@ EXACT_GAINS = {
     "log_sigmoid": 1.9191259801, "relu": 1.7128585505, "relu6": 1.7128585550, "selu": 1.0, "sigmoid": 4.8013133721,
     "silu": 1.7871872221, "soft_sign": 2.3375333632, "softplus": 1.9191259801, "tanh": 1.5925374198, "identity": 1.0,
 }  # fmt: skip
+from normfree.models.stochastic_depth import StochasticDepth
 
 
 def formula(weight, gain, scale, eps):

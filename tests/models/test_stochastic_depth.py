@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.models.layers import add_images, kept_images, take_images
 from normfree.models.net import Block, Net
+from normfree.models.stochastic_depth import add_images, kept_images, take_images
 from normfree.models.zoo import create_model
 
 SMALL = {
