@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint slow browser format clean
+.PHONY: help demo test lint slow browser bench format clean
 
 help:            ## what can be made
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -20,6 +20,11 @@ help:            ## what can be made
 .venv/.dev: pyproject.toml | .venv/bin/python
 	@echo "== installing normfree with what the tests need (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+.venv/.bench: pyproject.toml | .venv/bin/python
+	@echo "== installing normfree with what the benchmarks need (torch and torchvision: minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	@touch $@
 
 demo: .venv/.demo  ## train a small network on the embedded emoji; ends in runs/demo-N/
@@ -42,6 +47,9 @@ slow: .venv/.dev   ## the tests that take minutes
 browser: .venv/.dev ## the page of normfree serve in a real browser
 	@command -v chromium >/dev/null || (echo "chromium is missing: apt-get install chromium"; exit 1)
 	$(BIN)/python -m pytest -m browser
+
+bench: .venv/.bench ## speed against timm and others on the CPU, under 20 minutes; results/ and the README's table
+	$(BIN)/python benchmarks/run.py --device cpu
 
 format: .venv/.dev ## rewrite the code as the formatter wants it
 	$(BIN)/ruff format .

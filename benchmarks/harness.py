@@ -1,203 +1,256 @@
 """Side by side in one process: every arm once per round in shuffled order, ratios within rounds, medians, intervals.
 
-A comparison has a correctness gate (arms that disagree print no time) and the baseline twice (A/A): a difference
-smaller than what the baseline shows against itself is no difference.
+A comparison has a correctness gate (where arms disagree no time is taken) and the baseline twice (A/A): a difference
+smaller than what the baseline shows against itself is no difference. Statistics stand in `statistic.py`.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import random
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+from statistic import Comparison, Floor, Sample, summary
 from torch import Tensor
 
-ROOT = Path(__file__).parent
+#: Counted rounds below which a comparison says nothing.
+LEAST = 5
+CPU = torch.device("cpu")
+
+
+class GateError(ArithmeticError):
+    """Arms that should do the same work do not."""
+
+
+class OutOfTimeError(Exception):
+    """What is left of the suite's time does not suffice for `LEAST` rounds."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do the job. `run` does it once and returns what the gate compares; `before` is called before each
-    run and not timed."""
+    """One way to do the job.
+
+    run: does it once and returns what the gate compares.
+    before: called before each run, not timed.
+    then: a second part of the job, timed with the first and also apart.
+    distance: how far this arm's work is from the right one (relative L2), where `run`'s result does not show it.
+    alike: whether the result of `run` is to be that of the first arm.
+    images: how many one run takes; arms are compared by the time for one.
+    compiled: the first call compiles, and the time that this takes is reported.
+    facts: further figures for the tables.
+    """
 
     name: str
     run: Callable[[], Tensor]
     before: Callable[[], object] | None = None
+    then: Callable[[], object] | None = None
+    distance: Callable[[], float] | None = None
+    alike: bool = True
+    images: int = 1
+    compiled: bool = False
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one arm, and how many times faster than the baseline it is (median, 95 % interval)."""
+class Bench:
+    """How a suite measures: its device, its time, and what it had to leave out.
 
-    arm: str
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    speedup: float
-    interval: tuple[float, float]
-    error: float
-    """Relative L2 distance of its result from the baseline's."""
+    rounds: counted ones; where time runs short fewer, but not below `LEAST`.
+    window_s: a visit to an arm is one warm call, then calls for at least this long; a longer call comes alone.
+    deadline: of the suite; share: of the case at work. Both on `clock`, in seconds.
+    bandwidth, matmul: the machine's ceilings in bytes/s (read and written) and flop/s; 0: not measured.
+    skipped: what was left out and why, in words; filled as the suite goes on.
+    """
+
+    device: torch.device = CPU
+    rounds: int = 11
+    window_s: float = 0.3
+    deadline: float = float("inf")
+    share: float = float("inf")
+    bandwidth: float = 0.0
+    matmul: float = 0.0
+    skipped: list[str] = field(default_factory=list)
+    clock: Callable[[], float] = time.perf_counter
+
+    @property
+    def least(self) -> int:
+        """Rounds below which there is no comparison."""
+        return min(LEAST, self.rounds)
+
+    def left(self) -> float:
+        """Seconds until the suite has to end."""
+        return self.deadline - self.clock()
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """All arms of one case against `baseline`. `noise` is how far a second copy of an arm strays from the first: the
-    larger end of its interval."""
+class Case:
+    """One row of a suite: `words` are what `--only` may call it, `run` measures it."""
 
-    case: str
-    baseline: str
-    timings: tuple[Timing, ...]
-    noise: float
+    name: str
+    words: tuple[str, ...]
+    run: Callable[[Bench], Iterable[Comparison]]
+
+
+class Call(NamedTuple):
+    """Seconds of `run`, and of `run` and `then`; and the result."""
+
+    first: float
+    whole: float
+    result: Tensor
 
 
 def compare(
+    bench: Bench,
     case: str,
     arms: Sequence[Arm],
     *,
-    rounds: int = 11,
-    window_s: float = 0.3,
     tolerance: float = 1e-5,
-    seed: int = 0,
     gradients: bool = False,
     choose: Callable[[dict[str, float]], list[str]] = list,
-) -> Comparison:
-    """Times `arms`. A visit is one warm call, then calls for at least `window_s`; the first round is not counted.
+    parts: tuple[str, str] = ("whole", "first part"),
+    floor: Floor | None = None,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Gate, one round that is not counted, then rounds of the chosen arms and of the baseline once more.
 
-    `gradients`: the arms train; otherwise they run in inference mode.
-    `choose` gets the median of each arm and returns the names to report, baseline first; by default all, in order.
+    gradients: the arms train; otherwise they run in inference mode.
+    choose: gets the seconds of each arm in the uncounted round and returns the names to go on with, baseline first;
+        by default all, in order. What is chosen is measured anew, so that luck in the choice does not count.
+    parts: names of the two comparisons where arms have `then`; otherwise there is one, called `case`.
 
     Raises:
-        ArithmeticError: an arm's result is further than `tolerance` (relative L2) from the first arm's.
+        GateError: an arm's result is further than `tolerance` (relative L2) from the first arm's.
+        OutOfTimeError: there is no time for `LEAST` rounds.
     """
+    dice = random.Random(seed)
     with torch.enable_grad() if gradients else torch.inference_mode():
-        wanted = _once(arms[0])[1]
-        errors = {a.name: float((_once(a)[1] - wanted).norm() / wanted.norm()) for a in arms[1:]}
-        errors[arms[0].name] = 0.0
-        wrong = {name: error for name, error in errors.items() if not error <= tolerance}
-        if wrong:
-            raise ArithmeticError(f"{case}: {wrong} differ from {arms[0].name} by more than {tolerance}")
-        visits = [*arms, replace(arms[0], name="A/A")]
-        seconds: dict[str, list[float]] = {arm.name: [] for arm in visits}
-        dice = random.Random(seed)
-        for turn in range(rounds + 1):
-            for arm in dice.sample(visits, len(visits)):
-                took = _visit(arm, window_s)
-                if turn:
-                    seconds[arm.name].append(took)
-    again = seconds.pop("A/A")
-    noise = max(abs(1 - end) for end in _bootstrap(_ratios(seconds[arms[0].name], again), dice))
-    names = choose({name: statistics.median(own) for name, own in seconds.items()})
-    base = seconds[names[0]]
-    timings = tuple(_timing(name, seconds[name], base, errors[name], dice) for name in names)
-    return Comparison(case, names[0], timings, noise)
+        ready, errors = _gate(bench, case, arms, tolerance)
+        pilot = {arm.name: _visit(bench, arm) for arm in dice.sample(ready, len(ready))}
+        names = choose({arm.name: pilot[arm.name].whole / arm.images for arm in ready})
+        chosen = [next(arm for arm in ready if arm.name == name) for name in names]
+        visits = [*chosen, replace(chosen[0], name="A/A")]
+        spent = {a.name: pilot[names[0] if a.name == "A/A" else a.name].spent for a in visits}
+        samples = _rounds(bench, case, visits, sum(spent.values()), dice)
+    whole = summary(case, chosen, errors, samples, dice, floor=floor)
+    if all(arm.then is None for arm in chosen):
+        return [whole]
+    apart = {name: [s._replace(whole=s.first) for s in own] for name, own in samples.items()}
+    return [
+        replace(whole, case=f"{case}, {parts[0]}"),
+        replace(summary(case, chosen, errors, apart, dice, floor=floor), case=f"{case}, {parts[1]}"),
+    ]
 
 
-def _timing(
-    name: str, own: Sequence[float], base: Sequence[float], error: float, dice: random.Random
-) -> Timing:
-    ratios = _ratios(base, own)
-    low, _, high = statistics.quantiles(own, n=4)
-    return Timing(
-        arm=name,
-        median_ms=1e3 * statistics.median(own),
-        quartiles_ms=(1e3 * low, 1e3 * high),
-        speedup=statistics.median(ratios),
-        interval=_bootstrap(ratios, dice),
-        error=error,
-    )
+def _rounds(
+    bench: Bench, case: str, visits: Sequence[Arm], expected: float, dice: random.Random
+) -> dict[str, list[Sample]]:
+    """Samples of each arm. `expected`: seconds of a round."""
+    if bench.clock() + bench.least * expected > bench.deadline:
+        needs, left = bench.least * expected, max(0.0, bench.left())
+        raise OutOfTimeError(f"{case}: {bench.least} rounds need {needs:.0f} s, {left:.0f} s are left")
+    samples: dict[str, list[Sample]] = {arm.name: [] for arm in visits}
+    for done in range(bench.rounds):
+        start = bench.clock()
+        if done >= bench.least and start + expected > min(bench.share, bench.deadline):
+            break
+        for arm in dice.sample(visits, len(visits)):
+            samples[arm.name].append(_visit(bench, arm))
+        expected = max(expected, bench.clock() - start)
+    return samples
 
 
-def _ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
-    return [b / o for b, o in zip(base, own, strict=True)]
+def _gate(
+    bench: Bench, case: str, arms: Sequence[Arm], tolerance: float
+) -> tuple[list[Arm], dict[str, float]]:
+    """The arms that can run here, with what their first calls showed; and how far each is from the first."""
+    ready: list[Arm] = []
+    errors: dict[str, float] = {}
+    wanted: Tensor | None = None
+    for arm in arms:
+        try:
+            apart = [] if arm.distance is None else [arm.distance()]
+            calls = [_once(bench, arm) for _ in range(2)]  # the second shows what the first call changed
+            facts = _facts(bench, arm, calls)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            bench.skipped.append(f"{case}, {arm.name}: out of memory")
+            continue
+        results = torch.cat([call.result.detach().float().flatten() for call in calls])
+        if arm.alike:
+            wanted = results if wanted is None else wanted
+            apart.append(float((results - wanted).norm() / wanted.norm()))
+        if not apart:
+            raise AssertionError(f"{arm.name} has no gate")
+        for error in apart:
+            if not error <= tolerance:  # NaN is wrong too
+                off = f"{arm.name} is {error:.1e} off, allowed are {tolerance:g}"
+                raise GateError(f"{case}: {off}; no time is given")
+        errors[arm.name] = max(apart)
+        ready.append(replace(arm, facts={**arm.facts, **facts}))
+    if not ready:
+        raise OutOfTimeError(f"{case}: no arm fits into memory")
+    return ready, errors
 
 
-def _visit(arm: Arm, window_s: float) -> float:
-    _once(arm)
-    count, passed = 0, 0.0
-    while passed < window_s:
-        passed += _once(arm)[0]
-        count += 1
-    return passed / count
+def _facts(bench: Bench, arm: Arm, calls: Sequence[Call]) -> dict[str, float]:
+    """Seconds that compiling took; and on a GPU the most memory beyond what lay there, in GiB."""
+    found = {"compile_s": calls[0].whole - calls[1].whole} if arm.compiled else {}
+    if bench.device.type == "cuda":
+        before = torch.cuda.memory_allocated(bench.device)
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        _once(bench, arm)
+        found["peak_gib"] = (torch.cuda.max_memory_allocated(bench.device) - before) / 2**30
+    return found
 
 
-def _once(arm: Arm) -> tuple[float, Tensor]:
-    """Seconds and result of one call."""
+def _visit(bench: Bench, arm: Arm) -> Sample:
+    """A warm call, then calls for `window_s`, in one window where nothing has to happen in between."""
+    start = bench.clock()
+    seen = _once(bench, arm)
+    calls = [seen] if seen.whole >= bench.window_s else []
+    if not calls and arm.before is None and arm.then is None:
+        return _window(bench, arm, max(1, round(bench.window_s / max(seen.whole, 1e-6))), start)
+    while sum(call.whole for call in calls) < bench.window_s:
+        calls.append(_once(bench, arm))
+    first, whole = (sum(part) / len(calls) for part in zip(*(call[:2] for call in calls), strict=True))
+    return Sample(whole, first, None, bench.clock() - start)
+
+
+def _window(bench: Bench, arm: Arm, count: int, visited: float) -> Sample:
+    """`count` calls without a wait between them, on the host's clock and on the device's."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if bench.device.type == "cuda" else []
+    bench.wait()
+    start = bench.clock()
+    for mark in marks[:1]:
+        mark.record()
+    for _ in range(count):
+        arm.run()
+    for mark in marks[1:]:
+        mark.record()
+    bench.wait()
+    took = (bench.clock() - start) / count
+    device = 1e-3 * marks[0].elapsed_time(marks[1]) / count if marks else None
+    return Sample(took, took, device, bench.clock() - visited)
+
+
+def _once(bench: Bench, arm: Arm) -> Call:
     if arm.before is not None:
         arm.before()
-    _synchronize()
-    start = time.perf_counter()
+    bench.wait()
+    start = bench.clock()
     result = arm.run()
-    _synchronize()
-    return time.perf_counter() - start, result
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _bootstrap(values: Sequence[float], dice: random.Random, draws: int = 2000) -> tuple[float, float]:
-    medians = sorted(statistics.median(dice.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
-
-
-# --- what is written ---------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = ""
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
-
-
-def milliseconds(timing: Timing) -> str:
-    """An arm's time as the tables have it."""
-    low, high = timing.quartiles_ms
-    return f"{timing.median_ms:.1f} ({low:.1f} … {high:.1f})"
-
-
-def table(
-    comparisons: Sequence[Comparison],
-    *,
-    columns: tuple[str, str, str] = ("case", "arm", "ms (quartiles)"),
-    figure: Callable[[Timing], str] = milliseconds,
-) -> str:
-    """Markdown: one row per case and arm. `figure` writes what the third column holds."""
-    lines = [
-        f"| {' | '.join(columns)} | times faster than the baseline (95 %) |",
-        "|---|---|--:|--:|",
-    ]
-    for comparison in comparisons:
-        for t in comparison.timings:
-            faster = f"{t.speedup:.2f} ({t.interval[0]:.2f} … {t.interval[1]:.2f})"
-            if t.arm == comparison.baseline:
-                faster = f"baseline, against itself ± {comparison.noise:.2f}"
-            lines.append(f"| {comparison.case} | {t.arm} | {figure(t)} | {faster} |")
-    return "\n".join(lines) + "\n"
-
-
-def write(suite: str, comparisons: Sequence[Comparison], *, about: str = "", rows: str = "") -> Path:
-    """results/SUITE.json and .md; `about` says in the page what was done, `rows` is its table (default: `table`)."""
-    folder = ROOT / "results"
-    folder.mkdir(exist_ok=True)
-    facts = machine()
-    entry = {"suite": suite, "machine": facts, "comparisons": [asdict(c) for c in comparisons]}
-    (folder / f"{suite}.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
-    words = ", ".join(f"{k} {v}" for k, v in facts.items() if v)
-    parts = [f"# {suite}", about, words, rows or table(comparisons)]
-    path = folder / f"{suite}.md"
-    path.write_text("\n\n".join(part for part in parts if part), encoding="utf-8")
-    return path
+    bench.wait()
+    between = bench.clock()
+    if arm.then is None:
+        return Call(between - start, between - start, result)
+    arm.then()
+    bench.wait()
+    return Call(between - start, bench.clock() - start, result)

@@ -1,73 +1,131 @@
-"""Inference before and after folding, against timm's same network with the same weights, float32.
-
-Every arm runs in both memory formats; the better one of each is reported, so no side wins by layout.
-"""
+"""Inference before and after folding, against timm's same network with the same weights, float32 (GPU: bfloat16)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import timm
 import torch
-from harness import Arm, Comparison, compare
-from torch import nn
+from harness import Arm, Bench, Case, compare
+from networks import FORMATS, batch, best_formats, copied, multiplications, pair, shaken
+from statistic import Comparison
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
-from normfree.models.weights import load_weights
+from normfree.exported import open_onnx
+from normfree.models.net import Net
 from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.surgery.export import export
 from normfree.surgery.fold import fold
 
-#: timm's name, image size
-CASES = (
-    ("dm_nfnet_f0", 192),
-    ("eca_nfnet_l0", 224),
-    ("nf_resnet50", 224),
-    ("nf_regnet_b1", 256),
+ABOUT = (
+    "Milliseconds of one batch through timm's network and ours with the same weights, and ours folded; each "
+    "network in its faster memory format, found in rounds that do not count. Logits are compared first. "
+    "`onnxruntime` runs the folded network as `normfree export` writes it, with torch's number of threads. "
+    "resnet50 stands beside NF-ResNet-50 with its batch norm folded into the convolutions (timm's by torch.fx, "
+    "ours by `fold`), each compared with itself unfolded. Compiled arms are `torch.compile` with its defaults, "
+    "NHWC."
 )
-BATCHES = (1, 8)
-FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+#: timm's name, image size
+ON_CPU = (("nf_resnet50", 224), ("dm_nfnet_f0", 192), ("eca_nfnet_l0", 224), ("nf_regnet_b1", 256))
+ON_GPU = (("dm_nfnet_f0", 256), ("nf_resnet50", 288), ("eca_nfnet_l0", 288), ("dm_nfnet_f1", 320))
+BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
+#: Networks that are exported for onnxruntime, which takes most of a minute for each; and batch norm's place.
+EXPORTED, BESIDE = ("nf_resnet50", "dm_nfnet_f0"), {"nf_resnet50": "resnet50"}
+TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2
+
+Network = Callable[[Tensor], Tensor]
 
 
-def shaken(net: nn.Module) -> nn.Module:
-    """Random weights in which every branch is open."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in net.named_parameters():
-            if parameter.ndim == 0 or key.endswith("gain"):
-                parameter.uniform_(0.5, 1.0)
-    return net.eval()
+def cases(device: torch.device, *, compiled: bool = False) -> list[Case]:
+    """One per network. `compiled`: on a CPU compiled arms too, and then for the first two networks only."""
+    gpu = device.type == "cuda"
+    rows = ON_GPU if gpu else ON_CPU[:2] if compiled else ON_CPU
+    return [case(name, size, BATCHES[device.type], compiled=compiled or gpu) for name, size in rows]
 
 
-def suite(names: Sequence[str] = (), *, rounds: int = 11) -> list[Comparison]:
-    """One comparison per network and batch size; `names` chooses networks."""
-    results = []
-    for name, size in CASES:
-        if names and name not in names:
-            continue
-        theirs = shaken(timm.create_model(name))
-        ours = create_model(f"timm_{name}").eval()
-        load_weights(ours, theirs.state_dict())
-        networks: dict[str, nn.Module] = {"timm": theirs, "normfree": ours, "normfree, folded": fold(ours)}
-        for batch in BATCHES:
-            images = torch.randn(batch, 3, size, size)
-            arms = []
-            for label, net in networks.items():
-                for word, layout in FORMATS.items():
-                    placed = copy.deepcopy(net).to(memory_format=layout)
-                    inputs = images.to(memory_format=layout)
-                    arms.append(Arm(f"{label} {word}", lambda n=placed, x=inputs: n(x)))
-            case = f"{name}, {size} px, batch {batch}"
-            results.append(compare(case, arms, rounds=rounds, choose=best_formats))
-            told = (f"{t.arm} {t.speedup:.2f}" for t in results[-1].timings)
-            print(case, *told, sep="  ", flush=True)
-    return results
+def case(name: str, size: int, batches: tuple[int, ...], *, compiled: bool = False) -> Case:
+    """timm's network `name` at each of the batch sizes."""
+    return Case(f"{name}, {size} px", (name,), partial(measure, name, size, batches, compiled))
 
 
-def best_formats(medians: dict[str, float]) -> list[str]:
-    """The faster memory format of each network, timm's first."""
-    best: dict[str, str] = {}
-    for arm in medians:
-        network = arm.rpartition(" ")[0]
-        if network not in best or medians[arm] < medians[best[network]]:
-            best[network] = arm
-    return list(best.values())
+def measure(
+    name: str, size: int, batches: tuple[int, ...], compiled: bool, bench: Bench
+) -> Iterator[Comparison]:
+    """One comparison per batch size."""
+    theirs, ours = (net.eval() for net in pair(name))
+    assert isinstance(ours, Net)
+    networks: dict[str, nn.Module] = {"timm": theirs, "normfree": ours, "normfree, folded": fold(ours)}
+    half = bench.device.type == "cuda"
+    exported = _exported(bench, name, ours, size) if name in EXPORTED and not half and not compiled else None
+    now = bench.clock()
+    for number, images in enumerate(batches, 1):
+        arms = [
+            arm for label, net in networks.items() for arm in _both(bench, label, net, size, images, half)
+        ]
+        if compiled:
+            arms += [
+                _compiled(bench, k, networks[k], size, images, half) for k in ("timm", "normfree, folded")
+            ]
+        if exported is not None:
+            x = batch(size, images, bench.device)[0]
+            arms.append(Arm("normfree, folded, onnxruntime", partial(exported, x), images=images))
+        if name in BESIDE:
+            arms += _with_batch_norm(bench, BESIDE[name], size, images, half)
+        timed = replace(bench, share=now + (bench.share - now) * number / len(batches))
+        yield from compare(
+            timed, f"{name}, {size} px, batch {images}", arms, tolerance=HALF_TOLERANCE if half else TOLERANCE,
+            choose=best_formats, floor=None if half else multiplications(bench, name, size, images),
+        )  # fmt: skip
+
+
+def _both(bench: Bench, label: str, net: nn.Module, size: int, images: int, half: bool) -> Iterator[Arm]:
+    """`net` in both memory formats."""
+    for word in FORMATS:
+        x = batch(size, images, bench.device, word)[0]
+        yield Arm(f"{label} {word}", partial(_run, copied(net, word, bench.device), x, half), images=images)
+
+
+def _compiled(bench: Bench, label: str, net: nn.Module, size: int, images: int, half: bool) -> Arm:
+    x = batch(size, images, bench.device, "NHWC")[0]
+    forward = torch.compile(copied(net, "NHWC", bench.device), dynamic=False)
+    return Arm(f"{label}, compiled NHWC", partial(_run, forward, x, half), images=images, compiled=True)
+
+
+def _run(net: Network, x: Tensor, half: bool) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        return net(x)
+
+
+def _with_batch_norm(bench: Bench, name: str, size: int, images: int, half: bool) -> Iterator[Arm]:
+    """A network with batch norm after folding, timm's and ours: other networks, so each is held against itself."""
+    theirs = shaken(timm.create_model(name))
+    ours = shaken(create_model(name, classifier_std=0.01))
+    assert isinstance(ours, Net)
+    for label, whole, plain in (
+        ("timm", theirs, fuse(copy.deepcopy(theirs))),
+        ("normfree", ours, fold(ours)),
+    ):
+        x = batch(size, 2, torch.device("cpu"))[0]
+        with torch.inference_mode():
+            error = float((plain(x) - whole(x)).norm() / whole(x).norm())
+        for arm in _both(bench, f"{name} of {label}, folded", plain, size, images, half):
+            yield replace(arm, alike=False, distance=partial(float, error))
+
+
+def _exported(bench: Bench, name: str, net: Net, size: int) -> Network | None:
+    """The folded network in onnxruntime, or None where that is not installed."""
+    model = TrainedModel(net, Preprocessing(image_size=size), tuple(map(str, range(net.num_classes))))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            export(model, Path(folder) / "net.onnx")
+            return open_onnx(Path(folder) / "net.onnx")[0]
+    except ModuleNotFoundError as error:
+        bench.skipped.append(f"{name}, onnxruntime: {error}")
+        return None

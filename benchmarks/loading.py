@@ -1,25 +1,20 @@
-"""JPEG bytes to training crops on one core: `python benchmarks/loading.py [--rounds N]`. Writes results/loading.*.
-
-128 crops of 500 x 375 pixels from scikit-image's photographs, quality 92, in memory -> decode -> random resized crop to
-224, flip -> uint8 tensor, 3 S S. Every arm makes the same crops of the same pictures (the gate compares them).
-
-Needs scikit-image and kornia-rs.
-"""
+"""JPEG bytes to training crops on one core, from scikit-image's photographs."""
 
 from __future__ import annotations
 
-import argparse
 import io
-import os
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import simplejpeg
 import torch
-from harness import Arm, Comparison, Timing, compare, table, write
+from harness import Arm, Bench, Case, compare
 from kornia_rs import io as kornia_io
 from PIL import Image
 from skimage import data as samples
+from statistic import Comparison
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -28,6 +23,12 @@ from normfree.data.augment import train_transform
 from normfree.data.crops import resize
 from normfree.data.images import load_image
 
+ABOUT = (
+    "JPEG bytes of 500 × 375 pixels, quality 92, in memory -> decode -> random resized crop to 224, flip -> uint8 "
+    "tensor 3 S S; 128 pictures a pass, one core, wall time. All loaders make the same crops of the same "
+    "pictures, and the gate compares sixteen of them; bicubic passes round at other places, a resize without "
+    "antialiasing would be far above what it allows."
+)
 COUNT, WIDTH, HEIGHT, SIZE, QUALITY = 128, 500, 375, 224, 92  # as the published loader tables have it
 PHOTOGRAPHS = (
     "astronaut",
@@ -38,16 +39,14 @@ PHOTOGRAPHS = (
     "hubble_deep_field",
     "immunohistochemistry",
 )
-TOLERANCE = (
-    2e-3  # relative L2; bicubic passes round at other places, a resize without antialiasing is far above
-)
+TOLERANCE = 2e-3  # relative L2
 
 
-def jpegs() -> list[bytes]:
+def jpegs(count: int = COUNT) -> list[bytes]:
     """The pictures, encoded; small ones are enlarged until the crop fits."""
     rng, made = np.random.default_rng(0), []
     photographs = [Image.fromarray(getattr(samples, name)()[..., :3]) for name in PHOTOGRAPHS]
-    for i in range(COUNT):
+    for i in range(count):
         image = photographs[i % len(photographs)]
         scale = max(1.0, WIDTH / image.width, HEIGHT / image.height)
         image = image.resize(
@@ -77,12 +76,12 @@ def tensor_v2(word: str) -> Callable[[np.ndarray], Tensor]:
     return lambda pixels: steps(torch.from_numpy(pixels).permute(2, 0, 1)).contiguous()
 
 
-def places() -> list[tuple[int, int, int, int, bool]]:
+def places(count: int) -> list[tuple[int, int, int, int, bool]]:
     """The crops and flips that the other arms draw."""
     crop, probe = v2.RandomResizedCrop(SIZE), torch.empty(1).expand(3, HEIGHT, WIDTH)
     torch.manual_seed(0)
     drawn = []
-    for _ in range(COUNT):
+    for _ in range(count):
         p = crop.make_params([probe])
         drawn.append((p["top"], p["left"], p["height"], p["width"], bool(torch.rand(1) < 0.5)))
     return drawn
@@ -96,76 +95,61 @@ def decode(data: bytes) -> np.ndarray:
 
 def gated(crops: Tensor) -> Tensor:
     """What the gate compares: some of the crops, as turning all into floats would take its own time."""
-    return crops[:: COUNT // 16].float()
+    return crops[:: max(1, len(crops) // 16)].float()
 
 
-def suite(*, rounds: int) -> list[Comparison]:
-    """One comparison per filter, Pillow and torchvision as the baseline."""
-    pictures, known = jpegs(), places()
-    results = []
-    for word in ("bicubic", "bilinear"):
-        pil, tensor, ours = (
-            pillow_v2(word),
-            tensor_v2(word),
-            train_transform(image_size=SIZE, interpolation=word),
-        )
+def cases(device: torch.device) -> list[Case]:
+    """One per filter."""
+    return [case(word) for word in ("bicubic", "bilinear")]
 
-        def each(one: Callable[[bytes], Tensor]) -> Callable[[], Tensor]:
-            def run() -> Tensor:
-                torch.manual_seed(0)
-                return gated(torch.stack([one(data) for data in pictures]))
 
-            return run
+def case(word: str, count: int = COUNT) -> Case:
+    """`count` pictures a pass through each loader with the filter called `word`."""
+    return Case(word, (word,), partial(measure, word, count))
 
-        def bare(word: str = word) -> Tensor:
-            made = []
-            for data, (top, left, tall, wide, flip) in zip(pictures, known, strict=True):
-                scaled = resize(
-                    decode(data)[top : top + tall, left : left + wide], SIZE, SIZE, interpolation=word
-                )
-                made.append((scaled.flip(-1) if flip else scaled).contiguous())
-            return gated(torch.stack(made))
 
-        arms = [
-            Arm("Pillow + torchvision", each(lambda data, f=pil: f(load_image(data)))),
-            Arm(
-                "simplejpeg + torchvision on Pillow",
-                each(lambda data, f=pil: f(Image.fromarray(decode(data)))),
-            ),
-            Arm("simplejpeg + torchvision on tensors", each(lambda data, f=tensor: f(decode(data)))),
-            Arm("kornia-rs decode + torch resize", each(lambda data, f=ours: f(kornia_decode(data)))),
-            Arm("normfree without simplejpeg", each(lambda data, f=ours: f(load_image(data)))),
-            Arm("normfree", each(lambda data, f=ours: f(jpeg.load_array(data)))),
-            Arm("simplejpeg + torch resize, nothing checked or drawn", bare),
-        ]
-        results.append(compare(word, arms, rounds=rounds, tolerance=TOLERANCE))
-    return results
+def measure(word: str, count: int, bench: Bench) -> list[Comparison]:
+    """Pillow and torchvision are the baseline."""
+    # one pass streams through more than a cache holds, so that it needs no warm one
+    timed = replace(bench, window_s=0.0)
+    return compare(timed, word, arms(word, jpegs(count)), tolerance=TOLERANCE)
+
+
+def arms(word: str, pictures: list[bytes]) -> list[Arm]:
+    """All loaders, which make the same crops of the same pictures."""
+    pil, tensor = pillow_v2(word), tensor_v2(word)
+    ours = train_transform(image_size=SIZE, interpolation=word)
+    known = places(len(pictures))
+
+    def arm(name: str, one: Callable[[bytes], Tensor]) -> Arm:
+        def run() -> Tensor:
+            torch.manual_seed(0)
+            return gated(torch.stack([one(data) for data in pictures]))
+
+        return Arm(name, run, images=len(pictures))
+
+    def bare() -> Tensor:
+        made = [cut(data, place, word) for data, place in zip(pictures, known, strict=True)]
+        return gated(torch.stack(made))
+
+    return [
+        arm("Pillow + torchvision", lambda data: pil(load_image(data))),
+        arm("simplejpeg + torchvision on Pillow", lambda data: pil(Image.fromarray(decode(data)))),
+        arm("simplejpeg + torchvision on tensors", lambda data: tensor(decode(data))),
+        arm("kornia-rs decode + torch resize", lambda data: ours(kornia_decode(data))),
+        arm("normfree without simplejpeg", lambda data: ours(load_image(data))),
+        arm("normfree", lambda data: ours(jpeg.load_array(data))),
+        Arm("simplejpeg + torch resize, nothing checked or drawn", bare, images=len(pictures)),
+    ]
+
+
+def cut(data: bytes, place: tuple[int, int, int, int, bool], word: str) -> Tensor:
+    """One crop at a known place, by the shortest way."""
+    top, left, tall, wide, flip = place
+    scaled = resize(decode(data)[top : top + tall, left : left + wide], SIZE, SIZE, interpolation=word)
+    return (scaled.flip(-1) if flip else scaled).contiguous()
 
 
 def kornia_decode(data: bytes) -> np.ndarray:
     """kornia-rs' libjpeg-turbo."""
     return np.asarray(kornia_io.decode_image_jpegturbo(data, "rgb"))
-
-
-def rate(timing: Timing) -> str:
-    """Images per second, as the table has it."""
-    slow, fast = (COUNT / (1e-3 * ms) for ms in reversed(timing.quartiles_ms))
-    return f"{COUNT / (1e-3 * timing.median_ms):.0f} ({slow:.0f} … {fast:.0f})"
-
-
-def main() -> None:
-    """Measures on one core, writes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
-    words = parser.parse_args()
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    comparisons = suite(rounds=words.rounds)
-    what = f"JPEG bytes of {WIDTH} × {HEIGHT} pixels, quality {QUALITY} -> random resized crop to {SIZE}, flip -> uint8"
-    about = f"{what}; {COUNT} pictures per pass, one core, wall time."
-    rows = table(comparisons, columns=("filter", "loader", "images/s (quartiles)"), figure=rate)
-    print(write("loading", comparisons, about=about, rows=rows).read_text(encoding="utf-8"))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,35 +1,184 @@
-"""The benchmarks: `python benchmarks/run.py SUITE [NAME ...] [--rounds N]`. Writes results/SUITE.json and .md."""
+"""The benchmarks: `python benchmarks/run.py [SUITE ...]`; no suite: all that this machine can run.
+
+Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the README's table. Several suites: each in a process
+of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-import harness
-import inference
-import training
+import machine
+import readme
+import report
+import torch
+from harness import LEAST, Bench, Case, GateError, OutOfTimeError
+from statistic import Comparison
+from suites import SUITES, Suite
 
-SUITES = {
-    "inference": inference.suite,
-    "training": training.suite,
-    "training_bfloat16": partial(training.suite, half=True),
-    "update": training.update_suite,
-}
+from normfree.models.layers import nearest
+from normfree.train.allocator import keep_freed_memory
+
+#: Seconds that a suite keeps of its budget for the last ceilings and for writing.
+RESERVE_S = 5.0
 
 
-def main() -> None:
-    """Parses, runs, writes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("names", nargs="*", help="networks; default all of the suite")
-    parser.add_argument("--rounds", type=int, default=11)
-    words = parser.parse_args()
-    comparisons = SUITES[words.suite](words.names, rounds=words.rounds)
-    if not words.names:
-        print(harness.write(words.suite, comparisons).read_text(encoding="utf-8"))
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs what `words` say. Returns 0; 1 if arms disagreed or a suite broke; 2 for words that mean nothing."""
+    options = parse(words)
+    options.no_write |= options.rounds < LEAST
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    unknown = check(options, device)
+    if unknown:
+        print(unknown, file=sys.stderr)
+        return 2
+    possible = []
+    for name in options.suites or SUITES:
+        obstacle = SUITES[name].obstacle(device)
+        if not obstacle and not options.suites and SUITES[name].by_name:
+            obstacle = f"it runs when it is named: benchmarks/run.py {name}"
+        if obstacle:
+            print(f"{name} skipped: {obstacle}", flush=True)
+        else:
+            possible.append(name)
+    if len(possible) > 1:
+        code = max(run_apart(name, options, device) for name in possible)
     else:
-        print(harness.table(comparisons))
+        code = max((run_here(SUITES[name], options, device) for name in possible), default=0)
+    if possible and not options.no_write and not options.only and options.out == report.RESULTS:
+        readme.update()
+    return code
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="networks or cases; writes no results"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=11, help=f"counted rounds; below {LEAST} nothing is written"
+    )
+    parser.add_argument("--budget-s", type=float, help="seconds for each suite; by default the suite's own")
+    parser.add_argument("--no-write", action="store_true", help="print the page, write nothing")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10, for small_scale on a GPU")
+    return parser.parse_args(words)
+
+
+def check(options: argparse.Namespace, device: torch.device) -> str:
+    """What is wrong with the words, in one line, or nothing."""
+    for name in options.suites:
+        if name not in SUITES:
+            return f"unknown suite {name!r}.{nearest(name, SUITES)} All: {', '.join(SUITES)}."
+    if options.rounds < 1:
+        return f"--rounds {options.rounds}: one is the least, and {LEAST} where results are to be written."
+    if options.budget_s is not None and options.budget_s <= 0:
+        return f"--budget-s {options.budget_s:g}: seconds above 0. The default is each suite's own."
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: there is no GPU here. Use --device cpu."
+    if options.only:
+        suites = [SUITES[name] for name in options.suites or SUITES]
+        known = sorted(
+            {word for suite in suites if not suite.obstacle(device) for word in _words(suite, device)}
+        )
+        for name in options.only:
+            if name not in known:
+                return f"unknown name {name!r}.{nearest(name, known)} All: {', '.join(known)}."
+    return ""
+
+
+def _words(suite: Suite, device: torch.device) -> list[str]:
+    return [word for case in suite.cases(device, None) for word in case.words]
+
+
+def run_apart(name: str, options: argparse.Namespace, device: torch.device) -> int:
+    """The suite in a new process, which has neither the memory nor the threads of another one."""
+    passed = ["--rounds", str(options.rounds), "--out", str(options.out), *["--no-write"] * options.no_write]
+    passed += ["--device", device.type]
+    passed += [] if options.budget_s is None else ["--budget-s", str(options.budget_s)]
+    passed += [] if options.data is None else ["--data", str(options.data)]
+    passed += ["--only", *options.only] if options.only else []
+    if options.only and not set(options.only) & set(_words(SUITES[name], device)):
+        return 0
+    print(f"== {name}", flush=True)
+    return subprocess.run([sys.executable, __file__, name, *passed]).returncode
+
+
+def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) -> int:
+    """The suite in this process: ceilings, cases, ceilings; prints its page, and writes it unless told otherwise."""
+    start = time.perf_counter()
+    settle(suite, device)
+    before = machine.ceilings(device)
+    deadline = start + (options.budget_s or suite.budget(device)) - RESERVE_S
+    bench = Bench(
+        device=device, rounds=options.rounds, deadline=deadline, bandwidth=1e9 * before.copy_gb_s,
+        matmul=1e9 * before.matmul_gflop_s,
+    )  # fmt: skip
+    cases = suite.cases(device, options.data)
+    if options.only:
+        cases = [case for case in cases if set(case.words) & set(options.only)]
+    comparisons, wrong = measure(bench, cases)
+    words = ["python benchmarks/run.py", suite.name, *(["--only", *options.only] if options.only else [])]
+    result = report.Result(
+        suite.name, suite.about(), " ".join(words), machine.facts(device), before, machine.ceilings(device),
+        time.perf_counter() - start, tuple(comparisons), tuple(bench.skipped),
+    )  # fmt: skip
+    print(report.page(result), flush=True)
+    keep = not options.no_write and (not options.only or options.out != report.RESULTS)
+    if keep and comparisons:
+        suffix = "-".join(["", *options.only])
+        print(report.write(replace(result, suite=suite.name + suffix), options.out))
+    return int(wrong)
+
+
+def settle(suite: Suite, device: torch.device) -> None:
+    """What holds for the whole process: its cores, and freed memory, for timm's arms as well as for ours."""
+    if suite.one_core:
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.benchmark = True
+
+
+def measure(bench: Bench, cases: Sequence[Case]) -> tuple[list[Comparison], bool]:
+    """All cases that the time allows, and whether arms disagreed. Each gets an equal share of what is left."""
+    comparisons: list[Comparison] = []
+    wrong = False
+    for number, case in enumerate(cases):
+        if bench.left() <= 0:
+            bench.skipped.append(f"{case.name}: no time left")
+            continue
+        share = bench.clock() + bench.left() / (len(cases) - number)
+        try:
+            comparisons += _told(case.run(replace(bench, share=share)))
+        except OutOfTimeError as error:
+            bench.skipped.append(str(error))
+        except GateError as error:
+            wrong = True
+            bench.skipped.append(f"wrong: {error}")
+            print(error, file=sys.stderr, flush=True)
+    return comparisons, wrong
+
+
+def _told(found: Iterable[Comparison]) -> Iterable[Comparison]:
+    for comparison in found:
+        told = (f"{t.arm} {t.median:.4g} {comparison.unit}, {t.ratio:.2f}" for t in comparison.timings)
+        print(comparison.case, *told, sep="  ", flush=True)
+        yield comparison
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

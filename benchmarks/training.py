@@ -1,173 +1,191 @@
-"""A whole training step, and the update alone, against timm's same network with the same weights.
+"""A whole training step, and its forward and backward pass alone, against timm's same network with the same weights.
 
-A step is forward, backward, adaptive clipping, SGD with Nesterov momentum and decay, and the average. timm's side is
-what its training script does with `--clip-mode agc --opt nesterov --model-ema`: `adaptive_clip_grad` on all but the
-classifier, `torch.optim.SGD`, `ModelEmaV3`.
+A step is forward, backward, adaptive clipping, SGD with Nesterov momentum and decay, and the average.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import timm
 import torch
-import torch.nn.functional as F
-from harness import Arm, Comparison, compare
-from inference import FORMATS, best_formats, shaken
-from timm.models import model_parameters
-from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
-from timm.utils.agc import adaptive_clip_grad
+from harness import Arm, Bench, Case, compare
+from networks import (
+    FORMATS,
+    batch,
+    best_formats,
+    copied,
+    forward_backward,
+    gradient_distance,
+    multiplications,
+    pair,
+    shaken,
+)
+from statistic import Comparison
 from torch import Tensor, nn
+from updates import our_update, timm_update, update_distance
 
 from normfree.models.net import Net
-from normfree.models.standardized import standardized_once
-from normfree.models.weights import load_weights
-from normfree.models.zoo import create_model
-from normfree.optim.agc import clip_grad_
-from normfree.optim.ema import Ema
-from normfree.optim.groups import parameter_groups
-from normfree.optim.sgd import SGD
 
-#: timm's name, image size
-CASES = (("dm_nfnet_f0", 192), ("nf_resnet50", 224))
-BATCH = 8
-#: [B] section 4.3, but for a rate at which no arm's weights leave the neighbourhood of the others'
-LR, DECAY, CLIPPING, AVERAGE = 1e-3, 2e-5, 0.01, 0.99999
-
-
-def pair(name: str) -> tuple[nn.Module, Net]:
-    """timm's network and ours in training mode, with the same random weights."""
-    theirs = shaken(timm.create_model(name, drop_rate=0.0))
-    ours = create_model(f"timm_{name}", drop_rate=0.0)
-    assert isinstance(ours, Net)
-    load_weights(ours, theirs.state_dict())
-    return theirs.train(), ours.train()
+ABOUT = (
+    "Milliseconds of one training step of timm's network and of ours with the same weights: forward and backward, "
+    "then adaptive clipping, SGD with Nesterov momentum and decay (on a CPU fused on both sides), and the "
+    "average. No dropout. Each side in its faster memory format, found in rounds that do not count. Before any "
+    "timing, gradients of the whole network and what two updates add to kernels and averages are compared, with "
+    "every branch kept; without stochastic depth the losses of two steps too. On a CPU both sides run with freed "
+    "memory kept in the process, as `normfree train` does. Ratios are of the time for one image."
+)
+PARTS = ("whole step", "forward and backward")
+#: Largest relative L2 distance that the gate lets pass, in float32 and in bfloat16.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2
 
 
-def timm_update(net: nn.Module) -> Callable[[], None]:
-    """timm's update of `net` from the gradients that it holds."""
-    groups = param_groups_weight_decay(net, weight_decay=DECAY)
-    optimizer = torch.optim.SGD(groups, LR, momentum=0.9, nesterov=True)
-    average, steps = ModelEmaV3(net, decay=AVERAGE), 0
+@dataclass(frozen=True)
+class Row:
+    """One network to train: timm's name, image size, batch, the papers' stochastic depth, and what else to do.
 
-    def update() -> None:
-        nonlocal steps
-        adaptive_clip_grad(model_parameters(net, exclude_head=True), clip_factor=CLIPPING)
-        optimizer.step()
-        average.update(net, step=steps)
-        steps += 1
+    anchors: (timm's name, image size, batch) of other networks to time beside it.
+    compile_timm: whether timm's side is compiled too; the largest networks take longer for that than a suite has.
+    """
 
-    return update
-
-
-def our_update(net: Net) -> Callable[[], None]:
-    """The same of ours, as `Trainer.step` does it."""
-    optimizer = SGD(parameter_groups(net, weight_decay=DECAY, clipping=CLIPPING), LR)
-    average, steps = Ema(net, decay=AVERAGE, ramp=False), 0
-
-    def update() -> None:
-        nonlocal steps
-        clip_grad_(optimizer.param_groups, mode="agc", clipping=CLIPPING)
-        optimizer.step()
-        average.update_(net, step=steps)
-        steps += 1
-
-    return update
+    name: str
+    size: int
+    batch: int
+    stochdepth: float
+    anchors: tuple[tuple[str, int, int], ...] = ()
+    compile_timm: bool = True
 
 
-def step(net: nn.Module, update: Callable[[], None], images: Tensor, labels: Tensor, *, half: bool) -> Tensor:
-    """One step; returns the loss. Ours standardizes as `Trainer.gradients` does."""
-    net.zero_grad(set_to_none=True)
-    with standardized_once(net) if isinstance(net, Net) else contextlib.nullcontext():
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            logits = net(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-    update()
-    return loss.detach()
+#: The smaller first, so that what it leaves of its time goes to the larger.
+ON_CPU = (Row("nf_resnet50", 224, 8, 0.1), Row("dm_nfnet_f0", 192, 8, 0.25))
+ON_GPU = (
+    Row("dm_nfnet_f0", 192, 256, 0.25, anchors=(("tf_efficientnetv2_s", 300, 256),)),
+    Row("dm_nfnet_f1", 224, 256, 0.25, anchors=(("efficientnet_b7", 600, 64),)),
+    Row("dm_nfnet_f0", 192, 64, 0.25),
+    Row("nf_resnet50", 224, 256, 0.1, anchors=(("resnet50", 224, 256),)),
+    Row("eca_nfnet_l0", 224, 256, 0.1),
+    Row("dm_nfnet_f3", 320, 64, 0.25),
+    Row("dm_nfnet_f5", 416, 32, 0.25, compile_timm=False),
+    Row("dm_nfnet_f6", 448, 32, 0.25, compile_timm=False),
+)
 
 
-def gradient_distance(theirs: nn.Module, ours: Net, images: Tensor, labels: Tensor) -> float:
-    """Relative L2 distance between both gradients of the same loss."""
-    for net in (theirs, ours):
-        net.zero_grad()
-        F.cross_entropy(net(images), labels).backward()
-    names = dict(theirs.named_parameters())
-    moved = {k: names[k].grad.clone() if k in names else v for k, v in theirs.state_dict().items()}
-    wanted = copy.deepcopy(ours)
-    load_weights(wanted, moved)
-    distance = sum(
-        float((p.grad - w.detach()).square().sum())
-        for p, w in zip(ours.parameters(), wanted.parameters(), strict=True)
+def cases(device: torch.device, *, half: bool = False) -> list[Case]:
+    """One per network; each without stochastic depth, then with the papers'."""
+    rows = ON_GPU if device.type == "cuda" else ON_CPU
+    return [case(row, half=half or device.type == "cuda") for row in rows]
+
+
+def case(row: Row, *, half: bool = False) -> Case:
+    """`row`; `half`: under autocast to bfloat16."""
+    name = f"{row.name}, {row.size} px, batch {row.batch}" + (", bfloat16" if half else "")
+    return Case(name, (row.name,), partial(measure, name, row, half))
+
+
+def measure(name: str, row: Row, half: bool, bench: Bench) -> Iterator[Comparison]:
+    """The comparisons of one row. With stochastic depth each side keeps the memory format that was faster without."""
+    now = bench.clock()
+    found = _compared(replace(bench, share=now + (bench.share - now) / 2), name, row, 0.0, half, only=None)
+    names = set()
+    for comparison in found:
+        names |= {t.arm for t in comparison.timings}
+        yield comparison
+    yield from _compared(
+        bench, f"{name}, stochastic depth {row.stochdepth}", row, row.stochdepth, half, only=names
     )
-    return (distance / sum(float(w.detach().square().sum()) for w in wanted.parameters())) ** 0.5
 
 
-def suite(names: Sequence[str] = (), *, rounds: int = 11, half: bool = False) -> list[Comparison]:
-    """One comparison per network: whole steps, the better memory format of each side."""
-    results = []
-    for name, size in CASES:
-        if names and name not in names:
-            continue
-        theirs, ours = pair(name)
-        images, labels = torch.randn(BATCH, 3, size, size), torch.arange(BATCH)
-        error = gradient_distance(copy.deepcopy(theirs), copy.deepcopy(ours), images[:2], labels[:2])
-        if error > 1e-4:
-            raise ArithmeticError(f"{name}: gradients differ by {error:.1e}")
-        arms = []
-        for label, net, update in (("timm", theirs, timm_update), ("normfree", ours, our_update)):
-            for word, layout in FORMATS.items():
-                placed = copy.deepcopy(net).to(memory_format=layout)
-                inputs = images.to(memory_format=layout)
-                run = partial(step, placed, update(placed), inputs, labels, half=half)
-                arms.append(Arm(f"{label} {word}", run))
-        case = f"{name}, {size} px, batch {BATCH}{', bfloat16' if half else ''}"
-        tolerance = 2e-2 if half else 1e-5
-        results.append(
-            compare(case, arms, rounds=rounds, gradients=True, tolerance=tolerance, choose=best_formats)
+def _compared(
+    bench: Bench, name: str, row: Row, rate: float, half: bool, *, only: set[str] | None
+) -> Iterator[Comparison]:
+    """Both parts cut from the same steps on a CPU; apart on a GPU, which would stand still in between, and there the
+    whole step alone with stochastic depth. `only`: names of the arms to take."""
+    floor = None if half or rate else multiplications(bench, row.name, row.size, row.batch, passes=3)
+    cut = bench.device.type != "cuda"
+    for part in PARTS[:1] if cut or rate else PARTS:
+        arms = [arm for arm in _arms(bench, row, rate, half) if only is None or arm.name in only]
+        if not cut:
+            arms = [_joined(arm) if part == PARTS[0] else replace(arm, then=None) for arm in arms]
+        yield from compare(
+            bench, name if cut else f"{name}, {part}", arms, tolerance=HALF_TOLERANCE if half else TOLERANCE,
+            gradients=True, choose=best_formats, parts=PARTS, floor=floor,
+        )  # fmt: skip
+
+
+def _arms(bench: Bench, row: Row, rate: float, half: bool) -> Iterator[Arm]:
+    """timm's arms and ours in both formats; on a GPU also compiled ones and the anchors."""
+    theirs, ours = pair(row.name, stochdepth=rate)
+    gate = cache(partial(_distance, theirs, ours, row.size, bench.device))
+    make = partial(_arm, bench.device, row.size, row.batch, half=half, alike=not rate)
+    gpu = bench.device.type == "cuda"
+    for word in FORMATS:
+        yield make(f"timm {word}", theirs, word, distance=lambda: 0.0)
+    if gpu and row.compile_timm:
+        yield make("timm, compiled NHWC", theirs, "NHWC", compiled=True, distance=lambda: 0.0)
+    for word in FORMATS:
+        yield make(f"normfree {word}", ours, word, distance=gate)
+    if gpu:
+        yield make("normfree, compiled NHWC", ours, "NHWC", compiled=True, distance=gate)
+        yield our_fastest(
+            bench.device, ours, row, half=half, alike=not rate, distance=partial(gate, kernels=True)
         )
-        print(case, *(f"{t.arm} {t.speedup:.2f}" for t in results[-1].timings), sep="  ", flush=True)
-    return results
+    for anchor, size, images in row.anchors if gpu and not rate else ():
+        net = shaken(timm.create_model(anchor)).train()
+        for extra in (False, True):
+            label = f"{anchor} {size} px{', compiled' if extra else ''} NHWC"
+            yield _arm(bench.device, size, images, label, net, "NHWC", half=half, alike=False, compiled=extra,
+                       distance=lambda: 0.0)  # fmt: skip
 
 
-def update_suite(names: Sequence[str] = (), *, rounds: int = 11) -> list[Comparison]:
-    """Clipping alone, and the whole update, on the parameters of NFNet-F0. Gradients are set anew before each run, so
-    that about half of the units are clipped every time; that is not timed."""
-    theirs, ours = pair("dm_nfnet_f0")
-    results = []
-    for part in ("clipping", "whole update"):
-        arms = []
-        for label, source, whole in (("timm", theirs, timm_update), ("normfree", ours, our_update)):
-            net = copy.deepcopy(source)
-            if part == "whole update":
-                act = whole(net)
-            elif label == "timm":
-                act = partial(adaptive_clip_grad, model_parameters(net, exclude_head=True), CLIPPING)
-            else:
-                groups = parameter_groups(net, weight_decay=DECAY, clipping=CLIPPING)
-                act = partial(clip_grad_, groups, mode="agc", clipping=CLIPPING)
-            arms.append(Arm(label, partial(_norm_after, net, act), partial(_fill, net)))
-        results.append(compare(f"{part}, nfnet_f0", arms, rounds=rounds, tolerance=2e-2))
-        print(
-            results[-1].case, *(f"{t.arm} {t.speedup:.2f}" for t in results[-1].timings), sep="  ", flush=True
-        )
-    return results
+def our_fastest(
+    device: torch.device, ours: Net, row: Row, *, half: bool, alike: bool, distance: Callable[[], float]
+) -> Arm:
+    """The fastest way that the library has for a whole step on a GPU: compiled network, weights standardized in one
+    launch each way, the update in two."""
+    return _arm(device, row.size, row.batch, "normfree, compiled with fused update NHWC", ours, "NHWC", half=half,
+                alike=alike, compiled=True, kernels=True, distance=distance)  # fmt: skip
 
 
-def _fill(net: nn.Module) -> None:
-    """Gradients of about 0.01 of the weights' size, the same for both sides up to the order of parameters."""
-    for p in net.parameters():
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-            torch.manual_seed(p.numel())
-            p.grad_source = torch.randn_like(p) * (0.01 * float(p.detach().norm()) / p.numel() ** 0.5 + 1e-6)
-        p.grad.copy_(p.grad_source)
+def _arm(
+    device: torch.device,
+    size: int,
+    images: int,
+    name: str,
+    net: nn.Module,
+    word: str,
+    *,
+    half: bool,
+    alike: bool,
+    distance: Callable[[], float],
+    compiled: bool = False,
+    kernels: bool = False,
+) -> Arm:
+    placed = copied(net, word, device)
+    x, y = batch(size, images, device, word)
+    update = our_update(placed, kernels=kernels) if isinstance(placed, Net) else timm_update(placed)
+    forward = torch.compile(placed) if compiled else None
+    run = partial(forward_backward, placed, x, y, half=half, forward=forward)
+    return Arm(name, run, then=update.step, distance=distance, alike=alike, images=images, compiled=compiled)
 
 
-def _norm_after(net: nn.Module, act: Callable[[], object]) -> Tensor:
-    act()
-    return next(net.parameters()).detach().norm()[None]
+def _joined(arm: Arm) -> Arm:
+    """Both parts in one run, without a wait in between."""
+
+    def run() -> Tensor:
+        loss = arm.run()
+        assert arm.then is not None
+        arm.then()
+        return loss
+
+    return replace(arm, run=run, then=None)
+
+
+def _distance(theirs: nn.Module, ours: Net, size: int, device: torch.device, kernels: bool = False) -> float:
+    """Of gradients (two images, float32) and of updates, together: the root of the sum of squares."""
+    nets = [copy.deepcopy(net).to(device) for net in (theirs, ours)]
+    x, y = batch(size, 2, device)
+    return math.hypot(gradient_distance(*nets, x, y), update_distance(*nets, kernels=kernels))  # type: ignore[arg-type]

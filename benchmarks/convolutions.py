@@ -1,0 +1,133 @@
+"""Single convolutions of NFNet-F0 both ways: which memory format, and 1x1 ones as convolution or as matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from harness import Arm, Bench, Case, compare
+from networks import FORMATS
+from statistic import Comparison, Floor
+from torch import Tensor
+
+ABOUT = (
+    "Milliseconds of one convolution's forward pass, input gradient and weight gradient, in both memory formats; "
+    "a 1×1 convolution also as a linear layer over pixels. Results are compared first. Floors are the larger one "
+    "of its multiplications at the rate of a large matrix product and its bytes at the rate of a copy. On a GPU "
+    "bfloat16."
+)
+DIRECTIONS = ("forward", "input gradient", "weight gradient")
+BATCH = {"cpu": 8, "cuda": 256}
+#: Relative L2 distance that reordered sums may show.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution without bias on square maps of `side`, with the padding that keeps them."""
+
+    inputs: int
+    outputs: int
+    side: int
+    kernel_size: int = 1
+    stride: int = 1
+    group_width: int = 0
+
+    @property
+    def groups(self) -> int:
+        """How many groups of `group_width` input channels; 0: one group."""
+        return self.inputs // self.group_width if self.group_width else 1
+
+    def __str__(self) -> str:
+        words = f"{self.kernel_size}×{self.kernel_size}, {self.inputs} to {self.outputs}, {self.side}²"
+        words += f", stride {self.stride}" if self.stride > 1 else ""
+        return words + (f", {self.groups} groups" if self.groups > 1 else "")
+
+
+#: Those of NFNet-F0 at 192 px: the 3x3 ones of width 128 a group, and the 1x1 ones around them.
+GROUPED = ((128, 48, 1), (256, 48, 2), (256, 24, 1), (768, 24, 2), (768, 12, 1), (768, 12, 2), (768, 6, 1))
+POINTWISE = ((512, 256, 24), (512, 768, 24), (1536, 768, 12), (768, 1536, 12), (1536, 3072, 6))
+SHAPES = (
+    *(Shape(c, c, side, kernel_size=3, stride=stride, group_width=128) for c, side, stride in GROUPED),
+    *(Shape(i, o, side) for i, o, side in POINTWISE),
+)
+
+
+def cases(device: torch.device) -> list[Case]:
+    """One for each shape."""
+    return [case(shape, BATCH[device.type]) for shape in SHAPES]
+
+
+def case(shape: Shape, images: int) -> Case:
+    """All directions of one shape."""
+    word = "pointwise" if shape.kernel_size == 1 else "grouped"
+    return Case(str(shape), (word,), partial(measure, shape, images))
+
+
+def measure(shape: Shape, images: int, bench: Bench) -> Iterator[Comparison]:
+    """One comparison for each direction. Windows are short, as there are many."""
+    kind = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    short = replace(bench, window_s=0.1 * bench.window_s)
+    x, weight, up = tensors(shape, images, bench.device, kind)
+    for direction in DIRECTIONS:
+        arms = [
+            Arm(word, partial(run, direction, shape, *(t.to(memory_format=layout) for t in (x, weight, up))))
+            for word, layout in FORMATS.items()
+        ]
+        if shape.kernel_size == shape.stride == 1:
+            arms.append(Arm("linear", linear(direction, x, weight, up)))
+        lowest = floor(bench, shape, [x, weight, up])
+        yield from compare(short, f"{shape}, {direction}", arms, tolerance=TOLERANCE[kind], floor=lowest)
+
+
+def tensors(
+    shape: Shape, images: int, device: torch.device, kind: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random input, kernel and gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    after = -(-shape.side // shape.stride)
+    fan_in = shape.inputs // shape.groups
+    sizes = (
+        (images, shape.inputs, shape.side, shape.side),
+        (shape.outputs, fan_in, shape.kernel_size, shape.kernel_size),
+        (images, shape.outputs, after, after),
+    )
+    x, weight, up = (torch.randn(size, generator=generator).to(device, kind) for size in sizes)
+    return x, weight / (fan_in * shape.kernel_size**2) ** 0.5, up
+
+
+def run(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+    """One direction by the library's convolution."""
+    side = shape.kernel_size // 2
+    if direction == "forward":
+        return F.conv2d(x, weight, None, shape.stride, side, 1, shape.groups)
+    both = [direction == "input gradient", direction == "weight gradient", False]
+    found = torch.ops.aten.convolution_backward(
+        up, x, weight, None, [shape.stride] * 2, [side] * 2, [1, 1], False, [0, 0], shape.groups, both
+    )
+    return found[0] if both[0] else found[1]
+
+
+def linear(direction: str, x: Tensor, weight: Tensor, up: Tensor) -> Callable[[], Tensor]:
+    """A 1x1 convolution as matrix products over the pixels of channels_last maps. Results in the same shapes."""
+    x, up = (t.permute(0, 2, 3, 1).contiguous() for t in (x, up))
+    matrix = weight.flatten(1)
+    if direction == "forward":
+        return lambda: F.linear(x, matrix).permute(0, 3, 1, 2)
+    if direction == "input gradient":
+        return lambda: F.linear(up, matrix.t()).permute(0, 3, 1, 2)
+    return lambda: (up.flatten(0, 2).t() @ x.flatten(0, 2))[:, :, None, None]
+
+
+def floor(bench: Bench, shape: Shape, moved: list[Tensor]) -> Floor | None:
+    """What each direction needs at least: it reads two of the three tensors and writes the third."""
+    if not bench.matmul or not bench.bandwidth:
+        return None
+    _, weight, up = moved
+    multiplications = 2 * weight[0].numel() * up.numel() / bench.matmul
+    copying = sum(t.nbytes for t in moved) / bench.bandwidth
+    reason = "multiplications" if multiplications > copying else "bytes"
+    return Floor(1e3 * max(multiplications, copying), reason)

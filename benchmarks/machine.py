@@ -1,0 +1,83 @@
+"""What the figures were measured on, and what that machine can do at best."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfree.train.speed import matmul_rate
+
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "numpy")
+#: Bytes of the buffer that is copied: several times the largest cache.
+COPIED = {"cpu": 256 << 20, "cuda": 4 << 30}
+COPIES = 7
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates of a copy (GB/s, read and written) and of a large matrix product (GFLOP/s) in `precision`."""
+
+    copy_gb_s: float
+    matmul_gflop_s: float
+    precision: str
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """Measured now: half a second on a CPU of two cores. The copy's rate is a median, the product's the best of six."""
+    precision = "bfloat16" if device.type == "cuda" else "float32"
+    source = torch.randn(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    rate = 2 * source.nbytes / _seconds(partial(target.copy_, source), device)
+    return Ceilings(rate / 1e9, matmul_rate(device, precision) / 1e9, precision)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of `COPIES` calls after one that is not counted."""
+    took = []
+    for _ in range(COPIES + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[1:])
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Processor, what torch uses of it, threads, versions, the day, and the GPU if one is there."""
+    found: dict[str, Any] = {
+        "cpu": cpu_info("model name") or platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": device.type,
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    if device.type == "cuda":
+        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return {**found, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def cpu_info(entry: str) -> str:
+    """An entry of /proc/cpuinfo ("model name", "flags"), or nothing where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), "")
+
+
+def computes_bfloat16(flags: str) -> bool:
+    """Whether a CPU with these flags has instructions for bfloat16; without, torch emulates it."""
+    return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(flags.split())

@@ -1,0 +1,103 @@
+"""The README's table of speed: picked rows of results/*.json between two comments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import report
+from statistic import Comparison, Timing
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One row of the table: a case of a suite, and two of its arms by the beginning of their names."""
+
+    suite: str
+    case: str
+    what: str
+    ours: str = "normfree"
+    theirs: str = "timm"
+
+
+PICKS = (
+    Pick("training", "nf_resnet50, 224 px, batch 8, whole step", "training step, NF-ResNet-50, 224 px, batch 8"),
+    Pick("training", "dm_nfnet_f0, 192 px, batch 8, whole step", "training step, NFNet-F0, 192 px, batch 8"),
+    Pick("training", "dm_nfnet_f0, 192 px, batch 8, forward and backward", "its forward and backward pass alone"),
+    Pick("training", "dm_nfnet_f0, 192 px, batch 8, stochastic depth 0.25, whole step",
+         "the step with stochastic depth 0.25"),
+    Pick("update", "whole update, nfnet_f0", "clipping, SGD and average, NFNet-F0"),
+    Pick("inference", "dm_nfnet_f0, 192 px, batch 1", "one image through NFNet-F0, 192 px", "normfree, folded"),
+    Pick("inference", "dm_nfnet_f0, 192 px, batch 8", "eight of them", "normfree, folded"),
+    Pick("inference", "nf_resnet50, 224 px, batch 1", "one image through NF-ResNet-50, 224 px", "normfree, folded"),
+    Pick("inference", "nf_resnet50, 224 px, batch 1", "the same by onnxruntime", "normfree, folded, onnxruntime"),
+    Pick("memory", "dm_nfnet_f0, 192 px, batch 8, allocated", "memory of a training step, NFNet-F0, 192 px, batch 8"),
+    Pick("loading", "bicubic", "128 JPEGs of 500 × 375 to crops of 224 px, one core", theirs="Pillow + torchvision"),
+    Pick("small_scale", "demo's network in timm's flavour, batch 32", "training step of the demo's network, batch 32"),
+    Pick("startup", "startup", "first import, to a network's name", "from normfree import create_model", "import timm"),
+)  # fmt: skip
+
+
+def update(path: Path = README, results: Path = report.RESULTS) -> None:
+    """Writes the table of what `results` holds into `path`, between the comments.
+
+    Raises:
+        ValueError: `path` does not have the two comments, each once and in order.
+    """
+    path.write_text(
+        between(path.read_text(encoding="utf-8"), table(results), name=path.name), encoding="utf-8"
+    )
+
+
+def between(text: str, made: str, *, name: str = "README.md") -> str:
+    """`text` with `made` between the two comments."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in head + tail:
+        raise ValueError(
+            f"{name}: the table goes between {BEGIN} and {END}, each once. Put them where it should be."
+        )
+    return f"{head}{begin}\n{made.strip()}\n{end}{tail}"
+
+
+def table(results: Path) -> str:
+    """Markdown: a row per pick whose suite has been measured."""
+    lines = [
+        "| case | ours | theirs | times better (95 %) | command |",
+        "|---|--:|--:|--:|---|",
+        *_rows(results, PICKS),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
+    for pick in picks:
+        path = results / f"{pick.suite}.json"
+        result = report.read(path) if path.is_file() else None
+        for comparison in result.comparisons if result else ():
+            if comparison.case == pick.case:
+                ours, theirs = _arm(comparison, pick.ours), _arm(comparison, pick.theirs)
+                if ours is not None and theirs is not None and theirs.arm == comparison.baseline:
+                    yield _row(pick, comparison, ours, theirs)
+
+
+def _row(pick: Pick, comparison: Comparison, ours: Timing, theirs: Timing) -> str:
+    low, high = ours.interval
+    command = f"`python benchmarks/run.py {pick.suite}`; [all](benchmarks/results/{pick.suite}.md)"
+    cells = [pick.what, *(f"{spelled(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]
+    return f"| {' | '.join(cells)} | {ours.ratio:.2f} ({low:.2f} … {high:.2f}) | {command} |"
+
+
+def spelled(value: float, unit: str) -> str:
+    """Three digits that mean something."""
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def _arm(comparison: Comparison, start: str) -> Timing | None:
+    """The arm called `start`, whatever its memory format."""
+    found = [t for t in comparison.timings if t.arm.removesuffix(" NCHW").removesuffix(" NHWC") == start]
+    return found[0] if found else None

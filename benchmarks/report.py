@@ -1,0 +1,137 @@
+"""results/SUITE.json and its page SUITE.md: what was measured, on what, with which ceilings, and what was left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import Ceilings
+from statistic import Comparison, Floor, Timing
+
+RESULTS = Path(__file__).parent / "results"
+
+#: Columns for what an arm's `facts` hold: heading and format.
+COLUMNS = {
+    "device_ms": ("device ms", "{:.2f}"),
+    "peak_gib": ("peak GiB", "{:.2f}"),
+    "compile_s": ("compile s", "{:.0f}"),
+    "of_floor": ("floor / time", "{:.0%}"),
+    "accuracy": ("accuracy", "{:.2f}"),
+    "runs": ("runs", "{:.0f}"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that one run of a suite leaves behind. Ceilings are None where they were not measured yet."""
+
+    suite: str
+    about: str
+    command: str
+    machine: dict[str, Any]
+    before: Ceilings | None
+    after: Ceilings | None
+    seconds: float
+    comparisons: tuple[Comparison, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def write(result: Result, folder: Path = RESULTS) -> Path:
+    """Both files, named after the suite and, on a GPU, the device. Returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = result.suite + ("_cuda" if result.machine["device"] == "cuda" else "")
+    entry = json.dumps(asdict(result), indent=1, ensure_ascii=False)
+    (folder / f"{stem}.json").write_text(entry + "\n", encoding="utf-8")
+    path = folder / f"{stem}.md"
+    path.write_text(page(result), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> Result:
+    """What `write` wrote to the .json file."""
+    entry = json.loads(path.read_text(encoding="utf-8"))
+    entry["comparisons"] = tuple(_comparison(c) for c in entry["comparisons"])
+    for when in ("before", "after"):
+        entry[when] = entry[when] and Ceilings(**entry[when])
+    return Result(**{**entry, "skipped": tuple(entry["skipped"])})
+
+
+def _comparison(entry: dict[str, Any]) -> Comparison:
+    timings = tuple(
+        Timing(**{**t, "quartiles": tuple(t["quartiles"]), "interval": tuple(t["interval"])})
+        for t in entry["timings"]
+    )
+    floor = entry["floor"] and Floor(**entry["floor"])
+    return Comparison(**{**entry, "timings": timings, "floor": floor})
+
+
+def page(result: Result) -> str:
+    """The page in Markdown."""
+    words = ", ".join(f"{k} {v}" for k, v in result.machine.items() if v)
+    rates = " and ".join(
+        f"{c.copy_gb_s:.1f} GB/s, {c.matmul_gflop_s:.0f} GFLOP/s {c.precision}"
+        for c in (result.before, result.after)
+        if c is not None
+    )
+    parts = [
+        f"# {result.suite}",
+        result.about,
+        f"`{result.command}`" + (f", {result.seconds:.0f} s" if result.seconds else "") + f". {words}.",
+        f"Copy (read and written) and matrix product in the same process, before and after: {rates}."
+        if rates
+        else "",
+        table(result.comparisons),
+    ]
+    if result.skipped:
+        parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in result.skipped))
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """Markdown: one row per case and arm, with a column for each fact that some arm has, and the floors."""
+    if not comparisons:
+        return "Nothing was measured."
+    timings = [t for c in comparisons for t in c.timings]
+    extra = [key for key in COLUMNS if any(key in facts(t, c) for c in comparisons for t in c.timings)]
+    several = any(t.images > 1 for t in timings)
+    units = " or ".join(dict.fromkeys(c.unit for c in comparisons))
+    heads = ["case", "arm", f"{units} (quartiles)", *(["images/s"] if several else [])]
+    heads += [COLUMNS[key][0] for key in extra] + ["times better than the baseline (95 %)", "rounds"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---" + "|--:" * (len(heads) - 2) + "|"]
+    for c in comparisons:
+        for t in c.timings:
+            better = f"{t.ratio:.2f} ({t.interval[0]:.2f} … {t.interval[1]:.2f})"
+            if t.arm == c.baseline:
+                better = f"baseline, against itself ± {c.noise:.2f}"
+            rate = [f"{images_per_second(t):.0f}" if t.images > 1 else ""] if several else []
+            own = facts(t, c)
+            more = [COLUMNS[key][1].format(own[key]) if key in own else "" for key in extra]
+            cells = [c.case, t.arm, spelled(t, c.unit), *rate, *more, better, str(c.rounds or "")]
+            lines.append(f"| {' | '.join(cells)} |")
+        if c.floor is not None:
+            cells = [c.case, f"floor: {c.floor.reason}", f"{c.floor.ms:.3g}"]
+            lines.append(f"| {' | '.join([*cells, *([''] * (len(heads) - 3))])} |")
+    return "\n".join(lines)
+
+
+def facts(timing: Timing, comparison: Comparison) -> dict[str, float]:
+    """Those of the arm, and what part of its time the floor is."""
+    own = dict(timing.facts)
+    if comparison.floor is not None:
+        own["of_floor"] = comparison.floor.ms / timing.median
+    return own
+
+
+def spelled(timing: Timing, unit: str) -> str:
+    """Median and quartiles, with the unit where it is not milliseconds."""
+    digits = 1 if timing.median >= 10 else 3
+    low, high = timing.quartiles
+    return f"{timing.median:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})" + (unit != "ms") * f" {unit}"
+
+
+def images_per_second(timing: Timing) -> float:
+    """From milliseconds a run."""
+    return 1e3 * timing.images / timing.median

@@ -1,0 +1,79 @@
+"""Results survive their file, the page says what was left out, the README's table stays between its comments."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def result(script):
+    report, statistic, machine = script("report"), script("statistic"), script("machine")
+    dice = random.Random(0)
+    timings = (
+        statistic.timing("timm NCHW", [200.0, 220.0, 210.0], [200.0, 220.0, 210.0], dice, images=8),
+        statistic.timing("normfree NHWC", [100.0, 110.0, 105.0], [200.0, 220.0, 210.0], dice, images=8,
+                         facts={"compile_s": 12.0}),
+    )  # fmt: skip
+    floor = statistic.Floor(50.0, "its bytes")
+    comparison = statistic.Comparison("a case", "timm NCHW", timings, 0.04, 3, floor=floor)
+    ceilings = machine.Ceilings(20.0, 150.0, "float32")
+    facts = machine.facts(torch.device("cpu"))
+    return report.Result(
+        "suite", "What was done.", "python benchmarks/run.py suite", facts, ceilings, ceilings, 12.0, (comparison,),
+        ("another case: no time left",),
+    )  # fmt: skip
+
+
+def test_a_result_survives_its_file(script, result, tmp_path):
+    report = script("report")
+    page = report.write(result, tmp_path)
+    assert report.read(tmp_path / "suite.json") == result
+    assert page == tmp_path / "suite.md"
+
+
+def test_the_page_has_figures_floor_facts_and_what_was_left_out(script, result):
+    text = script("report").page(result)
+    row = "| a case | normfree NHWC | 105.0 (100.0 … 110.0) | 76 | 12 | 48% | 2.00 (2.00 … 2.00) | 3 |"
+    assert row in text.splitlines()
+    assert "floor: its bytes | 50" in text
+    assert "Left out:\n\n- another case: no time left" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert "20.0 GB/s, 150 GFLOP/s float32 and 20.0" in text
+
+
+def test_the_readme_keeps_all_but_what_is_between_the_comments(script):
+    readme = script("readme")
+    text = f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
+    made = readme.between(text, "| new |")
+    assert made == f"before\n\n{readme.BEGIN}\n| new |\n{readme.END}\n\nafter\n"
+    assert readme.between(made, "| new |") == made
+    assert readme.between(made, "old") == text
+
+
+@pytest.mark.parametrize("text", ["", "{0}", "{1}", "{1} {0}", "{0} {0} {1}", "{0} {1} {1}"])
+def test_a_readme_without_the_comments_is_refused(script, text):
+    readme = script("readme")
+    with pytest.raises(ValueError, match=r"README.md: the table goes between"):
+        readme.between(text.format(readme.BEGIN, readme.END), "| new |")
+
+
+def test_a_pick_becomes_a_row_with_ratio_interval_and_command(script, result, tmp_path, monkeypatch):
+    readme, report = script("readme"), script("report")
+    report.write(result, tmp_path)
+    picks = (readme.Pick("suite", "a case", "what it is"), readme.Pick("suite", "no such case", "never"))
+    monkeypatch.setattr(readme, "PICKS", picks)
+    *_, row = readme.table(tmp_path).splitlines()
+    command = "`python benchmarks/run.py suite`; [all](benchmarks/results/suite.md)"
+    shown = "| what it is | 105 ms (normfree NHWC) | 210 ms (timm NCHW) | 2.00 (2.00 … 2.00) |"
+    assert row == f"{shown} {command} |"
+
+
+def test_the_readme_here_has_the_table_that_the_results_make(script):
+    """Nobody edits figures by hand: `make bench` writes them."""
+    readme, report = script("readme"), script("report")
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.between(text, readme.table(report.RESULTS)) == text
+    assert len(readme.table(report.RESULTS).splitlines()) <= 16

@@ -1,0 +1,177 @@
+"""Every suite gives its cases, and its smallest ones run; words that mean nothing end in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(script):
+    return script("harness").Bench(rounds=2, window_s=0.0, bandwidth=1e10, matmul=1e11)
+
+
+def only_comparison_names(comparisons):
+    return [c.case for c in comparisons]
+
+
+def test_every_suite_gives_cases_for_the_devices_that_it_names(script):
+    for suite in script("suites").SUITES.values():
+        for device in (CPU, torch.device("cuda")):
+            if suite.budget(device) and all(importlib.util.find_spec(name) for name in suite.needs):
+                cases = suite.cases(device, None)
+                assert len({c.name for c in cases}) == len(cases) >= 1
+                assert suite.about().endswith(".")
+
+
+def test_the_cpu_suites_end_within_twenty_minutes(script):
+    suites = [s for s in script("suites").SUITES.values() if not s.by_name and s.name != "training_bfloat16"]
+    assert sum(s.cpu_s + 10 for s in suites) < 20 * 60  # and the start of each process
+    assert all(s.gpu_s <= 9 * 60 for s in suites)
+
+
+def test_picks_of_the_readme_name_suites(script):
+    known = script("suites").SUITES
+    assert {pick.suite for pick in script("readme").PICKS} <= set(known)
+
+
+def test_training(script, bench):
+    training = script("training")
+    case = training.case(training.Row("test_nfnet", 32, 2, 0.25))
+    comparisons = list(case.run(bench))
+    deep = "test_nfnet, 32 px, batch 2, stochastic depth 0.25"
+    names = [f"{c}, {part}" for c in ("test_nfnet, 32 px, batch 2", deep) for part in training.PARTS]
+    assert only_comparison_names(comparisons) == names
+    whole, passes = comparisons[:2]
+    assert [t.arm.split()[0] for t in whole.timings] == ["timm", "normfree"]
+    assert all(w.median > p.median for w, p in zip(whole.timings, passes.timings, strict=True))
+    assert whole.floor is not None
+
+
+def test_the_gate_of_training_sees_a_changed_weight_and_a_changed_update(script, monkeypatch):
+    networks, updates = script("networks"), script("updates")
+    theirs, ours = networks.pair("test_nfnet", stochdepth=0.5)
+    x, y = networks.batch(32, 2, CPU)
+    assert networks.gradient_distance(theirs, ours, x, y) < 1e-5
+    assert updates.update_distance(theirs, ours) < 1e-5
+    with torch.no_grad():
+        ours.head.weight[0] *= 1.01
+    assert networks.gradient_distance(theirs, ours, x, y) > 1e-4
+    theirs, ours = networks.pair("test_nfnet")
+    monkeypatch.setattr(updates, "clip_grad_", lambda *a, **k: None)
+    assert updates.update_distance(theirs, ours) > 1e-3
+
+
+def test_update(script, bench):
+    comparisons = list(script("update").case("test_nfnet", "tiny").run(bench))
+    parts = ("clipping", "whole update", "weight standardization")
+    assert only_comparison_names(comparisons) == [f"{part}, tiny" for part in parts]
+    numbers = sum(p.numel() for p in script("networks").pair("test_nfnet")[1].parameters())
+    assert comparisons[1].floor.ms == pytest.approx(1e3 * 28 * numbers / 1e10)
+
+
+def test_inference(script, bench, monkeypatch):
+    inference = script("inference")
+    monkeypatch.setattr(inference, "BESIDE", {"test_nfnet": "resnet26"})
+    (found,) = inference.case("test_nfnet", 32, (1,)).run(bench)
+    arms = [t.arm.removesuffix(" NCHW").removesuffix(" NHWC") for t in found.timings]
+    others = ["resnet26 of timm, folded", "resnet26 of normfree, folded"]
+    assert arms == ["timm", "normfree", "normfree, folded", *others]
+
+
+def test_memory_allocated_is_what_a_pass_needs_at_least(script):
+    memory, networks = script("memory"), script("networks")
+    ours = networks.pair("test_nfnet")[1]
+    gradients = sum(4 * p.numel() for p in ours.parameters())
+    few, many = (memory.allocated(ours, 32, images, "NHWC") for images in (2, 8))
+    assert gradients < few < many
+    assert memory.comparison("x", {"a": [4.0], "b": [2.0]}, [4.0], 0.0).timings[1].ratio == 2
+
+
+def test_small_scale(script, bench):
+    (found,) = script("small_scale").case("nf_resnet_nano_64", 32, 2, steps=1).run(bench)
+    assert [t.arm for t in found.timings] == [
+        "timm", "normfree", "normfree, nf_resnet_nano_64", "normfree, resnet_nano_64 with batch norm",
+    ]  # fmt: skip
+
+
+def test_cifar_is_learnt_and_without_data_it_says_so(script, bench):
+    cifar = script("cifar")
+    labels = torch.arange(32) % 2
+    pictures = cifar.Pictures(0.1 * torch.randn(32, 3, 16, 16) + labels.view(-1, 1, 1, 1), labels)
+    recipe = cifar.Recipe(8, 0.2, clipping=1.0, epochs=40, shift=2, average=0.5)
+    seconds, accuracy = cifar.race(bench, "nf_resnet_nano", pictures, pictures, recipe, 0)
+    assert seconds > 0
+    assert accuracy >= cifar.TARGET
+    assert list(cifar.case(None).run(bench)) == []
+    assert bench.skipped == ["CIFAR-10 to 94 %: no data; give its folder with --data FOLDER"]
+
+
+def test_shifted_pictures_are_windows_of_the_padded_ones(script):
+    cifar = script("cifar")
+    images = torch.arange(6 * 3 * 8 * 8.0).view(6, 3, 8, 8)
+    padded = torch.nn.functional.pad(images, [2] * 4, mode="reflect")
+    windows = padded.unfold(2, 8, 1).unfold(3, 8, 1)  # 6 3 5 5 8 8
+    for i, moved in enumerate(cifar.shifted(images, 2)):
+        both = torch.stack([moved, moved.flip(-1)])[:, :, None, None]
+        assert (windows[i] == both).flatten(4).all(-1).all(1).any()
+
+
+def test_convolutions(script, bench):
+    convolutions = script("convolutions")
+    for shape in (convolutions.Shape(32, 32, 6, 3, 2, group_width=16), convolutions.Shape(8, 12, 4)):
+        comparisons = list(convolutions.case(shape, 2).run(bench))
+        assert len(comparisons) == 3
+        assert len(comparisons[0].timings) == (3 if shape.kernel_size == 1 else 2)
+        assert all(c.floor.ms > 0 for c in comparisons)
+
+
+def test_a_process_that_fails_is_seen(script):
+    startup = script("startup")
+    python = [startup.sys.executable, "-c"]
+    codes = ["print('nf')", "print('other')", "print('nf'); exit(1)"]
+    assert [float(startup.process([*python, code], "nf")) for code in codes] == [1.0, 0.0, 0.0]
+
+
+def test_words_that_mean_nothing_end_in_one_line(script, capsys):
+    run = script("run")
+    for words, message in (
+        (["trainin"], "unknown suite 'trainin'. Did you mean 'training'? All: training, "),
+        (["update", "--only", "nfnet_f"], "unknown name 'nfnet_f'. Did you mean 'nfnet_f0'? All: nfnet_f0."),
+        (["update", "--rounds", "0"], "--rounds 0: one is the least, and 5 where results are to be written."),
+        (["update", "--budget-s", "0"], "--budget-s 0: seconds above 0. The default is each suite's own."),
+    ):
+        assert run.main([*words, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(message)
+        assert error.count("\n") == 1
+
+
+def test_bfloat16_where_the_cpu_has_it(script):
+    computes = script("machine").computes_bfloat16
+    assert computes("fma avx512_bf16 avx2")
+    assert computes("amx_bf16")
+    assert not computes("fma avx2 avx512f")
+
+
+def test_a_suite_runs_here_and_writes_what_it_found(script, tmp_path, monkeypatch, capsys):
+    run, suites, machine = script("run"), script("suites"), script("machine")
+    monkeypatch.setattr(machine, "COPIED", {"cpu": 1 << 20})
+    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e11)
+    monkeypatch.setattr(run, "Bench", partial(run.Bench, window_s=0.0))
+    monkeypatch.setattr(run, "settle", lambda *args: None)  # threads and cores of the tests stay
+    update = script("update")
+    monkeypatch.setattr(update, "cases", lambda device: [update.case("test_nfnet", "tiny")])
+    monkeypatch.setitem(suites.SUITES, "update", replace(suites.SUITES["update"], cpu_s=60))
+    assert run.main(["update", "--device", "cpu", "--rounds", "5", "--out", str(tmp_path)]) == 0
+    result = script("report").read(tmp_path / "update.json")
+    assert [c.rounds for c in result.comparisons] == [5, 5, 5]
+    assert result.command == "python benchmarks/run.py update"
+    assert "| whole update, tiny | normfree |" in (tmp_path / "update.md").read_text(encoding="utf-8")
+    assert "# update" in capsys.readouterr().out
