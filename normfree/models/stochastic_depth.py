@@ -1,4 +1,4 @@
-"""Stochastic depth: while training, the residual branch of some images is left out ([B] section 4.3, Huang et al. 2016).
+"""Stochastic depth: while training, the residual branch of some images is left out (Huang et al. 2016; [B] 4.3).
 
 A mask says of which. On a CPU the branch is then computed for the others alone, which is the same function in less
 time; `net.Block` does so with the functions below.

@@ -21,6 +21,7 @@ from normfree.models.layers import (
     scaled_activation,
     standardize,
 )
+from normfree.models.stochastic_depth import StochasticDepth
 
 # Var[act(z)] ** -0.5 by quadrature, from the table of exact values beside the reference's Monte-Carlo ones.
 EXACT_GAINS = {
@@ -28,7 +29,6 @@ EXACT_GAINS = {
     "log_sigmoid": 1.9191259801, "relu": 1.7128585505, "relu6": 1.7128585550, "selu": 1.0, "sigmoid": 4.8013133721,
     "silu": 1.7871872221, "soft_sign": 2.3375333632, "softplus": 1.9191259801, "tanh": 1.5925374198, "identity": 1.0,
 }  # fmt: skip
-from normfree.models.stochastic_depth import StochasticDepth
 
 
 def formula(weight, gain, scale, eps):
