@@ -115,11 +115,17 @@ class FusedUpdate:
         """
         self.set_numbers_(step=step)
         report = self.launch_()
-        if error_if_nonfinite and not torch.isfinite(report.grad_norm):
+        if error_if_nonfinite:
+            self.check(report)
+        return report
+
+    def check(self, report: ClipReport) -> None:
+        """Raises NonFiniteGradientError if the gradients of `report`, which still lie with the parameters, were not
+        finite. Waits for the device."""
+        if not torch.isfinite(report.grad_norm):
             grads = {e.name: e.parameter.grad for e in self._all if e.parameter.grad is not None}
             names = [name for name, grad in grads.items() if not torch.isfinite(grad.norm())]
             raise NonFiniteGradientError(names or list(grads), len(grads))
-        return report
 
     def set_numbers_(self, *, step: int) -> None:
         """Copies the groups' settings, and the weight of the average's `step`, to the device."""

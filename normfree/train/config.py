@@ -227,7 +227,7 @@ class Config(Section):
     """Several processes: each with the whole network, with a part of it (FSDP2), or with bits that do not depend on
     their number."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile stem and blocks with torch.compile, one graph for each shape."""
     net: Net = Net()
     input: Input = Input()
     augment: Augment = Augment()

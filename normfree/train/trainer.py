@@ -2,12 +2,14 @@
 
 Forward and backward in micro-batches -> (SAM) -> one sum over processes -> clipping of the raw gradient, which also
 checks that it is finite -> decay -> momentum -> average; the schedule sets the rate before. Whoever wants another
-order copies this page. `modes.py` says what the config's `parallel` changes in it.
+order copies this page. `modes.py` says what the config's `parallel` changes in it, `update.py` who does what follows
+the gradient, `graphed.py` when a step is one CUDA graph.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -23,7 +25,7 @@ from normfree.inference import run_device
 from normfree.models.net import Net
 from normfree.models.standardized import standardized_once
 from normfree.models.zoo import create_model
-from normfree.optim.agc import ClipReport, NonFiniteGradientError, clip_grad_
+from normfree.optim.agc import ClipReport, NonFiniteGradientError
 from normfree.optim.ema import Ema
 from normfree.optim.groups import copy_named_, parameter_groups, parse_unclipped
 from normfree.optim.sam import STRIDE, ascend_, descend_
@@ -32,11 +34,14 @@ from normfree.optim.sgd import SGD
 from normfree.optim.sharded import is_sharded
 from normfree.train import checkpoint, micro_batch, sharded
 from normfree.train.balance import weigh
+from normfree.train.compiled import CompiledBlocks
 from normfree.train.config import Config, steps_of
 from normfree.train.exact import TreeSum
+from normfree.train.graphed import graphed_step
 from normfree.train.modes import check_mode
 from normfree.train.parallel import World
 from normfree.train.profile import span
+from normfree.train.update import Update
 
 SAMPLE_RATIOS = 10  # lines of metrics.jsonl from one sample of gradients against weights to the next
 
@@ -106,9 +111,11 @@ class Trainer:
             image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
             randaugment="off" if self.pairs else config.augment.randaugment,
         )  # fmt: skip
-        self.forward: nn.Module = torch.compile(net) if config.compile else net  # type: ignore[assignment]
+        self.compiled = CompiledBlocks(net) if config.compile else None
+        self.update = Update(self.optimizer, model=net, ema=self.ema, config=config.optim)
         if size is not None:
             self.config = micro_batch.settled(self, size)
+        self.graphed = graphed_step(self)
 
     def _network(self, weights: str = "", *, head: bool = True) -> Net:
         fields = {k: v for k, v in self.config.net.model_dump().items() if v != "auto"}
@@ -128,31 +135,24 @@ class Trainer:
         self.optimizer.set_lr(config.optim.lr * factor)
         with span("prepare"):
             images, targets = self.prepare(batch, step)
-        before = self.climb_(images, targets, step) if config.optim.sam_rho else None
-        with self.world.watched():
-            loss, correct = self.gradients(images, targets, step)
-        if before is not None:
-            descend_(self.net.parameters(), before)
-        self.ratios = {}
-        with span("exchange"):
-            self.exchange_([loss, correct])
         sampled = (step + 1) % (SAMPLE_RATIOS * config.log.every) == 0 and not self.sharded
-        if sampled and self.world.first:
-            self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
+        self.ratios = {}
         try:
-            with span("clip"):
-                report = clip_grad_(
-                    self.optimizer.param_groups, mode=config.optim.clip, clipping=config.optim.clipping,
-                    eps=config.optim.clipping_eps,
-                )  # fmt: skip
+            if self.graphed is not None and not sampled and self.graphed.takes(images, targets):
+                return self.graphed(images, targets, step)
+            before = self.climb_(images, targets, step) if config.optim.sam_rho else None
+            with self.world.watched():
+                loss, correct = self.gradients(images, targets, step)
+            if before is not None:
+                descend_(self.net.parameters(), before)
+            with span("exchange"):
+                self.exchange_([loss, correct])
+            if sampled and self.world.first:
+                self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
+            return loss, correct, self.update.step_(step)
         except NonFiniteGradientError as error:
             raise Diverged(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
                            f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip
-        with span("update"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.ema.update_(self.net, step=step)
-        return loss, correct, report
 
     def exchange_(self, others: list[Tensor]) -> None:
         """Sums gradients, and `others`, over the processes. What FSDP2 has cut it has also summed already."""
@@ -217,37 +217,52 @@ class Trainer:
         Micro-batches are numbered over all processes: of equal size, they are the same for any number of those. FSDP2
         sums over processes after every one of them, so that no process ever holds more than its rows.
         """
-        self.net.train()
         size, tree = self._size(len(images)), TreeSum()
         whole, first = len(images) * self.world.size, self.world.rank * -(-len(images) // size)
-        # "exact" adds up whole gradients of micro-batches, and FSDP2 has whole weights only while a block computes
-        once = contextlib.nullcontext() if self.exact or self.sharded else standardized_once(self.net)
         loss = torch.zeros((), device=self.device)
         correct = torch.zeros(
             (), device=self.device
         )  # float32, to travel with the gradients; exact to 2 ** 24
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-        with once:
+        with self.passes():
             for part, (x, y) in enumerate(zip(images.split(size), targets.split(size), strict=True), first):
                 torch.manual_seed(key(self.config.seed, "model", step, part))
-                with span("forward"):
-                    with half:
-                        logits = self.forward(x)
-                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    share = F.cross_entropy(logits, y, reduction="sum") / whole
-                with span("backward"):
-                    share.backward()
-                right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(correct.dtype)
+                share, right = self.pass_(x, y, whole=whole)
                 if self.exact:
-                    tree.add([*self._take_gradients(), share.detach(), right])
+                    tree.add([*self._take_gradients(), share, right])
                 else:
-                    loss += share.detach()
+                    loss += share
                     correct += right
         if self.exact:
             *gradients, loss, correct = tree.total()
             for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
                 parameter.grad = gradient
         return loss, correct
+
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around the passes of a step: weights are standardized once, compiled blocks are compiled."""
+        self.net.train()
+        with contextlib.ExitStack() as stack:
+            # "exact" adds up whole gradients of micro-batches; FSDP2 has whole weights only while a block computes
+            if not self.exact and not self.sharded:
+                stack.enter_context(standardized_once(self.net))
+            if self.compiled is not None:
+                stack.enter_context(self.compiled.active())
+            yield
+
+    def pass_(self, x: Tensor, y: Tensor, *, whole: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of a micro-batch within `passes`. Returns its share of the mean loss of `whole`
+        images, and its correct answers."""
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        with span("forward"):
+            with half:
+                logits = self.net(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            share = F.cross_entropy(logits, y, reduction="sum") / whole
+        with span("backward"):
+            share.backward()
+        right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(torch.float32)
+        return share.detach(), right
 
     def _size(self, images: int) -> int:
         size = self.config.input.micro_batch
