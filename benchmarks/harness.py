@@ -18,6 +18,8 @@ from torch import Tensor
 
 #: Counted rounds below which a comparison says nothing.
 LEAST = 5
+#: Seconds of a call above which a call more, only to get warm, is too dear.
+LONG_S = 1.0
 CPU = torch.device("cpu")
 
 
@@ -37,6 +39,7 @@ class Arm:
     before: called before each run, not timed.
     then: a second part of the job, timed with the first and also apart.
     distance: how far this arm's work is from the right one (relative L2), where `run`'s result does not show it.
+    allowed: what `distance` may be, where that is not the comparison's tolerance.
     alike: whether the result of `run` is to be that of the first arm.
     images: how many one run takes; arms are compared by the time for one.
     compiled: the first call compiles, and the time that this takes is reported.
@@ -48,6 +51,7 @@ class Arm:
     before: Callable[[], object] | None = None
     then: Callable[[], object] | None = None
     distance: Callable[[], float] | None = None
+    allowed: float | None = None
     alike: bool = True
     images: int = 1
     compiled: bool = False
@@ -132,8 +136,10 @@ def compare(
     """
     dice = random.Random(seed)
     with torch.enable_grad() if gradients else torch.inference_mode():
-        ready, errors = _gate(bench, case, arms, tolerance)
-        pilot = {arm.name: _visit(bench, arm) for arm in dice.sample(ready, len(ready))}
+        ready, errors, pilot = _gate(bench, case, arms, tolerance)
+        pilot |= {
+            arm.name: _visit(bench, arm) for arm in dice.sample(ready, len(ready)) if arm.name not in pilot
+        }
         names = choose({arm.name: pilot[arm.name].whole / arm.images for arm in ready})
         chosen = [next(arm for arm in ready if arm.name == name) for name in names]
         visits = [*chosen, replace(chosen[0], name="A/A")]
@@ -169,14 +175,17 @@ def _rounds(
 
 def _gate(
     bench: Bench, case: str, arms: Sequence[Arm], tolerance: float
-) -> tuple[list[Arm], dict[str, float]]:
-    """The arms that can run here, with what their first calls showed; and how far each is from the first."""
+) -> tuple[list[Arm], dict[str, float], dict[str, Sample]]:
+    """The arms that can run here, with what their first calls showed; how far each is from the first; and of those that
+    take longer than `LONG_S` the second call, which then counts as their visit in the uncounted round."""
     ready: list[Arm] = []
     errors: dict[str, float] = {}
+    long: dict[str, Sample] = {}
     wanted: Tensor | None = None
     for arm in arms:
         try:
-            apart = [] if arm.distance is None else [arm.distance()]
+            limit = tolerance if arm.allowed is None else arm.allowed
+            apart = [] if arm.distance is None else [(arm.distance(), limit)]
             calls = [_once(bench, arm) for _ in range(2)]  # the second shows what the first call changed
             facts = _facts(bench, arm, calls)
         except torch.OutOfMemoryError:
@@ -186,18 +195,20 @@ def _gate(
         results = torch.cat([call.result.detach().float().flatten() for call in calls])
         if arm.alike:
             wanted = results if wanted is None else wanted
-            apart.append(float((results - wanted).norm() / wanted.norm()))
+            apart.append((float((results - wanted).norm() / wanted.norm()), tolerance))
         if not apart:
             raise AssertionError(f"{arm.name} has no gate")
-        for error in apart:
-            if not error <= tolerance:  # NaN is wrong too
-                off = f"{arm.name} is {error:.1e} off, allowed are {tolerance:g}"
+        for error, limit in apart:
+            if not error <= limit:  # NaN is wrong too
+                off = f"{arm.name} is {error:.1e} off, allowed are {limit:g}"
                 raise GateError(f"{case}: {off}; no time is given")
-        errors[arm.name] = max(apart)
+        errors[arm.name] = max(error for error, _ in apart)
+        if calls[1].whole > LONG_S:
+            long[arm.name] = Sample(calls[1].whole, calls[1].first, None, calls[1].whole)
         ready.append(replace(arm, facts={**arm.facts, **facts}))
     if not ready:
         raise OutOfTimeError(f"{case}: no arm fits into memory")
-    return ready, errors
+    return ready, errors, long
 
 
 def _facts(bench: Bench, arm: Arm, calls: Sequence[Call]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from statistic import Floor
 from torch import Tensor, nn
 
 from normfree.models.cost import count
+from normfree.models.names import to_our_names
 from normfree.models.net import Net
 from normfree.models.standardized import standardized_once
 from normfree.models.stochastic_depth import StochasticDepth
@@ -87,9 +88,8 @@ def forward_backward(
 
 def in_our_names(ours: Net, tensors: Mapping[str, Tensor], theirs: nn.Module) -> dict[str, Tensor]:
     """`tensors` of timm's network, by its names, under our names and in our shapes."""
-    holder = copy.deepcopy(ours)
-    load_weights(holder, {**theirs.state_dict(), **tensors})
-    return {name: p.detach() for name, p in holder.named_parameters()}
+    renamed = to_our_names({**theirs.state_dict(), **tensors})
+    return {name: renamed[name].detach() for name, _ in ours.named_parameters()}
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -99,8 +99,8 @@ def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
 
 
 def gradient_distance(theirs: nn.Module, ours: Net, images: Tensor, labels: Tensor) -> float:
-    """Between both gradients of the same loss, in float32 and with every branch kept."""
-    theirs, ours = (never_dropping(net).to(images.device) for net in (theirs, ours))
+    """Between both gradients of the same loss, in the type of `images` and with every branch kept."""
+    theirs, ours = (never_dropping(net).to(images) for net in (theirs, ours))
     for net in (theirs, ours):
         forward_backward(net, images, labels)
     gradients = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}

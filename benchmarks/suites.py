@@ -75,7 +75,7 @@ def _emulates(device: torch.device) -> str:
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("training", "training", 330, 540),
+        Suite("training", "training", 370, 540),
         Suite(
             "training_bfloat16",
             "training",
@@ -86,7 +86,7 @@ SUITES: dict[str, Suite] = {
             refuses=_emulates,
         ),
         Suite("update", "update", 90, 300),
-        Suite("inference", "inference", 300, 540),
+        Suite("inference", "inference", 290, 540),
         # Inductor takes minutes for each network and batch size on a CPU.
         Suite(
             "inference_compiled",
@@ -97,10 +97,10 @@ SUITES: dict[str, Suite] = {
             by_name=True,
             refuses=_no_compiler,
         ),
-        Suite("memory", "memory", 110, 300),
+        Suite("memory", "memory", 100, 300),
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
-        Suite("small_scale", "small_scale", 60, 540, options=(("data", None),)),
-        Suite("startup", "startup", 100, 0),
+        Suite("small_scale", "small_scale", 50, 540, options=(("data", None),)),
+        Suite("startup", "startup", 90, 0),
         Suite("convolutions", "convolutions", 50, 400),
     )
 }
