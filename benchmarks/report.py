@@ -18,6 +18,7 @@ COLUMNS = {
     "device_ms": ("device ms", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
     "compile_s": ("compile s", "{:.0f}"),
+    "beyond_torch_ms": ("ms beyond torch", "{:+.0f}"),
     "of_floor": ("floor / time", "{:.0%}"),
     "accuracy": ("accuracy", "{:.2f}"),
     "runs": ("runs", "{:.0f}"),

@@ -43,7 +43,15 @@ def measure(bench: Bench) -> list[Comparison]:
     arms += [_arm(f"normfree {verb}", [*command, verb], said) for verb, said in VERBS.items()]
     # a window of no length: a call that starts a process needs no warm one beside that of the gate
     timed = replace(bench, window_s=0.0, rounds=min(ROUNDS, bench.rounds))
-    return compare(timed, "startup", arms)
+    (found,) = compare(timed, "startup", arms)
+    return [beyond_torch(found)]
+
+
+def beyond_torch(found: Comparison) -> Comparison:
+    """With how much longer each takes than torch's import alone, a difference of medians, as a fact."""
+    torch_ms = next(t.median for t in found.timings if t.arm == "import torch")
+    timings = (replace(t, facts={"beyond_torch_ms": t.median - torch_ms}) for t in found.timings)
+    return replace(found, timings=tuple(timings))
 
 
 def _arm(name: str, words: Sequence[str], said: str) -> Arm:

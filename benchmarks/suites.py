@@ -75,7 +75,7 @@ def _emulates(device: torch.device) -> str:
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("training", "training", 370, 540),
+        Suite("training", "training", 360, 540),
         Suite(
             "training_bfloat16",
             "training",
@@ -86,7 +86,7 @@ SUITES: dict[str, Suite] = {
             refuses=_emulates,
         ),
         Suite("update", "update", 90, 300),
-        Suite("inference", "inference", 290, 540),
+        Suite("inference", "inference", 270, 540),
         # Inductor takes minutes for each network and batch size on a CPU.
         Suite(
             "inference_compiled",
@@ -100,7 +100,7 @@ SUITES: dict[str, Suite] = {
         Suite("memory", "memory", 100, 300),
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
         Suite("small_scale", "small_scale", 50, 540, options=(("data", None),)),
-        Suite("startup", "startup", 90, 0),
+        Suite("startup", "startup", 120, 0),
         Suite("convolutions", "convolutions", 50, 400),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from dataclasses import replace
 from functools import partial
 
@@ -137,6 +138,14 @@ def test_a_process_that_fails_is_seen(script):
     python = [startup.sys.executable, "-c"]
     codes = ["print('nf')", "print('other')", "print('nf'); exit(1)"]
     assert [float(startup.process([*python, code], "nf")) for code in codes] == [1.0, 0.0, 0.0]
+
+
+def test_startup_is_told_beyond_that_of_torch(script):
+    statistic = script("statistic")
+    values = {"import timm": [900.0], "import torch": [500.0], "from normfree import create_model": [510.0]}
+    timings = tuple(statistic.timing(k, v, [900.0], random.Random(0)) for k, v in values.items())
+    found = script("startup").beyond_torch(statistic.Comparison("startup", "import timm", timings, 0.0, 1))
+    assert [t.facts["beyond_torch_ms"] for t in found.timings] == [400, 0, 10]
 
 
 def test_words_that_mean_nothing_end_in_one_line(script, capsys):
