@@ -151,6 +151,11 @@ def settle(suite: Suite, device: torch.device) -> None:
         keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # the gates compare float32; what is timed is bfloat16
+    if suite.by_name or device.type == "cuda":
+        import torch._dynamo.config as dynamo
+
+        dynamo.recompile_limit = 256  # beyond torch's 8, networks that share code would run uncompiled
 
 
 def measure(bench: Bench, cases: Sequence[Case]) -> tuple[list[Comparison], bool]:
