@@ -176,8 +176,11 @@ class Block(nn.Module):
         return gate if mask is None else mask * gate
 
     def kept(self, mask: Tensor | None) -> Tensor | None:
-        """The images that the branch has to compute; None: all of them, as always with batch statistics."""
-        if mask is None or mask.device.type != "cpu" or not self.normalizer_free or not eager_training():
+        """The images that the branch has to compute; None: all of them, as always with batch statistics, and where a
+        mask has no values to read (tensors that only stand for others, as `train/memory.py` uses)."""
+        if type(mask) is not Tensor or mask.device.type != "cpu":
+            return None
+        if not self.normalizer_free or not eager_training():
             return None
         return kept_images(mask)
 
