@@ -1,7 +1,7 @@
-"""Weight standardization of one weight, forward and backward in closed form, in as few passes over memory as it takes.
+"""Weight standardization of one weight, forward and backward, for `normfree.models.standardized`.
 
-The plain twin of the Triton kernels in `normfree.models.kernels`. A filter is a row in the order in which it lies in
-memory, whatever the memory format; rows are worked on in parts that stay in the cache from one pass to the next.
+The plain twin of the Triton kernels in `normfree.models.kernels`, in as few passes over memory as torch's operations
+allow. A filter is a row in the order in which it lies in memory, whatever the memory format.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from normfree.models.layers import WS_EPS
 
-#: Elements of a part on a CPU, 4 MB in float32. A quarter as many lose more to calls than the cache saves, and all at
-#: once take 1.5 times as long (NFNet-F0's weights, two cores that share 32 MB).
+#: Elements worked on at a time in the forward pass on a CPU, so that they stay in the cache from one operation to the
+#: next: 4 MB in float32. A quarter as many lose to calls what the cache saves; all at once take 1.5 times as long
+#: (NFNet-F0's weights, two cores that share 32 MB).
 PART = 1 << 20
 
 
@@ -64,43 +65,45 @@ def standardize_backward(
     eps: str = "floor",
     moments: Moments | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and gain of `standardize` from that of its result, in closed form.
+    """Gradients of weight and gain of `standardize` from that of its result.
+
+    That of torch's batch norm, for which a filter is a channel of a batch of one: one pass over memory after one for
+    the sums. Filters at the floor or under it, which it does not know, are computed by the formula. In float32 at
+    least, returned in the types of weight and gain. moments: from `standardize_forward`; None: computed here.
+    """
+    weight, kind = _dense(weight), torch.promote_types(weight.dtype, torch.float32)
+    if moments is None:
+        moments = standardize_forward(weight, gain, scale=scale, eps=eps)[1]
+    rows, back, wide = _rows(weight).to(kind), _rows(laid_out_as(weight, grad)).to(kind), gain.to(kind)
+    floor, root = constants(weight, eps)[1], rows.shape[1] ** 0.5
+    inverse = root * torch.rsqrt(moments.power.clamp(min=floor))  # (v + ε) ** -0.5
+    by_weight, by_gain, _ = torch.ops.aten.native_batch_norm_backward(
+        back[None], rows[None], wide * (scale / root), None, None, moments.mean, inverse, True, 0.0,
+        (True, True, False),
+    )  # fmt: skip
+    by_gain.mul_(scale / root)
+    low = moments.power <= floor
+    if type(low) is Tensor and low.any():  # a tensor that only stands for one has no values to look at
+        low = low.nonzero().flatten()
+        by_weight[0, low], by_gain[low] = closed_form(rows[low], wide[low], back[low], scale=scale, eps=eps)
+    return _from_rows(by_weight[0], weight).to(weight.dtype), by_gain.to(gain.dtype)
+
+
+def closed_form(rows: Tensor, gain: Tensor, grad: Tensor, *, scale: float, eps: str) -> tuple[Tensor, Tensor]:
+    """The same gradients for filters O x N, in closed form.
 
     With d = w - μ, r = max(Σd², 1e-4) ** -0.5 and G the incoming gradient, per filter: ∂gain = scale·r·ΣGd and
     ∂w = gain·scale·r·(G - mean(G) - h·d·r²·ΣGd). h is 1 above the floor, 1/2 at it and 0 below it, where r is
-    constant; with `eps="add"` it is 1. Computed in float32 at least, returned in the types of weight and gain.
-
-    moments: from `standardize_forward`; None: computed here.
+    constant; with `eps="add"` it is 1.
     """
-    weight, kind = _dense(weight), torch.promote_types(weight.dtype, torch.float32)
-    grad = laid_out_as(weight, grad)
-    _, floor = constants(weight, eps)
-    if moments is None:
-        moments = standardize_forward(weight, gain, scale=scale, eps=eps)[1]
-    inverse = torch.rsqrt(moments.power.clamp(min=floor))
-    passes = torch.heaviside(moments.power - floor, moments.power.new_full((), 0.5))
-    factor = gain.to(kind) * inverse * scale
-    along, result = torch.empty_like(inverse), torch.empty_like(weight, dtype=kind)
-    parts = _parts(weight)
-    columns = (
-        _rows(weight),
-        _rows(grad),
-        _rows(result),
-        moments.mean,
-        inverse.square() * passes,
-        factor,
-        along,
-    )
-    scratch = result.new_empty(2, len(columns[0][parts[0]]), columns[0].shape[1])
-    for part in parts:
-        w, g, out, mean, through, f, gd = (column[part] for column in columns)
-        centered, products = scratch[:, : len(w)]
-        g = g.to(kind)
-        torch.sub(w, mean[:, None], out=centered)
-        torch.sum(torch.mul(g, centered, out=products), 1, out=gd)
-        torch.addcmul((-f * g.mean(1))[:, None], g, f[:, None], out=out)
-        out.addcmul_(centered, (f * gd * through)[:, None], value=-1.0)
-    return result.to(weight.dtype), along.mul_(inverse).mul_(scale).to(gain.dtype)
+    centered = rows - rows.mean(1, keepdim=True)
+    added, floor = constants(rows, eps)
+    power = centered.square().sum(1) + added
+    along = (grad * centered).sum(1)
+    inverse = torch.rsqrt(power.clamp(min=floor))
+    passes = torch.heaviside(power - floor, power.new_full((), 0.5))
+    by_rows = grad - grad.mean(1, keepdim=True) - centered * (along * inverse.square() * passes)[:, None]
+    return by_rows * (gain * inverse * scale)[:, None], along * inverse * scale
 
 
 def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
@@ -124,6 +127,14 @@ def _rows(tensor: Tensor) -> Tensor:
     """O x elements of a filter, in the order of memory; a view."""
     in_order = tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
     return in_order.view(len(tensor), -1)
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """Of what shape and memory format `like` is; the reverse of `_rows`."""
+    if like.is_contiguous():
+        return rows.view(like.shape)
+    o, i, h, w = like.shape
+    return rows.view(o, h, w, i).permute(0, 3, 1, 2)
 
 
 def _parts(weight: Tensor) -> list[slice]:
