@@ -27,7 +27,7 @@ ABOUT = (
     "Milliseconds on the parameters and random gradients of a network, with about half of the units over the "
     "limit of clipping; gradients are set anew before each call, which is not timed. `whole update`: clipping, "
     "SGD with Nesterov momentum and decay, average; timm's side is what `--clip-mode agc --opt nesterov "
-    "--model-ema` does, on a CPU with torch's fused SGD, the fastest. `weight standardization`: all kernels, "
+    "--model-ema` does, on a CPU also with torch's fused SGD. `weight standardization`: all kernels, "
     "forward and backward; timm's side is `F.batch_norm` layer by layer, as in its convolutions. The gate "
     "compares clipped gradients, what two updates add to kernels and averages, and gradients. Floors are bytes at "
     "the measured rate of a copy: 28 per parameter for the update (weight, gradient, momentum and average read, "
@@ -99,8 +99,10 @@ def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
 
 def update_arms(theirs: nn.Module, ours: Net, *, gpu: bool) -> list[Arm]:
     """The whole update; on a GPU also in two launches."""
-    drawn, net = gradients(theirs, ours), copy.deepcopy(theirs)
-    arms = [_arm("timm", net, drawn[0], timm_update(net).step, lambda: 0.0)]
+    drawn, arms = gradients(theirs, ours), []
+    for label in ("timm",) if gpu else ("timm", "timm, SGD(fused=True)"):
+        net = copy.deepcopy(theirs)
+        arms.append(_arm(label, net, drawn[0], timm_update(net, fastest=label != "timm").step, lambda: 0.0))
     for kernels in (False, True) if gpu else (False,):
         net = copy.deepcopy(ours)
         update = our_update(net, kernels=kernels).step

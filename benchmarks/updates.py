@@ -36,11 +36,11 @@ class Update:
     optimizer: torch.optim.Optimizer
 
 
-def timm_update(net: nn.Module, *, lr: float = LR, decay: float = AVERAGE) -> Update:
-    """timm's update of `net`: `--clip-mode agc --opt nesterov
-    --model-ema`. `torch.optim.SGD` is fused on a CPU, where that is its fastest, and timm's default elsewhere."""
+def timm_update(net: nn.Module, *, lr: float = LR, decay: float = AVERAGE, fastest: bool = True) -> Update:
+    """timm's update of `net`: `--clip-mode agc --opt nesterov --model-ema`. `fastest`: with `torch.optim.SGD` fused on
+    a CPU, where that is its fastest; else as timm makes it."""
     groups = param_groups_weight_decay(net, weight_decay=DECAY)
-    fused = True if next(net.parameters()).device.type == "cpu" else None
+    fused = True if fastest and next(net.parameters()).device.type == "cpu" else None
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, fused=fused)
     average, steps = ModelEmaV3(net, decay=decay), 2  # before, timm's average is a copy of the weights
 

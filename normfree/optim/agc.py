@@ -333,7 +333,7 @@ def _by_device(entries: list[_Entry]) -> dict[torch.device, list[_Entry]]:
 
 
 def _is_one_unit(tensor: Tensor) -> bool:
-    return sum(n != 1 for n in tensor.shape) <= 1
+    return tensor.numel() == max(tensor.shape, default=1)  # at most one dimension is not 1
 
 
 def _scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
