@@ -6,6 +6,7 @@ smaller than what the baseline shows against itself is no difference. Statistics
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,9 +138,8 @@ def compare(
     dice = random.Random(seed)
     with torch.enable_grad() if gradients else torch.inference_mode():
         ready, errors, pilot = _gate(bench, case, arms, tolerance)
-        pilot |= {
-            arm.name: _visit(bench, arm) for arm in dice.sample(ready, len(ready)) if arm.name not in pilot
-        }
+        for arm in dice.sample(ready, len(ready)):
+            pilot[arm.name] = min(_visit(bench, arm), pilot.get(arm.name, Sample(math.inf, 0.0, None, 0.0)))
         names = choose({arm.name: pilot[arm.name].whole / arm.images for arm in ready})
         chosen = [next(arm for arm in ready if arm.name == name) for name in names]
         visits = [*chosen, replace(chosen[0], name="A/A")]
@@ -177,7 +177,7 @@ def _gate(
     bench: Bench, case: str, arms: Sequence[Arm], tolerance: float
 ) -> tuple[list[Arm], dict[str, float], dict[str, Sample]]:
     """The arms that can run here, with what their first calls showed; how far each is from the first; and of those that
-    take longer than `LONG_S` the second call, which then counts as their visit in the uncounted round."""
+    take longer than `LONG_S` the second call, so that luck has less of a say in the uncounted round."""
     ready: list[Arm] = []
     errors: dict[str, float] = {}
     long: dict[str, Sample] = {}

@@ -20,6 +20,7 @@ from normfree.models.standardized import standardized_once
 from normfree.models.stochastic_depth import StochasticDepth
 from normfree.models.weights import load_weights
 from normfree.models.zoo import create_model, variant_of
+from normfree.train.compiled import CompiledBlocks
 
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 CLASSES = 1000
@@ -75,10 +76,13 @@ def forward_backward(
     *,
     half: bool = False,
     forward: Callable[[Tensor], Tensor] | None = None,
+    blocks: CompiledBlocks | None = None,
 ) -> Tensor:
-    """Gradients anew; returns the loss. Ours standardizes once, as `Trainer.gradients`. `forward`: compiled `net`."""
+    """Gradients anew; returns the loss. Ours standardizes once, as `Trainer.gradients`. `forward`: `net` compiled as a
+    whole; `blocks`: those of ours, compiled as the trainer does."""
     net.zero_grad(set_to_none=True)
-    with standardized_once(net) if isinstance(net, Net) else contextlib.nullcontext():
+    once = standardized_once(net) if isinstance(net, Net) else contextlib.nullcontext()
+    with once, blocks.active() if blocks is not None else contextlib.nullcontext():
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             logits = (forward or net)(images)
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
