@@ -67,7 +67,9 @@ class ClipReport:
         return float(self.fraction)
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """A parameter with its gradient, and how far that may go; 0: it is not clipped."""
+
     name: str
     parameter: Tensor
     grad: Tensor
@@ -114,14 +116,14 @@ def adaptive_clip_grad_(
     """
     _check_limit("clipping", clipping)
     _check_limit("eps", eps)
-    entries = _entries(model_or_parameters, clipping)
+    entries = gradient_entries(model_or_parameters, clipping)
     clipped = [e for e in entries if e.clipping > 0.0]
     exempt = [e.grad for e in entries if e.clipping == 0.0]
     group = shard_group(e.grad for e in entries)
-    batches = [_Batch(list(members), group) for members in _by_device(clipped).values()]
-    grad_norm = _checked_total(
+    batches = [Batch(list(members), group) for members in _by_device(clipped).values()]
+    grad_norm = checked_total(
         [batch.counted(batch.grad_norm) for batch in batches],
-        _tensor_norms(exempt, group),
+        tensor_norms(exempt, group),
         entries,
         error_if_nonfinite,
         group,
@@ -167,10 +169,10 @@ def clip_grad_(
             f"clipping is 0 with mode {mode!r}. It must be above 0, or every gradient is erased. "
             "Pass mode='off'."
         )
-    entries = _entries(model_or_parameters, clipping)
+    entries = gradient_entries(model_or_parameters, clipping)
     group = shard_group(e.grad for e in entries)
-    norms = _tensor_norms([e.grad for e in entries], group)
-    grad_norm = _checked_total([], norms, entries, error_if_nonfinite, group)
+    norms = tensor_norms([e.grad for e in entries], group)
+    grad_norm = checked_total([], norms, entries, error_if_nonfinite, group)
     parameters = [_plain(e) for e in entries]
     fraction, units = torch.zeros_like(grad_norm, dtype=torch.float32), 0
     if mode == "norm" and entries:
@@ -188,13 +190,13 @@ def clip_grad_(
     return ClipReport(fraction, units, grad_norm)
 
 
-class _Batch:
+class Batch:
     """The gradients to clip on one device, with the norms of all their units that lie here in one vector.
 
     `group`: see `shard_group`. A unit that several processes hold, or know, is counted by the first of them.
     """
 
-    def __init__(self, entries: list[_Entry], group: Any) -> None:
+    def __init__(self, entries: list[Entry], group: Any) -> None:
         self.entries, self.group = entries, group
         norms = _unit_norms([e.grad for e in entries], group)
         self.sizes = [n.numel() for n in norms]
@@ -239,9 +241,9 @@ class _Batch:
         return each.repeat_interleave(repeats, output_size=like.numel())
 
 
-def _entries(source: Clippable, clipping: float) -> list[_Entry]:
+def gradient_entries(source: Clippable, clipping: float) -> list[Entry]:
     """Every parameter with a gradient, once, with its name and its own clipping."""
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     seen: set[int] = set()
     for index, (name, parameter, own) in enumerate(_walk(source, clipping)):
         grad = parameter.grad
@@ -254,7 +256,7 @@ def _entries(source: Clippable, clipping: float) -> list[_Entry]:
                 f"The gradient of {called!r} is sparse. Clipping takes dense gradients only. Build the "
                 "layer with sparse=False."
             )
-        entries.append(_Entry(called, parameter, grad, own))
+        entries.append(Entry(called, parameter, grad, own))
     return entries
 
 
@@ -287,8 +289,8 @@ def _check_limit(what: str, value: float) -> None:
         raise ValueError(f"{what} is {value}. It must be 0 or more. The published value is {published}.")
 
 
-def _checked_total(
-    here: list[Tensor], whole: list[Tensor], entries: list[_Entry], error_if_nonfinite: bool, group: Any
+def checked_total(
+    here: list[Tensor], whole: list[Tensor], entries: list[Entry], error_if_nonfinite: bool, group: Any
 ) -> Tensor:
     """Global norm from norms of which each process has its own (`here`) and norms that all know (`whole`).
 
@@ -303,7 +305,7 @@ def _checked_total(
     if group is not None:
         total = total.to(torch.promote_types(entries[0].grad.dtype, torch.float32))
     if error_if_nonfinite and not torch.isfinite(total):
-        each = _tensor_norms([e.grad for e in entries], group)
+        each = tensor_norms([e.grad for e in entries], group)
         names = [e.name for e, norm in zip(entries, each, strict=True) if not torch.isfinite(norm)]
         if names:
             raise NonFiniteGradientError(names, len(entries))
@@ -316,7 +318,7 @@ def _total(counts: list[Tensor], group: Any) -> Tensor:
     return total if group is None else sum_over(total, group)
 
 
-def _plain(entry: _Entry) -> Tensor:
+def _plain(entry: Entry) -> Tensor:
     """The parameter with its gradient as torch's own functions take them: of a DTensor, the rows that lie here."""
     if not is_sharded(entry.parameter):
         return entry.parameter
@@ -325,8 +327,8 @@ def _plain(entry: _Entry) -> Tensor:
     return rows
 
 
-def _by_device(entries: list[_Entry]) -> dict[torch.device, list[_Entry]]:
-    sorted_out: dict[torch.device, list[_Entry]] = defaultdict(list)
+def _by_device(entries: list[Entry]) -> dict[torch.device, list[Entry]]:
+    sorted_out: dict[torch.device, list[Entry]] = defaultdict(list)
     for entry in entries:
         sorted_out[entry.grad.device].append(entry)
     return sorted_out
@@ -344,7 +346,7 @@ def _scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
 @torch.no_grad()
 def _unit_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """One vector of unit norms per tensor: a reduction for each matrix, one call for all one-unit tensors."""
-    single = iter(_tensor_norms([t for t in tensors if _is_one_unit(t)], group))
+    single = iter(tensor_norms([t for t in tensors if _is_one_unit(t)], group))
     return [
         next(single).reshape(1)
         if _is_one_unit(t)
@@ -354,7 +356,7 @@ def _unit_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _tensor_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
+def tensor_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """0-dim norm of each whole tensor, by one multi-tensor call for each device and dtype."""
     whole, tensors = tensors, [local(t) for t in tensors]
     norms: list[Tensor | None] = [None] * len(tensors)

@@ -93,40 +93,47 @@ class SGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise ValueError(
-                    "A gradient is sparse. SGD takes dense gradients only. Build the layer with sparse=False."
-                )
-            grads = [p.grad for p in params]
-            buffers: list[Tensor | None] = [self._buffer(p) if group["momentum"] else None for p in params]
-            if any(map(is_sharded, params)):  # each process updates the rows that lie with it, if any
-                here = [i for i, p in enumerate(params) if local(p).numel()]
-                buffers = [None if (b := buffers[i]) is None else local(b) for i in here]
-                grads = [local(grads[i]) for i in here]
-                params = [local(params[i]) for i in here]
-            fused = self.fused is not False and _fusable(params, buffers)
-            if fused:
-                # The fused kernels walk memory side by side and never look at strides: a gradient in another
-                # memory format than its parameter would update the wrong weights without a word.
-                grads = [
-                    g if _same_layout(p, g) else torch.empty_like(p).copy_(g)
-                    for p, g in zip(params, grads, strict=True)
-                ]
-            sgd(
-                params,
-                grads,
-                buffers,
-                foreach=False,
-                fused=fused,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=0.0,
-                nesterov=group["nesterov"],
-                maximize=False,
-            )
+            self.update_([p for p in group["params"] if p.grad is not None], group)
         return loss
+
+    @torch.no_grad()
+    def update_(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """The step of `params`, which have gradients and belong to `group`.
+
+        Raises ValueError for a sparse gradient.
+        """
+        if any(p.grad is not None and p.grad.is_sparse for p in params):
+            raise ValueError(
+                "A gradient is sparse. SGD takes dense gradients only. Build the layer with sparse=False."
+            )
+        grads = [p.grad for p in params if p.grad is not None]
+        buffers: list[Tensor | None] = [self._buffer(p) if group["momentum"] else None for p in params]
+        if any(map(is_sharded, params)):  # each process updates the rows that lie with it, if any
+            here = [i for i, p in enumerate(params) if local(p).numel()]
+            buffers = [None if (b := buffers[i]) is None else local(b) for i in here]
+            grads = [local(grads[i]) for i in here]
+            params = [local(params[i]) for i in here]
+        fused = self.fused is not False and _fusable(params, buffers)
+        if fused:
+            # The fused kernels walk memory side by side and never look at strides: a gradient in another
+            # memory format than its parameter would update the wrong weights without a word.
+            grads = [
+                g if _same_layout(p, g) else torch.empty_like(p).copy_(g)
+                for p, g in zip(params, grads, strict=True)
+            ]
+        sgd(
+            params,
+            grads,
+            buffers,
+            foreach=False,
+            fused=fused,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
 
     def named_state(self) -> dict[str, Tensor]:
         """Momentum of every parameter by the parameter's name, live, zero where no step was taken yet.
