@@ -32,7 +32,8 @@ ABOUT = (
 )
 CLASSES = 9  # of the demo
 STEPS = 8  # in a visit; eleven rounds have more than an epoch of the demo, 47
-TOLERANCE = 1e-4
+#: Relative, of gradients in float32: rounding carries some inputs of its ReLUs across 0, where their gradient jumps.
+TOLERANCE = 1e-3
 
 
 def cases(device: torch.device, *, data: Path | None = None) -> list[Case]:

@@ -51,7 +51,7 @@ class CompiledBlocks:
             for block, depth in plain.items():
                 if depth.rate > 0.0:
                     block.stochdepth = self._by_tensor(depth, block)
-            with dynamo.patch(recompile_limit=LIMIT):
+            with dynamo.patch(recompile_limit=max(LIMIT, dynamo.recompile_limit)):
                 yield
         finally:
             for module in self._compiled:

@@ -27,7 +27,7 @@ class Update:
     def __init__(self, optimizer: SGD, *, model: nn.Module, ema: Ema, config: Optim) -> None:
         self.optimizer, self.model, self.ema, self.config = optimizer, model, ema, config
         self.kernel: FusedUpdate | SweepUpdate | None = self.fused() if UPDATE_KERNEL else None
-        if config.clip == "agc" and SweepUpdate.fits(optimizer):
+        if self.kernel is None and config.clip == "agc" and SweepUpdate.fits(optimizer):
             self.kernel = SweepUpdate(optimizer, model=model, ema=ema, eps=config.clipping_eps)
 
     def fused(self) -> FusedUpdate | None:
