@@ -86,7 +86,7 @@ SUITES: dict[str, Suite] = {
             refuses=_emulates,
         ),
         Suite("update", "update", 90, 300),
-        Suite("inference", "inference", 270, 540),
+        Suite("inference", "inference", 250, 540),
         # Inductor takes minutes for each network and batch size on a CPU.
         Suite(
             "inference_compiled",
@@ -100,7 +100,7 @@ SUITES: dict[str, Suite] = {
         Suite("memory", "memory", 100, 300),
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
         Suite("small_scale", "small_scale", 50, 540, options=(("data", None),)),
-        Suite("startup", "startup", 170, 0),
-        Suite("convolutions", "convolutions", 50, 400),
+        Suite("startup", "startup", 150, 0),
+        Suite("convolutions", "convolutions", 40, 400),
     )
 }
