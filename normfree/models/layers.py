@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.models.padding import borders, pad_input
 from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
 from normfree.models.weight_gradient import pays
 
@@ -196,39 +197,6 @@ def standardize(weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: str = 
         power = power + WS_EPS["add"] * rows.shape[1]
     row_scale = (gain.to(rows.dtype) * torch.rsqrt(power) * scale).unsqueeze(1)
     return (centered * row_scale).view_as(weight).to(weight.dtype)
-
-
-def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
-    """(low, high) of XLA's and TensorFlow's SAME rule: ceil(size / stride) outputs, odd padding at the end."""
-    total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
-    return total // 2, total - total // 2
-
-
-def pad_input(
-    x: Tensor, kernel_size: int, stride: int, *, padding: str = "same", value: float = 0.0
-) -> tuple[Tensor, tuple[int, int]]:
-    """Pads B C H W. Returns the tensor and the symmetric padding that the next op should add itself, so that
-    nothing is copied where both sides are equal and the fill is what the op would use.
-
-    "same" is XLA's rule; "symmetric" is (k - 1) // 2 on every side, torch's and timm's custom. Both give
-    ceil(size / stride) outputs for odd kernels; at stride 2 they look at different places of even sizes.
-    """
-    border, sides = borders(x, kernel_size, stride, padding=padding)
-    return (x if border is None else F.pad(x, border, value=value)), sides
-
-
-def borders(
-    x: Tensor, kernel_size: int, stride: int, *, padding: str
-) -> tuple[tuple[int, int, int, int] | None, tuple[int, int]]:
-    """What `pad_input` adds to B C H W (left, right, top, bottom; None: nothing), and what the next op adds itself."""
-    if padding == "symmetric":
-        side = (kernel_size - 1) // 2
-        return None, (side, side)
-    top, bottom = same_padding(x.shape[-2], kernel_size, stride)
-    left, right = same_padding(x.shape[-1], kernel_size, stride)
-    if top == bottom and left == right:
-        return None, (top, left)
-    return (left, right, top, bottom), (0, 0)
 
 
 def convolve(

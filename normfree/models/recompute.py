@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normfree.models.padding import Border, without_border, zero_border
 from normfree.models.weight_gradient import pays, weight_gradient
 
 Activation = Callable[[Tensor], Tensor]
@@ -29,13 +30,13 @@ def activated_conv2d(
     bias: Tensor | None,
     *,
     act: Activation | None,
-    border: tuple[int, int, int, int] | None,
+    border: Border | None,
     stride: int,
     padding: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """conv2d(pad(act(x), border), weight, bias). `x`: B C H W; `act`: None is the identity; `border`: (left, right,
-    top, bottom) zeros, or None.
+    """conv2d(pad(act(x), border), weight, bias). `x`: B C H W; `act`: None is the identity; `border`: of zeros, or
+    None.
 
     Differentiable once.
     """
@@ -53,10 +54,13 @@ def eager_training() -> bool:
     )
 
 
-def _input(x: Tensor, act: Activation | None, border: tuple[int, int, int, int] | None) -> Tensor:
-    """What is convolved."""
-    a = x if act is None else act(x)
-    return a if border is None else F.pad(a, border)
+def _bordered(a: Tensor, border: Border | None) -> Tensor:
+    """`a` within `border` of zeros, without a gradient."""
+    if border is None:
+        return a
+    if a.device.type == "cpu" and a.is_contiguous(memory_format=torch.channels_last):
+        return zero_border(a.permute(0, 2, 3, 1), border).permute(0, 3, 1, 2)
+    return F.pad(a, border)
 
 
 class _ActivatedConv2d(torch.autograd.Function):
@@ -67,12 +71,13 @@ class _ActivatedConv2d(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         act: Activation | None,
-        border: tuple[int, int, int, int] | None,
+        border: Border | None,
         stride: int,
         padding: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        y = F.conv2d(_input(x, act, border), weight, bias, stride, padding, 1, groups)
+        a = _bordered(x if act is None else act(x), border)
+        y = F.conv2d(a, weight, bias, stride, padding, 1, groups)
         ctx.save_for_backward(x, weight)
         ctx.act, ctx.border, ctx.bias_sizes = act, border, None if bias is None else list(bias.shape)
         ctx.options = (stride, stride), padding, (1, 1), False, (0, 0), groups
@@ -86,12 +91,13 @@ class _ActivatedConv2d(torch.autograd.Function):
         needs_bias = needs_bias and ctx.bias_sizes is not None
         source = x.detach().requires_grad_(needs_x)
         with torch.enable_grad():
-            a = _input(source, ctx.act, ctx.border)
+            activated = source if ctx.act is None else ctx.act(source)
+        a = _bordered(activated.detach(), ctx.border)
         strides, padding, *_, groups = ctx.options
         grad_weight = grad_bias = grad_a = None
         if needs_weight and grad.dtype == a.dtype and pays(a, weight, groups=groups):
             grad_weight = weight_gradient(
-                a.detach(),
+                a,
                 grad,
                 kernel_size=weight.shape[2:],
                 stride=strides[0],
@@ -104,13 +110,17 @@ class _ActivatedConv2d(torch.autograd.Function):
         if needs_x or needs_weight or needs_bias:
             # autocast computed in the type of `grad`, from copies of both in that type
             found = torch.ops.aten.convolution_backward(
-                grad, a.detach().to(grad.dtype), weight.to(grad.dtype), ctx.bias_sizes, *ctx.options,
+                grad, a.to(grad.dtype), weight.to(grad.dtype), ctx.bias_sizes, *ctx.options,
                 (needs_x, needs_weight, needs_bias),
             )  # fmt: skip
             grad_a = found[0]
             grad_weight = found[1] if needs_weight else grad_weight
             grad_bias = found[2] if needs_bias else grad_bias
-        grad_x = torch.autograd.grad(a, source, grad_a.to(a.dtype))[0] if grad_a is not None else None
+        grad_x = None
+        if grad_a is not None:
+            if ctx.border is not None:
+                grad_a = without_border(grad_a, ctx.border).clone()
+            (grad_x,) = torch.autograd.grad(activated, source, grad_a.to(a.dtype))
         return (
             grad_x,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -17,10 +17,10 @@ from normfree.models.layers import (
     avg_pool_same,
     gain_of,
     max_pool,
-    same_padding,
     scaled_activation,
     standardize,
 )
+from normfree.models.padding import same_padding
 from normfree.models.stochastic_depth import StochasticDepth
 
 # Var[act(z)] ** -0.5 by quadrature, from the table of exact values beside the reference's Monte-Carlo ones.
