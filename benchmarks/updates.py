@@ -20,7 +20,6 @@ from normfree.optim.ema import Ema
 from normfree.optim.fused import fused_update
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
-from normfree.optim.sweep import SweepUpdate
 
 #: [B] section 4.3, but for a rate at which no arm's weights leave the neighbourhood of the others'
 LR, DECAY, CLIPPING, AVERAGE = 1e-3, 2e-5, 0.01, 0.99999
@@ -68,14 +67,11 @@ def our_update(
     optimizer = SGD(parameter_groups(net, weight_decay=weight_decay, clipping=clipping), lr)
     average, steps = Ema(net, decay=decay, ramp=False), 0
     fused = fused_update(optimizer, model=net, ema=average) if kernels else None
-    sweep = SweepUpdate(optimizer, model=net, ema=average) if SweepUpdate.fits(optimizer) else None
 
     def update() -> None:
         nonlocal steps
         if fused is not None:
             fused.step_(step=steps, error_if_nonfinite=False)
-        elif sweep is not None:
-            sweep.step_(step=steps)
         else:
             clip_grad_(optimizer.param_groups, mode="agc", clipping=clipping)
             optimizer.step()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from normfree.models.padding import borders, pad_input
 from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
+from normfree.models.residual import spatial_mean
 from normfree.models.weight_gradient import pays
 
 #: How a standardized filter is kept from dividing by zero, and the constant. "floor": under variance * fan-in
@@ -355,7 +356,7 @@ class SqueezeExcite(nn.Module):
             nn.init.zeros_(fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean(dim=(2, 3))
+        pooled = spatial_mean(x)
         return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]
 
 
@@ -370,5 +371,5 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean(dim=(2, 3)).unsqueeze(1)
+        pooled = spatial_mean(x).unsqueeze(1)
         return torch.sigmoid(self.conv(pooled)).transpose(1, 2).unsqueeze(3)

@@ -28,7 +28,8 @@ from normfree.models.layers import (
     max_pool,
 )
 from normfree.models.recompute import eager_training
-from normfree.models.stochastic_depth import StochasticDepth, add_images, kept_images, take_images
+from normfree.models.residual import add_branch
+from normfree.models.stochastic_depth import StochasticDepth, kept_images, take_images
 from normfree.models.variants import STEMS, Variant, eca_kernel_size
 
 
@@ -205,10 +206,7 @@ class Block(nn.Module):
             r = self.conv0(_some(normed, kept), self.act)
         r = self.branch(r)
         gate = self.branch_gate(r, mask if mask is None or kept is None else mask[kept])
-        if isinstance(gate, Tensor):
-            gate = gate.to(r.dtype)
-            return torch.addcmul(shortcut, r, gate) if kept is None else add_images(shortcut, r * gate, kept)
-        return torch.add(shortcut, r, alpha=gate)
+        return add_branch(shortcut, r, gate, kept=kept)
 
 
 def _some(x: Tensor, kept: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.optim.groups import some_names
@@ -67,7 +68,7 @@ class ClipReport:
         return float(self.fraction)
 
 
-class Entry(NamedTuple):
+class _Entry(NamedTuple):
     """A parameter with its gradient, and how far that may go; 0: it is not clipped."""
 
     name: str
@@ -86,7 +87,7 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
     Source: reference code, whose kernels are HWIO and IO with the unit last. Its rank-3 rule (one unit for
     each pair of trailing indices) is met by no layer of the published networks and has no counterpart here.
     """
-    norms = _unit_norms([tensor], shard_group([tensor]))[0]
+    norms = _unit_norms([tensor], shard_group([tensor]), [_is_one_unit(tensor)])[0]
     shaped = norms.reshape(_scale_shape(norms, tensor))
     return spread(shaped, tensor, rows=not _is_one_unit(tensor)) if is_sharded(tensor) else shaped
 
@@ -116,14 +117,14 @@ def adaptive_clip_grad_(
     """
     _check_limit("clipping", clipping)
     _check_limit("eps", eps)
-    entries = gradient_entries(model_or_parameters, clipping)
+    entries = _entries(model_or_parameters, clipping)
     clipped = [e for e in entries if e.clipping > 0.0]
     exempt = [e.grad for e in entries if e.clipping == 0.0]
     group = shard_group(e.grad for e in entries)
-    batches = [Batch(list(members), group) for members in _by_device(clipped).values()]
-    grad_norm = checked_total(
+    batches = [_Batch(list(members), group) for members in _by_device(clipped).values()]
+    grad_norm = _checked_total(
         [batch.counted(batch.grad_norm) for batch in batches],
-        tensor_norms(exempt, group),
+        _tensor_norms(exempt, group),
         entries,
         error_if_nonfinite,
         group,
@@ -169,10 +170,10 @@ def clip_grad_(
             f"clipping is 0 with mode {mode!r}. It must be above 0, or every gradient is erased. "
             "Pass mode='off'."
         )
-    entries = gradient_entries(model_or_parameters, clipping)
+    entries = _entries(model_or_parameters, clipping)
     group = shard_group(e.grad for e in entries)
-    norms = tensor_norms([e.grad for e in entries], group)
-    grad_norm = checked_total([], norms, entries, error_if_nonfinite, group)
+    norms = _tensor_norms([e.grad for e in entries], group)
+    grad_norm = _checked_total([], norms, entries, error_if_nonfinite, group)
     parameters = [_plain(e) for e in entries]
     fraction, units = torch.zeros_like(grad_norm, dtype=torch.float32), 0
     if mode == "norm" and entries:
@@ -190,15 +191,16 @@ def clip_grad_(
     return ClipReport(fraction, units, grad_norm)
 
 
-class Batch:
+class _Batch:
     """The gradients to clip on one device, with the norms of all their units that lie here in one vector.
 
     `group`: see `shard_group`. A unit that several processes hold, or know, is counted by the first of them.
     """
 
-    def __init__(self, entries: list[Entry], group: Any) -> None:
+    def __init__(self, entries: list[_Entry], group: Any) -> None:
         self.entries, self.group = entries, group
-        norms = _unit_norms([e.grad for e in entries], group)
+        self.single = [_is_one_unit(e.grad) for e in entries]
+        norms = _unit_norms([e.grad for e in entries], group, self.single)
         self.sizes = [n.numel() for n in norms]
         self.grad_norm = torch.cat(norms)
 
@@ -215,19 +217,18 @@ class Batch:
     def clip_(self, eps: float) -> Tensor:
         """Scale the gradients; returns the number of units counted here that were over their limit."""
         grads = [local(e.grad) for e in self.entries]
-        weights = torch.cat(_unit_norms([e.parameter for e in self.entries], self.group))
+        weights = torch.cat(_unit_norms([e.parameter for e in self.entries], self.group, self.single))
         limit = weights.clamp_(min=eps) * self._clipping()
         # An infinite norm is reached only if errors are off: infinity times limit / infinity would be NaN.
         over = (self.grad_norm > limit) & torch.isfinite(self.grad_norm)
         scale = torch.where(over, limit / self.grad_norm.clamp(min=GRADIENT_FLOOR), 1.0)
-        scales = [s.view(_scale_shape(s, g)) for s, g in zip(scale.split(self.sizes), grads, strict=True)]
+        pairs = list(zip(grads, scale.split(self.sizes), strict=True))
         if scale.device.type == "cpu":
-            # Reading a flag is free here, and a tensor that keeps its gradient need not pass through memory.
-            hit = [bool(flags.any()) for flags in over.split(self.sizes)]
-            grads = [g for g, changes in zip(grads, hit, strict=True) if changes]
-            scales = [s for s, changes in zip(scales, hit, strict=True) if changes]
-        if grads:
-            torch._foreach_mul_(grads, scales)
+            # Reading a number is free here, and a tensor that keeps its gradient need not pass through memory.
+            before = F.pad(over.cumsum(0), (1, 0))[F.pad(torch.tensor(self.sizes).cumsum(0), (1, 0))]
+            pairs = [pair for pair, hits in zip(pairs, before.diff().tolist(), strict=True) if hits]
+        if pairs:
+            torch._foreach_mul_([g for g, _ in pairs], [s.view(_scale_shape(s, g)) for g, s in pairs])
         return self.counted(over).sum()
 
     def _clipping(self) -> float | Tensor:
@@ -241,9 +242,9 @@ class Batch:
         return each.repeat_interleave(repeats, output_size=like.numel())
 
 
-def gradient_entries(source: Clippable, clipping: float) -> list[Entry]:
+def _entries(source: Clippable, clipping: float) -> list[_Entry]:
     """Every parameter with a gradient, once, with its name and its own clipping."""
-    entries: list[Entry] = []
+    entries: list[_Entry] = []
     seen: set[int] = set()
     for index, (name, parameter, own) in enumerate(_walk(source, clipping)):
         grad = parameter.grad
@@ -256,7 +257,7 @@ def gradient_entries(source: Clippable, clipping: float) -> list[Entry]:
                 f"The gradient of {called!r} is sparse. Clipping takes dense gradients only. Build the "
                 "layer with sparse=False."
             )
-        entries.append(Entry(called, parameter, grad, own))
+        entries.append(_Entry(called, parameter, grad, own))
     return entries
 
 
@@ -289,8 +290,8 @@ def _check_limit(what: str, value: float) -> None:
         raise ValueError(f"{what} is {value}. It must be 0 or more. The published value is {published}.")
 
 
-def checked_total(
-    here: list[Tensor], whole: list[Tensor], entries: list[Entry], error_if_nonfinite: bool, group: Any
+def _checked_total(
+    here: list[Tensor], whole: list[Tensor], entries: list[_Entry], error_if_nonfinite: bool, group: Any
 ) -> Tensor:
     """Global norm from norms of which each process has its own (`here`) and norms that all know (`whole`).
 
@@ -305,7 +306,7 @@ def checked_total(
     if group is not None:
         total = total.to(torch.promote_types(entries[0].grad.dtype, torch.float32))
     if error_if_nonfinite and not torch.isfinite(total):
-        each = tensor_norms([e.grad for e in entries], group)
+        each = _tensor_norms([e.grad for e in entries], group)
         names = [e.name for e, norm in zip(entries, each, strict=True) if not torch.isfinite(norm)]
         if names:
             raise NonFiniteGradientError(names, len(entries))
@@ -318,7 +319,7 @@ def _total(counts: list[Tensor], group: Any) -> Tensor:
     return total if group is None else sum_over(total, group)
 
 
-def _plain(entry: Entry) -> Tensor:
+def _plain(entry: _Entry) -> Tensor:
     """The parameter with its gradient as torch's own functions take them: of a DTensor, the rows that lie here."""
     if not is_sharded(entry.parameter):
         return entry.parameter
@@ -327,8 +328,8 @@ def _plain(entry: Entry) -> Tensor:
     return rows
 
 
-def _by_device(entries: list[Entry]) -> dict[torch.device, list[Entry]]:
-    sorted_out: dict[torch.device, list[Entry]] = defaultdict(list)
+def _by_device(entries: list[_Entry]) -> dict[torch.device, list[_Entry]]:
+    sorted_out: dict[torch.device, list[_Entry]] = defaultdict(list)
     for entry in entries:
         sorted_out[entry.grad.device].append(entry)
     return sorted_out
@@ -344,19 +345,19 @@ def _scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _unit_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """One vector of unit norms per tensor: a reduction for each matrix, one call for all one-unit tensors."""
-    single = iter(tensor_norms([t for t in tensors if _is_one_unit(t)], group))
+def _unit_norms(tensors: list[Tensor], group: Any, single: list[bool]) -> list[Tensor]:
+    """One vector of unit norms per tensor: a reduction for each matrix, one call for all that are a `single` unit."""
+    whole = iter(_tensor_norms([t for t, one in zip(tensors, single, strict=True) if one], group))
     return [
-        next(single).reshape(1)
-        if _is_one_unit(t)
+        next(whole).reshape(1)
+        if one
         else torch.linalg.vector_norm(local(t), dim=tuple(range(1, t.ndim)), dtype=_norm_dtype(t))
-        for t in tensors
+        for t, one in zip(tensors, single, strict=True)
     ]
 
 
 @torch.no_grad()
-def tensor_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
+def _tensor_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
     """0-dim norm of each whole tensor, by one multi-tensor call for each device and dtype."""
     whole, tensors = tensors, [local(t) for t in tensors]
     norms: list[Tensor | None] = [None] * len(tensors)

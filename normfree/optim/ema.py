@@ -54,29 +54,17 @@ class Ema:
 
         Raises ValueError if the tensors of `model` are not those of the network averaged so far.
         """
-        self.average_(self.pairs(model), 1.0 - ema_decay(step, decay=self.decay, ramp=self.ramp))
-
-    def pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of `model` with its average. Raises ValueError as `update_` does."""
         source, target = _tensors(model), _tensors(self._module)
         if [(n, t.shape) for n, t in source.items()] != [(n, t.shape) for n, t in target.items()]:
             copy_named_(target, source, owner="the averaged network")
-        return [(tensor, target[name]) for name, tensor in source.items()]
-
-    @torch.no_grad()
-    def average_(self, pairs: list[tuple[Tensor, Tensor]], weight: float) -> None:
-        """Moves the averages of some of `pairs` towards their tensors, by `weight` of the way."""
-        floating = [(tensor, average) for tensor, average in pairs if average.is_floating_point()]
-        if floating:
-            shadow = [
-                local(average) for _, average in floating
-            ]  # of what FSDP2 has cut, the rows that lie here
-            torch._foreach_lerp_(
-                shadow, [local(t).to(s) for (t, _), s in zip(floating, shadow, strict=True)], weight
-            )
-        for tensor, average in pairs:
-            if not average.is_floating_point():
-                average.copy_(tensor)
+        averaged = [name for name, tensor in target.items() if tensor.is_floating_point()]
+        weight = 1.0 - ema_decay(step, decay=self.decay, ramp=self.ramp)
+        shadow = [local(target[name]) for name in averaged]  # of what FSDP2 has cut, the rows that lie here
+        torch._foreach_lerp_(
+            shadow, [local(source[n]).to(s) for n, s in zip(averaged, shadow, strict=True)], weight
+        )
+        for name in target.keys() - set(averaged):
+            target[name].copy_(source[name])
 
     @torch.no_grad()
     def copy_to_(self, model: nn.Module) -> None:

@@ -93,47 +93,43 @@ class SGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self.update_([p for p in group["params"] if p.grad is not None], group)
-        return loss
-
-    @torch.no_grad()
-    def update_(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """The step of `params`, which have gradients and belong to `group`.
-
-        Raises ValueError for a sparse gradient.
-        """
-        if any(p.grad is not None and p.grad.is_sparse for p in params):
-            raise ValueError(
-                "A gradient is sparse. SGD takes dense gradients only. Build the layer with sparse=False."
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise ValueError(
+                    "A gradient is sparse. SGD takes dense gradients only. Build the layer with sparse=False."
+                )
+            grads = [p.grad for p in params]
+            buffers: list[Tensor | None] = [self._buffer(p) if group["momentum"] else None for p in params]
+            if any(map(is_sharded, params)):  # each process updates the rows that lie with it, if any
+                here = [i for i, p in enumerate(params) if local(p).numel()]
+                buffers = [None if (b := buffers[i]) is None else local(b) for i in here]
+                grads = [local(grads[i]) for i in here]
+                params = [local(params[i]) for i in here]
+            fused = self.fused is not False and _fusable(params, buffers)
+            if fused:
+                # The fused kernels walk memory side by side and never look at strides: a gradient in another
+                # memory format than its parameter would update the wrong weights without a word.
+                grads = [
+                    g if _same_layout(p, g) else torch.empty_like(p).copy_(g)
+                    for p, g in zip(params, grads, strict=True)
+                ]
+                # For CPUs they copy a gradient first that is not row-major.
+                params, grads = ([_row_major(t) for t in column] for column in (params, grads))
+                buffers = [None if b is None else _row_major(b) for b in buffers]
+            sgd(
+                params,
+                grads,
+                buffers,
+                foreach=False,
+                fused=fused,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
             )
-        grads = [p.grad for p in params if p.grad is not None]
-        buffers: list[Tensor | None] = [self._buffer(p) if group["momentum"] else None for p in params]
-        if any(map(is_sharded, params)):  # each process updates the rows that lie with it, if any
-            here = [i for i, p in enumerate(params) if local(p).numel()]
-            buffers = [None if (b := buffers[i]) is None else local(b) for i in here]
-            grads = [local(grads[i]) for i in here]
-            params = [local(params[i]) for i in here]
-        fused = self.fused is not False and _fusable(params, buffers)
-        if fused:
-            # The fused kernels walk memory side by side and never look at strides: a gradient in another
-            # memory format than its parameter would update the wrong weights without a word.
-            grads = [
-                g if _same_layout(p, g) else torch.empty_like(p).copy_(g)
-                for p, g in zip(params, grads, strict=True)
-            ]
-        sgd(
-            params,
-            grads,
-            buffers,
-            foreach=False,
-            fused=fused,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=group["nesterov"],
-            maximize=False,
-        )
+        return loss
 
     def named_state(self) -> dict[str, Tensor]:
         """Momentum of every parameter by the parameter's name, live, zero where no step was taken yet.
@@ -187,6 +183,13 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     if a.stride() == b.stride():
         return True
     return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    """A view whose dimensions come in the order in which memory is walked."""
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
 
 
 def _fusable(params: list[Tensor], buffers: list[Tensor | None]) -> bool:

@@ -1,4 +1,4 @@
-"""What follows the gradient: clipping, decay, momentum, average. By three calls, in one sweep, or by the kernel."""
+"""What follows the gradient: clipping, decay, momentum, average. By three calls, or by the update kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from normfree.optim.agc import ClipReport, clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.fused import FusedUpdate, fused_update
 from normfree.optim.sgd import SGD
-from normfree.optim.sweep import SweepUpdate
 from normfree.train.config import Optim
 from normfree.train.profile import span
 
@@ -20,15 +19,12 @@ UPDATE_KERNEL = False
 class Update:
     """One step of `optimizer`, which moves `model`, and of its average `ema`; `config` says how gradients are clipped.
 
-    `kernel` is the `FusedUpdate` or `SweepUpdate` that does it, or None for the three calls, which is what both
-    compute; this is where that is decided.
+    `kernel` is the `FusedUpdate` that does it, or None for the three calls; this is where that is decided.
     """
 
     def __init__(self, optimizer: SGD, *, model: nn.Module, ema: Ema, config: Optim) -> None:
         self.optimizer, self.model, self.ema, self.config = optimizer, model, ema, config
-        self.kernel: FusedUpdate | SweepUpdate | None = self.fused() if UPDATE_KERNEL else None
-        if self.kernel is None and config.clip == "agc" and SweepUpdate.fits(optimizer):
-            self.kernel = SweepUpdate(optimizer, model=model, ema=ema, eps=config.clipping_eps)
+        self.kernel = self.fused() if UPDATE_KERNEL else None
 
     def fused(self) -> FusedUpdate | None:
         """A `FusedUpdate` that does the same, with tables of its own; None if none can."""

@@ -65,8 +65,6 @@ def test_the_gate_of_training_sees_a_changed_weight_and_a_changed_update(script,
         ours.head.weight[0] *= 1.01
     assert networks.gradient_distance(theirs, ours, x, y) > 1e-4
     theirs, ours = networks.pair("test_nfnet")
-    monkeypatch.setattr(updates.SweepUpdate, "fits", staticmethod(lambda optimizer: False))
-    assert updates.update_distance(theirs, ours) < 1e-5
     monkeypatch.setattr(updates, "clip_grad_", lambda *a, **k: None)
     assert updates.update_distance(theirs, ours) > 1e-3
 
