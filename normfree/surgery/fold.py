@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normfree.models.layers import Conv2d, EfficientChannelAttention, SqueezeExcite, WSConv2d
 from normfree.models.net import Block, Net, Stem
+from normfree.surgery.packed import PackedConv2d
 
 #: A branch multiplied by less is shut: next to a stream of about 1 it is beyond float32, and its inverse, which the
 #: gate would need, soon is too.
@@ -30,8 +31,9 @@ def fold(net: Net) -> Net:
     parameters. `net` stays as it is, and is the one to train on.
 
     Stochastic depth and dropout are gone from the copy; gradients flow, but training it is training another network.
-    Works for every row and for batch-norm twins, which are folded with their running statistics. Folded copies
-    come back as they are.
+    On a CPU and without gradients its convolutions lay out their kernels once, at the first call, which takes as much
+    memory again (`PackedConv2d`). Works for every row and for batch-norm twins, which are folded with their running
+    statistics. Folded copies come back as they are.
 
     Raises:
         TypeError: `net` is no network of ours.
@@ -127,9 +129,11 @@ def _affine(norm: nn.Module) -> nn.Module:
     return _convolution(factor.view(-1, 1, 1, 1), shift, stride=1, groups=len(factor), padding="same")
 
 
-def _convolution(weight: Tensor, bias: Tensor | None, *, stride: int, groups: int, padding: str) -> Conv2d:
+def _convolution(
+    weight: Tensor, bias: Tensor | None, *, stride: int, groups: int, padding: str
+) -> PackedConv2d:
     outputs, inputs, kernel_size = weight.shape[0], weight.shape[1] * groups, weight.shape[2]
-    plain = Conv2d(
+    plain = PackedConv2d(
         inputs, outputs, kernel_size=kernel_size, stride=stride, groups=groups, bias=bias is not None, padding=padding
     ).to(weight)  # fmt: skip
     plain.weight.copy_(weight)

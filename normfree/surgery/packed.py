@@ -1,0 +1,78 @@
+"""Convolutions that keep their kernel as oneDNN wants it, for inference on a CPU.
+
+oneDNN computes with kernels in blocks, whose form depends on the machine; torch hands it a plain kernel and it is laid
+out anew at every call. For a batch of one that is a fifth of the time of NFNet-F0 (docs/speed.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfree.models.layers import Conv2d
+from normfree.models.padding import pad_input
+from normfree.models.recompute import Activation
+
+
+class _Packed(NamedTuple):
+    """A kernel in oneDNN's layout; the plain one and its version then. Held, its address is nobody else's."""
+
+    kernel: Tensor
+    plain: Tensor
+    version: int
+
+
+class PackedConv2d(Conv2d):
+    """`Conv2d`: the same parameters, the same results to rounding.
+
+    Where nothing is differentiated, on a CPU and in float32, its kernel is laid out once, at the first call, which
+    takes as much memory again; and anew when it has changed, by anything but writing through `.data`, which torch
+    counts nowhere. Everywhere else, and for tools that look at operations, it is the plain convolution.
+    """
+
+    _packed: _Packed | None = None
+
+    def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
+        """Of `act(x)`, if `act` is given."""
+        if not _fits(x, self.weight):
+            return super().forward(x, act)
+        size, stride = self.weight.shape[-1], list(self.stride)
+        x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
+        options = list(sides), stride, [1, 1], self.groups
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self._kernel(list(x.shape), *options), self.bias, *options, "none", [], ""
+        )
+        return y
+
+    def _kernel(self, like: list[int], *options: Any) -> Tensor:
+        """In oneDNN's layout, for inputs of the shape `like`, and slower for others."""
+        packed, plain = self._packed, self.weight.detach()
+        if packed is None or (packed.plain.data_ptr(), packed.version) != (plain.data_ptr(), plain._version):
+            kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                plain.contiguous().to_mkldnn(), *options, like
+            )
+            self._packed = packed = _Packed(kernel, plain, plain._version)
+        return packed.kernel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_packed"}  # copies lay out their own
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether a call with `x` is inference in float32 on a CPU that nobody looks into."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit._trace.is_tracing():
+        return False
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not weight.is_inference()  # those have no version
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
