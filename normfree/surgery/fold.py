@@ -31,9 +31,9 @@ def fold(net: Net) -> Net:
     parameters. `net` stays as it is, and is the one to train on.
 
     Stochastic depth and dropout are gone from the copy; gradients flow, but training it is training another network.
-    On a CPU and without gradients its convolutions lay out their kernels once, at the first call, which takes as much
-    memory again (`PackedConv2d`). Works for every row and for batch-norm twins, which are folded with their running
-    statistics. Folded copies come back as they are.
+    On a CPU and without gradients its convolutions lay out their kernels once for inputs of one shape, which takes as
+    much memory again (`PackedConv2d`). Works for every row and for batch-norm twins, which are folded with their
+    running statistics. Folded copies come back as they are.
 
     Raises:
         TypeError: `net` is no network of ours.

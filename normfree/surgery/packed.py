@@ -17,9 +17,11 @@ from normfree.models.recompute import Activation
 
 
 class _Packed(NamedTuple):
-    """A kernel in oneDNN's layout; the plain one and its version then. Held, its address is nobody else's."""
+    """A kernel in oneDNN's layout for inputs of one shape; the plain one and its version then. Held, its address is
+    nobody else's."""
 
     kernel: Tensor
+    shape: torch.Size
     plain: Tensor
     version: int
 
@@ -27,37 +29,41 @@ class _Packed(NamedTuple):
 class PackedConv2d(Conv2d):
     """`Conv2d`: the same parameters, the same results to rounding.
 
-    Where nothing is differentiated, on a CPU and in float32, its kernel is laid out once, at the first call, which
-    takes as much memory again; and anew when it has changed, by anything but writing through `.data`, which torch
-    counts nowhere. Everywhere else, and for tools that look at operations, it is the plain convolution.
+    Where nothing is differentiated, on a CPU and in float32, its kernel is laid out once, which takes as much memory
+    again: at the second call in a row with inputs of one shape, since the best layout differs from shape to shape. It
+    is laid out anew when it has changed, by anything but writing through `.data`, which torch counts nowhere.
+    Everywhere else, and for tools that look at operations, it is the plain convolution.
     """
 
     _packed: _Packed | None = None
+    _shape: torch.Size | None = None  # of the call before
 
     def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
         """Of `act(x)`, if `act` is given."""
         if not _fits(x, self.weight):
             return super().forward(x, act)
+        again, self._shape = x.shape == self._shape, x.shape
+        packed, plain = self._packed, self.weight.detach()
+        if packed is None or packed.shape != x.shape:
+            if not again:
+                return super().forward(x, act)
+            packed = None
         size, stride = self.weight.shape[-1], list(self.stride)
         x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
         options = list(sides), stride, [1, 1], self.groups
+        if packed is None or (packed.plain.data_ptr(), packed.version) != (plain.data_ptr(), plain._version):
+            kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                plain.contiguous().to_mkldnn(), *options, list(x.shape)
+            )
+            self._packed = packed = _Packed(kernel, self._shape, plain, plain._version)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._kernel(list(x.shape), *options), self.bias, *options, "none", [], ""
+            x, packed.kernel, self.bias, *options, "none", [], ""
         )
         return y
 
-    def _kernel(self, like: list[int], *options: Any) -> Tensor:
-        """In oneDNN's layout, for inputs of the shape `like`, and slower for others."""
-        packed, plain = self._packed, self.weight.detach()
-        if packed is None or (packed.plain.data_ptr(), packed.version) != (plain.data_ptr(), plain._version):
-            kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                plain.contiguous().to_mkldnn(), *options, like
-            )
-            self._packed = packed = _Packed(kernel, plain, plain._version)
-        return packed.kernel
-
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_packed"}  # copies lay out their own
+        """Without the second kernel: copies lay out their own."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_packed", "_shape")}
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

@@ -39,11 +39,22 @@ def test_results_are_the_plain_ones(case, memory_format, act):
     conv, plain = layer(case), layer(case, kind=Conv2d).double()
     conv = conv.to(memory_format=memory_format)
     fn = ACTIVATIONS[act] if act else None
-    for shape in ((2, 12, 12), (1, 9, 11), (5, 30, 17)):  # laid out for the first
+    for shape in ((2, 12, 12), (1, 9, 11), (5, 30, 17)):
         x = torch.randn(shape[0], case[0], *shape[1:]).to(memory_format=memory_format)
-        with torch.no_grad():
-            torch.testing.assert_close(conv(x, fn).double(), plain(x.double(), fn), rtol=1e-5, atol=1e-5)
-        assert conv._packed is not None
+        for _ in range(3):
+            with torch.no_grad():
+                torch.testing.assert_close(conv(x, fn).double(), plain(x.double(), fn), rtol=1e-5, atol=1e-5)
+        assert conv._packed.shape == x.shape
+
+
+def test_kernels_are_laid_out_for_a_shape_that_comes_twice_in_a_row():
+    conv, one, two = layer(CASES[1]), torch.randn(1, 16, 8, 8), torch.randn(4, 16, 8, 8)
+    shapes = []
+    with torch.no_grad():
+        for x in (one, two, one, two, two, one, two, one, one):
+            conv(x)
+            shapes.append(conv._packed and conv._packed.shape[0])
+    assert shapes == [None, None, None, None, 4, 4, 4, 4, 1]
 
 
 def changed_in_place(conv):
@@ -72,9 +83,9 @@ def stepped(conv):
 def test_a_kernel_that_has_changed_is_laid_out_anew(change):
     conv, x = layer((16, 32, 3, 1, 2, False, "same")), torch.randn(2, 16, 8, 8)
     with torch.no_grad():
+        conv(x)
         before = conv(x)
-    kernel = conv._packed.kernel
-    with torch.no_grad():
+        kernel = conv._packed.kernel
         conv(x)
         assert conv._packed.kernel is kernel
     change(conv)
@@ -85,7 +96,9 @@ def test_a_kernel_that_has_changed_is_laid_out_anew(change):
 def test_copies_and_files_hold_no_second_kernel():
     conv, x = layer(CASES[1]), torch.randn(1, 16, 8, 8)
     with torch.inference_mode():
+        conv(x)
         y = conv(x)
+    assert conv._packed is not None
     file = io.BytesIO()
     torch.save(conv, file)
     assert len(file.getvalue()) < 2 * conv.weight.numel() * 4
@@ -93,16 +106,17 @@ def test_copies_and_files_hold_no_second_kernel():
         assert other._packed is None
         assert list(other.state_dict()) == ["weight", "bias"]
         with torch.inference_mode():
-            assert torch.equal(other(x), y)
+            torch.testing.assert_close(other(x), y)
 
 
 def test_it_is_the_plain_convolution_wherever_that_is_asked_for(monkeypatch):
     """With gradients, in other types, under autocast, compiled, traced, transformed, watched, without oneDNN."""
     conv, x = layer(CASES[1]), torch.randn(2, 16, 8, 8)
-    monkeypatch.setattr(packed.PackedConv2d, "_kernel", None)  # calling it would fail
+    monkeypatch.setattr(packed, "_Packed", None)  # calling it would fail
     conv(x).sum().backward()
     assert conv.weight.grad is not None
     with torch.no_grad():
+        conv(x)  # the second would lay out
         copy.deepcopy(conv).double()(x.double())
         with torch.autocast("cpu", torch.bfloat16):
             assert conv(x).dtype == torch.bfloat16
@@ -125,6 +139,7 @@ def test_a_folded_network_uses_it_everywhere():
     net = create_model("nfnet_f0", num_classes=3, widths=(32, 64, 96, 96), depths=(1, 1, 1, 1), group_width=8)
     folded, x = fold(net), torch.randn(2, 3, 48, 48)
     with torch.inference_mode():
+        folded(x)
         y, wanted = folded(x), net.eval()(x)
     torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-6)
     convs = [m for m in folded.modules() if isinstance(m, nn.Conv2d)]
