@@ -23,18 +23,9 @@ SCALES = [1.3, 0.7, 2.0, 1.0, 1.1]
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None]) -> None:
     """The Triton kernels, interpreted on the CPU in short blocks, so that filters span several of them."""
-    pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from normfree.models import kernels
-
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(kernels, name, InterpretedFunction(getattr(kernels, name).fn))
-    # tl.sum is itself a compiled function unless Triton was imported for interpreting.
-    monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+    interpret("normfree.models.kernels", "forward", "backward")
     monkeypatch.setattr(standardized, "BLOCK", 32)
     monkeypatch.setattr(standardized, "_with_triton", lambda tensors, dtype: True)
 

@@ -23,20 +23,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def interpreted(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, interpret: Callable[..., None]
+) -> None:
     """On a CPU the kernels are interpreted, in short blocks, so that units span several of them."""
-    pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
     if request.node.get_closest_marker("gpu"):
+        pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
         return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from normfree.optim import kernels
-
-    for name in ("unit_squares", "update"):
-        monkeypatch.setattr(kernels, name, InterpretedFunction(getattr(kernels, name).fn))
-    # tl.sum is itself a compiled function unless Triton was imported for interpreting.
-    monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+    interpret("normfree.optim.kernels", "unit_squares", "update")
     monkeypatch.setattr(fused, "BLOCK", 32)
 
 

@@ -86,18 +86,9 @@ def update_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def update_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def update_kernel(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None]) -> None:
     """Trainers take the update kernel, on a CPU through Triton's interpreter."""
-    pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from normfree.optim import kernels
-
-    for name in ("unit_squares", "update"):
-        monkeypatch.setattr(kernels, name, InterpretedFunction(getattr(kernels, name).fn))
-    # tl.sum is itself a compiled function unless Triton was imported for interpreting.
-    monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+    interpret("normfree.optim.kernels", "unit_squares", "update")
     monkeypatch.setattr(fused, "BLOCK", 256)
     monkeypatch.setattr(update, "UPDATE_KERNEL", True)
 
