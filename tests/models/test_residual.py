@@ -56,7 +56,7 @@ def test_types_that_differ_and_an_empty_batch():
     y.sum().backward()
     assert y.dtype == torch.float32
     assert [t.grad.dtype for t in (shortcut, branch, gate)] == [torch.float32, torch.bfloat16, torch.float32]
-    empty = drawn(0, C, H, W), drawn(0, C, H, W), drawn(())
+    empty = drawn(0, C, H, W), drawn(0, C, H, W), drawn()
     add_branch(*empty, kept=None).sum().backward()
     assert float(empty[2].grad) == 0.0
 
