@@ -75,7 +75,7 @@ def _emulates(device: torch.device) -> str:
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("training", "training", 360, 540),
+        Suite("training", "training", 385, 540),
         Suite(
             "training_bfloat16",
             "training",
@@ -86,7 +86,7 @@ SUITES: dict[str, Suite] = {
             refuses=_emulates,
         ),
         Suite("update", "update", 90, 300),
-        Suite("inference", "inference", 250, 540),
+        Suite("inference", "inference", 240, 540),
         # Inductor takes minutes for each network and batch size on a CPU.
         Suite(
             "inference_compiled",
@@ -99,8 +99,8 @@ SUITES: dict[str, Suite] = {
         ),
         Suite("memory", "memory", 100, 300),
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
-        Suite("small_scale", "small_scale", 50, 540, options=(("data", None),)),
-        Suite("startup", "startup", 150, 0),
-        Suite("convolutions", "convolutions", 40, 400),
+        Suite("small_scale", "small_scale", 70, 540, options=(("data", None),)),
+        Suite("startup", "startup", 170, 0),
+        Suite("convolutions", "convolutions", 0, 400),
     )
 }
