@@ -100,7 +100,7 @@ SUITES: dict[str, Suite] = {
         Suite("memory", "memory", 100, 300),
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
         Suite("small_scale", "small_scale", 70, 540, options=(("data", None),)),
-        Suite("startup", "startup", 170, 0),
+        Suite("startup", "startup", 190, 0),
         Suite("convolutions", "convolutions", 0, 400),
     )
 }
