@@ -29,7 +29,6 @@ PICKS = (
     Pick("training", "nf_resnet50, 224 px, batch 8, stochastic depth 0.1, whole step",
          "the same with stochastic depth 0.1"),
     Pick("training", "dm_nfnet_f0, 192 px, batch 8, whole step", "training step, NFNet-F0, 192 px, batch 8"),
-    Pick("training", "dm_nfnet_f0, 192 px, batch 8, forward and backward", "its forward and backward passes alone"),
     Pick("training", "dm_nfnet_f0, 192 px, batch 8, stochastic depth 0.25, whole step",
          "NFNet-F0's step with stochastic depth 0.25"),
     Pick("update", "clipping, nfnet_f0", "adaptive clipping of NFNet-F0's gradients"),

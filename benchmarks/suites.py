@@ -85,8 +85,8 @@ SUITES: dict[str, Suite] = {
             by_name=True,
             refuses=_emulates,
         ),
-        Suite("update", "update", 90, 300),
-        Suite("inference", "inference", 240, 540),
+        Suite("update", "update", 85, 300),
+        Suite("inference", "inference", 228, 540),
         # Inductor takes minutes for each network and batch size on a CPU.
         Suite(
             "inference_compiled",
