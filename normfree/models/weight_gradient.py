@@ -65,10 +65,10 @@ def weight_gradient(
         by_filter = by_output.reshape(height * images * width, groups, each).permute(1, 2, 0)
         for phase in range(min(stride, rows)):  # rows of taps that meet the same rows of pixels
             later = (rows - 1 - phase) // stride
-            patches = x[start:].as_strided(
+            patches = x.as_strided(
                 (groups, height + later, images, width, columns, own),
                 (own, stride * row, image, stride * pixel, pixel, 1),
-                x[start:].storage_offset() + phase * row,
+                x.storage_offset() + start * image + phase * row,
             ).reshape(groups, (height + later) * images * width, columns * own)  # fmt: skip
             for k in range(later + 1):
                 first = k * images * width

@@ -87,9 +87,10 @@ def unitwise_norm(tensor: Tensor) -> Tensor:
     Source: reference code, whose kernels are HWIO and IO with the unit last. Its rank-3 rule (one unit for
     each pair of trailing indices) is met by no layer of the published networks and has no counterpart here.
     """
-    norms = _unit_norms([tensor], shard_group([tensor]), [_is_one_unit(tensor)])[0]
+    single = _is_one_unit(tensor)
+    norms = _unit_norms([tensor], shard_group([tensor]), [single])[0]
     shaped = norms.reshape(_scale_shape(norms, tensor))
-    return spread(shaped, tensor, rows=not _is_one_unit(tensor)) if is_sharded(tensor) else shaped
+    return spread(shaped, tensor, rows=not single) if is_sharded(tensor) else shaped
 
 
 def adaptive_clip_grad_(

@@ -25,6 +25,11 @@ class _Packed(NamedTuple):
     plain: Tensor
     version: int
 
+    def is_of(self, plain: Tensor, shape: torch.Size) -> bool:
+        """Whether it was made of `plain` as that is now, for inputs of this shape."""
+        made_of = (self.shape, self.plain.data_ptr(), self.version)
+        return made_of == (shape, plain.data_ptr(), plain._version)
+
 
 class PackedConv2d(Conv2d):
     """`Conv2d`: the same parameters, the same results to rounding.
@@ -42,20 +47,18 @@ class PackedConv2d(Conv2d):
         """Of `act(x)`, if `act` is given."""
         if not _fits(x, self.weight):
             return super().forward(x, act)
-        again, self._shape = x.shape == self._shape, x.shape
-        packed, plain = self._packed, self.weight.detach()
-        if packed is None or packed.shape != x.shape:
-            if not again:
-                return super().forward(x, act)
-            packed = None
+        shape, packed, plain = x.shape, self._packed, self.weight.detach()
+        again, self._shape = shape == self._shape, shape
+        if not again and (packed is None or packed.shape != shape):
+            return super().forward(x, act)
         size, stride = self.weight.shape[-1], list(self.stride)
         x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
         options = list(sides), stride, [1, 1], self.groups
-        if packed is None or (packed.plain.data_ptr(), packed.version) != (plain.data_ptr(), plain._version):
+        if packed is None or not packed.is_of(plain, shape):
             kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
                 plain.contiguous().to_mkldnn(), *options, list(x.shape)
             )
-            self._packed = packed = _Packed(kernel, self._shape, plain, plain._version)
+            self._packed = packed = _Packed(kernel, shape, plain, plain._version)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, packed.kernel, self.bias, *options, "none", [], ""
         )

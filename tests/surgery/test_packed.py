@@ -115,6 +115,9 @@ def test_it_is_the_plain_convolution_wherever_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(packed, "_Packed", None)  # calling it would fail
     conv(x).sum().backward()
     assert conv.weight.grad is not None
+    plain = layer(CASES[1], kind=Conv2d)
+    plain(x).sum().backward()
+    assert torch.equal(conv.weight.grad, plain.weight.grad)
     with torch.no_grad():
         conv(x)  # the second would lay out
         copy.deepcopy(conv).double()(x.double())
