@@ -180,7 +180,7 @@ def _arm(
     allowed: float,
     distance: Callable[[], float],
     compiled: bool = False,
-    kernels: bool = False,
+    kernels: bool | None = None,
 ) -> Arm:
     placed = copied(net, word, device)
     x, y = batch(size, images, device, word)
@@ -205,7 +205,13 @@ def _joined(arm: Arm) -> Arm:
 
 
 def _distance(
-    theirs: nn.Module, ours: Net, size: int, base: Callable[..., float], word: str, *, kernels: bool = False
+    theirs: nn.Module,
+    ours: Net,
+    size: int,
+    base: Callable[..., float],
+    word: str,
+    *,
+    kernels: bool | None = None,
 ) -> float:
     """Of gradients (two images, float32, memory format `word`) and of `base`: the root of the sum of squares."""
     device = next(ours.parameters()).device
@@ -214,7 +220,7 @@ def _distance(
     return math.hypot(gradients, base(kernels=kernels))
 
 
-def _base(row: Row, device: torch.device, *, kernels: bool = False) -> float:
+def _base(row: Row, device: torch.device, *, kernels: bool | None = None) -> float:
     """Of updates.
 
     Raises:

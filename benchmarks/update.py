@@ -98,15 +98,20 @@ def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
 
 
 def update_arms(theirs: nn.Module, ours: Net, *, gpu: bool) -> list[Arm]:
-    """The whole update; on a GPU also in two launches."""
+    """The whole update, as runs do it and the other way: in two launches, which is one sweep over memory, and by three
+    calls."""
     drawn, arms = gradients(theirs, ours), []
     for label in ("timm",) if gpu else ("timm", "timm, SGD(fused=True)"):
         net = copy.deepcopy(theirs)
         arms.append(_arm(label, net, drawn[0], timm_update(net, fastest=label != "timm").step, lambda: 0.0))
-    for kernels in (False, True) if gpu else (False,):
+    others = (
+        {False: "normfree", True: "normfree, two launches"}
+        if gpu
+        else {True: "normfree", False: "normfree, three calls"}
+    )
+    for kernels, label in others.items():
         net = copy.deepcopy(ours)
         update = our_update(net, kernels=kernels).step
-        label = "normfree, two launches" if kernels else "normfree"
         arms.append(
             _arm(label, net, drawn[1], update, partial(update_distance, theirs, ours, kernels=kernels))
         )

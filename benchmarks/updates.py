@@ -61,9 +61,12 @@ def our_update(
     decay: float = AVERAGE,
     clipping: float = CLIPPING,
     weight_decay: float = DECAY,
-    kernels: bool = False,
+    kernels: bool | None = None,
 ) -> Update:
-    """The same of ours. `kernels`: in the two launches of `fused_update` where that can do it; else as `Trainer`."""
+    """The same of ours. `kernels`: in the two launches of `fused_update` where that can do it, or by three calls; None:
+    as runs do, which is by kernels on a CPU."""
+    if kernels is None:
+        kernels = next(net.parameters()).device.type == "cpu"
     optimizer = SGD(parameter_groups(net, weight_decay=weight_decay, clipping=clipping), lr)
     average, steps = Ema(net, decay=decay, ramp=False), 0
     fused = fused_update(optimizer, model=net, ema=average) if kernels else None
@@ -100,7 +103,7 @@ def give(net: nn.Module, drawn: dict[str, Tensor]) -> None:
         p.grad.copy_(drawn[name])
 
 
-def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool = False) -> float:
+def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool | None = None) -> float:
     """Between what two updates add to the kernels and to their averages, at a large rate and from the same gradients.
 
     Gains and biases are left out: a unit of theirs is one number in timm and the whole vector in the released code,
@@ -112,7 +115,7 @@ def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool = False) -> f
     moved = []
     both = zip((theirs, ours), gradients(theirs, ours), strict=True)
     for (net, drawn), make in zip(both, (timm_update, our_update), strict=True):
-        more = {"kernels": True} if kernels and make is our_update else {}
+        more = {"kernels": kernels} if make is our_update else {}
         update = make(net, lr=LARGE_LR, decay=SHORT_AVERAGE, **more)
         for _ in range(2):  # momentum is there from the second on
             give(net, drawn)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.optim.groups import some_names
+from normfree.optim.native import Units
 from normfree.optim.sharded import (
     counts_here,
     is_sharded,
@@ -201,9 +202,15 @@ class _Batch:
     def __init__(self, entries: list[_Entry], group: Any) -> None:
         self.entries, self.group = entries, group
         self.single = [_is_one_unit(e.grad) for e in entries]
-        norms = _unit_norms([e.grad for e in entries], group, self.single)
-        self.sizes = [n.numel() for n in norms]
-        self.grad_norm = torch.cat(norms)
+        self.sizes = [1 if one else len(local(e.grad)) for e, one in zip(entries, self.single, strict=True)]
+        self.units = self._native([e.grad for e in entries])
+        self.grad_norm = self.units.norms() if self.units else self._norms([e.grad for e in entries])
+
+    def _native(self, tensors: list[Tensor]) -> Units | None:
+        return Units(tensors, self.sizes) if self.group is None and Units.takes(tensors) else None
+
+    def _norms(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat(_unit_norms(tensors, self.group, self.single))
 
     def counted(self, values: Tensor) -> Tensor:
         """`values`, one for each unit, with 0 for those that another process counts."""
@@ -217,12 +224,21 @@ class _Batch:
     @torch.no_grad()
     def clip_(self, eps: float) -> Tensor:
         """Scale the gradients; returns the number of units counted here that were over their limit."""
-        grads = [local(e.grad) for e in self.entries]
-        weights = torch.cat(_unit_norms([e.parameter for e in self.entries], self.group, self.single))
+        parameters = [e.parameter for e in self.entries]
+        units = self._native(parameters)
+        weights = units.norms() if units else self._norms(parameters)
         limit = weights.clamp_(min=eps) * self._clipping()
         # An infinite norm is reached only if errors are off: infinity times limit / infinity would be NaN.
         over = (self.grad_norm > limit) & torch.isfinite(self.grad_norm)
         scale = torch.where(over, limit / self.grad_norm.clamp(min=GRADIENT_FLOOR), 1.0)
+        if self.units:
+            self.units.scale_(scale)
+        else:
+            self._scale_(scale, over)
+        return self.counted(over).sum()
+
+    def _scale_(self, scale: Tensor, over: Tensor) -> None:
+        grads = [local(e.grad) for e in self.entries]
         pairs = list(zip(grads, scale.split(self.sizes), strict=True))
         if scale.device.type == "cpu":
             # Reading a number is free here, and a tensor that keeps its gradient need not pass through memory.
@@ -230,7 +246,6 @@ class _Batch:
             pairs = [pair for pair, hits in zip(pairs, before.diff().tolist(), strict=True) if hits]
         if pairs:
             torch._foreach_mul_([g for g, _ in pairs], [s.view(_scale_shape(s, g)) for g, s in pairs])
-        return self.counted(over).sum()
 
     def _clipping(self) -> float | Tensor:
         """One number if all groups agree, else one for each unit."""

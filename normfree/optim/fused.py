@@ -1,8 +1,9 @@
-"""One optimizer step in two launches: `clip_grad_`, `SGD.step` and `Ema.update_` on a CUDA device.
+"""One optimizer step in two launches: `clip_grad_`, `SGD.step` and `Ema.update_` in one sweep over memory.
 
 The first launch reads the gradients for their norms. The second reads weights, gradients, momentum and average once,
-writes all but the gradients back, and writes nothing when the global norm is not finite. The host waits for neither.
-Together 32 bytes per parameter. The kernels stand in `normfree.optim.kernels`; the three calls are their plain twin.
+writes all but the gradients back, and writes nothing when the global norm is not finite. Together 32 bytes per
+parameter. The kernels stand in `normfree.optim.kernels` for CUDA devices, whose host waits for neither launch, and in
+`native.c` for CPUs; the three calls are their plain twin.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from torch import Tensor, nn
 
 from normfree.optim.agc import ClipReport, NonFiniteGradientError
 from normfree.optim.ema import Ema, ema_decay
+from normfree.optim.native import COLUMNS, library, owner_of, run
 from normfree.optim.sgd import SGD
 from normfree.optim.sharded import is_sharded
 
 #: Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
 BLOCK, WARPS = 2048, 8
-
-#: Numbers per tensor in the table that `normfree.optim.kernels` describes.
-COLUMNS = 8
 
 
 class _Entry(NamedTuple):
@@ -32,6 +31,7 @@ class _Entry(NamedTuple):
     parameter: Tensor
     average: Tensor | None
     units: int
+    stride: tuple[int, ...]
     layout: list[tuple[int, int]]
 
 
@@ -40,14 +40,21 @@ def fused_update(
 ) -> FusedUpdate | None:
     """A `FusedUpdate` where one can do the whole work, else None: then the three plain calls are the way.
 
-    It takes Triton, a CUDA device and groups as `parameter_groups` makes them; for the rest see `FusedUpdate.fits`.
+    It takes groups as `parameter_groups` makes them, and a CUDA device with Triton, or a CPU with the compiled kernels
+    of `normfree.optim.native`; for the rest see `FusedUpdate.fits`.
     """
     groups = optimizer.param_groups
-    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-    named = all("param_names" in group and "clipping" in group for group in groups)
-    if not on_cuda or not named or importlib.util.find_spec("triton") is None:
+    devices = {p.device.type for group in groups for p in group["params"]}
+    kind: type[FusedUpdate]
+    if devices == {"cuda"} and importlib.util.find_spec("triton") is not None:
+        kind = FusedUpdate
+    elif devices == {"cpu"} and library() is not None:
+        kind = NativeUpdate
+    else:
         return None
-    update = FusedUpdate(optimizer, model=model, ema=ema, eps=eps)
+    if not all("param_names" in group and "clipping" in group for group in groups):
+        return None
+    update = kind(optimizer, model=model, ema=ema, eps=eps)
     return update if update.fits() else None
 
 
@@ -78,7 +85,7 @@ class FusedUpdate:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 layout = _layout(p)
                 units = p.shape[0] if len(layout) > 1 else 1
-                self._all.append(_Entry(name, index, p, averages.get(id(p)), units, layout))
+                self._all.append(_Entry(name, index, p, averages.get(id(p)), units, p.stride(), layout))
         device = self._all[0].parameter.device
         #: What a step depends on besides tensors, on the device: see `normfree.optim.kernels`.
         self.numbers = torch.zeros(1 + 5 * len(optimizer.param_groups), device=device)
@@ -142,36 +149,49 @@ class FusedUpdate:
     @torch.no_grad()
     def launch_(self) -> ClipReport:
         """The step itself, with the numbers that lie on the device. Waits for nothing."""
-        from normfree.optim import kernels
-
         grads = self._set_table()
         if not grads:
             zero = torch.zeros_like(self.numbers[0])
             self._average_others_(zero)
             return ClipReport(zero, 0, zero)
-        total, aligned = len(self._owner), self._aligned
-        squares = torch.empty(total, device=self.numbers.device)
-        clipped = torch.empty(total, dtype=torch.int8, device=self.numbers.device)
-        launches = [(0, aligned, True), (aligned, total - aligned, False)]
-        launches = [launch for launch in launches if launch[1]]
-        with torch.cuda.device_of(self.numbers):
-            for start, count, hint in launches:
-                kernels.unit_squares[(count,)](
-                    self._table, self._owner, squares, start,
-                    BLOCK=BLOCK, ALIGNED=hint, num_warps=WARPS, enable_fp_fusion=False,
-                )  # fmt: skip
-            grad_norm = squares.sum().sqrt_()
-            for start, count, hint in launches:
-                kernels.update[(count,)](
-                    self._table, self._owner, self.numbers, squares, grad_norm, clipped, start, self.eps,
-                    BLOCK=BLOCK, ALIGNED=hint, EMA=self.ema is not None, num_warps=WARPS, enable_fp_fusion=False,
-                )  # fmt: skip
+        squares = torch.empty(len(self._owner), device=self.numbers.device)
+        clipped = torch.empty(len(self._owner), dtype=torch.int8, device=self.numbers.device)
+        self._square_(squares)
+        grad_norm = squares.sum().sqrt_()
+        self._update_(squares, grad_norm, clipped)
         del grads  # some may be copies in the layout of their parameter, which had to live until here
         self._average_others_(grad_norm)
         groups, planned = self.optimizer.param_groups, [self._all[index] for index, _ in self._plan]
         units = sum(e.units for e in planned if groups[e.group]["clipping"] > 0.0)
         fraction = clipped.sum() / units if units else torch.zeros_like(grad_norm)
         return ClipReport(fraction.to(torch.float32), units, grad_norm)
+
+    def _square_(self, squares: Tensor) -> None:
+        """The first launch: the sum of squares of every unit's gradient."""
+        from normfree.optim import kernels
+
+        with torch.cuda.device_of(self.numbers):
+            for start, count, hint in self._launches():
+                kernels.unit_squares[(count,)](
+                    self._table, self._owner, squares, start,
+                    BLOCK=BLOCK, ALIGNED=hint, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+
+    def _update_(self, squares: Tensor, grad_norm: Tensor, clipped: Tensor) -> None:
+        """The second launch: all the rest, and who was clipped; nothing if `grad_norm` is not finite."""
+        from normfree.optim import kernels
+
+        with torch.cuda.device_of(self.numbers):
+            for start, count, hint in self._launches():
+                kernels.update[(count,)](
+                    self._table, self._owner, self.numbers, squares, grad_norm, clipped, start, self.eps,
+                    BLOCK=BLOCK, ALIGNED=hint, EMA=self.ema is not None, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+
+    def _launches(self) -> list[tuple[int, int, bool]]:
+        """First unit, number of units, and whether 16-byte accesses to them are sound."""
+        halves = [(0, self._aligned, True), (self._aligned, len(self._owner) - self._aligned, False)]
+        return [half for half in halves if half[1]]
 
     def _set_table(self) -> list[Tensor]:
         """Brings the tables up to date; returns the gradients that they point to."""
@@ -181,9 +201,14 @@ class FusedUpdate:
             p = entry.parameter
             if p.grad is None or p.numel() == 0:
                 continue
+            if p.stride() != entry.stride:
+                raise ValueError(
+                    f"The memory format of {entry.name!r} has changed since the update was made. Its average lies "
+                    "in the old one. Change formats first, then make Ema and update."
+                )
             grads.append(_laid_out(p.grad, entry))
             momentum = self.optimizer.state[p].get("momentum_buffer")
-            if momentum is None or _layout(momentum) != entry.layout:
+            if momentum is None or not _lies_like(momentum, entry):
                 momentum = self.optimizer.named_state()[entry.name]  # makes it
             average = momentum if entry.average is None else entry.average
             pointers = [t.data_ptr() for t in (p, grads[-1], momentum, average)]
@@ -223,8 +248,7 @@ class FusedUpdate:
         self._aligned = sum(e.units for e, (_, aligned) in zip(entries, plan, strict=True) if aligned)
         device = self.numbers.device
         self._table = torch.zeros(len(plan), COLUMNS, dtype=torch.int64, device=device)
-        owner = torch.arange(len(plan), dtype=torch.int32)
-        self._owner = owner.repeat_interleave(torch.tensor(units, dtype=torch.long)).to(device)
+        self._owner = owner_of(units).to(device)
         self._others = []
         if self.ema is not None:
             done = {id(e.parameter) for e in entries}
@@ -245,9 +269,32 @@ class FusedUpdate:
                 average.copy_(torch.where(finite, tensor, average))
 
 
+class NativeUpdate(FusedUpdate):
+    """The same on a CPU, by the kernels of `normfree.optim.native`."""
+
+    def _square_(self, squares: Tensor) -> None:
+        self._run("unit_squares", self._table, self._owner, squares)
+
+    def _update_(self, squares: Tensor, grad_norm: Tensor, clipped: Tensor) -> None:
+        if not torch.isfinite(grad_norm):
+            clipped.zero_()
+            return
+        averages = int(self.ema is not None)
+        self._run("update", self._table, self._owner, self.numbers, squares, clipped, self.eps, averages)
+
+    def _run(self, name: str, *arguments: Tensor | float) -> None:
+        elements = sum(self._all[index].parameter.numel() for index, _ in self._plan)
+        run(name, *arguments, units=len(self._owner), elements=elements)
+
+
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
     """(size, stride) of the dimensions that are not 1. Equal lists: element i in memory is the same element."""
     return [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
+
+
+def _lies_like(tensor: Tensor, entry: _Entry) -> bool:
+    """Whether element i in memory is the same element as in the entry's parameter."""
+    return tensor.stride() == entry.stride or _layout(tensor) == entry.layout
 
 
 def _units_are_runs(tensor: Tensor) -> bool:
@@ -268,7 +315,7 @@ def _laid_out(grad: Tensor, entry: _Entry) -> Tensor:
             f"The gradient of {entry.name!r} is sparse. Clipping takes dense gradients only. Build the "
             "layer with sparse=False."
         )
-    if grad.dtype == torch.float32 and _layout(grad) == entry.layout:
+    if grad.dtype == torch.float32 and _lies_like(grad, entry):
         return grad
     return torch.empty_like(entry.parameter).copy_(grad)
 

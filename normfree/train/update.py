@@ -1,4 +1,4 @@
-"""What follows the gradient: clipping, decay, momentum, average. By three calls, or by the update kernel."""
+"""What follows the gradient: clipping, decay, momentum, average. In one sweep over memory, or by three calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Update:
 
     def __init__(self, optimizer: SGD, *, model: nn.Module, ema: Ema, config: Optim) -> None:
         self.optimizer, self.model, self.ema, self.config = optimizer, model, ema, config
-        self.kernel = self.fused() if UPDATE_KERNEL else None
+        on_cpu = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
+        self.kernel = self.fused() if on_cpu or UPDATE_KERNEL else None
 
     def fused(self) -> FusedUpdate | None:
         """A `FusedUpdate` that does the same, with tables of its own; None if none can."""

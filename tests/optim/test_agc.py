@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normfree.optim import native
 from normfree.optim.agc import NonFiniteGradientError, adaptive_clip_grad_, unitwise_norm
 from normfree.optim.groups import parameter_groups
 
@@ -23,6 +24,15 @@ SHAPES = [
     (8, 1, 3, 3),
     (4, 3, 2, 2, 2),
 ]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every law holds for the kernels in C and without them."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
 
 
 def parameter(

@@ -1,4 +1,5 @@
-"""The update in two launches against the three plain calls. On the CPU through Triton's interpreter."""
+"""The update in two launches against the three plain calls: Triton's kernels, on a CPU through the interpreter, and
+those in C."""
 
 from __future__ import annotations
 
@@ -15,23 +16,40 @@ from normfree.models.layers import WSConv2d
 from normfree.optim import fused
 from normfree.optim.agc import NonFiniteGradientError, clip_grad_
 from normfree.optim.ema import Ema
-from normfree.optim.fused import FusedUpdate, fused_update
+from normfree.optim.fused import FusedUpdate, NativeUpdate, fused_update
 from normfree.optim.groups import parameter_groups
+from normfree.optim.native import library
 from normfree.optim.sgd import SGD
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+Kind = type[FusedUpdate]
 
 
-@pytest.fixture(autouse=True)
-def interpreted(
+@pytest.fixture
+def triton(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, interpret: Callable[..., None]
-) -> None:
+) -> Kind:
     """On a CPU the kernels are interpreted, in short blocks, so that units span several of them."""
     if request.node.get_closest_marker("gpu"):
         pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
-        return
-    interpret("normfree.optim.kernels", "unit_squares", "update")
-    monkeypatch.setattr(fused, "BLOCK", 32)
+    else:
+        interpret("normfree.optim.kernels", "unit_squares", "update")
+        monkeypatch.setattr(fused, "BLOCK", 32)
+    return FusedUpdate
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Kind:
+    """The kernels in C, by two threads."""
+    if library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
+    monkeypatch.setattr("normfree.optim.native.SMALL", 0)
+    torch.set_num_threads(2)
+    return NativeUpdate
+
+
+@pytest.fixture(params=["triton", "native"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.getfixturevalue(request.param)
 
 
 class Small(nn.Module):
@@ -94,11 +112,20 @@ def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert error <= 4e-6 * scale, (name, error, scale)  # momenta cancel
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_several_steps_equal_the_plain_path_in_float64(device: str, nesterov: bool) -> None:
+def test_on_a_gpu_several_steps_equal_the_plain_path_in_float64(triton: Kind, nesterov: bool) -> None:
+    compare_with_float64(triton, nesterov, device="cuda")
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_several_steps_equal_the_plain_path_in_float64(kind: Kind, nesterov: bool) -> None:
+    compare_with_float64(kind, nesterov, device="cpu")
+
+
+def compare_with_float64(kind: Kind, nesterov: bool, *, device: str) -> None:
     ours, exact = make(device=device, nesterov=nesterov), make(double=True, nesterov=nesterov)
-    update = FusedUpdate(ours[1], model=ours[0], ema=ours[2])
+    update = kind(ours[1], model=ours[0], ema=ours[2])
     assert update.fits()
     for step in range(3):
         for made in (ours, exact):
@@ -116,9 +143,9 @@ def test_several_steps_equal_the_plain_path_in_float64(device: str, nesterov: bo
     ("where", "bad"),
     [("skip_gain", float("inf")), ("head.weight", float("-inf")), ("grouped.weight", float("nan"))],
 )
-def test_nothing_changes_when_a_gradient_is_not_finite(where: str, bad: float) -> None:
+def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, bad: float) -> None:
     made = make()
-    update = FusedUpdate(made[1], model=made[0], ema=made[2])
+    update = kind(made[1], model=made[0], ema=made[2])
     set_grads_(made[0], 0)
     update.step_(step=0)
     made[0].norm.num_batches_tracked += 1  # both differ from their averages
@@ -144,22 +171,22 @@ def test_nothing_changes_when_a_gradient_is_not_finite(where: str, bad: float) -
         assert torch.equal(tensor, before[name]), name
 
 
-def test_below_the_limit_the_gradient_enters_with_all_its_bits() -> None:
+def test_below_the_limit_the_gradient_enters_with_all_its_bits(kind: Kind) -> None:
     free, loose = make(), make()
     for made, clipping in ((free, 0.0), (loose, 1e9)):
         for group in made[1].param_groups:
             group["clipping"] = clipping
         set_grads_(made[0], 0)
-        FusedUpdate(made[1], model=made[0], ema=made[2]).step_(step=0)
+        kind(made[1], model=made[0], ema=made[2]).step_(step=0)
     for (name, one), two in zip(state(free).items(), state(loose).values(), strict=True):
         assert torch.equal(one, two), name
 
 
-def test_memory_formats_and_alignment_do_not_matter() -> None:
+def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
     plain, odd = make(), make()
     odd[0].to(memory_format=torch.channels_last)
     odd = (odd[0], odd[1], Ema(odd[0]))
-    update = FusedUpdate(odd[1], model=odd[0], ema=odd[2])
+    update = kind(odd[1], model=odd[0], ema=odd[2])
     assert update.fits()
 
     def shift(
@@ -167,7 +194,7 @@ def test_memory_formats_and_alignment_do_not_matter() -> None:
     ) -> Tensor:  # contiguous, and four bytes behind where 16-byte accesses may begin
         return torch.empty(grad.numel() + 1)[1:].view(grad.shape).copy_(grad)
 
-    reference = FusedUpdate(plain[1], model=plain[0], ema=plain[2])
+    reference = kind(plain[1], model=plain[0], ema=plain[2])
     for step, change in enumerate((None, shift, None, shift)):
         set_grads_(plain[0], step)
         set_grads_(odd[0], step, change=change)
@@ -187,11 +214,13 @@ class Recorder:
         return lambda *args, **words: self.seen.append((grid[0], words["ALIGNED"]))
 
 
-def test_only_units_on_16_byte_boundaries_are_promised_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_units_on_16_byte_boundaries_are_promised_to_be(
+    triton: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from normfree.optim import kernels
 
     model, optimizer, ema = make()
-    update = FusedUpdate(optimizer, model=model, ema=ema)
+    update = triton(optimizer, model=model, ema=ema)
     recorders = Recorder(), Recorder()
     monkeypatch.setattr(kernels, "unit_squares", recorders[0])
     monkeypatch.setattr(kernels, "update", recorders[1])
@@ -209,12 +238,12 @@ def test_only_units_on_16_byte_boundaries_are_promised_to_be(monkeypatch: pytest
             recorder.seen.clear()
 
 
-def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers() -> None:
+def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers(kind: Kind) -> None:
     def drop(name: str, grad: Tensor) -> Tensor | None:
         return None if name.startswith("conv") else grad
 
     ours, exact = make(), make(double=True)
-    update = FusedUpdate(ours[1], model=ours[0], ema=ours[2])
+    update = kind(ours[1], model=ours[0], ema=ours[2])
     for step in range(3):
         for model, _, _ in (ours, exact):
             set_grads_(model, step, change=drop if step < 2 else None)
@@ -227,10 +256,10 @@ def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers() -> 
         assert_near(state(ours), state(exact))
 
 
-def test_all_that_varies_from_step_to_step_lies_on_the_device() -> None:
+def test_all_that_varies_from_step_to_step_lies_on_the_device(kind: Kind) -> None:
     """What a captured graph would replay: `launch_` alone, after `set_numbers_`."""
     ours, exact = make(), make(double=True)
-    update = FusedUpdate(ours[1], model=ours[0], ema=ours[2])
+    update = kind(ours[1], model=ours[0], ema=ours[2])
     for made in (ours, exact):
         set_grads_(made[0], 0)
     update.set_numbers_(step=7)
@@ -241,9 +270,11 @@ def test_all_that_varies_from_step_to_step_lies_on_the_device() -> None:
     assert_near(state(ours), state(exact))
 
 
-def test_a_capture_takes_new_addresses_but_no_other_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_takes_new_addresses_but_no_other_set(
+    triton: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = make()
-    update = FusedUpdate(made[1], model=made[0], ema=made[2])
+    update = triton(made[1], model=made[0], ema=made[2])
     set_grads_(made[0], 0)
     update.step_(step=0)
     monkeypatch.setattr(fused, "_capturing", lambda tensor: True)
@@ -266,24 +297,54 @@ def test_a_capture_takes_new_addresses_but_no_other_set(monkeypatch: pytest.Monk
         update.launch_()
 
 
-def test_without_an_average_and_without_gradients() -> None:
+def test_without_an_average_and_without_gradients(kind: Kind) -> None:
     ours, exact = make(), make(double=True)
-    report = FusedUpdate(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
+    report = kind(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
     assert (float(report), report.units, float(report.grad_norm)) == (0.0, 0, 0.0)
     plain_step(exact, 0)
     assert_near(state(ours), state(exact))
     average = ours[2].state_dict()["head.weight"].clone()
     for made in (ours, exact):
         set_grads_(made[0], 0)
-    FusedUpdate(ours[1], model=ours[0]).step_(step=0)
+    kind(ours[1], model=ours[0]).step_(step=0)
     assert torch.equal(ours[2].state_dict()["head.weight"], average)
     plain_step(exact, 0)
     assert_near(dict(ours[0].state_dict()), dict(exact[0].state_dict()))
 
 
-def test_what_does_not_fit_is_left_to_the_plain_path() -> None:
+def test_a_tiny_gradient_counts_as_one_of_1e_6(kind: Kind) -> None:
+    ours, exact = make(), make(double=True)
+    for made in (ours, exact):
+        for group in made[1].param_groups:
+            group.update(clipping=1e-8, weight_decay=0.0)  # nothing but gradients in the momentum
+        set_grads_(made[0], 0, change=lambda name, grad: 1e-8 * grad)
+    kind(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
+    assert plain_step(exact, 0)[0] > 0.3
+    assert_near(state(ours), state(exact))
+
+
+def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None:
     model, optimizer, ema = make()
-    assert fused_update(optimizer, model=model, ema=ema) is None  # on a CPU nothing does
+    update = kind(optimizer, model=model, ema=ema)
+    model.to(memory_format=torch.channels_last)
+    set_grads_(model, 0)
+    before = state((model, optimizer, ema))
+    message = (
+        "The memory format of 'stem.weight' has changed since the update was made. Its average lies in the old one. "
+        "Change formats first, then make Ema and update."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        update.step_(step=0)
+    assert all(torch.equal(t, before[name]) for name, t in state((model, optimizer, ema)).items())
+
+
+def test_what_does_not_fit_is_left_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, ema = make()
+    if library() is not None:
+        assert isinstance(fused_update(optimizer, model=model, ema=ema), NativeUpdate)
+    assert fused_update(SGD(model.parameters(), 0.1), model=model, ema=ema) is None  # no names, no clipping
+    monkeypatch.setattr(fused, "library", lambda: None)
+    assert fused_update(optimizer, model=model, ema=ema) is None
     assert FusedUpdate(optimizer, model=model, ema=ema).fits()
     assert not FusedUpdate(*(m := make(double=True))[1:2], model=m[0], ema=m[2]).fits()
     still = SGD(parameter_groups(model, weight_decay=0.0, clipping=0.0), 0.1, momentum=0.0, nesterov=False)
@@ -297,7 +358,7 @@ def test_what_does_not_fit_is_left_to_the_plain_path() -> None:
     ).fits()
 
 
-def test_a_sparse_gradient_is_refused() -> None:
+def test_a_sparse_gradient_is_refused(kind: Kind) -> None:
     model, optimizer, ema = make()
     model.head.weight.grad = torch.zeros(3, 10).to_sparse()
     message = (
@@ -305,7 +366,7 @@ def test_a_sparse_gradient_is_refused() -> None:
         "Build the layer with sparse=False."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        FusedUpdate(optimizer, model=model, ema=ema).step_(step=0)
+        kind(optimizer, model=model, ema=ema).step_(step=0)
 
 
 def test_aligned_units_pass_through_memory_in_16_byte_accesses(

@@ -1,0 +1,138 @@
+/* One optimizer step on a CPU, unit by unit of AGC: the twin in C of `normfree.optim.kernels`, which says what `table`,
+ * `owner` and `numbers` hold. Called by `normfree.optim.native`. Every sum has its order, and no product is fused with
+ * an addition (-ffp-contract=off): the same bits on every machine and for every number of threads. */
+
+#include <math.h>
+#include <stdint.h>
+
+/* VERSION of normfree.optim.native: changes with any signature below. */
+const int native_version = 1;
+
+enum { LANES = 16 };      /* partial sums of a norm, for registers of any width */
+enum { CHUNK = 32 };      /* units that a thread takes at a time: some 100 KB */
+#define FLOOR 1e-6f       /* GRADIENT_FLOOR of normfree.optim.agc */
+
+/* The loader picks the functions for wider registers where the processor has them. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    int64_t weights, gradient, momentum, average; /* addresses */
+    int64_t length, first, group, nothing;
+} Row;
+
+enum { LR, DECAY, MOMENTUM, NESTEROV, CLIPPING, GROUP_NUMBERS };
+
+typedef struct {
+    const Row *table;
+    const int32_t *owner;
+    const float *numbers;
+    float *values; /* one for each unit */
+    int8_t *clipped;
+    float eps;
+    int average;
+} Work;
+
+typedef void Kernel(const Work *work, int64_t start, int64_t stop);
+
+/* torch loads an OpenMP library of this name first, so that its threads do this work too. */
+static void share(Kernel *kernel, const Work *work, int64_t units, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t start = 0; start < units; start += CHUNK)
+        kernel(work, start, start + CHUNK < units ? start + CHUNK : units);
+}
+
+INLINE float *at(int64_t address, int64_t offset) { return (float *)(intptr_t)address + offset; }
+
+INLINE float sum_of_squares(const float *restrict x, int64_t length) {
+    float lanes[LANES] = {0};
+    double total = 0.0;
+    int64_t i = 0;
+    for (; i + LANES <= length; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane] * x[i + lane];
+    for (; i < length; i++) total += (double)x[i] * x[i];
+    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+    return (float)total;
+}
+
+WIDE void squares_between(const Work *work, int64_t start, int64_t stop) {
+    for (int64_t unit = start; unit < stop; unit++) {
+        const Row *row = work->table + work->owner[unit];
+        work->values[unit] = sum_of_squares(at(row->gradient, (unit - row->first) * row->length), row->length);
+    }
+}
+
+WIDE void scale_between(const Work *work, int64_t start, int64_t stop) {
+    for (int64_t unit = start; unit < stop; unit++) {
+        const Row *row = work->table + work->owner[unit];
+        float *restrict g = at(row->gradient, (unit - row->first) * row->length);
+        float factor = work->values[unit];
+        if (factor == 1.0f) continue;
+        for (int64_t i = 0; i < row->length; i++) g[i] *= factor;
+    }
+}
+
+/* Decay, momentum, step and average of one unit; compiled for each pair of `nesterov` and `average`. */
+INLINE void step(
+    float *restrict p, const float *restrict g, float *restrict m, float *restrict e, int64_t length, float scale,
+    const float *group, float weight, int nesterov, int average) {
+    float lr = group[LR], decay = group[DECAY], momentum = group[MOMENTUM];
+    int near = weight < 0.5f;
+    for (int64_t i = 0; i < length; i++) {
+        float gradient = g[i] * scale + decay * p[i];
+        float moved = momentum * m[i] + gradient;
+        float next = p[i] - lr * (nesterov ? gradient + momentum * moved : moved);
+        m[i] = moved;
+        p[i] = next;
+        if (average) {
+            float gap = next - e[i];
+            /* torch.lerp's two forms: each is exact at its end of [0, 1]. */
+            e[i] = near ? e[i] + weight * gap : next - gap * (1.0f - weight);
+        }
+    }
+}
+
+WIDE void update_between(const Work *work, int64_t start, int64_t stop) {
+    for (int64_t unit = start; unit < stop; unit++) {
+        const Row *row = work->table + work->owner[unit];
+        const float *group = work->numbers + 1 + row->group * GROUP_NUMBERS;
+        float weight = work->numbers[0], scale = 1.0f;
+        int64_t length = row->length, offset = (unit - row->first) * length;
+        float *p = at(row->weights, offset), *m = at(row->momentum, offset), *e = at(row->average, offset);
+        const float *g = at(row->gradient, offset);
+        int nesterov = group[NESTEROV] > 0.0f, over = 0;
+        if (group[CLIPPING] > 0.0f) {
+            float limit = fmaxf(sqrtf(sum_of_squares(p, length)), work->eps) * group[CLIPPING];
+            float norm = sqrtf(work->values[unit]);
+            over = norm > limit;
+            if (over) scale = limit / fmaxf(norm, FLOOR);
+        }
+        work->clipped[unit] = (int8_t)over;
+        if (nesterov && work->average) step(p, g, m, e, length, scale, group, weight, 1, 1);
+        else if (nesterov) step(p, g, m, e, length, scale, group, weight, 1, 0);
+        else if (work->average) step(p, g, m, e, length, scale, group, weight, 0, 1);
+        else step(p, g, m, e, length, scale, group, weight, 0, 0);
+    }
+}
+
+/* squares[unit] = sum of g² over the unit. */
+void unit_squares(const Row *table, const int32_t *owner, float *squares, int64_t units, int threads) {
+    share(squares_between, &(Work){.table = table, .owner = owner, .values = squares}, units, threads);
+}
+
+/* g *= factors[unit] over the unit; where that is 1, g is not touched. */
+void scale_units(const Row *table, const int32_t *owner, float *factors, int64_t units, int threads) {
+    share(scale_between, &(Work){.table = table, .owner = owner, .values = factors}, units, threads);
+}
+
+/* Clipping, decay, momentum, step and average; clipped[unit] says who was over. Gradients are only read. */
+void update(
+    const Row *table, const int32_t *owner, const float *numbers, float *squares, int8_t *clipped, float eps,
+    int average, int64_t units, int threads) {
+    Work work = {table, owner, numbers, squares, clipped, eps, average};
+    share(update_between, &work, units, threads);
+}
