@@ -12,17 +12,17 @@ help:            ## what can be made
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1)
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: pyproject.toml normfree/optim/native.c | .venv/bin/python
+.venv/.demo: pyproject.toml $(wildcard normfree/native/*.[ch]) | .venv/bin/python
 	@echo "== installing normfree with what the demo needs (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	@touch $@
 
-.venv/.dev: pyproject.toml normfree/optim/native.c | .venv/bin/python
+.venv/.dev: pyproject.toml $(wildcard normfree/native/*.[ch]) | .venv/bin/python
 	@echo "== installing normfree with what the tests need (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-.venv/.bench: pyproject.toml normfree/optim/native.c | .venv/bin/python
+.venv/.bench: pyproject.toml $(wildcard normfree/native/*.[ch]) | .venv/bin/python
 	@echo "== installing normfree with what the benchmarks need (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	@touch $@
@@ -56,4 +56,4 @@ format: .venv/.dev ## rewrite the code as the formatter wants it
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove what was made, but no runs
-	rm -rf .venv build normfree/optim/_native.* *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build normfree/native/_compiled.* *.egg-info .pytest_cache .ruff_cache .mypy_cache

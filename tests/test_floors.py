@@ -11,6 +11,7 @@ import normfree
 ROOT = Path(normfree.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = {
+    "native": 0,
     "models": 1,
     "optim": 1,
     "data": 1,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normfree.models.layers import WS_EPS
+from normfree.native.memory import is_dense, laid_out_as
 
 #: Elements worked on at a time in the forward pass on a CPU, so that they stay in the cache from one operation to the
 #: next: 8 MB in float32. An eighth as many lose to calls what the cache saves (NFNet-F0's weights, two cores that share
@@ -105,21 +106,8 @@ def closed_form(rows: Tensor, gain: Tensor, grad: Tensor, *, scale: float, eps: 
     return by_rows * (gain * inverse * scale)[:, None], along * inverse * scale
 
 
-def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` in the memory format of `like`; itself if it has that."""
-    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
-    if all(n == 1 or s == t for n, s, t in strides):
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
-def is_run(tensor: Tensor) -> bool:
-    """Whether every filter is one run of memory, one behind the other."""
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-
-
 def _dense(tensor: Tensor) -> Tensor:
-    return tensor if is_run(tensor) else tensor.contiguous()
+    return tensor if is_dense(tensor) else tensor.contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.models.gelu import gelu_erf, gelu_tanh
 from normfree.models.padding import borders, pad_input
 from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
 from normfree.models.residual import spatial_mean
@@ -25,25 +26,6 @@ from normfree.models.weight_gradient import pays
 WS_EPS = {"floor": 1e-4, "add": 1e-5}
 
 # --- activations and their gains ---------------------------------------------------------------------
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    # The reference calls `jax.nn.gelu`, whose default is the tanh form.
-    return F.gelu(x, approximate="tanh")
-
-
-def _gelu_erf(x: Tensor) -> Tensor:
-    # oneDNN's GELU, in a third of the time both ways, is for row-major float32 tensors; channels_last is one from
-    # another side. A graph that is compiled or exported keeps the plain function.
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.ndim == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
-    ):
-        return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return F.gelu(x)
 
 
 def _glu(x: Tensor) -> Tensor:
@@ -59,8 +41,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": lambda x: x,
     "celu": F.celu,
     "elu": F.elu,
-    "gelu": _gelu_tanh,
-    "gelu_erf": _gelu_erf,  # the exact form, which timm uses
+    "gelu": gelu_tanh,
+    "gelu_erf": gelu_erf,
     "glu": _glu,
     "leaky_relu": F.leaky_relu,
     "log_sigmoid": F.logsigmoid,

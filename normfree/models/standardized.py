@@ -1,7 +1,8 @@
 """Weight standardization of many convolutions at once, and once per optimizer step.
 
 `standardize_all` is `layers.standardize` for a list of weights, as one op: on CUDA devices with Triton one launch each
-way (two if some filters do not lie on 16-byte boundaries), elsewhere plain torch with the gradient in closed form.
+way (two if some filters do not lie on 16-byte boundaries), on CPUs the compiled kernels of `normfree.native`, elsewhere
+plain torch with the gradient in closed form.
 `standardized_once` lets all micro-batches of a step share the result.
 """
 
@@ -20,12 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from normfree.models.filters import (
     constants,
-    is_run,
-    laid_out_as,
     standardize_backward,
     standardize_forward,
 )
 from normfree.models.layers import WSConv2d
+from normfree.native.library import library, run
+from normfree.native.memory import is_dense, is_plain, laid_out_as, unwatched
 
 #: Elements that a program takes at a time, and its warps.
 BLOCK, WARPS = 2048, 8
@@ -116,9 +117,10 @@ class _Standardize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scales, ctx.eps, ctx.moments = scales, eps, None
         weights, gains = tensors[: len(scales)], tensors[len(scales) :]
-        if _with_triton(tensors, dtype):
+        engine = _engine(tensors, dtype)
+        if engine != "torch":
             outs = [torch.empty_like(w, dtype=dtype) for w in weights]
-            _launch("forward", [weights, gains, outs], scales, eps)
+            _launch(engine, "forward", [weights, gains, outs], scales, eps)
             return tuple(outs)
         made = [
             standardize_forward(w, g, scale=scale, eps=eps)
@@ -137,9 +139,10 @@ class _Standardize(torch.autograd.Function):
         scales = [ctx.scales[i] for i, _ in found]
         arrived = [laid_out_as(w, grad) for w, (_, grad) in zip(weights, found, strict=True)]
         results: list[Tensor | None] = [None] * (2 * count)
-        if found and _with_triton([*weights, *gains], arrived[0].dtype):
+        engine = _engine([*weights, *gains], arrived[0].dtype) if found else "torch"
+        if engine != "torch":
             outs = [[torch.empty_like(t) for t in column] for column in (weights, gains)]
-            _launch("backward", [weights, gains, arrived, *outs], scales, ctx.eps)
+            _launch(engine, "backward", [weights, gains, arrived, *outs], scales, ctx.eps)
             pairs = list(zip(*outs, strict=True))
         else:
             moments = [ctx.moments[i] if ctx.moments else None for i, _ in found]
@@ -152,19 +155,21 @@ class _Standardize(torch.autograd.Function):
         return None, None, None, *results
 
 
-def _with_triton(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
-    """Whether the kernels take them: on CUDA, in float32, without gaps, dimension 0 outermost."""
-    return (
-        all(t.is_cuda and t.dtype == torch.float32 and is_run(t) for t in tensors)
-        and dtype in (None, torch.float32, torch.bfloat16)
-        and importlib.util.find_spec("triton") is not None
-    )
+def _engine(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> str:
+    """What computes on them. Kernels take float32 without gaps, dimension 0 outermost: "triton" on CUDA; "compiled", of
+    `normfree.native`, on CPUs, with results in float32; else "torch"."""
+    if all(map(is_plain, tensors)):
+        fits = dtype in (None, torch.float32) and library() is not None and unwatched()
+        return "compiled" if fits else "torch"
+    fits = all(t.is_cuda and t.dtype == torch.float32 and is_dense(t) for t in tensors)
+    known = dtype in (None, torch.float32, torch.bfloat16)
+    return "triton" if fits and known and importlib.util.find_spec("triton") is not None else "torch"
 
 
-def _launch(direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str) -> None:
+def _launch(
+    engine: str, direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str
+) -> None:
     """One kernel over all filters. `columns`: weights, gains, kernels or their gradients, and what is written."""
-    from normfree.models import kernels
-
     weights, kind = columns[0], columns[2][0].dtype
     rows, numbers = [], []
     for weight, scale, tensors in zip(weights, scales, zip(*columns, strict=True), strict=True):
@@ -187,8 +192,14 @@ def _launch(direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequenc
         _owner(units, device),
         _sent([numbers[i] for i in order], torch.float32, device),
     ]
-    aligned = sum(len(weights[i]) for i in order if not rows[i][2])
     floor = constants(weights[0], eps)[1]
+    if engine == "compiled":
+        elements = sum(w.numel() for w in weights)
+        run(f"standardize_{direction}", *tables, floor, count=sum(units), elements=elements)
+        return
+    from normfree.models import kernels
+
+    aligned = sum(len(weights[i]) for i in order if not rows[i][2])
     with torch.cuda.device_of(weights[0]):
         for start, count, hint in ((0, aligned, True), (aligned, sum(units) - aligned, False)):
             if count:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.optim.groups import some_names
-from normfree.optim.native import Units
 from normfree.optim.sharded import (
     counts_here,
     is_sharded,
@@ -29,6 +28,7 @@ from normfree.optim.sharded import (
     sum_norms,
     sum_over,
 )
+from normfree.optim.units import Units
 
 Clippable: TypeAlias = (
     nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]

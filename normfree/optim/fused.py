@@ -3,7 +3,7 @@
 The first launch reads the gradients for their norms. The second reads weights, gradients, momentum and average once,
 writes all but the gradients back, and writes nothing when the global norm is not finite. Together 32 bytes per
 parameter. The kernels stand in `normfree.optim.kernels` for CUDA devices, whose host waits for neither launch, and in
-`native.c` for CPUs; the three calls are their plain twin.
+`normfree.native` for CPUs; the three calls are their plain twin.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normfree.native.library import library, run
 from normfree.optim.agc import ClipReport, NonFiniteGradientError
 from normfree.optim.ema import Ema, ema_decay
-from normfree.optim.native import COLUMNS, library, owner_of, run
 from normfree.optim.sgd import SGD
 from normfree.optim.sharded import is_sharded
+from normfree.optim.units import COLUMNS, owner_of
 
 #: Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
 BLOCK, WARPS = 2048, 8
@@ -41,7 +42,7 @@ def fused_update(
     """A `FusedUpdate` where one can do the whole work, else None: then the three plain calls are the way.
 
     It takes groups as `parameter_groups` makes them, and a CUDA device with Triton, or a CPU with the compiled kernels
-    of `normfree.optim.native`; for the rest see `FusedUpdate.fits`.
+    of `normfree.native`; for the rest see `FusedUpdate.fits`.
     """
     groups = optimizer.param_groups
     devices = {p.device.type for group in groups for p in group["params"]}
@@ -270,7 +271,7 @@ class FusedUpdate:
 
 
 class NativeUpdate(FusedUpdate):
-    """The same on a CPU, by the kernels of `normfree.optim.native`."""
+    """The same on a CPU, by the kernels of `normfree.native`."""
 
     def _square_(self, squares: Tensor) -> None:
         self._run("unit_squares", self._table, self._owner, squares)
@@ -284,7 +285,7 @@ class NativeUpdate(FusedUpdate):
 
     def _run(self, name: str, *arguments: Tensor | float) -> None:
         elements = sum(self._all[index].parameter.numel() for index, _ in self._plan)
-        run(name, *arguments, units=len(self._owner), elements=elements)
+        run(name, *arguments, count=len(self._owner), elements=elements)
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
+from normfree.native.memory import laid_out_as, same_layout
 from normfree.optim.groups import copy_named_
 from normfree.optim.sharded import is_sharded, local
 
@@ -109,10 +110,7 @@ class SGD(Optimizer):
             if fused:
                 # The fused kernels walk memory side by side and never look at strides: a gradient in another
                 # memory format than its parameter would update the wrong weights without a word.
-                grads = [
-                    g if _same_layout(p, g) else torch.empty_like(p).copy_(g)
-                    for p, g in zip(params, grads, strict=True)
-                ]
+                grads = [laid_out_as(p, g) for p, g in zip(params, grads, strict=True)]
                 # For CPUs they copy a gradient first that is not row-major.
                 params, grads = ([_row_major(t) for t in column] for column in (params, grads))
                 buffers = [None if b is None else _row_major(b) for b in buffers]
@@ -155,8 +153,7 @@ class SGD(Optimizer):
         buffer = state.get("momentum_buffer")
         if buffer is None:
             buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif not _same_layout(parameter, buffer):
-            buffer = torch.empty_like(parameter).copy_(buffer)
+        buffer = laid_out_as(parameter, buffer)
         state["momentum_buffer"] = buffer
         return buffer
 
@@ -178,13 +175,6 @@ class SGD(Optimizer):
                 yield name, parameter, group
 
 
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether element i in memory is the same element in both; strides of size-1 dimensions do not count."""
-    if a.stride() == b.stride():
-        return True
-    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
-
-
 def _row_major(tensor: Tensor) -> Tensor:
     """A view whose dimensions come in the order in which memory is walked."""
     if tensor.is_contiguous():
@@ -198,6 +188,6 @@ def _fusable(params: list[Tensor], buffers: list[Tensor | None]) -> bool:
         if p.device.type not in FUSED_DEVICES or not p.is_floating_point():
             return False
         dense = torch.empty_like(p, device="meta") if buffer is None else buffer
-        if not _same_layout(p, dense):
+        if not same_layout(p, dense):
             return False
     return bool(params)

@@ -18,6 +18,7 @@ from normfree.models.filters import standardize_backward
 from normfree.models.layers import WS_EPS, WSConv2d, standardize
 from normfree.models.standardized import standardize_all, standardized_once
 from normfree.models.zoo import create_model
+from normfree.native.library import library
 
 SCALES = [1.3, 0.7, 2.0, 1.0, 1.1]
 
@@ -27,27 +28,37 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None])
     """The Triton kernels, interpreted on the CPU in short blocks, so that filters span several of them."""
     interpret("normfree.models.kernels", "forward", "backward")
     monkeypatch.setattr(standardized, "BLOCK", 32)
-    monkeypatch.setattr(standardized, "_with_triton", lambda tensors, dtype: True)
+    monkeypatch.setattr(standardized, "_engine", lambda tensors, dtype: "triton")
 
 
 @pytest.fixture
-def by_torch() -> None:
-    """The plain twin: what a CPU takes."""
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels in C, which make float32 alone, by two threads."""
+    if library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
+    monkeypatch.setattr("normfree.native.library.SMALL", 0)
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain twin."""
+    monkeypatch.setattr(standardized, "_engine", lambda tensors, dtype: "torch")
 
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers, through the compiled kernels."""
-    here = standardized._with_triton
+    here = standardized._engine
 
-    def must(tensors: list[Tensor], dtype: torch.dtype | None) -> bool:
-        assert here(tensors, dtype)
-        return True
+    def must(tensors: list[Tensor], dtype: torch.dtype | None) -> str:
+        assert here(tensors, dtype) == "triton"
+        return "triton"
 
-    monkeypatch.setattr(standardized, "_with_triton", must)
+    monkeypatch.setattr(standardized, "_engine", must)
 
 
-WAYS = ["by_torch", "interpreted", pytest.param("on_cuda", marks=pytest.mark.gpu)]
+WAYS = ["by_torch", "compiled", "interpreted", pytest.param("on_cuda", marks=pytest.mark.gpu)]
 
 
 def some_weights(

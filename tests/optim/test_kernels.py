@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models.layers import WSConv2d
+from normfree.native.library import library
 from normfree.optim import fused
 from normfree.optim.agc import NonFiniteGradientError, clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.fused import FusedUpdate, NativeUpdate, fused_update
 from normfree.optim.groups import parameter_groups
-from normfree.optim.native import library
 from normfree.optim.sgd import SGD
 
 Kind = type[FusedUpdate]
@@ -42,7 +42,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Kind:
     """The kernels in C, by two threads."""
     if library() is None:
         pytest.skip("no C compiler was there when the package was installed")
-    monkeypatch.setattr("normfree.optim.native.SMALL", 0)
+    monkeypatch.setattr("normfree.native.library.SMALL", 0)
     torch.set_num_threads(2)
     return NativeUpdate
 

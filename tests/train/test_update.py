@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from normfree.data.loader import Batch
-from normfree.optim.native import library
+from normfree.native.library import library
 from normfree.train import update
 from normfree.train.config import Optim
 from normfree.train.trainer import Diverged, Trainer

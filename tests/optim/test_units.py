@@ -1,48 +1,17 @@
-"""The kernels in C: how they are found, and that threads and registers do not show in the bits."""
+"""Norms and factors of units by the kernels in C."""
 
 from __future__ import annotations
-
-import re
-import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from normfree.optim import native
-from normfree.optim.native import Units, library
+from normfree.native.library import library
+from normfree.optim.units import Units
 
 compiled = pytest.mark.skipif(
     library() is None, reason="no C compiler was there when the package was installed"
 )
-
-
-@pytest.fixture
-def forgotten() -> Iterator[None]:
-    """Looks for the library anew, now and after the test."""
-    library.cache_clear()
-    yield
-    library.cache_clear()
-
-
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_where_a_compiler_is_the_kernels_are() -> None:
-    assert library() is not None
-
-
-@compiled
-def test_a_library_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
-    monkeypatch.setattr(native, "VERSION", 99)
-    message = "was compiled from version 1 of native.c. This package needs version 99. Install it again"
-    with pytest.raises(ImportError, match=re.escape(message)):
-        library()
-
-
-def test_without_a_library_there_is_none(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
-    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
-    assert library() is None
-    assert not Units.takes([torch.zeros(3)])
 
 
 def some() -> tuple[list[Tensor], list[int]]:
@@ -74,7 +43,7 @@ def test_norms_and_factors_of_units() -> None:
 @pytest.mark.parametrize("threads", [2, 3])
 def test_bits_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     one = Units(*some()).norms()
-    monkeypatch.setattr(native, "SMALL", 0)
+    monkeypatch.setattr("normfree.native.library.SMALL", 0)
     torch.set_num_threads(threads)
     assert torch.equal(Units(*some()).norms(), one)
 

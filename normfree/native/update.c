@@ -1,24 +1,13 @@
-/* One optimizer step on a CPU, unit by unit of AGC: the twin in C of `normfree.optim.kernels`, which says what `table`,
- * `owner` and `numbers` hold. Called by `normfree.optim.native`. Every sum has its order, and no product is fused with
- * an addition (-ffp-contract=off): the same bits on every machine and for every number of threads. */
+/* One optimizer step, unit by unit of AGC: the twin in C of `normfree.optim.kernels`, which says what `table`, `owner` and
+ * `numbers` hold. Called by `normfree.optim.units` and `normfree.optim.fused`. */
 
-#include <math.h>
-#include <stdint.h>
+#include "share.h"
 
-/* VERSION of normfree.optim.native: changes with any signature below. */
+/* VERSION of normfree.native.library: changes with any signature in this room. */
 const int native_version = 1;
 
-enum { LANES = 16 };      /* partial sums of a norm, for registers of any width */
-enum { CHUNK = 32 };      /* units that a thread takes at a time: some 100 KB */
-#define FLOOR 1e-6f       /* GRADIENT_FLOOR of normfree.optim.agc */
-
-/* The loader picks the functions for wider registers where the processor has them. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
-#endif
-#define INLINE static inline __attribute__((always_inline))
+enum { CHUNK = 32 };  /* units at a time: some 100 KB */
+#define FLOOR 1e-6f   /* GRADIENT_FLOOR of normfree.optim.agc */
 
 typedef struct {
     int64_t weights, gradient, momentum, average; /* addresses */
@@ -37,17 +26,6 @@ typedef struct {
     int average;
 } Work;
 
-typedef void Kernel(const Work *work, int64_t start, int64_t stop);
-
-/* torch loads an OpenMP library of this name first, so that its threads do this work too. */
-static void share(Kernel *kernel, const Work *work, int64_t units, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t start = 0; start < units; start += CHUNK)
-        kernel(work, start, start + CHUNK < units ? start + CHUNK : units);
-}
-
-INLINE float *at(int64_t address, int64_t offset) { return (float *)(intptr_t)address + offset; }
-
 INLINE float sum_of_squares(const float *restrict x, int64_t length) {
     float lanes[LANES] = {0};
     double total = 0.0;
@@ -59,14 +37,16 @@ INLINE float sum_of_squares(const float *restrict x, int64_t length) {
     return (float)total;
 }
 
-WIDE void squares_between(const Work *work, int64_t start, int64_t stop) {
+WIDE void squares_between(const void *given, int64_t start, int64_t stop) {
+    const Work *work = given;
     for (int64_t unit = start; unit < stop; unit++) {
         const Row *row = work->table + work->owner[unit];
         work->values[unit] = sum_of_squares(at(row->gradient, (unit - row->first) * row->length), row->length);
     }
 }
 
-WIDE void scale_between(const Work *work, int64_t start, int64_t stop) {
+WIDE void scale_between(const void *given, int64_t start, int64_t stop) {
+    const Work *work = given;
     for (int64_t unit = start; unit < stop; unit++) {
         const Row *row = work->table + work->owner[unit];
         float *restrict g = at(row->gradient, (unit - row->first) * row->length);
@@ -96,7 +76,8 @@ INLINE void step(
     }
 }
 
-WIDE void update_between(const Work *work, int64_t start, int64_t stop) {
+WIDE void update_between(const void *given, int64_t start, int64_t stop) {
+    const Work *work = given;
     for (int64_t unit = start; unit < stop; unit++) {
         const Row *row = work->table + work->owner[unit];
         const float *group = work->numbers + 1 + row->group * GROUP_NUMBERS;
@@ -121,12 +102,12 @@ WIDE void update_between(const Work *work, int64_t start, int64_t stop) {
 
 /* squares[unit] = sum of g² over the unit. */
 void unit_squares(const Row *table, const int32_t *owner, float *squares, int64_t units, int threads) {
-    share(squares_between, &(Work){.table = table, .owner = owner, .values = squares}, units, threads);
+    share(squares_between, &(Work){.table = table, .owner = owner, .values = squares}, units, CHUNK, threads);
 }
 
 /* g *= factors[unit] over the unit; where that is 1, g is not touched. */
 void scale_units(const Row *table, const int32_t *owner, float *factors, int64_t units, int threads) {
-    share(scale_between, &(Work){.table = table, .owner = owner, .values = factors}, units, threads);
+    share(scale_between, &(Work){.table = table, .owner = owner, .values = factors}, units, CHUNK, threads);
 }
 
 /* Clipping, decay, momentum, step and average; clipped[unit] says who was over. Gradients are only read. */
@@ -134,5 +115,5 @@ void update(
     const Row *table, const int32_t *owner, const float *numbers, float *squares, int8_t *clipped, float eps,
     int average, int64_t units, int threads) {
     Work work = {table, owner, numbers, squares, clipped, eps, average};
-    share(update_between, &work, units, threads);
+    share(update_between, &work, units, CHUNK, threads);
 }

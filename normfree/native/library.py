@@ -1,0 +1,64 @@
+"""The compiled kernels: loops over float32 tensors on a CPU that torch has no single operation for.
+
+pip compiles them where it finds a C compiler with OpenMP. Elsewhere torch's own operations do the same in more passes
+over memory; so they do for other types, other devices, and whatever watches operations. Nobody has to know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+#: `native_version` in update.c: changes with any signature of these.
+VERSION = 1
+
+#: Elements below which one thread is faster than several.
+SMALL = 2**16
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    # update.c
+    "unit_squares": [*[_POINTER] * 3, _LONG, _INT],
+    "scale_units": [*[_POINTER] * 3, _LONG, _INT],
+    "update": [*[_POINTER] * 5, _FLOAT, _INT, _LONG, _INT],
+    # standardize.c
+    "standardize_forward": [*[_POINTER] * 3, _FLOAT, _LONG, _INT],
+    "standardize_backward": [*[_POINTER] * 3, _FLOAT, _LONG, _INT],
+    # gelu.c
+    "gelu_forward": [*[_POINTER] * 2, _LONG, _INT],
+    "gelu_backward": [*[_POINTER] * 3, _LONG, _INT],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None: no compiler was found when the package was installed.
+
+    Raises ImportError if they were compiled from another version of the package.
+    """
+    spec = importlib.util.find_spec("normfree.native._compiled")
+    if spec is None or spec.origin is None:
+        return None
+    found = ctypes.CDLL(spec.origin)
+    version = ctypes.c_int.in_dll(found, "native_version").value
+    if version != VERSION:
+        raise ImportError(
+            f"{spec.origin} was compiled from version {version} of its source. This package needs version {VERSION}. "
+            "Install it again, in a checkout by: pip install --editable ."
+        )
+    for name, types in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
+    return found
+
+
+def run(name: str, *arguments: Tensor | float, count: int, elements: int) -> None:
+    """Calls kernel `name` with `arguments`, tensors as their addresses, for `count` items of so many elements in all,
+    by as many threads as torch uses."""
+    threads = torch.get_num_threads() if elements >= SMALL else 1
+    plain = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    getattr(library(), name)(*plain, count, threads)

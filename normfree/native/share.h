@@ -1,0 +1,29 @@
+/* What the kernels of this room have in common. None of them has a state; a call takes addresses and a number of
+ * threads. Every sum has its order, and no product is fused with an addition (-ffp-contract=off): the same bits on
+ * every machine and for every number of threads. */
+
+#include <math.h>
+#include <stdint.h>
+
+/* The loader picks the functions for wider registers where the processor has them. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef void Kernel(const void *work, int64_t start, int64_t stop);
+
+/* Does `work` on items 0 to count, `chunk` of them at a time. torch has loaded an OpenMP library of the name that this
+ * is linked to before, so that its threads do it: others would fight with those for the cores, as they stay awake. */
+static inline void share(Kernel *kernel, const void *work, int64_t count, int64_t chunk, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t start = 0; start < count; start += chunk)
+        kernel(work, start, start + chunk < count ? start + chunk : count);
+}
+
+INLINE float *at(int64_t address, int64_t offset) { return (float *)(intptr_t)address + offset; }
+
+/* Partial sums of a row, for registers of any width. */
+enum { LANES = 16 };
