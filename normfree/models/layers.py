@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from normfree.models.gelu import gelu_erf, gelu_tanh
 from normfree.models.padding import borders, pad_input
+from normfree.models.pointwise import conv2d
 from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
 from normfree.models.residual import spatial_mean
 from normfree.models.weight_gradient import pays
@@ -198,7 +199,7 @@ def convolve(
         x, act = act(x), None
     if act is None and not (own_backward and pays(x, weight, groups=groups)):
         x, sides = pad_input(x, weight.shape[-1], stride, padding=padding)
-        return F.conv2d(x, weight, bias, stride, sides, 1, groups)
+        return conv2d(x, weight, bias, stride=stride, padding=sides, groups=groups)
     border, sides = borders(x, weight.shape[-1], stride, padding=padding)
     return activated_conv2d(
         x, weight, bias, act=act, border=border, stride=stride, padding=sides, groups=groups

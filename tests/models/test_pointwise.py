@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.models import pointwise as module
+from normfree.models import recompute
 from normfree.models.pointwise import is_product, pointwise, pointwise_gradients
+from normfree.models.rows import VARIANTS
+from normfree.models.zoo import create_model
 
 SHAPES = [(2, 3, 5, 4, 6), (1, 8, 1, 1, 4), (3, 1, 7, 1, 2), (1, 2, 3, 3, 1)]  # B I H W O
 
@@ -101,8 +106,43 @@ def test_it_compiles_into_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("model", ["nfnet_f0", "nf_resnet50"])
+def test_a_network_by_products_is_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and all gradients, with the 1x1 convolutions that a GPU would compute so; both, with activations before them
+    that are not kept, and after stride 2, where there is none to compute so."""
+    sizes = {"depths": (1, 2), "widths": (32, 64), "strides": (1, 2), "skip_gain": 1.0, "drop_rate": 0.0,
+             "stochdepth_rate": 0.0}  # fmt: skip
+    small = replace(VARIANTS[model], **sizes, group_width=8 if model == "nfnet_f0" else 0)
+    monkeypatch.setitem(VARIANTS, "small", small)
+    net = create_model("small", num_classes=3).double().to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    asked: list[bool] = []
+
+    def counted(x: Tensor, weight: Tensor, *, stride: int, groups: int) -> bool:
+        asked.append(module._is_pointwise(x, weight, stride=stride, groups=groups))
+        return asked[-1]
+
+    def gradients() -> list[Tensor]:
+        net.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(net(images), torch.tensor([0, 2]))
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    wanted = gradients()
+    for user in (module, recompute):
+        monkeypatch.setattr(user, "is_product", counted)
+    for one, two in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+    assert 0 < sum(asked) < len(asked)
+
+
+def test_networks_leave_it_until_a_gpu_has_measured_it() -> None:
+    assert not module.PRODUCTS
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_the_convolution() -> None:
+def test_on_a_gpu_it_is_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PRODUCTS", True)
     x, weight, bias = (t.detach().cuda() for t in operands(SHAPES[0]))
     assert is_product(x, weight, stride=1, groups=1)
     torch.testing.assert_close(pointwise(x, weight, bias), F.conv2d(x, weight, bias))
