@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from normfree.native.library import library
 from normfree.train.speed import matmul_rate
 
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "numpy")
@@ -58,6 +59,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_info("model name") or platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "kernels in C": "compiled" if library() else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "device": device.type,
     }

@@ -17,7 +17,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
     On a CPU by a compiled kernel, in a third of the time of torch's, forward and backward (`docs/speed.md`).
     """
-    if unwatched() and is_plain(x) and library() is not None:  # a compiler must not look further than the first
+    if (
+        unwatched() and is_plain(x) and library() is not None
+    ):  # a compiler must not look further than the first
         y: Tensor = _GeluTanh.apply(x)
         return y
     return F.gelu(x, approximate="tanh")

@@ -158,9 +158,8 @@ class _Standardize(torch.autograd.Function):
 def _engine(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> str:
     """What computes on them. Kernels take float32 without gaps, dimension 0 outermost: "triton" on CUDA; "compiled", of
     `normfree.native`, on CPUs, with results in float32; else "torch"."""
-    if all(map(is_plain, tensors)):
-        fits = unwatched() and dtype in (None, torch.float32) and library() is not None
-        return "compiled" if fits else "torch"
+    if unwatched() and all(map(is_plain, tensors)):
+        return "compiled" if dtype in (None, torch.float32) and library() is not None else "torch"
     fits = all(t.is_cuda and t.dtype == torch.float32 and is_dense(t) for t in tensors)
     known = dtype in (None, torch.float32, torch.bfloat16)
     return "triton" if fits and known and importlib.util.find_spec("triton") is not None else "torch"

@@ -5,8 +5,8 @@
 #include <math.h>
 #include <stdint.h>
 
-/* The loader picks the functions for wider registers where the processor has them. */
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+/* The loader picks the functions for wider registers where the processor has them. NARROW: tests compare both. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(NARROW)
 #define WIDE __attribute__((target_clones("avx2", "default")))
 #else
 #define WIDE

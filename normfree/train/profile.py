@@ -22,7 +22,8 @@ from normfree.models.layers import WSConv2d
 BEFORE = 3  # steps that are not recorded: first calls choose kernels, start threads and make the momentum
 ROWS = 15  # operations in the table
 
-# What a step consists of, in order; `Trainer` and this file mark them. "rest": the lines between, and an evaluation.
+# What a step consists of, in order; `Trainer` and this file mark them. A table has what occurred: "clip" is a part
+# of "update" where one sweep does both. "rest": the lines between, and an evaluation.
 PHASES = ("data", "prepare", "forward", "backward", "exchange", "clip", "update")
 STANDARDIZATION = "weight standardization"
 PARTS = ("convolution", STANDARDIZATION, "clip", "update", "data")
@@ -138,7 +139,7 @@ def _phases(events: list[Any]) -> dict[str, float]:
     for event in events:
         if event.name in times:
             times[event.name] += event.cpu_time_total
-    return times
+    return {name: us for name, us in times.items() if us}
 
 
 def _parts(events: list[Any]) -> dict[str, list[float]]:
@@ -161,7 +162,7 @@ def _parts(events: list[Any]) -> dict[str, list[float]]:
         row = times[part] if part else others["other"]
         row[0] += event.self_cpu_time_total
         row[1] += event.self_device_time_total
-    return {**times, **others}
+    return {**{part: row for part, row in times.items() if any(row)}, **others}
 
 
 def _part_around(event: Any, forward: dict[tuple[int, int], str]) -> str:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from normfree.models.gelu import gelu_tanh
+from normfree.models.layers import WSConv2d
+from normfree.models.standardized import standardize_all
 from normfree.native import library as library_file
 from normfree.native.library import library
 from normfree.native.memory import is_plain, laid_out_as, same_layout, unwatched
+from normfree.optim.agc import clip_grad_
+from normfree.optim.ema import Ema
+from normfree.optim.fused import NativeUpdate, fused_update
+from normfree.optim.groups import parameter_groups
+from normfree.optim.sgd import SGD
 
 compiled = pytest.mark.skipif(
     library() is None, reason="no C compiler was there when the package was installed"
@@ -45,6 +57,50 @@ def test_a_library_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatc
 def test_without_a_library_there_is_none(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
     monkeypatch.setattr(library_file.importlib.util, "find_spec", lambda name: None)
     assert library() is None
+
+
+def all_results() -> list[Tensor]:
+    """Of every kernel, on numbers of any size and rows of odd lengths."""
+    torch.manual_seed(3)
+    sizes = [(9, 40, 3), (5, 40, 1), (37, 70, 1)]
+    net = nn.ModuleList(WSConv2d(i, o, kernel_size=k, bias=False) for i, o, k in sizes)
+    made = standardize_all([c.weight for c in net], [c.gain for c in net], [1.0, 2.0, 0.5])
+    maps = [gelu_tanh(30.0 * kernel) for kernel in made]
+    ups = [torch.randn(m.shape) * torch.logspace(-5, 0, len(m)).view(-1, 1, 1, 1) for m in maps]
+    torch.autograd.backward(maps, ups)
+    optimizer = SGD(parameter_groups(net, weight_decay=0.02, clipping=0.3), 0.1)
+    ema, found = Ema(net), [*made, *maps, *(p.grad.clone() for p in net.parameters())]
+    update = fused_update(optimizer, model=net, ema=ema)
+    assert isinstance(update, NativeUpdate)
+    found += [update.step_(step=step).grad_norm for step in range(2)]
+    report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
+    assert 0.0 < float(report) < 1.0
+    found += [report.grad_norm, *(p.grad for p in net.parameters()), *net.parameters()]
+    found += [*optimizer.named_state().values(), *ema.state_dict().values()]
+    return [t.detach().clone() for t in found]
+
+
+@compiled
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_bits_do_not_depend_on_the_width_of_registers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgotten: None
+) -> None:
+    """The same sources with the same switches, but for the narrowest registers alone."""
+    wide = all_results()
+    root = Path(library_file.__file__).parents[2]
+    (module,) = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    other = tmp_path / "other.so"
+    switches = [*module["extra-compile-args"], "-DNARROW", "-shared", "-fPIC", "-o", str(other)]
+    subprocess.run(["gcc", *switches, *(root / source for source in module["sources"])], check=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            library_file.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(other))
+        )
+        library.cache_clear()
+        assert library()._name == str(other)
+        narrow = all_results()
+    assert len(wide) == len(narrow) > 30
+    assert all(map(torch.equal, wide, narrow))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from normfree.models.layers import WSConv2d
-from normfree.train import loop, profile, run
+from normfree.native.library import library
+from normfree.train import loop, profile, run, update
 from normfree.train.config import with_overrides
 from normfree.train.profile import BEFORE, PARTS, PHASES, profiled, span
 from normfree.train.recipes import RECIPES
@@ -35,7 +36,10 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "draw_curves", lambda *args, **kwargs: None)
         out = tmp_path_factory.mktemp("runs")
-        return out, train(out / "plain"), train(out / "profiled", "--log.profile", "2")
+        texts = train(out / "plain"), train(out / "profiled", "--log.profile", "2")
+        patch.setattr(update, "fused_update", lambda *args, **words: None)
+        train(out / "calls", "--log.profile", "2")
+        return out, *texts
 
 
 def test_a_profile_changes_no_bit(runs):
@@ -47,15 +51,23 @@ def test_a_profile_changes_no_bit(runs):
     assert not (runs[0] / "plain" / "profile").exists()
 
 
-def test_it_says_where_it_is_and_marks_the_phases(runs):
-    out, _, text = runs
-    folder = out / "profiled" / "profile"
-    assert f"profile of 2 steps: {folder}/table.txt, and {folder}/trace.json for Perfetto\n" in text
+#: What occurs with the update in one sweep, and by calls.
+IN_RUN = {"profiled": set(PHASES) - ({"clip"} if library() else set()), "calls": set(PHASES)}
+
+
+def test_it_says_where_it_is(runs):
+    folder = runs[0] / "profiled" / "profile"
+    assert f"profile of 2 steps: {folder}/table.txt, and {folder}/trace.json for Perfetto\n" in runs[2]
+
+
+@pytest.mark.parametrize("name", IN_RUN)
+def test_it_marks_the_phases(runs, name):
+    folder = runs[0] / name / "profile"
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    counts = {name: sum(e.get("name") == name and e.get("cat") == "user_annotation" for e in events)
-              for name in (*PHASES, profile.STANDARDIZATION)}  # fmt: skip
+    counts = {n: sum(e.get("name") == n and e.get("cat") == "user_annotation" for e in events)
+              for n in (*PHASES, profile.STANDARDIZATION)}  # fmt: skip
     layers = sum(isinstance(m, WSConv2d) for m in net().modules())
-    assert counts == {**dict.fromkeys(PHASES, 2), profile.STANDARDIZATION: 2 * layers}
+    assert counts == {**{n: 2 * (n in IN_RUN[name]) for n in PHASES}, profile.STANDARDIZATION: 2 * layers}
 
 
 def net():
@@ -76,13 +88,14 @@ def section(text: str, title: str) -> dict[str, tuple[float, float]]:
     return found
 
 
-def test_the_shares_of_the_table_add_up(runs):
-    text = (runs[0] / "profiled" / "profile" / "table.txt").read_text()
+@pytest.mark.parametrize("name", IN_RUN)
+def test_the_shares_of_the_table_add_up(runs, name):
+    text = (runs[0] / name / "profile" / "table.txt").read_text()
     first = text.splitlines()[0]
     assert first.startswith("2 steps after 3, ")
     phases, parts = section(text, "phase, "), section(text, "part, CPU")
-    assert set(phases) == {*PHASES, "rest"}
-    assert set(parts) == {*PARTS, "other"}
+    assert set(phases) == {*IN_RUN[name], "rest"}
+    assert set(parts) == {*PARTS, "other"} - (set(PHASES) - IN_RUN[name])
     for shares in (phases, parts):
         assert sum(percent for _, percent in shares.values()) == pytest.approx(100, abs=0.5)
         assert all(ms >= 0 for ms, _ in shares.values())
