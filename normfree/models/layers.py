@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.models.gelu import gelu_erf, gelu_tanh
+from normfree.models.activations import gelu_erf, gelu_tanh, silu
 from normfree.models.padding import borders, pad_input
 from normfree.models.pointwise import conv2d
 from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
@@ -52,7 +52,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": F.relu6,
     "selu": F.selu,
     "sigmoid": torch.sigmoid,
-    "silu": F.silu,
+    "silu": silu,
     "soft_sign": F.softsign,
     "softplus": F.softplus,
     "tanh": torch.tanh,

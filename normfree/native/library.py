@@ -28,9 +28,9 @@ _SIGNATURES = {
     # standardize.c
     "standardize_forward": [*[_POINTER] * 3, _FLOAT, _LONG, _INT],
     "standardize_backward": [*[_POINTER] * 3, _FLOAT, _LONG, _INT],
-    # gelu.c
-    "gelu_forward": [*[_POINTER] * 2, _LONG, _INT],
-    "gelu_backward": [*[_POINTER] * 3, _LONG, _INT],
+    # activations.c
+    **{f"{name}_forward": [*[_POINTER] * 2, _LONG, _INT] for name in ("gelu", "silu")},
+    **{f"{name}_backward": [*[_POINTER] * 3, _LONG, _INT] for name in ("gelu", "silu")},
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from normfree.models.gelu import gelu_tanh
+from normfree.models.activations import gelu_tanh, silu
 from normfree.models.layers import WSConv2d
 from normfree.models.standardized import standardize_all
 from normfree.native import library as library_file
@@ -65,7 +65,7 @@ def all_results() -> list[Tensor]:
     sizes = [(9, 40, 3), (5, 40, 1), (37, 70, 1)]
     net = nn.ModuleList(WSConv2d(i, o, kernel_size=k, bias=False) for i, o, k in sizes)
     made = standardize_all([c.weight for c in net], [c.gain for c in net], [1.0, 2.0, 0.5])
-    maps = [gelu_tanh(30.0 * kernel) for kernel in made]
+    maps = [act(30.0 * kernel) for kernel, act in zip(made, (gelu_tanh, silu, gelu_tanh), strict=True)]
     ups = [torch.randn(m.shape) * torch.logspace(-5, 0, len(m)).view(-1, 1, 1, 1) for m in maps]
     torch.autograd.backward(maps, ups)
     optimizer = SGD(parameter_groups(net, weight_decay=0.02, clipping=0.3), 0.1)
