@@ -21,7 +21,7 @@ from updates import our_update, timm_update
 from normfree.models.net import Net
 from normfree.train.allocator import keep_freed_memory
 
-IMAGES, WARM, LEAST_MS = 8, 2, 15.0
+IMAGES, WARM, LEAST_MS = 8, 4, 15.0
 
 
 def main() -> None:
