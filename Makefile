@@ -12,17 +12,17 @@ help:            ## what can be made
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1)
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: pyproject.toml $(wildcard normfree/native/*.[ch]) | .venv/bin/python
+.venv/.demo: pyproject.toml setup.py $(wildcard normfree/native/*.[ch]) | .venv/bin/python
 	@echo "== installing normfree with what the demo needs (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	@touch $@
 
-.venv/.dev: pyproject.toml $(wildcard normfree/native/*.[ch]) | .venv/bin/python
+.venv/.dev: pyproject.toml setup.py $(wildcard normfree/native/*.[ch]) | .venv/bin/python
 	@echo "== installing normfree with what the tests need (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-.venv/.bench: pyproject.toml $(wildcard normfree/native/*.[ch]) | .venv/bin/python
+.venv/.bench: pyproject.toml setup.py $(wildcard normfree/native/*.[ch]) | .venv/bin/python
 	@echo "== installing normfree with what the benchmarks need (torch and torchvision: minutes the first time)"
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	@touch $@

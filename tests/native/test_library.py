@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,9 +88,13 @@ def test_bits_do_not_depend_on_the_width_of_registers(
     """The same sources with the same switches, but for the narrowest registers alone."""
     wide = all_results()
     root = Path(library_file.__file__).parents[2]
-    (module,) = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    calls = [
+        node for node in ast.walk(ast.parse((root / "setup.py").read_text())) if isinstance(node, ast.Call)
+    ]
+    (extension,) = [call for call in calls if getattr(call.func, "id", "") == "Extension"]
+    module = {word.arg: ast.literal_eval(word.value) for word in extension.keywords}
     other = tmp_path / "other.so"
-    switches = [*module["extra-compile-args"], "-DNARROW", "-shared", "-fPIC", "-o", str(other)]
+    switches = [*module["extra_compile_args"], "-DNARROW", "-shared", "-fPIC", "-o", str(other)]
     subprocess.run(["gcc", *switches, *(root / source for source in module["sources"])], check=True)
     with monkeypatch.context() as patch:
         patch.setattr(
