@@ -25,5 +25,21 @@ static inline void share(Kernel *kernel, const void *work, int64_t count, int64_
 
 INLINE float *at(int64_t address, int64_t offset) { return (float *)(intptr_t)address + offset; }
 
-/* Partial sums of a row, for registers of any width. */
-enum { LANES = 16 };
+/* Partial sums of a row, for registers of any width, and how much of it they sum before they go into a double: however
+ * long the row, a sum is as exact as one of a thousand numbers. */
+enum { LANES = 16, SPAN = 1 << 14 };
+
+/* total = the sum of `term`, which depends on i, for i from 0 to `length`. */
+#define SUM(total, length, term) \
+    double total = 0.0; \
+    for (int64_t from = 0; from < (length); from += SPAN) { \
+        int64_t end = from + SPAN < (length) ? from + SPAN : (length); \
+        float lanes[LANES] = {0}; \
+        for (int64_t first = from; first + LANES <= end; first += LANES) \
+            for (int lane = 0; lane < LANES; lane++) { \
+                int64_t i = first + lane; \
+                lanes[lane] += (term); \
+            } \
+        for (int64_t i = end - (end - from) % LANES; i < end; i++) total += (term); \
+        for (int lane = 0; lane < LANES; lane++) total += lanes[lane]; \
+    }

@@ -18,25 +18,13 @@ typedef struct {
 } Work;
 
 INLINE float sum(const float *restrict x, int64_t length) {
-    float lanes[LANES] = {0};
-    double total = 0.0;
-    int64_t i = 0;
-    for (; i + LANES <= length; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane];
-    for (; i < length; i++) total += x[i];
-    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+    SUM(total, length, x[i])
     return (float)total;
 }
 
 /* Sum of (x - mean) * (y - mean of y), for which one of both means is enough. */
 INLINE float sum_of_products(const float *restrict x, float mean, const float *restrict y, float shift, int64_t length) {
-    float lanes[LANES] = {0};
-    double total = 0.0;
-    int64_t i = 0;
-    for (; i + LANES <= length; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] += (x[i + lane] - mean) * (y[i + lane] - shift);
-    for (; i < length; i++) total += (double)(x[i] - mean) * (y[i] - shift);
-    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+    SUM(total, length, (x[i] - mean) * (y[i] - shift))
     return (float)total;
 }
 

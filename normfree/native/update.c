@@ -27,13 +27,7 @@ typedef struct {
 } Work;
 
 INLINE float sum_of_squares(const float *restrict x, int64_t length) {
-    float lanes[LANES] = {0};
-    double total = 0.0;
-    int64_t i = 0;
-    for (; i + LANES <= length; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane] * x[i + lane];
-    for (; i < length; i++) total += (double)x[i] * x[i];
-    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+    SUM(total, length, x[i] * x[i])
     return (float)total;
 }
 
