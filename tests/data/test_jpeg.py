@@ -64,6 +64,33 @@ def test_grey_is_quick_and_other_colours_are_pillows(quick: list[bool]) -> None:
     assert quick == [True, False, False]
 
 
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+def test_notes_are_looked_for_before_the_first_scan_and_nowhere_else(quick: list[bool]) -> None:
+    data = encode(photo(), comment=b"before")
+    scan = data.index(b"\xff\xda")
+    assert jpeg._head(data) == data[:scan]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = (
+        data[:2] + segment(0xE2, b"\xff\xda in a colour profile") + segment(0xE1, exif.tobytes()) + data[2:]
+    )
+    assert np.array_equal(load_array(turned), np.asarray(load_image(turned)))
+    behind = data + b"Exif\0\0"  # what follows the picture turns nothing
+    assert np.array_equal(load_array(behind), np.asarray(load_image(behind)))
+    assert quick == [False, True]
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5, 30])
+def test_a_head_that_cannot_be_read_is_everything(cut: int) -> None:
+    data = encode(photo())
+    assert jpeg._head(data[:cut]) == data[:cut]
+    odd = data[:2] + b"\xff\xff" + data[2:]  # a fill byte
+    assert jpeg._head(odd) == odd
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_pictures_are_upright(orientation: int, quick: list[bool]) -> None:
     exif = Image.Exif()
