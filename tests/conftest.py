@@ -6,11 +6,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from normfree.native.library import library
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)  # small tensors, and the same sums in the same order on every machine
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels in C are there, and two threads share the smallest work."""
+    if library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
+    monkeypatch.setattr("normfree.native.library.SMALL", 0)
+    torch.set_num_threads(2)
 
 
 @pytest.fixture

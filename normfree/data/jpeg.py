@@ -18,10 +18,7 @@ from normfree.data.images import FORMATS, MAX_PIXELS, load_image, read_file
 
 _START = b"\xff\xd8\xff"
 _MAY_TURN = (b"Exif\0\0", b"http://ns.adobe.com/xap/")  # where a camera writes which side is up
-_COUNTED, _SCAN = (
-    frozenset(range(0xC0, 0xFF)) - frozenset(range(0xD0, 0xDA)),
-    0xDA,
-)  # markers; D0 to D9 stand alone
+_SCAN, _COUNTED = 0xDA, {*range(0xC0, 0xD0), *range(0xDA, 0xFF)}  # markers; those between stand alone
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _PLAIN = ("YCbCr", "Gray")  # not CMYK, YCCK or RGB, which need Pillow's knowledge of Adobe's markers
 

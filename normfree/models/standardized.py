@@ -25,7 +25,7 @@ from normfree.models.filters import (
     standardize_forward,
 )
 from normfree.models.layers import WSConv2d
-from normfree.native.library import library, run
+from normfree.native.library import library, owner_of, run
 from normfree.native.memory import is_dense, is_plain, laid_out_as, unwatched
 
 #: Elements that a program takes at a time, and its warps.
@@ -211,7 +211,7 @@ def _launch(
 @lru_cache(maxsize=8)
 def _owner(units: tuple[int, ...], device: torch.device) -> Tensor:
     """Which tensor a unit belongs to, for tensors of so many units each."""
-    return torch.arange(len(units), dtype=torch.int32).repeat_interleave(torch.tensor(units)).to(device)
+    return owner_of(units).to(device)
 
 
 def _sent(values: list[list[Any]], dtype: torch.dtype, device: torch.device) -> Tensor:

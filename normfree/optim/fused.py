@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normfree.native.library import library, run
+from normfree.native.library import library, owner_of, run
+from normfree.native.memory import same_layout
 from normfree.optim.agc import ClipReport, NonFiniteGradientError
 from normfree.optim.ema import Ema, ema_decay
 from normfree.optim.sgd import SGD
 from normfree.optim.sharded import is_sharded
-from normfree.optim.units import COLUMNS, owner_of
+from normfree.optim.units import COLUMNS
 
 #: Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
 BLOCK, WARPS = 2048, 8
@@ -33,7 +34,6 @@ class _Entry(NamedTuple):
     average: Tensor | None
     units: int
     stride: tuple[int, ...]
-    layout: list[tuple[int, int]]
 
 
 def fused_update(
@@ -84,9 +84,8 @@ class FusedUpdate:
         self._all: list[_Entry] = []
         for index, group in enumerate(optimizer.param_groups):
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                layout = _layout(p)
-                units = p.shape[0] if len(layout) > 1 else 1
-                self._all.append(_Entry(name, index, p, averages.get(id(p)), units, p.stride(), layout))
+                units = p.shape[0] if len(_layout(p)) > 1 else 1
+                self._all.append(_Entry(name, index, p, averages.get(id(p)), units, p.stride()))
         device = self._all[0].parameter.device
         #: What a step depends on besides tensors, on the device: see `normfree.optim.kernels`.
         self.numbers = torch.zeros(1 + 5 * len(optimizer.param_groups), device=device)
@@ -109,7 +108,7 @@ class FusedUpdate:
                 and not is_sharded(e.parameter)
                 and _units_are_runs(e.parameter)
                 and (e.average is None) == (self.ema is None)
-                and (e.average is None or _layout(e.average) == e.layout)
+                and (e.average is None or same_layout(e.average, e.parameter))
                 for e in self._all
             )
         )
@@ -209,7 +208,7 @@ class FusedUpdate:
                 )
             grads.append(_laid_out(p.grad, entry))
             momentum = self.optimizer.state[p].get("momentum_buffer")
-            if momentum is None or not _lies_like(momentum, entry):
+            if momentum is None or not same_layout(momentum, p):
                 momentum = self.optimizer.named_state()[entry.name]  # makes it
             average = momentum if entry.average is None else entry.average
             pointers = [t.data_ptr() for t in (p, grads[-1], momentum, average)]
@@ -293,11 +292,6 @@ def _layout(tensor: Tensor) -> list[tuple[int, int]]:
     return [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
 
 
-def _lies_like(tensor: Tensor, entry: _Entry) -> bool:
-    """Whether element i in memory is the same element as in the entry's parameter."""
-    return tensor.stride() == entry.stride or _layout(tensor) == entry.layout
-
-
 def _units_are_runs(tensor: Tensor) -> bool:
     """Whether memory has no gaps and dimension 0, if there are units along it, is the outermost."""
     layout = _layout(tensor)
@@ -316,7 +310,7 @@ def _laid_out(grad: Tensor, entry: _Entry) -> Tensor:
             f"The gradient of {entry.name!r} is sparse. Clipping takes dense gradients only. Build the "
             "layer with sparse=False."
         )
-    if grad.dtype == torch.float32 and _lies_like(grad, entry):
+    if grad.dtype == torch.float32 and same_layout(grad, entry.parameter):
         return grad
     return torch.empty_like(entry.parameter).copy_(grad)
 

@@ -10,17 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normfree.native.library import library, run
+from normfree.native.library import library, owner_of, run
 from normfree.native.memory import is_plain
 
 #: Numbers per tensor in the table that `normfree.optim.kernels` describes.
 COLUMNS = 8
-
-
-def owner_of(sizes: Sequence[int]) -> Tensor:
-    """int32: which tensor each unit belongs to, if tensor i has sizes[i] of them."""
-    index = torch.arange(len(sizes), dtype=torch.int32)
-    return index.repeat_interleave(torch.tensor(sizes, dtype=torch.long))
 
 
 class Units:

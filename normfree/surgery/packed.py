@@ -14,6 +14,7 @@ from torch import Tensor
 from normfree.models.layers import Conv2d
 from normfree.models.padding import pad_input
 from normfree.models.recompute import Activation
+from normfree.native.memory import unwatched
 
 
 class _Packed(NamedTuple):
@@ -71,17 +72,15 @@ class PackedConv2d(Conv2d):
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether a call with `x` is inference in float32 on a CPU that nobody looks into."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit._trace.is_tracing():
-        return False
     return (
-        x.device.type == weight.device.type == "cpu"
+        unwatched()
+        and type(x) is Tensor
+        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         and not weight.is_inference()  # those have no version
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_mkldnn_enabled()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     )

@@ -18,7 +18,6 @@ from normfree.models.filters import standardize_backward
 from normfree.models.layers import WS_EPS, WSConv2d, standardize
 from normfree.models.standardized import standardize_all, standardized_once
 from normfree.models.zoo import create_model
-from normfree.native.library import library
 
 SCALES = [1.3, 0.7, 2.0, 1.0, 1.1]
 
@@ -29,15 +28,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None])
     interpret("normfree.models.kernels", "forward", "backward")
     monkeypatch.setattr(standardized, "BLOCK", 32)
     monkeypatch.setattr(standardized, "_engine", lambda tensors, dtype: "triton")
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels in C, which make float32 alone, by two threads."""
-    if library() is None:
-        pytest.skip("no C compiler was there when the package was installed")
-    monkeypatch.setattr("normfree.native.library.SMALL", 0)
-    torch.set_num_threads(2)
 
 
 @pytest.fixture

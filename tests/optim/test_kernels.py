@@ -38,12 +38,8 @@ def triton(
 
 
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> Kind:
-    """The kernels in C, by two threads."""
-    if library() is None:
-        pytest.skip("no C compiler was there when the package was installed")
-    monkeypatch.setattr("normfree.native.library.SMALL", 0)
-    torch.set_num_threads(2)
+def native(compiled: None) -> Kind:
+    """The kernels in C."""
     return NativeUpdate
 
 
