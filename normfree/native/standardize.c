@@ -28,39 +28,50 @@ INLINE float sum_of_products(const float *restrict x, float mean, const float *r
     return (float)total;
 }
 
+/* One filter of the table: where it lies, and what both ways need of it. */
+typedef struct {
+    const Row *row;
+    const float *w;
+    int64_t index, offset;
+    float gain, scale, mean, power;
+} Filter;
+
+INLINE Filter find(const Work *work, int64_t number) {
+    int32_t which = work->owner[number];
+    const Row *row = work->table + which;
+    int64_t index = number - row->first, length = row->length;
+    const float *w = at(row->weights, index * length);
+    float mean = sum(w, length) / (float)length;
+    float power = sum_of_products(w, mean, w, mean, length) + work->numbers[2 * which + 1];
+    return (Filter){row, w, index, index * length, *at(row->gain, index), work->numbers[2 * which], mean, power};
+}
+
 WIDE void standardize_forward_between(const void *given, int64_t start, int64_t stop) {
     const Work *work = given;
-    for (int64_t filter = start; filter < stop; filter++) {
-        int32_t which = work->owner[filter];
-        const Row *row = work->table + which;
-        int64_t index = filter - row->first, length = row->length;
-        const float *restrict w = at(row->weights, index * length);
-        float *restrict out = at(row->kernel, index * length);
-        float mean = sum(w, length) / (float)length;
-        float power = sum_of_products(w, mean, w, mean, length) + work->numbers[2 * which + 1];
-        float factor = *at(row->gain, index) * work->numbers[2 * which] / sqrtf(fmaxf(power, work->floor));
-        for (int64_t i = 0; i < length; i++) out[i] = (w[i] - mean) * factor;
+    for (int64_t number = start; number < stop; number++) {
+        Filter f = find(work, number);
+        const float *restrict w = f.w;
+        float *restrict out = at(f.row->kernel, f.offset);
+        float factor = f.gain * f.scale / sqrtf(fmaxf(f.power, work->floor));
+        for (int64_t i = 0; i < f.row->length; i++) out[i] = (w[i] - f.mean) * factor;
     }
 }
 
 WIDE void standardize_backward_between(const void *given, int64_t start, int64_t stop) {
     const Work *work = given;
-    for (int64_t filter = start; filter < stop; filter++) {
-        int32_t which = work->owner[filter];
-        const Row *row = work->table + which;
-        int64_t index = filter - row->first, length = row->length;
-        const float *restrict w = at(row->weights, index * length), *restrict g = at(row->kernel, index * length);
-        float *restrict out = at(row->by_weight, index * length);
-        float scale = work->numbers[2 * which], floor = work->floor;
-        float mean = sum(w, length) / (float)length, grad_mean = sum(g, length) / (float)length;
-        float power = sum_of_products(w, mean, w, mean, length) + work->numbers[2 * which + 1];
-        float along = sum_of_products(w, mean, g, 0.0f, length);
-        float inverse = 1.0f / sqrtf(fmaxf(power, floor));
+    for (int64_t number = start; number < stop; number++) {
+        Filter f = find(work, number);
+        int64_t length = f.row->length;
+        const float *restrict w = f.w, *restrict g = at(f.row->kernel, f.offset);
+        float *restrict out = at(f.row->by_weight, f.offset);
+        float grad_mean = sum(g, length) / (float)length;
+        float along = sum_of_products(w, f.mean, g, 0.0f, length);
+        float inverse = 1.0f / sqrtf(fmaxf(f.power, work->floor));
         /* Through the power all of it comes back above the floor, half at the floor, nothing below it. */
-        float back = along * inverse * inverse * (power > floor ? 1.0f : power == floor ? 0.5f : 0.0f);
-        float factor = *at(row->gain, index) * scale * inverse;
-        for (int64_t i = 0; i < length; i++) out[i] = factor * (g[i] - grad_mean - (w[i] - mean) * back);
-        *at(row->by_gain, index) = along * inverse * scale;
+        float part = f.power > work->floor ? 1.0f : f.power == work->floor ? 0.5f : 0.0f;
+        float back = along * inverse * inverse * part, factor = f.gain * f.scale * inverse;
+        for (int64_t i = 0; i < length; i++) out[i] = factor * (g[i] - grad_mean - (w[i] - f.mean) * back);
+        *at(f.row->by_gain, f.index) = along * inverse * f.scale;
     }
 }
 

@@ -245,6 +245,7 @@ class FusedUpdate:
         entries = [self._all[index] for index, _ in plan]
         units = [e.units for e in entries]
         self._firsts = list(accumulate(units, initial=0))[:-1]
+        self._elements = sum(e.parameter.numel() for e in entries)
         self._aligned = sum(e.units for e, (_, aligned) in zip(entries, plan, strict=True) if aligned)
         device = self.numbers.device
         self._table = torch.zeros(len(plan), COLUMNS, dtype=torch.int64, device=device)
@@ -283,8 +284,7 @@ class NativeUpdate(FusedUpdate):
         self._run("update", self._table, self._owner, self.numbers, squares, clipped, self.eps, averages)
 
     def _run(self, name: str, *arguments: Tensor | float) -> None:
-        elements = sum(self._all[index].parameter.numel() for index, _ in self._plan)
-        run(name, *arguments, count=len(self._owner), elements=elements)
+        run(name, *arguments, count=len(self._owner), elements=self._elements)
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
