@@ -76,8 +76,10 @@ class Batcher:
         self._worker.start()
 
     def __len__(self) -> int:
-        """Pictures that wait; those in the network no longer do."""
-        return len(self._queue)
+        """Pictures that wait; those in the network, or whose client gave up, no longer do."""
+        with self._change:
+            self._drop_cancelled()
+            return len(self._queue)
 
     @property
     def ready(self) -> bool:

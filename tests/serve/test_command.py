@@ -40,10 +40,10 @@ def test_it_says_its_address_serves_and_ends_cleanly_on_both_signals(folder):
             found = re.fullmatch(
                 r"nf_resnet_nano, 3 classes: (http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", line
             )
-            with urllib.request.urlopen(found[1] + "health", timeout=10) as response:
+            with urllib.request.urlopen(found[1] + "health", timeout=60) as response:
                 assert json.load(response)["ready"] is True
             process.send_signal(number)
-            out, err = process.communicate(timeout=15)
+            out, err = process.communicate(timeout=60)
         finally:
             process.kill()
             process.wait()

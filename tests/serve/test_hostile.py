@@ -69,7 +69,7 @@ class Client:
 
     def talk(self, *pieces, pause=0.0, half_close=False):
         """(status, JSON or text) of the first answer; (0, "") if the server only closed the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=15) as sock:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
             try:
                 for piece in pieces:
                     sock.sendall(piece)
@@ -134,7 +134,7 @@ def hundred_megabytes(client, r):
     head = (
         b"POST /predict HTTP/1.1\r\nHost: h\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
     )
-    with socket.create_connection(("127.0.0.1", client.port), timeout=15) as sock:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=60) as sock:
         sock.sendall(head)
         sock.setblocking(False)
         piece = b"40000\r\n" + bytes(0x40000) + b"\r\n"
@@ -298,67 +298,88 @@ def test_a_thousand_malformed_requests_leave_it_answering(serving, colours, capl
 def test_an_unfinished_head_does_not_hold_a_connection(serving, colours):
     with serving(colours, limits=HURRIED) as (port, _):
         for words in (b"", b"GET / HT"):
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as sock:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
                 sock.sendall(words)
                 started = time.monotonic()
                 with contextlib.suppress(ConnectionResetError):
                     assert sock.recv(100) == b""
-                assert 0.3 < time.monotonic() - started < 3
+                assert time.monotonic() - started > 0.3
 
 
 def test_a_refused_body_is_not_read_for_ever(serving, colours):
     with (
         serving(colours, limits=HURRIED) as (port, _),
-        socket.create_connection(("127.0.0.1", port), timeout=5) as sock,
+        socket.create_connection(("127.0.0.1", port), timeout=60) as sock,
     ):
         sock.sendall(request(b"", length=10**9))
         assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
         started = time.monotonic()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while time.monotonic() - started < 5:
+            while time.monotonic() - started < 60:
                 sock.sendall(b"x" * 1000)
                 time.sleep(0.02)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
+
+
+def eventually(holds):
+    """Waits for what the server comes to in its own time; fails after a minute."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, caplog):
-    limits = Limits(max_connections=3, head_seconds=5)
+    limits = Limits(max_connections=3, head_seconds=120)
     with serving(colours, limits=limits) as (port, _):
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-        time.sleep(0.1)
-        assert Client(port).talk(request(PNG))[0] == 503
+        eventually(lambda: Client(port).talk(request(PNG))[0] == 503)
         assert "Exceeded concurrency limit." in [r.message for r in caplog.records]
         for sock in held:
             sock.close()
-        time.sleep(0.1)
-        assert Client(port).talk(request(PNG))[0] == 200
+        eventually(lambda: Client(port).talk(request(PNG))[0] == 200)
 
 
 def test_a_client_that_leaves_leaves_nothing(serving, colours, caplog):
-    with serving(colours, max_batch=1, max_delay_ms=0) as (port, app):
+    limits = Limits(max_queue=1, max_files=1)
+    with serving(colours, max_batch=1, max_delay_ms=0, limits=limits) as (port, app):
+        colours.net.entered.clear()
         colours.net.gate.clear()
-        for words in (request(PNG, length=99_999), request(PNG), request(PNG), request(PNG)):
+        service = app.state.service
+
+        def metrics():
+            return Client(port).talk(request(b"", method="GET", path="/metrics"))[1]
+
+        arrived = [
+            (request(PNG, length=99_999), lambda: service.held.count),
+            (request(PNG), colours.net.entered.is_set),
+            (request(PNG), lambda: len(service.batcher)),
+            (request(PNG), lambda: len(service.batcher)),
+        ]
+        for left, (words, here) in enumerate(arrived, 1):
             with socket.create_connection(("127.0.0.1", port)) as sock:
                 sock.sendall(words)
-                time.sleep(0.15)
-        threading.Timer(0.2, colours.net.gate.set).start()
+                eventually(here)
+            eventually(lambda n=left: f'requests_total{{path="/predict",status="499"}} {n}.0' in metrics())
+        colours.net.gate.set()
         assert Client(port).talk(request(PNG))[0] == 200
-        assert app.state.service.held.count == 0
-        text = Client(port).talk(request(b"", method="GET", path="/metrics"))[1]
-        assert 'normfree_requests_total{path="/predict",status="499"} 4.0' in text
-        assert "normfree_batch_size_sum 2.0" in text  # the one that was in the network, and the last
+        assert service.held.count == 0
+        assert "normfree_batch_size_sum 2.0" in metrics()  # the one that was in the network, and the last
         assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
 def test_open_requests_are_answered_at_the_end_or_told(serving, colours, caplog, monkeypatch):
-    monkeypatch.setattr("normfree.serve.server._GRACE", 0.4)
-    for hangs, status in ((False, 200), (True, 503)):
+    for grace, status in ((60, 200), (0.4, 503)):
+        monkeypatch.setattr("normfree.serve.server._GRACE", grace)
         with ThreadPoolExecutor() as pool, serving(colours) as (port, _):
             colours.net.entered.clear()
             colours.net.gate.clear()
             answer = pool.submit(Client(port).talk, request(PNG))
-            assert colours.net.entered.wait(5)
-            threading.Timer(1.5 if hangs else 0.2, colours.net.gate.set).start()
+            assert colours.net.entered.wait(60)
+            if status == 200:
+                threading.Timer(0.2, colours.net.gate.set).start()  # after the end has begun
+            else:
+                answer.add_done_callback(lambda _: colours.net.gate.set())
         assert answer.result()[0] == status
     assert answer.result()[1] == {"error": "the server is stopping"}
     assert [r.message.split(": ", 1)[1] for r in caplog.records if r.name == "normfree.serve"] == [
