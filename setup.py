@@ -12,6 +12,7 @@ setup(
             sources=[
                 "normfree/native/update.c",
                 "normfree/native/standardize.c",
+                "normfree/native/winograd.c",
                 "normfree/native/activations.c",
             ],
             depends=["normfree/native/share.h"],

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.models.activations import gelu_erf, gelu_tanh, silu
+from normfree.models.convolution import Geometry, conv2d, own_gradients
 from normfree.models.padding import borders, pad_input
-from normfree.models.pointwise import conv2d
 from normfree.models.recompute import KEPT_ANYWAY, Activation, activated_conv2d, eager_training
 from normfree.models.residual import spatial_mean
-from normfree.models.weight_gradient import pays
 
 #: How a standardized filter is kept from dividing by zero, and the constant. "floor": under variance * fan-in
 #: (reference code, `WSConv2D`); "add": to the variance (timm, `std_conv_eps`).
@@ -197,13 +196,11 @@ def convolve(
     own_backward = eager_training()
     if act is not None and (act in KEPT_ANYWAY or not own_backward):
         x, act = act(x), None
-    if act is None and not (own_backward and pays(x, weight, groups=groups)):
-        x, sides = pad_input(x, weight.shape[-1], stride, padding=padding)
-        return conv2d(x, weight, bias, stride=stride, padding=sides, groups=groups)
     border, sides = borders(x, weight.shape[-1], stride, padding=padding)
-    return activated_conv2d(
-        x, weight, bias, act=act, border=border, stride=stride, padding=sides, groups=groups
-    )
+    geometry = Geometry(stride=stride, padding=sides, groups=groups)
+    if act is None and not (own_backward and own_gradients(x, weight, **geometry)):
+        return conv2d(x if border is None else F.pad(x, border), weight, bias, **geometry)
+    return activated_conv2d(x, weight, bias, act=act, border=border, **geometry)
 
 
 class WSConv2d(nn.Module):

@@ -15,15 +15,6 @@ from torch import Tensor
 PRODUCTS = False
 
 
-def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: tuple[int, int], groups: int
-) -> Tensor:
-    """conv2d(x, weight, bias, stride, padding, 1, groups), as a product where that is the way."""
-    if is_product(x, weight, stride=stride, groups=groups):
-        return pointwise(x, weight, bias)
-    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
-
-
 def is_product(x: Tensor, weight: Tensor, *, stride: int, groups: int) -> bool:
     """Whether the convolution of `x` B I H W with `weight` O I h w is to be a product: on a CUDA device, of matrices
     that lie as they should. On a CPU it is the library's own way already."""

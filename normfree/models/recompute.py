@@ -3,7 +3,7 @@
 Autograd would keep both: the input for the activation's gradient, the output for that of the kernel. The output is
 computed again in the backward pass instead: one pass over memory more, and nearly half of what training has to hold
 less. Values and gradients are those of the plain path, bit for bit: the same operations in the same order; but for the
-kernels that `weight_gradient` takes on, whose gradient is added up in another order.
+convolutions that `convolution` computes its own way, which add up in another order.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normfree.models.convolution import conv2d, gradients
 from normfree.models.padding import Border, without_border, zero_border
-from normfree.models.pointwise import conv2d, is_product, pointwise_gradients
-from normfree.models.weight_gradient import pays, weight_gradient
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -94,7 +93,7 @@ class _ActivatedConv2d(torch.autograd.Function):
             activated = source if ctx.act is None else ctx.act(source)
         a = _bordered(activated.detach(), ctx.border)
         needs = needs_x, needs_weight, needs_bias and ctx.bias_sizes is not None
-        grad_a, grad_weight, grad_bias = _gradients(grad, a, weight, ctx.bias_sizes, needs, **ctx.options)
+        grad_a, grad_weight, grad_bias = gradients(grad, a, weight, ctx.bias_sizes, needs, **ctx.options)
         grad_x = None
         if grad_a is not None:
             if ctx.border is not None:
@@ -106,47 +105,3 @@ class _ActivatedConv2d(torch.autograd.Function):
             grad_bias,
             *(None,) * 5,
         )
-
-
-def _gradients(
-    grad: Tensor,
-    a: Tensor,
-    weight: Tensor,
-    bias_sizes: list[int] | None,
-    needs: tuple[bool, bool, bool],
-    *,
-    stride: int,
-    padding: tuple[int, int],
-    groups: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of a convolution's input `a`, kernel and bias, from that of its result; None where not needed."""
-    needs_a, needs_weight, needs_bias = needs
-    # autocast computed in the type of `grad`, from copies of both in that type
-    typed_a, typed_weight = a.to(grad.dtype), weight.to(grad.dtype)
-    grad_a = grad_weight = grad_bias = None
-    if is_product(a, weight, stride=stride, groups=groups):
-        grad_a, grad_weight = pointwise_gradients(
-            grad, typed_a, typed_weight, needs_x=needs_a, needs_weight=needs_weight
-        )
-        return grad_a, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None
-    if needs_weight and grad.dtype == a.dtype and pays(a, weight, groups=groups):
-        grad_weight = weight_gradient(
-            a,
-            grad,
-            kernel_size=(weight.shape[2], weight.shape[3]),
-            stride=stride,
-            padding=padding,
-            groups=groups,
-        )
-        needs_weight = False
-        if needs_bias:
-            grad_bias, needs_bias = grad.sum((0, 2, 3)), False
-    if needs_a or needs_weight or needs_bias:
-        options = (stride, stride), padding, (1, 1), False, (0, 0), groups
-        found = torch.ops.aten.convolution_backward(
-            grad, typed_a, typed_weight, bias_sizes, *options, (needs_a, needs_weight, needs_bias)
-        )
-        grad_a = found[0]
-        grad_weight = found[1] if needs_weight else grad_weight
-        grad_bias = found[2] if needs_bias else grad_bias
-    return grad_a, grad_weight, grad_bias

@@ -3,6 +3,7 @@
  * every machine and for every number of threads. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 
 /* The loader picks the functions for wider registers where the processor has them. NARROW: tests compare both. */
@@ -22,6 +23,9 @@ static inline void share(Kernel *kernel, const void *work, int64_t count, int64_
     for (int64_t start = 0; start < count; start += chunk)
         kernel(work, start, start + chunk < count ? start + chunk : count);
 }
+
+/* Which of the threads that `share` gave work this is. */
+INLINE int thread(void) { return omp_get_thread_num(); }
 
 INLINE float *at(int64_t address, int64_t offset) { return (float *)(intptr_t)address + offset; }
 

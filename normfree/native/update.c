@@ -4,7 +4,7 @@
 #include "share.h"
 
 /* VERSION of normfree.native.library: changes with any signature in this room. */
-const int native_version = 1;
+const int native_version = 2;
 
 enum { CHUNK = 32 };  /* units at a time: some 100 KB */
 #define FLOOR 1e-6f   /* GRADIENT_FLOOR of normfree.optim.agc */

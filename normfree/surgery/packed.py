@@ -1,7 +1,8 @@
-"""Convolutions that keep their kernel as oneDNN wants it, for inference on a CPU.
+"""Convolutions that keep their kernel as it is computed with, for inference on a CPU.
 
 oneDNN computes with kernels in blocks, whose form depends on the machine; torch hands it a plain kernel and it is laid
-out anew at every call. For a batch of one that is a fifth of the time of NFNet-F0 (docs/speed.md).
+out anew at every call. For a batch of one that is a fifth of the time of NFNet-F0 (docs/speed.md). So it is with the
+planes of `winograd`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normfree.models import winograd
+from normfree.models.convolution import Geometry
 from normfree.models.layers import Conv2d
 from normfree.models.padding import pad_input
 from normfree.models.recompute import Activation
@@ -18,13 +21,14 @@ from normfree.native.memory import unwatched
 
 
 class _Packed(NamedTuple):
-    """A kernel in oneDNN's layout for inputs of one shape; the plain one and its version then. Held, its address is
-    nobody else's."""
+    """A kernel in oneDNN's layout for inputs of one shape, or its planes if `minimal`; the plain one and its version
+    then. Held, its address is nobody else's."""
 
     kernel: Tensor
     shape: torch.Size
     plain: Tensor
     version: int
+    minimal: bool
 
     def is_of(self, plain: Tensor, shape: torch.Size) -> bool:
         """Whether it was made of `plain` as that is now, for inputs of this shape."""
@@ -36,9 +40,10 @@ class PackedConv2d(Conv2d):
     """`Conv2d`: the same parameters, the same results to rounding.
 
     Where nothing is differentiated, on a CPU and in float32, its kernel is laid out once, which takes as much memory
-    again: at the second call in a row with inputs of one shape, since the best layout differs from shape to shape. It
-    is laid out anew when it has changed, by anything but writing through `.data`, which torch counts nowhere.
-    Everywhere else, and for tools that look at operations, it is the plain convolution.
+    again, or nearly twice as much for the planes of `winograd`: at the second call in a row with inputs of one shape,
+    since the best layout differs from shape to shape. It is laid out anew when it has changed, by anything but writing
+    through `.data`, which torch counts nowhere. Everywhere else, and for tools that look at operations, it is the plain
+    convolution.
     """
 
     _packed: _Packed | None = None
@@ -54,12 +59,19 @@ class PackedConv2d(Conv2d):
             return super().forward(x, act)
         size, stride = self.weight.shape[-1], list(self.stride)
         x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
+        geometry = Geometry(stride=stride[0], padding=sides, groups=self.groups)
+        minimal = winograd.convolves() and winograd.suits(x, plain, has_planes=True, **geometry)
         options = list(sides), stride, [1, 1], self.groups
-        if packed is None or not packed.is_of(plain, shape):
-            kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                plain.contiguous().to_mkldnn(), *options, list(x.shape)
-            )
-            self._packed = packed = _Packed(kernel, shape, plain, plain._version)
+        if packed is None or not packed.is_of(plain, shape) or packed.minimal != minimal:
+            if minimal:
+                kernel = winograd.filter_planes(plain, groups=self.groups)
+            else:
+                kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                    plain.contiguous().to_mkldnn(), *options, list(x.shape)
+                )
+            self._packed = packed = _Packed(kernel, shape, plain, plain._version, minimal)
+        if minimal:
+            return winograd.convolve(x, packed.kernel, self.bias, groups=self.groups)
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, packed.kernel, self.bias, *options, "none", [], ""
         )

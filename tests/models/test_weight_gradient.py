@@ -49,11 +49,11 @@ def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(trains, hal
     found, calls = [], []
     real = module.weight_gradient
     monkeypatch.setattr(
-        "normfree.models.recompute.weight_gradient", lambda *a, **k: calls.append(1) or real(*a, **k)
+        "normfree.models.convolution.weight_gradient", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
     for products in (True, False):
         if not products:
-            for place in ("layers", "recompute"):
+            for place in ("convolution", "layers"):
                 monkeypatch.setattr(f"normfree.models.{place}.pays", lambda *args, **kwargs: False)
         for act in (None, F.silu, F.relu):
             x = image.clone().requires_grad_(trains != "not the input")

@@ -1,0 +1,176 @@
+"""3x3 convolutions of stride 1 by Winograd's minimal filtering, for CPUs.
+
+Each tile of 2 x 2 outputs sees 4 x 4 inputs d. With the matrices A, B and G of F(2 x 2, 3 x 3), all 0, ±1 and 1/2,
+
+    y = Aᵀ [(G f Gᵀ) · (Bᵀ d B)] A        for one input channel and filter f,
+
+takes 16 multiplications instead of 36. Over channels, filters and tiles the middle is 16 matrix products; the maps
+around it are sums. Both gradients are of the same form: that of the input is a convolution with filters turned by half
+a circle, and
+
+    ∂f = Gᵀ [Σ (A ∂y Aᵀ) · (Bᵀ d B)] G     over the tiles.
+
+The kernels of `normfree.native` do the sums, and the products of the convolution too, tile by tile while its planes are
+in the cache; those of ∂f, whose sums run over the tiles, are torch's. Results are as exact as those of the plain sum:
+fewer numbers are added up.
+
+Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from normfree.native.library import library, run
+from normfree.native.memory import is_plain, unwatched
+
+#: Of winograd.c: channels and filters of a group are multiples of the first, blocks of tiles of the second; the third
+#: is how many numbers lie between planes.
+PANEL, ROWS, PAD = 16, 6, 16
+
+#: Below these it is not faster: channels and filters of a group; tiles; with planes at hand, tiles times groups.
+#: Measured from 16 to 512 channels and from 9 to 65,000 tiles.
+LEAST_CHANNELS, LEAST_TILES, LEAST_WITH_PLANES = 32, 64, 96
+
+#: Tiles of a block of the convolution: 24 to 96 are as fast.
+BLOCK = 48
+
+#: Bytes of planes at a time for the gradient of the filters: 2 to 16 MB are as fast.
+PLANES = 4 << 20
+
+
+def suits(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int,
+    padding: tuple[int, int],
+    groups: int,
+    has_planes: bool = False,
+) -> bool:
+    """Whether conv2d(x, weight, None, stride, padding, 1, groups) is one to be computed so, and nothing has to see
+    torch's own operations. `has_planes`: those of the filters need not be computed."""
+    tiles = _tiles(x) if x.ndim == 4 else 0
+    return (
+        tuple(weight.shape[2:]) == (3, 3)
+        and (stride, padding) == (1, (1, 1))
+        and all(n >= LEAST_CHANNELS and n % PANEL == 0 for n in (weight.shape[1], len(weight) // groups))
+        and is_plain(x)
+        and is_plain(weight)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and (tiles * groups >= LEAST_WITH_PLANES if has_planes else tiles >= LEAST_TILES)
+        and not torch.is_autocast_enabled("cpu")
+        and unwatched()
+        and library() is not None
+    )
+
+
+@cache
+def convolves() -> bool:
+    """Whether the convolution itself is faster here. Its products are written for AVX2; with wider registers oneDNN's
+    sums of 9 have twice the speed, which nobody has measured against it."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def _tiles(x: Tensor) -> int:
+    """Of all images B C H W."""
+    count, _, height, width = x.shape
+    return int(count * -(-height // 2) * -(-width // 2))
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, groups: int) -> Tensor:
+    """conv2d(x, weight, bias, padding=1, groups=groups): B O H W, channels_last. No gradient."""
+    return convolve(x, filter_planes(weight, groups=groups), bias, groups=groups)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, *, groups: int) -> Tensor:
+    """Gradient B I H W of the input of `conv2d`, channels_last, from that of its result, `grad` B O H W."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return convolve(grad, filter_planes(weight, groups=groups, turned=True), None, groups=groups)
+
+
+def weight_gradient(x: Tensor, grad: Tensor, *, groups: int) -> Tensor:
+    """Gradient O I/groups 3 3 of the filters of `conv2d`, channels_last."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    inputs, outputs = x.shape[1] // groups, grad.shape[1] // groups
+    total = x.new_zeros(16 * groups, outputs, inputs)
+    zeros = x.new_zeros(max(x.shape[1], grad.shape[1]))
+    for part, tiles in _parts(x, grad, groups):
+        by_input, by_output = (_planes(x, 16 * len(part), len(tiles), size) for size in (inputs, outputs))
+        _over_tiles("input", x, by_input, zeros, part, tiles)
+        _over_tiles("gradient", grad, by_output, zeros, part, tiles)
+        total[16 * part.start : 16 * part.stop].baddbmm_(by_output.transpose(1, 2), by_input)
+    found = x.new_empty(outputs * groups, inputs, 3, 3).contiguous(memory_format=torch.channels_last)
+    run(
+        "winograd_filter_gradient", found, total, inputs, outputs, outputs * inputs,
+        count=len(found), elements=total.numel(),
+    )  # fmt: skip
+    return found
+
+
+def filter_planes(weight: Tensor, *, groups: int, turned: bool = False) -> Tensor:
+    """G f Gᵀ of all filters f, for `convolve`: 16·groups matrices N x K, of a convolution from K to N channels in each
+    group. In memory a matrix is N/PANEL x K x PANEL.
+
+    turned: of the filters turned by half a circle, for the convolution that is the gradient of the input.
+    """
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    filters, inputs = weight.shape[:2]
+    each = filters // groups
+    planes = _planes(weight, 16 * groups, *((inputs, each) if turned else (each, inputs)))
+    run(
+        "winograd_filters", weight, planes, inputs, each, planes.stride(0), int(turned),
+        count=filters // PANEL, elements=planes.numel(),
+    )  # fmt: skip
+    return planes
+
+
+def convolve(x: Tensor, planes: Tensor, bias: Tensor | None, *, groups: int) -> Tensor:
+    """`conv2d` with the filters whose planes these are."""
+    images, inputs, height, width = x.shape
+    outputs = groups * planes.shape[1]
+    y = x.new_empty(images, height, width, outputs).permute(0, 3, 1, 2)
+    threads, tiles = torch.get_num_threads(), _tiles(x)
+    blocks = -(-tiles // BLOCK)
+    if groups < threads:  # so that each has as much to do
+        blocks = -(-blocks // threads) * threads
+    block = -(-tiles // (blocks * ROWS)) * ROWS
+    scratch = x.new_empty(threads, 16 * (block * (inputs + outputs) // groups + 2 * PAD))
+    zeros = x.new_zeros(max(inputs, outputs))
+    run(
+        "winograd_convolve", x, y, planes, zeros, zeros if bias is None else bias, scratch,
+        height, width, inputs, outputs, groups, planes.stride(0), tiles, block,
+        count=groups * -(-tiles // block), elements=y.numel(),
+    )  # fmt: skip
+    return y
+
+
+def _planes(like: Tensor, count: int, rows: int, columns: int) -> Tensor:
+    """So many matrices, PAD numbers apart."""
+    size = rows * columns
+    return like.new_empty(count, size + PAD)[:, :size].unflatten(1, (rows, columns))
+
+
+def _parts(x: Tensor, y: Tensor, groups: int) -> Iterator[tuple[range, range]]:
+    """Groups and tiles, in turn, whose planes are about PLANES."""
+    tiles = _tiles(x)
+    size = 16 * max(x.shape[1], y.shape[1]) // groups * x.element_size()
+    parts = -(-tiles // max(LEAST_TILES, PLANES // size))
+    most = -(-tiles // parts)
+    together = max(1, PLANES // (size * most))
+    for group in range(0, groups, together):
+        for tile in range(0, tiles, most):
+            yield range(group, min(group + together, groups)), range(tile, min(tile + most, tiles))
+
+
+def _over_tiles(name: str, maps: Tensor, planes: Tensor, border: Tensor, part: range, tiles: range) -> None:
+    _, channels, height, width = maps.shape
+    each = planes.shape[-1]
+    run(
+        f"winograd_{name}", maps, planes, border, height, width, channels, each, part.start * each, part.stop * each,
+        tiles.start, planes.stride(0), count=len(tiles), elements=planes.numel(),
+    )  # fmt: skip

@@ -1,0 +1,300 @@
+/* 3x3 convolutions by F(2, 3), which `normfree.models.winograd` explains, over channels_last maps.
+ *
+ * A map is B H W C. It has a tile for every 2 x 2 outputs, in the order of memory; the last ones may reach beyond.
+ * Planes are groups x 16 x tiles x C/groups, of some groups and tiles: for each group one matrix for each place in a
+ * tile of 4 x 4. Filters are O 3 3 I/groups. Channels and filters of a group are multiples of PANEL. */
+
+#include <string.h>
+
+#include "share.h"
+
+enum { CHUNK = 16, EIGHT = 8, PANEL = 16, ROWS = 6 }; /* tiles at a time; lanes; columns and rows of a small product */
+enum { PAD = 16 }; /* numbers between planes, which powers of two would have in the same set of a cache */
+
+#define EACH(lane, count) for (int lane = 0; lane < (count); lane++)
+
+typedef struct {
+    float *map, *planes;
+    const float *border; /* a pixel: of zeros, or, where outputs are written, what is added to each */
+    int64_t height, width, channels; /* of the whole map */
+    int64_t each, from, to;          /* channels of a group; those that the planes have */
+    int64_t first, plane;            /* tile that the planes begin with; from plane to plane */
+} Maps;
+
+/* Where a tile lies: its image and the first of its outputs. */
+typedef struct {
+    int64_t image, top, left;
+} Place;
+
+INLINE Place place(const Maps *k, int64_t tile) {
+    int64_t tall = (k->height + 1) / 2, wide = (k->width + 1) / 2;
+    tile += k->first;
+    int64_t inside = tile % (tall * wide);
+    return (Place){tile / (tall * wide), inside / wide * 2, inside % wide * 2};
+}
+
+INLINE float *pixel(const Maps *k, int64_t image, int64_t y, int64_t x) {
+    int inside = y >= 0 && x >= 0 && y < k->height && x < k->width;
+    return inside ? k->map + ((image * k->height + y) * k->width + x) * k->channels : (float *)k->border;
+}
+
+/* The first number of `tile` and `channel` on the first plane. */
+INLINE float *on_plane(const Maps *k, int64_t tile, int64_t channel) {
+    int64_t group = (channel - k->from) / k->each;
+    return k->planes + 16 * group * k->plane + tile * k->each + channel % k->each;
+}
+
+/* planes = Bᵀ d B of the 4 x 4 pixels d around the tile. */
+INLINE void input_tile(const Maps *k, int64_t tile) {
+    int64_t plane = k->plane;
+    Place here = place(k, tile);
+    const float *from[16];
+    for (int i = 0; i < 16; i++) from[i] = pixel(k, here.image, here.top - 1 + i / 4, here.left - 1 + i % 4);
+    for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
+        float *restrict to = on_plane(k, tile, channel);
+        float d[16][EIGHT], e[16][EIGHT];
+        for (int i = 0; i < 16; i++) EACH(l, EIGHT) d[i][l] = from[i][channel + l];
+        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
+            e[i][l] = d[i][l] - d[8 + i][l];
+            e[4 + i][l] = d[4 + i][l] + d[8 + i][l];
+            e[8 + i][l] = d[8 + i][l] - d[4 + i][l];
+            e[12 + i][l] = d[4 + i][l] - d[12 + i][l];
+        }
+        for (int i = 0; i < 16; i += 4) EACH(l, EIGHT) {
+            to[i * plane + l] = e[i][l] - e[i + 2][l];
+            to[(i + 1) * plane + l] = e[i + 1][l] + e[i + 2][l];
+            to[(i + 2) * plane + l] = e[i + 2][l] - e[i + 1][l];
+            to[(i + 3) * plane + l] = e[i + 1][l] - e[i + 3][l];
+        }
+    }
+}
+
+/* map = Aᵀ m A + border of the 4 x 4 numbers m of the tile. */
+INLINE void output_tile(const Maps *k, int64_t tile) {
+    int64_t plane = k->plane, row = k->width * k->channels, next = k->channels;
+    Place here = place(k, tile);
+    int down = here.top + 1 < k->height, right = here.left + 1 < k->width;
+    float *pixels = pixel(k, here.image, here.top, here.left);
+    for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
+        const float *from = on_plane(k, tile, channel), *added = k->border + channel;
+        float *restrict to = pixels + channel;
+        float e[8][EIGHT];
+        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
+            float b = from[(4 + i) * plane + l], c = from[(8 + i) * plane + l];
+            e[i][l] = from[i * plane + l] + b + c;
+            e[4 + i][l] = b - c - from[(12 + i) * plane + l];
+        }
+        EACH(l, EIGHT) to[l] = e[0][l] + e[1][l] + e[2][l] + added[l];
+        if (right) EACH(l, EIGHT) to[next + l] = e[1][l] - e[2][l] - e[3][l] + added[l];
+        if (down) EACH(l, EIGHT) to[row + l] = e[4][l] + e[5][l] + e[6][l] + added[l];
+        if (down && right) EACH(l, EIGHT) to[row + next + l] = e[5][l] - e[6][l] - e[7][l] + added[l];
+    }
+}
+
+/* planes = A g Aᵀ of the 2 x 2 gradients g of the tile. */
+INLINE void gradient_tile(const Maps *k, int64_t tile) {
+    int64_t plane = k->plane;
+    Place here = place(k, tile);
+    const float *from[4];
+    for (int i = 0; i < 4; i++) from[i] = pixel(k, here.image, here.top + i / 2, here.left + i % 2);
+    for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
+        float *restrict to = on_plane(k, tile, channel);
+        float e[8][EIGHT];
+        for (int i = 0; i < 2; i++) EACH(l, EIGHT) {
+            float a = from[i][channel + l], b = from[2 + i][channel + l];
+            e[i][l] = a;
+            e[2 + i][l] = a + b;
+            e[4 + i][l] = a - b;
+            e[6 + i][l] = -b;
+        }
+        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
+            float a = e[2 * i][l], b = e[2 * i + 1][l];
+            to[4 * i * plane + l] = a;
+            to[(4 * i + 1) * plane + l] = a + b;
+            to[(4 * i + 2) * plane + l] = a - b;
+            to[(4 * i + 3) * plane + l] = -b;
+        }
+    }
+}
+
+WIDE void winograd_input_between(const void *given, int64_t start, int64_t stop) {
+    for (int64_t tile = start; tile < stop; tile++) input_tile(given, tile);
+}
+
+WIDE void winograd_gradient_between(const void *given, int64_t start, int64_t stop) {
+    for (int64_t tile = start; tile < stop; tile++) gradient_tile(given, tile);
+}
+
+/* Planes of `tiles` tiles of a map, and of some of its channels; the rest is explained at Maps. */
+#define OVER_TILES(name) \
+    void name( \
+        float *map, float *planes, const float *border, int64_t height, int64_t width, int64_t channels, int64_t each, \
+        int64_t from, int64_t to, int64_t first, int64_t plane, int64_t tiles, int threads) { \
+        Maps maps = {map, planes, border, height, width, channels, each, from, to, first, plane}; \
+        share(name##_between, &maps, tiles, CHUNK, threads); \
+    }
+
+OVER_TILES(winograd_input)
+OVER_TILES(winograd_gradient)
+
+typedef struct {
+    float *filters, *planes;
+    int64_t inputs, each, plane; /* of a filter; filters of a group; from plane to plane */
+    int turned;
+} Filters;
+
+/* out = G f Gᵀ of the 3 x 3 numbers f of PANEL inputs: place i of lane l at out[i·PANEL² + l·step]. Turning a filter by
+ * half a circle exchanges the first and the last row, and column, of that. */
+INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, int64_t step, int turned) {
+    float e[12][PANEL];
+    for (int i = 0; i < 3; i++) EACH(l, PANEL) {
+        float a = f[i * inputs + l], b = f[(3 + i) * inputs + l], c = f[(6 + i) * inputs + l];
+        e[i][l] = a;
+        e[3 + i][l] = 0.5f * (a + b + c);
+        e[6 + i][l] = 0.5f * (a - b + c);
+        e[9 + i][l] = c;
+    }
+    for (int i = 0; i < 4; i++) {
+        float *restrict to = out + 4 * (turned && i % 3 == 0 ? 3 - i : i) * PANEL * PANEL;
+        EACH(l, PANEL) {
+            float a = e[3 * i][l], b = e[3 * i + 1][l], c = e[3 * i + 2][l];
+            to[l * step] = turned ? c : a;
+            to[PANEL * PANEL + l * step] = 0.5f * (a + b + c);
+            to[2 * PANEL * PANEL + l * step] = 0.5f * (a - b + c);
+            to[3 * PANEL * PANEL + l * step] = turned ? a : c;
+        }
+    }
+}
+
+/* Planes of the filters PANEL·start to PANEL·stop, as the products want them: groups x 16 x N/PANEL x K x PANEL. The
+ * convolution sums over inputs, K, and gives filters, N; its gradient, of turned filters, the other way round. */
+WIDE void winograd_filters_between(const void *given, int64_t start, int64_t stop) {
+    const Filters *k = given;
+    for (int64_t filter = PANEL * start; filter < PANEL * stop; filter += PANEL) {
+        int64_t inside = filter % k->each;
+        float *planes = k->planes + filter / k->each * 16 * k->plane, square[16][PANEL * PANEL];
+        for (int64_t input = 0; input < k->inputs; input += PANEL) {
+            for (int64_t one = 0; one < PANEL; one++) {
+                const float *from = k->filters + (filter + one) * 9 * k->inputs + input;
+                if (k->turned) filter_planes(from, k->inputs, square[0] + one * PANEL, 1, 1);
+                else filter_planes(from, k->inputs, square[0] + one, PANEL, 0);
+            }
+            int64_t to = k->turned ? input * k->each + inside * PANEL : inside * k->inputs + input * PANEL;
+            for (int place = 0; place < 16; place++)
+                memcpy(planes + place * k->plane + to, square[place], sizeof square[place]);
+        }
+    }
+}
+
+/* filters = Gᵀ u G of the 4 x 4 numbers u of each filter and input. Planes: groups x 16 x O/groups x I/groups. */
+WIDE void winograd_filter_gradient_between(const void *given, int64_t start, int64_t stop) {
+    const Filters *k = given;
+    int64_t inputs = k->inputs, plane = k->plane;
+    for (int64_t filter = start; filter < stop; filter++)
+        for (int64_t input = 0; input < inputs; input += EIGHT) {
+            float *restrict to = k->filters + filter * 9 * inputs + input;
+            const float *from = k->planes + filter / k->each * 16 * plane + filter % k->each * inputs + input;
+            float e[12][EIGHT];
+            for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
+                float b = from[(4 + i) * plane + l], c = from[(8 + i) * plane + l];
+                e[i][l] = from[i * plane + l] + 0.5f * (b + c);
+                e[4 + i][l] = 0.5f * (b - c);
+                e[8 + i][l] = 0.5f * (b + c) + from[(12 + i) * plane + l];
+            }
+            for (int i = 0; i < 3; i++) EACH(l, EIGHT) {
+                float b = e[4 * i + 1][l], c = e[4 * i + 2][l];
+                to[3 * i * inputs + l] = e[4 * i][l] + 0.5f * (b + c);
+                to[(3 * i + 1) * inputs + l] = 0.5f * (b - c);
+                to[(3 * i + 2) * inputs + l] = 0.5f * (b + c) + e[4 * i + 3][l];
+            }
+        }
+}
+
+/* Planes of `panels` times PANEL filters with so many inputs each, `each` to a group. */
+void winograd_filters(
+    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int turned, int64_t panels,
+    int threads) {
+    share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, turned}, panels, 1, threads);
+}
+
+/* Gradients of `count` filters from those of their planes. */
+void winograd_filter_gradient(
+    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int64_t count, int threads) {
+    share(winograd_filter_gradient_between, &(Filters){filters, planes, inputs, each, plane, 0}, count, CHUNK, threads);
+}
+
+/* Small products, the one place where a product may be fused with an addition: on x86 with AVX2, elsewhere unfused. */
+typedef float Lanes __attribute__((vector_size(4 * EIGHT), aligned(4)));
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define FUSED __attribute__((target("avx2,fma")))
+#define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
+#else
+#define FUSED
+#define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
+#endif
+
+/* c = a b of ROWS x depth and depth x PANEL. `c` has rows of `width` numbers. */
+FUSED INLINE void product(const float *a, const float *b, float *c, int64_t depth, int64_t width) {
+    Lanes sums[ROWS][2];
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = (Lanes){0};
+    for (int64_t k = 0; k < depth; k++) {
+        Lanes left = *(const Lanes *)(b + k * PANEL), right = *(const Lanes *)(b + k * PANEL + EIGHT);
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++) {
+            float one = a[row * depth + k];
+            Lanes same = {one, one, one, one, one, one, one, one};
+            sums[row][0] = TIMES_PLUS(same, left, sums[row][0]);
+            sums[row][1] = TIMES_PLUS(same, right, sums[row][1]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < ROWS; row++) {
+        *(Lanes *)(c + row * width) = sums[row][0];
+        *(Lanes *)(c + row * width + EIGHT) = sums[row][1];
+    }
+}
+
+typedef struct {
+    float *x, *y;
+    const float *filters, *zeros, *bias;
+    float *scratch;
+    int64_t height, width, inputs, outputs, groups, plane, tiles, block;
+} Convolution;
+
+/* Item i is block i % blocks of the tiles, of group i / blocks. */
+FUSED void winograd_convolve_between(const void *given, int64_t start, int64_t stop) {
+    const Convolution *k = given;
+    int64_t own = k->inputs / k->groups, each = k->outputs / k->groups, blocks = (k->tiles + k->block - 1) / k->block;
+    int64_t before = k->block * own + PAD, after = k->block * each + PAD; /* from plane to plane */
+    float *planes = k->scratch + thread() * 16 * (before + after), *products = planes + 16 * before;
+    for (int64_t item = start; item < stop; item++) {
+        int64_t group = item / blocks, first = item % blocks * k->block;
+        int64_t tiles = first + k->block < k->tiles ? k->block : k->tiles - first;
+        const float *filters = k->filters + group * 16 * k->plane;
+        Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, own, group * own, (group + 1) * own, first,
+                   before};
+        Maps out = {k->y, products, k->bias, k->height, k->width, k->outputs, each, group * each, (group + 1) * each,
+                    first, after};
+        for (int64_t tile = 0; tile < tiles; tile++) input_tile(&in, tile);
+        for (int place = 0; place < 16; place++)
+            for (int64_t panel = 0; panel < each; panel += PANEL)
+                for (int64_t tile = 0; tile < tiles; tile += ROWS)
+                    product(
+                        planes + place * before + tile * own, filters + place * k->plane + panel * own,
+                        products + place * after + tile * each + panel, own, each);
+        for (int64_t tile = 0; tile < tiles; tile++) output_tile(&out, tile);
+    }
+}
+
+/* y = conv(x) + bias. `filters`: their planes, one every `plane` numbers; `scratch`: for each thread 32 x PAD and
+ * 16 x block x channels of a group of both maps. `block`, a multiple of ROWS: tiles at a time. */
+void winograd_convolve(
+    float *x, float *y, const float *filters, const float *zeros, const float *bias, float *scratch, int64_t height,
+    int64_t width, int64_t inputs, int64_t outputs, int64_t groups, int64_t plane, int64_t tiles, int64_t block,
+    int64_t items, int threads) {
+    Convolution all = {x, y, filters, zeros, bias, scratch, height, width, inputs, outputs, groups, plane, tiles, block};
+    share(winograd_convolve_between, &all, items, 1, threads);
+}
