@@ -36,7 +36,6 @@ def conv2d(
     if (
         not torch.is_grad_enabled()
         and (bias is None or is_plain(bias))
-        and winograd.convolves()
         and winograd.suits(x, weight, **geometry)
     ):
         return winograd.conv2d(x, weight, bias, groups=groups)
@@ -79,7 +78,7 @@ def gradients(
         elif needs_weight and pays(a, weight, groups=groups):
             size = (weight.shape[2], weight.shape[3])
             grad_weight = weight_gradient(a, grad, kernel_size=size, **geometry)
-        if needs_a and minimal and winograd.convolves():
+        if needs_a and minimal:
             grad_a = winograd.input_gradient(grad, weight, groups=groups)
         if needs_bias and grad_weight is not None:
             grad_bias = grad.sum((0, 2, 3))

@@ -10,16 +10,14 @@ a circle, and
 
     ∂f = Gᵀ [Σ (A ∂y Aᵀ) · (Bᵀ d B)] G     over the tiles.
 
-The kernels of `normfree.native` do the sums, and the products of the convolution too, tile by tile while its planes are
-in the cache; those of ∂f, whose sums run over the tiles, are torch's. Results are as exact as those of the plain sum:
-fewer numbers are added up.
+The kernels of `normfree.native` do all of it, a block of tiles at a time, so that planes stay in the cache. Results are
+no less exact than those of the plain sum, since fewer numbers are added up.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -36,11 +34,15 @@ PANEL, ROWS, PAD = 16, 6, 16
 #: Measured from 16 to 512 channels and from 9 to 65,000 tiles.
 LEAST_CHANNELS, LEAST_TILES, LEAST_WITH_PLANES = 32, 64, 96
 
-#: Tiles of a block of the convolution: 24 to 96 are as fast.
+#: Tiles of a block: 24 to 96 are as fast.
 BLOCK = 48
 
-#: Bytes of planes at a time for the gradient of the filters: 2 to 16 MB are as fast.
-PLANES = 4 << 20
+
+@cache
+def is_fast() -> bool:
+    """Whether this processor is one that it is made for. Its products are for AVX2; with wider registers oneDNN's plain
+    sum has twice the speed, and nobody has compared the two."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
 
 
 def suits(
@@ -65,15 +67,8 @@ def suits(
         and (tiles * groups >= LEAST_WITH_PLANES if has_planes else tiles >= LEAST_TILES)
         and not torch.is_autocast_enabled("cpu")
         and unwatched()
-        and library() is not None
+        and is_fast()
     )
-
-
-@cache
-def convolves() -> bool:
-    """Whether the convolution itself is faster here. Its products are written for AVX2; with wider registers oneDNN's
-    sums of 9 have twice the speed, which nobody has measured against it."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _tiles(x: Tensor) -> int:
@@ -96,18 +91,18 @@ def input_gradient(grad: Tensor, weight: Tensor, *, groups: int) -> Tensor:
 def weight_gradient(x: Tensor, grad: Tensor, *, groups: int) -> Tensor:
     """Gradient O I/groups 3 3 of the filters of `conv2d`, channels_last."""
     grad = grad.contiguous(memory_format=torch.channels_last)
-    inputs, outputs = x.shape[1] // groups, grad.shape[1] // groups
-    total = x.new_zeros(16 * groups, outputs, inputs)
-    zeros = x.new_zeros(max(x.shape[1], grad.shape[1]))
-    for part, tiles in _parts(x, grad, groups):
-        by_input, by_output = (_planes(x, 16 * len(part), len(tiles), size) for size in (inputs, outputs))
-        _over_tiles("input", x, by_input, zeros, part, tiles)
-        _over_tiles("gradient", grad, by_output, zeros, part, tiles)
-        total[16 * part.start : 16 * part.stop].baddbmm_(by_output.transpose(1, 2), by_input)
-    found = x.new_empty(outputs * groups, inputs, 3, 3).contiguous(memory_format=torch.channels_last)
+    (_, inputs, height, width), outputs, threads = x.shape, grad.shape[1], torch.get_num_threads()
+    own, each, parts = inputs // groups, outputs // groups, 1
+    while groups * parts < threads and each // parts % (2 * PANEL) == 0:
+        parts *= 2
+    each //= parts
+    rows = -(-each // ROWS) * ROWS
+    scratch = x.new_empty(threads, 16 * (rows * own + PAD + own * (BLOCK + 1) + BLOCK * each + PAD) + PANEL)
+    zeros = x.new_zeros(max(inputs, outputs))
+    found = x.new_empty(outputs, 3, 3, own).permute(0, 3, 1, 2)
     run(
-        "winograd_filter_gradient", found, total, inputs, outputs, outputs * inputs,
-        count=len(found), elements=total.numel(),
+        "winograd_correlate", x, grad, found, zeros, scratch, height, width, inputs, outputs, groups, parts, _tiles(x),
+        BLOCK, count=groups * parts, elements=grad.numel(),
     )  # fmt: skip
     return found
 
@@ -153,24 +148,3 @@ def _planes(like: Tensor, count: int, rows: int, columns: int) -> Tensor:
     """So many matrices, PAD numbers apart."""
     size = rows * columns
     return like.new_empty(count, size + PAD)[:, :size].unflatten(1, (rows, columns))
-
-
-def _parts(x: Tensor, y: Tensor, groups: int) -> Iterator[tuple[range, range]]:
-    """Groups and tiles, in turn, whose planes are about PLANES."""
-    tiles = _tiles(x)
-    size = 16 * max(x.shape[1], y.shape[1]) // groups * x.element_size()
-    parts = -(-tiles // max(LEAST_TILES, PLANES // size))
-    most = -(-tiles // parts)
-    together = max(1, PLANES // (size * most))
-    for group in range(0, groups, together):
-        for tile in range(0, tiles, most):
-            yield range(group, min(group + together, groups)), range(tile, min(tile + most, tiles))
-
-
-def _over_tiles(name: str, maps: Tensor, planes: Tensor, border: Tensor, part: range, tiles: range) -> None:
-    _, channels, height, width = maps.shape
-    each = planes.shape[-1]
-    run(
-        f"winograd_{name}", maps, planes, border, height, width, channels, each, part.start * each, part.stop * each,
-        tiles.start, planes.stride(0), count=len(tiles), elements=planes.numel(),
-    )  # fmt: skip

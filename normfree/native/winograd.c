@@ -117,26 +117,6 @@ INLINE void gradient_tile(const Maps *k, int64_t tile) {
     }
 }
 
-WIDE void winograd_input_between(const void *given, int64_t start, int64_t stop) {
-    for (int64_t tile = start; tile < stop; tile++) input_tile(given, tile);
-}
-
-WIDE void winograd_gradient_between(const void *given, int64_t start, int64_t stop) {
-    for (int64_t tile = start; tile < stop; tile++) gradient_tile(given, tile);
-}
-
-/* Planes of `tiles` tiles of a map, and of some of its channels; the rest is explained at Maps. */
-#define OVER_TILES(name) \
-    void name( \
-        float *map, float *planes, const float *border, int64_t height, int64_t width, int64_t channels, int64_t each, \
-        int64_t from, int64_t to, int64_t first, int64_t plane, int64_t tiles, int threads) { \
-        Maps maps = {map, planes, border, height, width, channels, each, from, to, first, plane}; \
-        share(name##_between, &maps, tiles, CHUNK, threads); \
-    }
-
-OVER_TILES(winograd_input)
-OVER_TILES(winograd_gradient)
-
 typedef struct {
     float *filters, *planes;
     int64_t inputs, each, plane; /* of a filter; filters of a group; from plane to plane */
@@ -186,41 +166,11 @@ WIDE void winograd_filters_between(const void *given, int64_t start, int64_t sto
     }
 }
 
-/* filters = Gᵀ u G of the 4 x 4 numbers u of each filter and input. Planes: groups x 16 x O/groups x I/groups. */
-WIDE void winograd_filter_gradient_between(const void *given, int64_t start, int64_t stop) {
-    const Filters *k = given;
-    int64_t inputs = k->inputs, plane = k->plane;
-    for (int64_t filter = start; filter < stop; filter++)
-        for (int64_t input = 0; input < inputs; input += EIGHT) {
-            float *restrict to = k->filters + filter * 9 * inputs + input;
-            const float *from = k->planes + filter / k->each * 16 * plane + filter % k->each * inputs + input;
-            float e[12][EIGHT];
-            for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
-                float b = from[(4 + i) * plane + l], c = from[(8 + i) * plane + l];
-                e[i][l] = from[i * plane + l] + 0.5f * (b + c);
-                e[4 + i][l] = 0.5f * (b - c);
-                e[8 + i][l] = 0.5f * (b + c) + from[(12 + i) * plane + l];
-            }
-            for (int i = 0; i < 3; i++) EACH(l, EIGHT) {
-                float b = e[4 * i + 1][l], c = e[4 * i + 2][l];
-                to[3 * i * inputs + l] = e[4 * i][l] + 0.5f * (b + c);
-                to[(3 * i + 1) * inputs + l] = 0.5f * (b - c);
-                to[(3 * i + 2) * inputs + l] = 0.5f * (b + c) + e[4 * i + 3][l];
-            }
-        }
-}
-
 /* Planes of `panels` times PANEL filters with so many inputs each, `each` to a group. */
 void winograd_filters(
     float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int turned, int64_t panels,
     int threads) {
     share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, turned}, panels, 1, threads);
-}
-
-/* Gradients of `count` filters from those of their planes. */
-void winograd_filter_gradient(
-    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int64_t count, int threads) {
-    share(winograd_filter_gradient_between, &(Filters){filters, planes, inputs, each, plane, 0}, count, CHUNK, threads);
 }
 
 /* Small products, the one place where a product may be fused with an addition: on x86 with AVX2, elsewhere unfused. */
@@ -235,16 +185,19 @@ typedef float Lanes __attribute__((vector_size(4 * EIGHT), aligned(4)));
 #define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* c = a b of ROWS x depth and depth x PANEL. `c` has rows of `width` numbers. */
-FUSED INLINE void product(const float *a, const float *b, float *c, int64_t depth, int64_t width) {
+/* c = a b of ROWS x depth and depth x PANEL, or c += a b if `more`. Number k of row r of `a` is a[r·next_row + k·next]; `c`
+ * has rows of `width` numbers. */
+FUSED INLINE void product(
+    const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
     Lanes sums[ROWS][2];
 #pragma GCC unroll 6
     for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = (Lanes){0};
+#pragma GCC unroll 1
     for (int64_t k = 0; k < depth; k++) {
         Lanes left = *(const Lanes *)(b + k * PANEL), right = *(const Lanes *)(b + k * PANEL + EIGHT);
 #pragma GCC unroll 6
         for (int row = 0; row < ROWS; row++) {
-            float one = a[row * depth + k];
+            float one = a[row * next_row + k * next];
             Lanes same = {one, one, one, one, one, one, one, one};
             sums[row][0] = TIMES_PLUS(same, left, sums[row][0]);
             sums[row][1] = TIMES_PLUS(same, right, sums[row][1]);
@@ -252,8 +205,10 @@ FUSED INLINE void product(const float *a, const float *b, float *c, int64_t dept
     }
 #pragma GCC unroll 6
     for (int row = 0; row < ROWS; row++) {
-        *(Lanes *)(c + row * width) = sums[row][0];
-        *(Lanes *)(c + row * width + EIGHT) = sums[row][1];
+        Lanes *left = (Lanes *)(c + row * width), *right = (Lanes *)(c + row * width + EIGHT);
+        if (more) sums[row][0] += *left, sums[row][1] += *right;
+        *left = sums[row][0];
+        *right = sums[row][1];
     }
 }
 
@@ -283,8 +238,8 @@ FUSED void winograd_convolve_between(const void *given, int64_t start, int64_t s
             for (int64_t panel = 0; panel < each; panel += PANEL)
                 for (int64_t tile = 0; tile < tiles; tile += ROWS)
                     product(
-                        planes + place * before + tile * own, filters + place * k->plane + panel * own,
-                        products + place * after + tile * each + panel, own, each);
+                        planes + place * before + tile * own, own, 1, filters + place * k->plane + panel * own,
+                        products + place * after + tile * each + panel, own, each, 0);
         for (int64_t tile = 0; tile < tiles; tile++) output_tile(&out, tile);
     }
 }
@@ -297,4 +252,76 @@ void winograd_convolve(
     int64_t items, int threads) {
     Convolution all = {x, y, filters, zeros, bias, scratch, height, width, inputs, outputs, groups, plane, tiles, block};
     share(winograd_convolve_between, &all, items, 1, threads);
+}
+
+/* filter = Gᵀ u G of the 4 x 4 numbers u of each input. */
+INLINE void filter_gradient(float *filter, const float *planes, int64_t inputs, int64_t plane) {
+    for (int64_t input = 0; input < inputs; input += EIGHT) {
+        float *restrict to = filter + input;
+        const float *from = planes + input;
+        float e[12][EIGHT];
+        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
+            float b = from[(4 + i) * plane + l], c = from[(8 + i) * plane + l];
+            e[i][l] = from[i * plane + l] + 0.5f * (b + c);
+            e[4 + i][l] = 0.5f * (b - c);
+            e[8 + i][l] = 0.5f * (b + c) + from[(12 + i) * plane + l];
+        }
+        for (int i = 0; i < 3; i++) EACH(l, EIGHT) {
+            float b = e[4 * i + 1][l], c = e[4 * i + 2][l];
+            to[3 * i * inputs + l] = e[4 * i][l] + 0.5f * (b + c);
+            to[(3 * i + 1) * inputs + l] = 0.5f * (b - c);
+            to[(3 * i + 2) * inputs + l] = 0.5f * (b + c) + e[4 * i + 3][l];
+        }
+    }
+}
+
+typedef struct {
+    float *x, *grad, *filters;
+    const float *zeros;
+    float *scratch;
+    int64_t height, width, inputs, outputs, groups, parts, tiles, block;
+} Correlation;
+
+/* Item i is part i % parts of the filters of group i / parts. */
+FUSED void winograd_correlate_between(const void *given, int64_t start, int64_t stop) {
+    const Correlation *k = given;
+    int64_t own = k->inputs / k->groups, each = k->outputs / k->groups / k->parts;
+    int64_t rows = (each + ROWS - 1) / ROWS * ROWS, plane = rows * own + PAD; /* of sums */
+    int64_t before = k->block * PANEL + PAD, after = k->block * each + PAD;  /* from plane to plane */
+    int64_t panels = own * (k->block + 1) * 16, gradients = 16 * after + PANEL;
+    float *sums = k->scratch + thread() * (16 * plane + panels + gradients);
+    float *planes = sums + 16 * plane, *by_output = planes + panels;
+    for (int64_t item = start; item < stop; item++) {
+        int64_t group = item / k->parts, filter = item * each;
+        for (int64_t first = 0; first < k->tiles; first += k->block) {
+            int64_t tiles = first + k->block < k->tiles ? k->block : k->tiles - first;
+            Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, PANEL, group * own, (group + 1) * own,
+                       first, before};
+            Maps out = {k->grad, by_output, k->zeros, k->height, k->width, k->outputs, each, filter, filter + each,
+                        first, after};
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                input_tile(&in, tile);
+                gradient_tile(&out, tile);
+            }
+            for (int place = 0; place < 16; place++)
+                for (int64_t panel = 0; panel < own; panel += PANEL)
+                    for (int64_t row = 0; row < each; row += ROWS)
+                        product(
+                            by_output + place * after + row, 1, each, planes + (panel + place) * before,
+                            sums + place * plane + row * own + panel, tiles, own, first > 0);
+        }
+        for (int64_t row = 0; row < each; row++)
+            filter_gradient(k->filters + (filter + row) * 9 * own, sums + row * own, own, plane);
+    }
+}
+
+/* Gradients of the filters from those of the outputs. `scratch`, for each thread: 16 x (rows x own + PAD) sums, where
+ * rows is the number of filters of a part rounded up to ROWS and own the inputs of a group; own x 16 x (block + 1); and
+ * 16 x (block x filters of a part + PAD) + PANEL. `block`: tiles at a time. */
+void winograd_correlate(
+    float *x, float *grad, float *filters, const float *zeros, float *scratch, int64_t height, int64_t width,
+    int64_t inputs, int64_t outputs, int64_t groups, int64_t parts, int64_t tiles, int64_t block, int64_t items,
+    int threads) {
+    Correlation all = {x, grad, filters, zeros, scratch, height, width, inputs, outputs, groups, parts, tiles, block};
+    share(winograd_correlate_between, &all, items, 1, threads);
 }

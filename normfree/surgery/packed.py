@@ -60,7 +60,7 @@ class PackedConv2d(Conv2d):
         size, stride = self.weight.shape[-1], list(self.stride)
         x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
         geometry = Geometry(stride=stride[0], padding=sides, groups=self.groups)
-        minimal = winograd.convolves() and winograd.suits(x, plain, has_planes=True, **geometry)
+        minimal = winograd.suits(x, plain, has_planes=True, **geometry)
         options = list(sides), stride, [1, 1], self.groups
         if packed is None or not packed.is_of(plain, shape) or packed.minimal != minimal:
             if minimal:
