@@ -56,18 +56,17 @@ def suits(
 ) -> bool:
     """Whether conv2d(x, weight, None, stride, padding, 1, groups) is one to be computed so, and nothing has to see
     torch's own operations. `has_planes`: those of the filters need not be computed."""
-    tiles = _tiles(x) if x.ndim == 4 else 0
     return (
-        tuple(weight.shape[2:]) == (3, 3)
+        unwatched()  # first, since an export must not ask for sizes
+        and is_fast()
+        and tuple(weight.shape[2:]) == (3, 3)
         and (stride, padding) == (1, (1, 1))
         and all(n >= LEAST_CHANNELS and n % PANEL == 0 for n in (weight.shape[1], len(weight) // groups))
         and is_plain(x)
         and is_plain(weight)
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (tiles * groups >= LEAST_WITH_PLANES if has_planes else tiles >= LEAST_TILES)
+        and (_tiles(x) * groups >= LEAST_WITH_PLANES if has_planes else _tiles(x) >= LEAST_TILES)
         and not torch.is_autocast_enabled("cpu")
-        and unwatched()
-        and is_fast()
     )
 
 

@@ -1,6 +1,6 @@
 /* What the kernels of this room have in common. None of them has a state; a call takes addresses and a number of
- * threads. Every sum has its order, and no product is fused with an addition (-ffp-contract=off): the same bits on
- * every machine and for every number of threads. */
+ * threads. Every sum has its order, and no product is fused with an addition (-ffp-contract=off), but for the matrix
+ * products of winograd.c: the same bits on every machine and for every number of threads. */
 
 #include <math.h>
 #include <omp.h>

@@ -20,6 +20,7 @@ CASES = [  # channels, filters, kernel, stride, groups, bias, padding
     (16, 32, 3, 2, 4, False, "same"),
     (3, 8, 7, 2, 1, True, "symmetric"),
     (8, 8, 1, 1, 8, True, "same"),
+    (64, 96, 3, 1, 2, True, "same"),
 ]
 
 
