@@ -32,7 +32,7 @@ _SIGNATURES = {
     # winograd.c
     "winograd_filters": [*[_POINTER] * 2, *[_LONG] * 3, _INT, _LONG, _INT],
     "winograd_convolve": [*[_POINTER] * 6, *[_LONG] * 9, _INT],
-    "winograd_correlate": [*[_POINTER] * 5, *[_LONG] * 9, _INT],
+    "winograd_weight_gradient": [*[_POINTER] * 5, *[_LONG] * 9, _INT],
     # activations.c
     **{f"{name}_forward": [*[_POINTER] * 2, _LONG, _INT] for name in ("gelu", "silu")},
     **{f"{name}_backward": [*[_POINTER] * 3, _LONG, _INT] for name in ("gelu", "silu")},

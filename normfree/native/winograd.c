@@ -1,23 +1,24 @@
-/* 3x3 convolutions by F(2, 3), which `normfree.models.winograd` explains, over channels_last maps.
+/* 3x3 convolutions by F(2 x 2, 3 x 3), which `normfree.models.winograd` explains and calls.
  *
- * A map is B H W C. It has a tile for every 2 x 2 outputs, in the order of memory; the last ones may reach beyond.
- * Planes are groups x 16 x tiles x C/groups, of some groups and tiles: for each group one matrix for each place in a
- * tile of 4 x 4. Filters are O 3 3 I/groups. Channels and filters of a group are multiples of PANEL. */
+ * A map is B H W C. It has a tile for every 2 x 2 outputs, in the order of memory; the last ones may reach beyond it.
+ * Its planes are 16 matrices tiles x channels, one for each place in a tile of 4 x 4. Filters and their gradients are
+ * O 3 3 I/groups. Channels and filters of a group are multiples of PANEL. */
 
 #include <string.h>
 
 #include "share.h"
 
-enum { CHUNK = 16, EIGHT = 8, PANEL = 16, ROWS = 6 }; /* tiles at a time; lanes; columns and rows of a small product */
-enum { PAD = 16 }; /* numbers between planes, which powers of two would have in the same set of a cache */
+enum { EIGHT = 8, PANEL = 16, ROWS = 6 }; /* lanes of a register; columns and rows of a small product */
+enum { PAD = 16 }; /* numbers between planes: a power of two apart, they would share one set of the cache */
 
 #define EACH(lane, count) for (int lane = 0; lane < (count); lane++)
 
+/* A map, and planes of some of its tiles and channels. */
 typedef struct {
     float *map, *planes;
     const float *border; /* a pixel: of zeros, or, where outputs are written, what is added to each */
-    int64_t height, width, channels; /* of the whole map */
-    int64_t each, from, to;          /* channels of a group; those that the planes have */
+    int64_t height, width, channels; /* of the map */
+    int64_t from, to, each;          /* channels that the planes have; 16 planes for each so many of them */
     int64_t first, plane;            /* tile that the planes begin with; from plane to plane */
 } Maps;
 
@@ -40,8 +41,8 @@ INLINE float *pixel(const Maps *k, int64_t image, int64_t y, int64_t x) {
 
 /* The first number of `tile` and `channel` on the first plane. */
 INLINE float *on_plane(const Maps *k, int64_t tile, int64_t channel) {
-    int64_t group = (channel - k->from) / k->each;
-    return k->planes + 16 * group * k->plane + tile * k->each + channel % k->each;
+    int64_t inside = channel - k->from;
+    return k->planes + inside / k->each * 16 * k->plane + tile * k->each + inside % k->each;
 }
 
 /* planes = Bᵀ d B of the 4 x 4 pixels d around the tile. */
@@ -185,8 +186,8 @@ typedef float Lanes __attribute__((vector_size(4 * EIGHT), aligned(4)));
 #define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* c = a b of ROWS x depth and depth x PANEL, or c += a b if `more`. Number k of row r of `a` is a[r·next_row + k·next]; `c`
- * has rows of `width` numbers. */
+/* c = a b of ROWS x depth and depth x PANEL, or c += a b if `more`. Number k of row r of `a` is a[r·next_row + k·next];
+ * `c` has rows of `width` numbers. */
 FUSED INLINE void product(
     const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
     Lanes sums[ROWS][2];
@@ -229,9 +230,9 @@ FUSED void winograd_convolve_between(const void *given, int64_t start, int64_t s
         int64_t group = item / blocks, first = item % blocks * k->block;
         int64_t tiles = first + k->block < k->tiles ? k->block : k->tiles - first;
         const float *filters = k->filters + group * 16 * k->plane;
-        Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, own, group * own, (group + 1) * own, first,
+        Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, group * own, (group + 1) * own, own, first,
                    before};
-        Maps out = {k->y, products, k->bias, k->height, k->width, k->outputs, each, group * each, (group + 1) * each,
+        Maps out = {k->y, products, k->bias, k->height, k->width, k->outputs, group * each, (group + 1) * each, each,
                     first, after};
         for (int64_t tile = 0; tile < tiles; tile++) input_tile(&in, tile);
         for (int place = 0; place < 16; place++)
@@ -250,12 +251,13 @@ void winograd_convolve(
     float *x, float *y, const float *filters, const float *zeros, const float *bias, float *scratch, int64_t height,
     int64_t width, int64_t inputs, int64_t outputs, int64_t groups, int64_t plane, int64_t tiles, int64_t block,
     int64_t items, int threads) {
-    Convolution all = {x, y, filters, zeros, bias, scratch, height, width, inputs, outputs, groups, plane, tiles, block};
+    Convolution all = {x, y, filters, zeros, bias, scratch, height, width, inputs, outputs, groups, plane, tiles,
+                       block};
     share(winograd_convolve_between, &all, items, 1, threads);
 }
 
 /* filter = Gᵀ u G of the 4 x 4 numbers u of each input. */
-INLINE void filter_gradient(float *filter, const float *planes, int64_t inputs, int64_t plane) {
+INLINE void filter_of_planes(float *filter, const float *planes, int64_t inputs, int64_t plane) {
     for (int64_t input = 0; input < inputs; input += EIGHT) {
         float *restrict to = filter + input;
         const float *from = planes + input;
@@ -280,11 +282,11 @@ typedef struct {
     const float *zeros;
     float *scratch;
     int64_t height, width, inputs, outputs, groups, parts, tiles, block;
-} Correlation;
+} WeightGradient;
 
 /* Item i is part i % parts of the filters of group i / parts. */
-FUSED void winograd_correlate_between(const void *given, int64_t start, int64_t stop) {
-    const Correlation *k = given;
+FUSED void winograd_weight_gradient_between(const void *given, int64_t start, int64_t stop) {
+    const WeightGradient *k = given;
     int64_t own = k->inputs / k->groups, each = k->outputs / k->groups / k->parts;
     int64_t rows = (each + ROWS - 1) / ROWS * ROWS, plane = rows * own + PAD; /* of sums */
     int64_t before = k->block * PANEL + PAD, after = k->block * each + PAD;  /* from plane to plane */
@@ -295,9 +297,9 @@ FUSED void winograd_correlate_between(const void *given, int64_t start, int64_t 
         int64_t group = item / k->parts, filter = item * each;
         for (int64_t first = 0; first < k->tiles; first += k->block) {
             int64_t tiles = first + k->block < k->tiles ? k->block : k->tiles - first;
-            Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, PANEL, group * own, (group + 1) * own,
+            Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, group * own, (group + 1) * own, PANEL,
                        first, before};
-            Maps out = {k->grad, by_output, k->zeros, k->height, k->width, k->outputs, each, filter, filter + each,
+            Maps out = {k->grad, by_output, k->zeros, k->height, k->width, k->outputs, filter, filter + each, each,
                         first, after};
             for (int64_t tile = 0; tile < tiles; tile++) {
                 input_tile(&in, tile);
@@ -311,17 +313,18 @@ FUSED void winograd_correlate_between(const void *given, int64_t start, int64_t 
                             sums + place * plane + row * own + panel, tiles, own, first > 0);
         }
         for (int64_t row = 0; row < each; row++)
-            filter_gradient(k->filters + (filter + row) * 9 * own, sums + row * own, own, plane);
+            filter_of_planes(k->filters + (filter + row) * 9 * own, sums + row * own, own, plane);
     }
 }
 
 /* Gradients of the filters from those of the outputs. `scratch`, for each thread: 16 x (rows x own + PAD) sums, where
  * rows is the number of filters of a part rounded up to ROWS and own the inputs of a group; own x 16 x (block + 1); and
  * 16 x (block x filters of a part + PAD) + PANEL. `block`: tiles at a time. */
-void winograd_correlate(
+void winograd_weight_gradient(
     float *x, float *grad, float *filters, const float *zeros, float *scratch, int64_t height, int64_t width,
     int64_t inputs, int64_t outputs, int64_t groups, int64_t parts, int64_t tiles, int64_t block, int64_t items,
     int threads) {
-    Correlation all = {x, grad, filters, zeros, scratch, height, width, inputs, outputs, groups, parts, tiles, block};
-    share(winograd_correlate_between, &all, items, 1, threads);
+    WeightGradient all = {x, grad, filters, zeros, scratch, height, width, inputs, outputs, groups, parts, tiles,
+                          block};
+    share(winograd_weight_gradient_between, &all, items, 1, threads);
 }
