@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     possible = []
     for name in options.suites or SUITES:
         obstacle = SUITES[name].obstacle(device)
-        if not obstacle and not options.suites and SUITES[name].by_name:
+        if not obstacle and not options.suites and SUITES[name].by_name and device.type == "cpu":
             obstacle = f"it runs when it is named: benchmarks/run.py {name}"
         if obstacle:
             print(f"{name} skipped: {obstacle}", flush=True)

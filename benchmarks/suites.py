@@ -101,6 +101,6 @@ SUITES: dict[str, Suite] = {
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
         Suite("small_scale", "small_scale", 70, 540, options=(("data", None),)),
         Suite("startup", "startup", 190, 0),
-        Suite("convolutions", "convolutions", 0, 400),
+        Suite("convolutions", "convolutions", 150, 400, by_name=True),
     )
 }
