@@ -9,6 +9,11 @@ import torch
 from normfree.native.library import library
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_from_the_start():
+    torch.set_num_threads(1)  # what fixtures of a module compute is compared with what its tests do
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)  # small tensors, and the same sums in the same order on every machine
