@@ -43,7 +43,7 @@ def conv2d(
 
 
 def own_gradients(x: Tensor, weight: Tensor, *, stride: int, padding: tuple[int, int], groups: int) -> bool:
-    """Whether `gradients` has a faster way than autograd, which keeps the forward pass the library's."""
+    """Whether `gradients`, or `conv2d` where autograd does not watch, has a faster way than the library."""
     return pays(x, weight, groups=groups) or winograd.suits(
         x, weight, stride=stride, padding=padding, groups=groups
     )
