@@ -100,8 +100,8 @@ def weight_gradient(x: Tensor, grad: Tensor, *, groups: int) -> Tensor:
     zeros = x.new_zeros(max(inputs, outputs))
     found = x.new_empty(outputs, 3, 3, own).permute(0, 3, 1, 2)
     run(
-        "winograd_weight_gradient", x, grad, found, zeros, scratch, height, width, inputs, outputs, groups, parts, _tiles(x),
-        BLOCK, count=groups * parts, elements=grad.numel(),
+        "winograd_weight_gradient", x, grad, found, zeros, scratch, height, width, inputs, outputs, groups, parts,
+        _tiles(x), BLOCK, count=groups * parts, elements=grad.numel(),
     )  # fmt: skip
     return found
 
