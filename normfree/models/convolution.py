@@ -15,7 +15,6 @@ from torch import Tensor
 from normfree.models import winograd
 from normfree.models.pointwise import is_product, pointwise, pointwise_gradients
 from normfree.models.weight_gradient import pays, weight_gradient
-from normfree.native.memory import is_plain
 
 
 class Geometry(TypedDict):
@@ -33,11 +32,7 @@ def conv2d(
     geometry = Geometry(stride=stride, padding=padding, groups=groups)
     if is_product(x, weight, stride=stride, groups=groups):
         return pointwise(x, weight, bias)
-    if (
-        not torch.is_grad_enabled()
-        and (bias is None or is_plain(bias))
-        and winograd.suits(x, weight, **geometry)
-    ):
+    if not torch.is_grad_enabled() and winograd.suits(x, weight, bias=bias, **geometry):
         return winograd.conv2d(x, weight, bias, groups=groups)
     return F.conv2d(x, weight, bias, stride, padding, 1, groups)
 

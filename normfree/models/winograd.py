@@ -52,9 +52,10 @@ def suits(
     stride: int,
     padding: tuple[int, int],
     groups: int,
+    bias: Tensor | None = None,
     has_planes: bool = False,
 ) -> bool:
-    """Whether conv2d(x, weight, None, stride, padding, 1, groups) is one to be computed so, and nothing has to see
+    """Whether conv2d(x, weight, bias, stride, padding, 1, groups) is one to be computed so, and nothing has to see
     torch's own operations. `has_planes`: those of the filters need not be computed."""
     return (
         unwatched()  # first, since an export must not ask for sizes
@@ -64,6 +65,7 @@ def suits(
         and all(n >= LEAST_CHANNELS and n % PANEL == 0 for n in (weight.shape[1], len(weight) // groups))
         and is_plain(x)
         and is_plain(weight)
+        and (bias is None or is_plain(bias))
         and x.is_contiguous(memory_format=torch.channels_last)
         and (_tiles(x) * groups >= LEAST_WITH_PLANES if has_planes else _tiles(x) >= LEAST_TILES)
         and not torch.is_autocast_enabled("cpu")
@@ -115,7 +117,8 @@ def filter_planes(weight: Tensor, *, groups: int, turned: bool = False) -> Tenso
     weight = weight.contiguous(memory_format=torch.channels_last)
     filters, inputs = weight.shape[:2]
     each = filters // groups
-    planes = _planes(weight, 16 * groups, *((inputs, each) if turned else (each, inputs)))
+    matrix = (inputs, each) if turned else (each, inputs)
+    planes = weight.new_empty(16 * groups, each * inputs + PAD)[:, :-PAD].unflatten(1, matrix)
     run(
         "winograd_filters", weight, planes, inputs, each, planes.stride(0), int(turned),
         count=filters // PANEL, elements=planes.numel(),
@@ -141,9 +144,3 @@ def convolve(x: Tensor, planes: Tensor, bias: Tensor | None, *, groups: int) -> 
         count=groups * -(-tiles // block), elements=y.numel(),
     )  # fmt: skip
     return y
-
-
-def _planes(like: Tensor, count: int, rows: int, columns: int) -> Tensor:
-    """So many matrices, PAD numbers apart."""
-    size = rows * columns
-    return like.new_empty(count, size + PAD)[:, :size].unflatten(1, (rows, columns))

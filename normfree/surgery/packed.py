@@ -30,10 +30,10 @@ class _Packed(NamedTuple):
     version: int
     minimal: bool
 
-    def is_of(self, plain: Tensor, shape: torch.Size) -> bool:
-        """Whether it was made of `plain` as that is now, for inputs of this shape."""
-        made_of = (self.shape, self.plain.data_ptr(), self.version)
-        return made_of == (shape, plain.data_ptr(), plain._version)
+    def is_of(self, plain: Tensor, shape: torch.Size, minimal: bool) -> bool:
+        """Whether it was made of `plain` as that is now, for inputs of this shape, in the form that is asked for."""
+        made_of = (self.shape, self.plain.data_ptr(), self.version, self.minimal)
+        return made_of == (shape, plain.data_ptr(), plain._version, minimal)
 
 
 class PackedConv2d(Conv2d):
@@ -60,9 +60,9 @@ class PackedConv2d(Conv2d):
         size, stride = self.weight.shape[-1], list(self.stride)
         x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
         geometry = Geometry(stride=stride[0], padding=sides, groups=self.groups)
-        minimal = winograd.suits(x, plain, has_planes=True, **geometry)
+        minimal = winograd.suits(x, plain, bias=self.bias, has_planes=True, **geometry)
         options = list(sides), stride, [1, 1], self.groups
-        if packed is None or not packed.is_of(plain, shape) or packed.minimal != minimal:
+        if packed is None or not packed.is_of(plain, shape, minimal):
             if minimal:
                 kernel = winograd.filter_planes(plain, groups=self.groups)
             else:

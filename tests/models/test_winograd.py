@@ -129,7 +129,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fast")
 def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, _, _ = operands((2, 64, 64, 16, 16, 1))
+    x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
     geometry = {"stride": 1, "padding": (1, 1), "groups": 1}
     assert suits(x, weight, **geometry)
     refused = [
@@ -147,6 +147,8 @@ def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for image, kernel, other in refused:
         assert not suits(image, kernel, **{**geometry, **other})
+    assert suits(x, weight, bias=bias, **geometry)
+    assert not suits(x, weight, bias=bias.double(), **geometry)
     few = x[:1, :, :14, :14].contiguous(memory_format=torch.channels_last)
     grouped = {**geometry, "groups": 2}
     assert suits(few, weight[:, :32].contiguous(), has_planes=True, **grouped)

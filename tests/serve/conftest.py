@@ -60,6 +60,19 @@ def serve(model, *, limits=None, **options):
 
 
 @pytest.fixture
+def eventually():
+    """eventually(holds): waits for what the server comes to in its own time; fails after a minute."""
+
+    def wait(holds):
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    return wait
+
+
+@pytest.fixture
 def serving():
     """serving(model, **options) -> context manager of (port, app)"""
     return serve

@@ -8,7 +8,6 @@ import json
 import re
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -187,7 +186,7 @@ def test_the_page_may_run_its_own_style_and_script_only(serving, colours):
     assert "innerHTML" not in html
 
 
-def test_a_full_queue_says_come_again(serving, colours, caplog):
+def test_a_full_queue_says_come_again(serving, colours, caplog, eventually):
     limits = Limits(max_queue=2, max_files=2)
     colours_net = colours.net
     with serving(colours, limits=limits, max_batch=1, max_delay_ms=0) as (port, app):
@@ -199,9 +198,7 @@ def test_a_full_queue_says_come_again(serving, colours, caplog):
         assert colours_net.entered.wait(60)  # one in the network, two wait
         for thread in threads[1:]:
             thread.start()
-        deadline = time.monotonic() + 60
-        while len(app.state.service.batcher) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        eventually(lambda: len(app.state.service.batcher) == 2)
         status, said, headers = ask(port, "POST", "/predict", RED, {"Content-Type": "image/png"})
         assert (status, said, headers["retry-after"]) == (503, {"error": "the queue is full"}, "1")
         assert f"request {headers['x-request-id']}: 503, the queue is full" in [

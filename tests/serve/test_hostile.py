@@ -321,15 +321,7 @@ def test_a_refused_body_is_not_read_for_ever(serving, colours):
         assert time.monotonic() - started < 30
 
 
-def eventually(holds):
-    """Waits for what the server comes to in its own time; fails after a minute."""
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, caplog):
+def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, caplog, eventually):
     limits = Limits(max_connections=3, head_seconds=120)
     with serving(colours, limits=limits) as (port, _):
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
@@ -340,7 +332,7 @@ def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, cap
         eventually(lambda: Client(port).talk(request(PNG))[0] == 200)
 
 
-def test_a_client_that_leaves_leaves_nothing(serving, colours, caplog):
+def test_a_client_that_leaves_leaves_nothing(serving, colours, caplog, eventually):
     limits = Limits(max_queue=1, max_files=1)
     with serving(colours, max_batch=1, max_delay_ms=0, limits=limits) as (port, app):
         colours.net.entered.clear()
