@@ -1,6 +1,6 @@
 """Which way a convolution is computed, forward and backward: the library's, unless one of ours is faster there.
 
-1x1 as matrix products on CUDA devices (`pointwise`), 3x3 by fewer multiplications (`winograd`) and the gradients of
+3x3 by fewer multiplications (`winograd`) and the gradients of
 other kernels as matrix products (`weight_gradient`) on CPUs. All give the same to rounding.
 """
 
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.models import winograd
-from normfree.models.pointwise import is_product, pointwise, pointwise_gradients
 from normfree.models.weight_gradient import pays, weight_gradient
 
 
@@ -30,8 +29,6 @@ def conv2d(
 ) -> Tensor:
     """conv2d(x, weight, bias, stride, padding, 1, groups). Differentiable where gradients are enabled."""
     geometry = Geometry(stride=stride, padding=padding, groups=groups)
-    if is_product(x, weight, stride=stride, groups=groups):
-        return pointwise(x, weight, bias)
     if not torch.is_grad_enabled() and winograd.suits(x, weight, bias=bias, **geometry):
         return winograd.conv2d(x, weight, bias, groups=groups)
     return F.conv2d(x, weight, bias, stride, padding, 1, groups)
@@ -60,11 +57,6 @@ def gradients(
     # autocast computed in the type of `grad`, from copies of both in that type
     typed_a, typed_weight = a.to(grad.dtype), weight.to(grad.dtype)
     grad_a = grad_weight = grad_bias = None
-    if is_product(a, weight, stride=stride, groups=groups):
-        grad_a, grad_weight = pointwise_gradients(
-            grad, typed_a, typed_weight, needs_x=needs_a, needs_weight=needs_weight
-        )
-        return grad_a, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None
     geometry = Geometry(stride=stride, padding=padding, groups=groups)
     if grad.dtype == a.dtype:
         minimal = type(grad) is Tensor and winograd.suits(a, weight, **geometry)

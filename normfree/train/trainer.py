@@ -3,7 +3,7 @@
 Forward and backward in micro-batches -> (SAM) -> one sum over processes -> clipping of the raw gradient, which also
 checks that it is finite -> decay -> momentum -> average; the schedule sets the rate before. Whoever wants another
 order copies this page. `modes.py` says what the config's `parallel` changes in it, `update.py` who does what follows
-the gradient, `graphed.py` when a step is one CUDA graph.
+the gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from normfree.train.balance import weigh
 from normfree.train.compiled import CompiledBlocks
 from normfree.train.config import Config, steps_of
 from normfree.train.exact import TreeSum
-from normfree.train.graphed import graphed_step
 from normfree.train.modes import check_mode
 from normfree.train.parallel import World
 from normfree.train.profile import span
@@ -115,7 +114,6 @@ class Trainer:
         self.update = Update(self.optimizer, model=net, ema=self.ema, config=config.optim)
         if size is not None:
             self.config = micro_batch.settled(self, size)
-        self.graphed = graphed_step(self)
 
     def _network(self, weights: str = "", *, head: bool = True) -> Net:
         fields = {k: v for k, v in self.config.net.model_dump().items() if v != "auto"}
@@ -138,8 +136,6 @@ class Trainer:
         sampled = (step + 1) % (SAMPLE_RATIOS * config.log.every) == 0 and not self.sharded
         self.ratios = {}
         try:
-            if self.graphed is not None and not sampled and self.graphed.takes(images, targets):
-                return self.graphed(images, targets, step)
             before = self.climb_(images, targets, step) if config.optim.sam_rho else None
             with self.world.watched():
                 loss, correct = self.gradients(images, targets, step)
