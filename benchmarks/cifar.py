@@ -21,10 +21,10 @@ from statistic import Comparison, spread, timing
 from torch import Tensor
 from updates import our_update
 
-from normfree.data.protocol import ArraySource, Source
-from normfree.data.sources import open_source
+from normfree.data.source import ArraySource, Source
+from normfree.data.sources.open import open_source
 from normfree.models.net import Net
-from normfree.models.standardized import standardized_once
+from normfree.models.shared_weights import standardized_once
 from normfree.models.zoo import create_model
 from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD

@@ -14,7 +14,7 @@ from networks import FORMATS
 from statistic import Comparison, Floor
 from torch import Tensor
 
-from normfree.models import convolution
+from normfree.ops import conv2d_backends
 
 ABOUT = (
     "Milliseconds of one convolution's forward pass, input gradient and weight gradient, in both memory formats; "
@@ -120,11 +120,11 @@ def run(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> 
 def ours(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> Tensor:
     """One direction as our networks compute it."""
     side = shape.kernel_size // 2
-    geometry = convolution.Geometry(stride=shape.stride, padding=(side, side), groups=shape.groups)
+    geometry = conv2d_backends.Geometry(stride=shape.stride, padding=(side, side), groups=shape.groups)
     if direction == "forward":
-        return convolution.conv2d(x, weight, None, **geometry)
+        return conv2d_backends.conv2d(x, weight, None, **geometry)
     needs = (direction == "input gradient", direction == "weight gradient", False)
-    by_x, by_weight, _ = convolution.gradients(up, x, weight, None, needs, **geometry)
+    by_x, by_weight, _ = conv2d_backends.gradients(up, x, weight, None, needs, **geometry)
     found = by_x if needs[0] else by_weight
     assert found is not None
     return found

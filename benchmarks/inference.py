@@ -17,12 +17,12 @@ from statistic import Comparison
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from normfree.exported import open_onnx
+from normfree.deploy.export import export
+from normfree.deploy.fold import fold
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
+from normfree.onnx_net import open_onnx
 from normfree.pretrained import Preprocessing, TrainedModel
-from normfree.surgery.export import export
-from normfree.surgery.fold import fold
 
 ABOUT = (
     "Milliseconds of one batch through timm's network and ours with the same weights, and ours folded; each "

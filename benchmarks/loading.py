@@ -18,10 +18,9 @@ from statistic import Comparison
 from torch import Tensor
 from torchvision.transforms import v2
 
-from normfree.data import jpeg
-from normfree.data.augment import train_transform
-from normfree.data.crops import resize
-from normfree.data.images import load_image
+from normfree.data.transforms import jpeg
+from normfree.data.transforms.decode import load_image
+from normfree.data.transforms.train import resize, train_transform
 
 ABOUT = (
     "JPEG bytes of 500 × 375 pixels, quality 92, in memory -> decode -> random resized crop to 224, flip -> uint8 "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from normfree.native.library import library
-from normfree.train.speed import matmul_rate
+from normfree.tools.speed import matmul_rate
 
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "numpy")
 #: Bytes of the buffer that is copied: several times the largest cache.

@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from normfree.models.net import Net
-from normfree.train.allocator import keep_freed_memory
+from normfree.training.allocator import keep_freed_memory
 
 ABOUT = (
     "MiB of one training step of timm's network and ours, forward and backward pass, beyond weights and images; "

@@ -14,13 +14,14 @@ from statistic import Floor
 from torch import Tensor, nn
 
 from normfree.models.cost import count
-from normfree.models.names import to_our_names
+from normfree.models.layers import StochasticDepth
 from normfree.models.net import Net
-from normfree.models.standardized import standardized_once
-from normfree.models.stochastic_depth import StochasticDepth
-from normfree.models.weights import load_weights
-from normfree.models.zoo import create_model, variant_of
-from normfree.train.compiled import CompiledBlocks
+from normfree.models.shared_weights import standardized_once
+from normfree.models.variants import variant_of
+from normfree.models.zoo import create_model
+from normfree.training.compiled import CompiledBlocks
+from normfree.weights.load import load_weights
+from normfree.weights.names import to_our_names
 
 FORMATS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 CLASSES = 1000

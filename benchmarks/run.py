@@ -23,8 +23,8 @@ from harness import LEAST, Bench, Case, GateError, OutOfTimeError
 from statistic import Comparison
 from suites import SUITES, Suite
 
-from normfree.models.layers import nearest
-from normfree.train.allocator import keep_freed_memory
+from normfree.suggest import did_you_mean
+from normfree.training.allocator import keep_freed_memory
 
 #: Seconds that a suite keeps of its budget for the last ceilings and for writing.
 RESERVE_S = 5.0
@@ -79,7 +79,7 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
     """What is wrong with the words, in one line, or nothing."""
     for name in options.suites:
         if name not in SUITES:
-            return f"unknown suite {name!r}.{nearest(name, SUITES)} All: {', '.join(SUITES)}."
+            return f"unknown suite {name!r}.{did_you_mean(name, SUITES)} All: {', '.join(SUITES)}."
     if options.rounds < 1:
         return f"--rounds {options.rounds}: one is the least, and {LEAST} where results are to be written."
     if options.budget_s is not None and options.budget_s <= 0:
@@ -93,7 +93,7 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
         )
         for name in options.only:
             if name not in known:
-                return f"unknown name {name!r}.{nearest(name, known)} All: {', '.join(known)}."
+                return f"unknown name {name!r}.{did_you_mean(name, known)} All: {', '.join(known)}."
     return ""
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from updates import our_update, timm_update, update_distance
 
 from normfree.models.net import Net
-from normfree.models.variants import Variant
-from normfree.models.weights import load_weights
-from normfree.models.zoo import create_model, variant_of
-from normfree.train.recipes import demo
+from normfree.models.variant import Variant
+from normfree.models.variants import variant_of
+from normfree.models.zoo import create_model
+from normfree.training.recipes import demo
+from normfree.weights.load import load_weights
 
 ABOUT = (
     "On a CPU: milliseconds of eight training steps on random images of its size and at its batch size, without "

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from updates import our_update, timm_update, update_distance
 
 from normfree.models.net import Net
-from normfree.train.compiled import CompiledBlocks
+from normfree.training.compiled import CompiledBlocks
 
 ABOUT = (
     "Milliseconds of one training step of timm's network and of ours with the same weights: forward and backward, "

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from updates import CLIPPING, DECAY, give, gradients, our_update, timm_update, update_distance
 
 from normfree.models.net import Net
-from normfree.models.standardized import standardize_all
-from normfree.optim.agc import clip_grad_
+from normfree.ops.standardize import standardize_all
+from normfree.optim.clipping import clip_grad_
 from normfree.optim.groups import parameter_groups
 
 ABOUT = (

@@ -15,7 +15,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from normfree.models.net import Net
-from normfree.optim.agc import clip_grad_
+from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.fused import fused_update
 from normfree.optim.groups import parameter_groups

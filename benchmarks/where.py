@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from updates import our_update, timm_update
 
 from normfree.models.net import Net
-from normfree.train.allocator import keep_freed_memory
+from normfree.training.allocator import keep_freed_memory
 
 IMAGES, WARM, LEAST_MS = 8, 4, 15.0
 

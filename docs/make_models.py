@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from normfree.models.cost import count
-from normfree.models.rows import VARIANTS
+from normfree.models.variants import VARIANTS
 
 # name -> where the row comes from; the first pattern that matches decides
 SOURCES = {
@@ -35,7 +35,7 @@ def table() -> str:
     lines = [
         "# Networks",
         "",
-        "Written by `python docs/make_models.py` from `normfree/models/rows.py`. Parameters with 1000 classes;",
+        "Written by `python docs/make_models.py` from `normfree/models/variants.py`. Parameters with 1000 classes;",
         "multiply-accumulates (GMAC) for one image at test size, which the papers print as FLOPs. [A] is arXiv",
         "2101.08692, [B] arXiv 2102.06171; a twin is the same row with batch norm.",
         "",

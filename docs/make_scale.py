@@ -1,6 +1,6 @@
 """Writes the table of predicted costs into docs/scale.md: `python docs/make_scale.py`, a minute or more.
 
-Nothing here was run: multiply-accumulates are counted, memory is what `normfree.train.memory` predicts for a pass in
+Nothing here was run: multiply-accumulates are counted, memory is what `normfree.training.memory` predicts for a pass in
 bfloat16, and time follows from the three constants below.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from normfree.models.cost import count
-from normfree.models.rows import VARIANTS
+from normfree.models.variants import VARIANTS
 from normfree.models.zoo import create_model
-from normfree.train.memory import SHARE, line
+from normfree.training.memory import SHARE, line
 
 ROWS = (*(f"nfnet_f{n}" for n in range(8)), "nfnet_f7_plus")
 IMAGES, EPOCHS, BATCH = 1_281_167, 360, 4096  # ImageNet's training set; [B] section 4.3

@@ -32,13 +32,21 @@ from batch_size_report import ARMS, write
 
 from normfree import VARIANTS
 from normfree.data.seeds import permutation
-from normfree.train.allocator import keep_freed_memory
-from normfree.train.config import Augment, Config, Input, Log, Net, Optim, steps_of
+from normfree.training.allocator import keep_freed_memory
+from normfree.training.config import (
+    AugmentConfig,
+    Config,
+    InputConfig,
+    LogConfig,
+    NetConfig,
+    OptimConfig,
+    steps_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from normfree.data.protocol import Source
+    from normfree.data.source import Source
 
 RUNS = Path("runs/batch_size")
 RESULTS = Path(__file__).parent / "results"
@@ -135,15 +143,15 @@ def config_of(preset: Preset, cell: Cell, data: str) -> Config:
         model=preset.model.removeprefix("nf_") if cell.arm == "bn" else preset.model,
         length=preset.length,
         seed=cell.seed,
-        net=Net(drop_rate=0.0, stochdepth_rate=0.0),
-        input=Input(batch_size=batch, workers=preset.workers),
-        augment=Augment(crop_min=0.5),
-        optim=Optim(
+        net=NetConfig(drop_rate=0.0, stochdepth_rate=0.0),
+        input=InputConfig(batch_size=batch, workers=preset.workers),
+        augment=AugmentConfig(crop_min=0.5),
+        optim=OptimConfig(
             lr=cell.lr * batch / 256, weight_decay=1e-4, warmup=preset.warmup,
             clip="agc" if cell.arm == "nf_agc" else "off", clipping=cell.clipping or 0.01,
             ema_decay=0.0,  # no average: it equals the weights
         ),
-        log=Log(every=max(1, steps // 100), evaluate_every=preset.length, checkpoint_every="2ep"),
+        log=LogConfig(every=max(1, steps // 100), evaluate_every=preset.length, checkpoint_every="2ep"),
     )  # fmt: skip
 
 
@@ -180,8 +188,8 @@ class Part:
 
 def packed(preset: Preset, data: str, folder: Path) -> str:
     """The preset's part of `data` as a data word: two packed files in `folder`, written if they are not there."""
-    from normfree.data.pack import pack
-    from normfree.data.sources import open_source
+    from normfree.data.sources.open import open_source
+    from normfree.data.sources.packed import pack
 
     files = {part: folder / f"{part}.packed" for part in ("train", "val")}
     told = folder / "data.txt"  # whence the files came
@@ -211,9 +219,10 @@ def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
     import torch
     from rich.console import Console
 
-    from normfree.data.sources import open_source
-    from normfree.train.loop import Stopped, train
-    from normfree.train.trainer import Diverged
+    from normfree.data.sources.open import open_source
+    from normfree.training.loop import train
+    from normfree.training.stop import Stopped
+    from normfree.training.trainer import Diverged
 
     keep_freed_memory()
     out, start = folder / cell.name, time.process_time()
@@ -243,7 +252,7 @@ def read_cell(out: Path) -> dict[str, Any]:
 
 def read_rows(folder: Path, wanted: Iterable[Cell]) -> list[dict[str, Any]]:
     """One row for every finished or diverged cell: the cell, its outcome, steps and the mean clipped fraction."""
-    from normfree.diagnose.report import read_metrics
+    from normfree.diagnose.plotting import read_metrics
 
     rows = []
     for cell in wanted:
@@ -351,7 +360,7 @@ def found(name: str, *, runs: Path, data: str) -> dict[str, Any]:
     """All that is known of a preset's cells: what batch_size.json holds and the page is made of."""
     import torch
 
-    from normfree.data.pack import PackedSource
+    from normfree.data.sources.packed import PackedSource
 
     preset, row = PRESETS[name], VARIANTS[PRESETS[name].model]
     word = "FOLDER" if Path(data).exists() else data  # a path means nothing elsewhere

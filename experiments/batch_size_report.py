@@ -153,7 +153,7 @@ def draw(preset: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
 
 def draw_panel(axis: Any, batches: Sequence[int], curves: Mapping[str, Curve]) -> None:
     """One curve for each arm. Its batches without a mean lie on the floor, as crosses with their words."""
-    from normfree.diagnose.report import BLUE, GREEN, ORANGE
+    from normfree.diagnose.plotting import BLUE, GREEN, ORANGE
 
     looks = {"bn": (BLUE, "s", "--", 0.97), "nf": (ORANGE, "^", ":", 1.0), "nf_agc": (GREEN, "o", "-", 1.03)}
     ends = [mean + side * spread for c in curves.values() for _, mean, spread in c.points for side in (-1, 1)]

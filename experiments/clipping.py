@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from normfree import SGD, adaptive_clip_grad_, create_model, parameter_groups
-from normfree.data.sources import open_source
+from normfree.data.sources.open import open_source
 from normfree.diagnose.gradients import ratio_quantiles, recommended_clipping
 
 SIZE = 16

@@ -22,8 +22,8 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from normfree.surgery.batchnorm import batchnorms
+from normfree.surgery.conversion_report import ConvertReport
 from normfree.surgery.convert import convert_batchnorm
-from normfree.surgery.report import ConvertReport
 
 TORCHVISION = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet",

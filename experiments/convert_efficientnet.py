@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from normfree.data.sources import open_source
+from normfree.data.sources.open import open_source
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.groups import DEFAULT_RULES, Rule, parameter_groups
 from normfree.optim.schedule import warmup_cosine
 from normfree.optim.sgd import SGD
-from normfree.surgery import standardize
+from normfree.surgery import weight_standardization
 from normfree.surgery.convert import convert_batchnorm
 
 SIZE, BATCHES, CALIBRATION = 64, (2, 4, 16, 64), 128
@@ -202,11 +202,11 @@ def conversion() -> dict[str, Any]:
     out["lost_mean"] = {c.layer: c.lost_mean for c in done}
     out["unexplained"] = {c.layer: c.unexplained for c in done}
     net = copy.deepcopy(exact)
-    fits = standardize.standardize_(net, [c.layer for c in report.layers], calibration)
+    fits = weight_standardization.standardize_(net, [c.layer for c in report.layers], calibration)
     out["fitted_with_depthwise"] = relative(net, held_out)
     out["lost_mean_depthwise"] = {f.layer: f.lost_mean for f in fits if f.layer in depthwise}
-    longest = standardize.LONGEST
-    standardize.LONGEST = (
+    longest = weight_standardization.LONGEST
+    weight_standardization.LONGEST = (
         0  # no kernel is fitted: each loses its mean evenly, gain and bias restore the moments
     )
     for key, layers in (
@@ -215,12 +215,12 @@ def conversion() -> dict[str, Any]:
     ):
         net = copy.deepcopy(exact)
         names = [x.layer if hasattr(x, "layer") else x for x in layers]
-        standardize.standardize_(net, names, calibration)
+        weight_standardization.standardize_(net, names, calibration)
         out[key] = relative(net, held_out)
     net = copy.deepcopy(exact)
-    standardize.standardize_(net, [c.layer for c in done], None)
+    weight_standardization.standardize_(net, [c.layer for c in done], None)
     out["nothing_restored"] = relative(net, held_out)
-    standardize.LONGEST = longest
+    weight_standardization.LONGEST = longest
     return out
 
 

@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from normfree.train.recipes import demo
+from normfree.training.recipes import demo
 
 RUNS = Path("runs/demo-seeds")
 RESULT = Path(__file__).parent / "results" / "demo_seeds.md"

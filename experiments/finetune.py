@@ -30,14 +30,16 @@ import torch
 from rich.console import Console
 
 from normfree import evaluate, from_pretrained
-from normfree.data.pack import pack
-from normfree.data.parts import PartSource
-from normfree.data.sources import open_source
+from normfree.data.sources.open import open_source
+from normfree.data.sources.packed import pack
+from normfree.data.subset import Subset
 from normfree.pretrained import Preprocessing
-from normfree.train.config import Config, with_overrides
-from normfree.train.loop import Stopped, train
-from normfree.train.plateau import Best
-from normfree.train.recipes import RECIPES
+from normfree.training.config import Config
+from normfree.training.config_io import with_overrides
+from normfree.training.early_stopping import Best
+from normfree.training.loop import train
+from normfree.training.recipes import RECIPES
+from normfree.training.stop import Stopped
 
 RUNS = Path("runs/finetune")
 RESULTS = Path(__file__).parent / "results"
@@ -153,7 +155,7 @@ def packed(data: str) -> str:
         train_part = open_source(f"packed:{parts[0]},val={parts[1]}").train
         labels = [train_part.label(i) for i in range(len(train_part))]
         first = [i for i, label in enumerate(labels) if labels[:i].count(label) < FEW]
-        pack(PartSource(train_part, first), few, size=PACKED)
+        pack(Subset(train_part, first), few, size=PACKED)
     return f"packed:{parts[0]},val={parts[1]}"
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from normfree.data.sources import open_source
+from normfree.data.sources.open import open_source
 
 SIZE = 96
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -23,7 +23,7 @@ from torch import nn
 from normfree import WSConv2d, create_model, signal_propagation
 from normfree.diagnose.figures import draw_signal
 from normfree.diagnose.propagation import Prediction, SignalReport
-from normfree.models.layers import GAINS
+from normfree.models.activations import GAINS
 from normfree.models.net import Block
 
 ROOT = Path(__file__).parent.parent

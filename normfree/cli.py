@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from normfree._version import __version__
-from normfree.commands.bench import BenchArguments, bench
-from normfree.commands.convert import ConvertArguments, convert
-from normfree.commands.diagnose import DiagnoseArguments, diagnose
-from normfree.commands.export import ExportArguments, export_
-from normfree.commands.look import ListArguments, ShowArguments, list_, show
-from normfree.commands.serve import ServeArguments, serve
-from normfree.commands.train import train, train_help
-from normfree.commands.use import EvalArguments, PredictArguments, eval_, predict_
-from normfree.commands.words import UsageError, did_you_mean
+from normfree.commands.bench_command import BenchArguments, bench
+from normfree.commands.convert_command import ConvertArguments, convert
+from normfree.commands.diagnose_command import DiagnoseArguments, diagnose
+from normfree.commands.eval_command import EvalArguments, eval_
+from normfree.commands.export_command import ExportArguments, export_
+from normfree.commands.list_command import ListArguments, list_
+from normfree.commands.predict_command import PredictArguments, predict_
+from normfree.commands.serve_command import ServeArguments, serve
+from normfree.commands.show_command import ShowArguments, show
+from normfree.commands.train_command import train, train_help
+from normfree.commands.usage import UsageError
+from normfree.suggest import did_you_mean
 
 HELP = """usage: normfree VERB ...      (normfree VERB --help says more)
 

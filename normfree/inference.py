@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.data.augment import normalize
-from normfree.data.images import SUFFIXES, load_image
 from normfree.data.loader import eval_batches
-from normfree.data.protocol import Source
+from normfree.data.source import Source
+from normfree.data.transforms.decode import SUFFIXES, load_image
+from normfree.data.transforms.normalize import normalize
+from normfree.device import run_device
 from normfree.pretrained import Preprocessing, TrainedModel
 
 if TYPE_CHECKING:
@@ -54,26 +55,6 @@ class Evaluation:
             for i, name in enumerate(self.classes)
             if int(table[i].sum())
         }
-
-
-def run_device(word: str) -> torch.device:
-    """ "auto" is the first GPU if there is one, else the CPU; other words are torch's.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if word == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(word)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {word!r} cannot be used here: {str(error).splitlines()[0]} Use 'auto'."
-        ) from None
-    return device
 
 
 @torch.no_grad()

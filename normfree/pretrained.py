@@ -16,14 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from normfree._version import __version__
-from normfree.data.augment import CROP_PADDING, EVAL_CROPS, IMAGENET_MEAN, IMAGENET_STD, eval_transform
-from normfree.exported import OnnxNet, open_onnx
-from normfree.models.hub import PREFIX, fetch, upload
-from normfree.models.names import timm_from_state_dict
+from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, eval_transform
+from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD
 from normfree.models.net import Net
-from normfree.models.rows import VARIANTS
-from normfree.models.weights import MODEL_FILE, load_weights, model_folder
+from normfree.models.variants import VARIANTS
 from normfree.models.zoo import create_model
+from normfree.onnx_net import OnnxNet, open_onnx
+from normfree.weights.hub import PREFIX, fetch, upload
+from normfree.weights.load import MODEL_FILE, load_weights, model_folder
+from normfree.weights.names import timm_from_state_dict
+
+if TYPE_CHECKING:
+    from normfree.models.net import Net
+
+    pass
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -328,3 +334,24 @@ def _row_of_timm(config: Mapping[str, Any], numerics: str) -> tuple[str, dict[st
     if theirs:
         raise ValueError(f"model_args {', '.join(sorted(theirs))} of timm's {name} are not known here.")
     return row, args
+
+
+def assumed_preprocessing(net: Net, *, deepmind: bool) -> Preprocessing:
+    """What weights without a folder were most likely made for: DeepMind's evaluation to the pixel, ours, or timm's."""
+    from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD
+
+    pass
+
+    half = (0.5,) * net.in_channels
+    rgb = net.in_channels == 3 and net.name != "timm_test_nfnet"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else (half, half)
+    size = net.variant.test_size
+    if not net.name.startswith("timm_") or net.name.startswith("timm_dm_"):
+        # reference code: NFNets squash to S + 32, NF-RegNets and NF-ResNets keep the aspect; no antialiasing
+        crop = "resize_crop_32" if net.name.startswith(("nfnet", "timm_dm")) else "crop_resize"
+        return Preprocessing(size, crop=crop, antialias=not deepmind, mean=mean, std=std)
+    # timm 1.0.31, default_cfgs of models/nfnet.py: crop_pct is 0.9 but for these
+    special = {"timm_nf_resnet50": 0.94, "timm_test_nfnet": 0.95}
+    light = net.name.startswith(("timm_nfnet_l", "timm_eca_nfnet_l"))
+    crop_pct = 1.0 if light else special.get(net.name, 0.9)
+    return Preprocessing(size, crop="center", crop_pct=crop_pct, mean=mean, std=std)

@@ -18,8 +18,8 @@ from normfree._version import __version__
 from normfree.cli import HELP, main
 from normfree.models.zoo import create_model
 from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
-from normfree.train import loop
-from normfree.train.config import keys
+from normfree.training import loop
+from normfree.training.config_io import keys
 
 TINY = shlex.split(
     "--model nf_resnet_nano --input.image_size 16 --input.batch_size 4 --input.workers 0 --length 4st "

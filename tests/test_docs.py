@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from normfree.cli import VERBS
-from normfree.models.zoo import list_models
-from normfree.train.config import with_overrides
-from normfree.train.recipes import RECIPES
+from normfree.models.variants import list_models
+from normfree.training.config_io import with_overrides
+from normfree.training.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

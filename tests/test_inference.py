@@ -5,12 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from normfree.data.augment import eval_transform, normalize
-from normfree.data.images import load_image
-from normfree.data.protocol import ArraySource
-from normfree.inference import evaluate, find_images, predict, run_device
+from normfree.data.source import ArraySource
+from normfree.data.transforms.decode import load_image
+from normfree.data.transforms.evaluate import eval_transform
+from normfree.data.transforms.normalize import normalize
+from normfree.device import run_device
+from normfree.inference import evaluate, find_images, predict
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel, from_pretrained, save_pretrained
+from normfree.pretrained import (
+    Preprocessing,
+    TrainedModel,
+    from_pretrained,
+    save_pretrained,
+)
 
 CLASSES = tuple("abcdefg")
 PRE = Preprocessing(image_size=16, crop="squash")

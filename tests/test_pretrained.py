@@ -13,11 +13,17 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 from timm.models._hub import save_for_hf
 
-from normfree.data.augment import normalize
-from normfree.models.hub import fetch, repository_of
+from normfree.data.transforms.normalize import normalize
+from normfree.deploy.fold import fold
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel, from_pretrained, push_to_hub, save_pretrained
-from normfree.surgery.fold import fold
+from normfree.pretrained import (
+    Preprocessing,
+    TrainedModel,
+    from_pretrained,
+    push_to_hub,
+    save_pretrained,
+)
+from normfree.weights.hub import fetch, repository_of
 
 CLASSES = ("a", "b", "ç")
 PRE = Preprocessing(image_size=40, crop="squash", crop_pct=0.9, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from normfree.data.images import ImageError
-from normfree.data.protocol import Source
+from normfree.data.source import Source
+from normfree.data.transforms.decode import ImageError
 
 SHOWN = 10  # bad files that an error message names
 _CHUNK = 32  # pictures per task: small enough for a smooth progress bar, large enough to cost nothing

@@ -18,11 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.data.images import ImageError
-from normfree.data.mixing import FreshPairs
-from normfree.data.plan import EVAL, EvalPlan, Fetched, Pair, Place, Plan, TrainPlan, shuffled
-from normfree.data.protocol import Source
+from normfree.data.sampler import (
+    EVAL,
+    EvalSampler,
+    Pair,
+    Plan,
+    Prefetcher,
+    SampleRef,
+    TrainSampler,
+    shuffled,
+)
 from normfree.data.seeds import key
+from normfree.data.source import Source
+from normfree.data.transforms.decode import ImageError
+from normfree.data.transforms.mixing import FreshPairs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,7 +121,7 @@ def train_batches(
             f"copies of a sample share a batch. Fix: repeats={nearest}"
         )
     own = getattr(source, "order", None)  # of a source that cannot be read anywhere
-    plan = TrainPlan(
+    plan = TrainSampler(
         len(source),
         batch_size=batch_size,
         steps=range(start_step, num_steps),
@@ -141,7 +150,7 @@ def eval_batches(
     most one, so ranks may see different numbers of batches (or none): sum the counts, then divide.
     """
     _check(source, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
-    plan = EvalPlan(len(source), batch_size, rank, world_size)
+    plan = EvalSampler(len(source), batch_size, rank, world_size)
     return _stream(_Fetcher(source, transform, 0), plan, workers=workers, pin_memory=pin_memory)
 
 
@@ -173,7 +182,7 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
         finally:
             torch.default_generator.set_state(state)
 
-    def _batch(self, images: Sequence[Tensor], places: list[Place], step: int, epoch: int) -> Batch:
+    def _batch(self, images: Sequence[Tensor], places: list[SampleRef], step: int, epoch: int) -> Batch:
         indices = [index for _, index in places]
         return Batch(
             images=torch.stack(list(images)),
@@ -210,7 +219,7 @@ def _stream(fetcher: _Fetcher, plan: Plan, *, workers: int, pin_memory: bool) ->
     from torch.utils.data import DataLoader
 
     read = getattr(fetcher.source, "read", None)
-    ahead = None if read is None else Fetched(plan, read)
+    ahead = None if read is None else Prefetcher(plan, read)
     batches = iter(
         DataLoader(
             fetcher,

@@ -9,8 +9,8 @@ from textwrap import fill
 from typing import Any
 
 from normfree.diagnose.gradients import CLIPPINGS, GradientReport
+from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
 from normfree.diagnose.propagation import BlockSignal, SignalReport
-from normfree.diagnose.report import BLUE, GREEN, GREY, ORANGE, new_figure
 
 DPI = 110
 

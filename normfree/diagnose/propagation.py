@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normfree.diagnose.residuals import Moments, Watch, is_map, moments
 from normfree.models.net import Net
-from normfree.models.variants import Variant
+from normfree.models.variant import Variant
 
 
 class NoResidualBlocks(ValueError):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normfree.diagnose.report import BLUE, GREEN, GREY, ORANGE, new_figure
+from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
 
 Rows = Sequence[Mapping[str, Any]]
 

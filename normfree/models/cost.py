@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from normfree.models.variants import STEMS, Variant, eca_kernel_size
+from normfree.models.variant import STEMS, Variant, eca_kernel_size
 
 
 @dataclass(frozen=True)

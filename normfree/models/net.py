@@ -17,20 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from normfree.models.activations import GAINS, activation
 from normfree.models.layers import (
-    GAINS,
     Conv2d,
     EfficientChannelAttention,
     SqueezeExcite,
+    StochasticDepth,
     WSConv2d,
-    activation,
     avg_pool_same,
     max_pool,
 )
-from normfree.models.recompute import eager_training
-from normfree.models.residual import add_branch
-from normfree.models.stochastic_depth import StochasticDepth, kept_images, take_images
-from normfree.models.variants import STEMS, Variant, eca_kernel_size
+from normfree.models.variant import STEMS, Variant, eca_kernel_size
+from normfree.native.dispatch import eager_training
+from normfree.ops.gated_add import add_branch, kept_images, take_images
 
 
 def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
@@ -49,7 +48,7 @@ def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
     return betas
 
 
-class _Parts:
+class LayerFactory:
     """Makes convolutions and norms of one row: standardized and none, or plain and batch norm."""
 
     def __init__(self, variant: Variant) -> None:
@@ -84,7 +83,7 @@ class _Parts:
 class Stem(nn.Module):
     """Images B 3 H W to the first block's input. Activation between convolutions, none after the last."""
 
-    def __init__(self, variant: Variant, parts: _Parts, in_channels: int) -> None:
+    def __init__(self, variant: Variant, parts: LayerFactory, in_channels: int) -> None:
         super().__init__()
         row = STEMS[variant.stem]
         self.act, self.max_pool, self.depth = activation(variant.activation), row.max_pool, len(row.convs)
@@ -118,7 +117,7 @@ class Block(nn.Module):
     def __init__(
         self,
         variant: Variant,
-        parts: _Parts,
+        parts: LayerFactory,
         in_channels: int,
         out_channels: int,
         *,
@@ -178,7 +177,7 @@ class Block(nn.Module):
 
     def kept(self, mask: Tensor | None) -> Tensor | None:
         """The images that the branch has to compute; None: all of them, as always with batch statistics, and where a
-        mask has no values to read (tensors that only stand for others, as `train/memory.py` uses)."""
+        mask has no values to read (tensors that only stand for others, as `training/memory.py` uses)."""
         if type(mask) is not Tensor or mask.device.type != "cpu":
             return None
         if not self.normalizer_free or not eager_training():
@@ -224,7 +223,7 @@ class Net(nn.Module):
         self, variant: Variant, *, name: str = "", num_classes: int = 1000, in_channels: int = 3
     ) -> None:
         super().__init__()
-        parts = _Parts(variant)
+        parts = LayerFactory(variant)
         self.variant, self.name, self.in_channels = variant, name, in_channels
         self.feature_scale = parts.feature_scale
         self.act = activation(variant.activation)

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 
-from normfree.models import hub
-from normfree.models.layers import nearest
 from normfree.models.net import FeatureNet, Net
-from normfree.models.rows import VARIANTS
-from normfree.models.variants import Variant
-from normfree.models.weights import load_weights
-
-
-def variant_of(name: str) -> Variant:
-    """The row called `name`.
-
-    Raises:
-        ValueError: there is none; the message has the nearest name.
-    """
-    if name not in VARIANTS:
-        hint = nearest(name, VARIANTS)
-        if f"timm_{name}" in VARIANTS:
-            hint = f" timm's network of that name is 'timm_{name}'"
-            published = name.removeprefix("dm_")
-            hint += f"; computed as DeepMind's code does, it is {published!r}." if published != name else "."
-        raise ValueError(f"unknown model {name!r}.{hint} All names: normfree list models")
-    return VARIANTS[name]
+from normfree.models.variants import variant_of
+from normfree.weights import hub
+from normfree.weights.load import load_weights
 
 
 def create_model(
@@ -71,8 +52,3 @@ def _local(name: str, weights: str | Path) -> Path:
     if word == "download":
         word = hub.PREFIX + hub.repository_of(name)
     return hub.fetch(word) if word.startswith(hub.PREFIX) else Path(word)
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of all networks that match a shell pattern, in table order."""
-    return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]

@@ -1,4 +1,4 @@
-/* Activations x g(x), and their gradients: GELU in its form with tanh, and SiLU. Called by `normfree.models.activations`.
+/* Activations x g(x), and their gradients: GELU in its form with tanh, and SiLU. Called by `normfree.ops.gelu`.
  *
  * One pass over memory, without branches, so that the compiler makes vectors of it. Both gates are the logistic function,
  * from exp of a number that is not above 0, with a small relative error in either tail. */

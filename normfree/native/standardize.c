@@ -1,5 +1,5 @@
-/* Weight standardization, filter by filter: the twin in C of `normfree.models.kernels`, which says what `table`, `owner`
- * and `numbers` hold. Called by `normfree.models.standardized`. */
+/* Weight standardization, filter by filter: the twin in C of `normfree.ops.standardize_triton`, which says what `table`, `owner`
+ * and `numbers` hold. Called by `normfree.ops.standardize`. */
 
 #include "share.h"
 

@@ -1,4 +1,4 @@
-/* One optimizer step, unit by unit of AGC: the twin in C of `normfree.optim.kernels`, which says what `table`, `owner` and
+/* One optimizer step, unit by unit of AGC: the twin in C of `normfree.optim.fused_triton`, which says what `table`, `owner` and
  * `numbers` hold. Called by `normfree.optim.units` and `normfree.optim.fused`. */
 
 #include "share.h"

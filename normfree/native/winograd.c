@@ -1,4 +1,4 @@
-/* 3x3 convolutions by F(2 x 2, 3 x 3), which `normfree.models.winograd` explains and calls.
+/* 3x3 convolutions by F(2 x 2, 3 x 3), which `normfree.ops.winograd` explains and calls.
  *
  * A map is B H W C. It has a tile for every 2 x 2 outputs, in the order of memory; the last ones may reach beyond it.
  * Its planes are 16 matrices tiles x channels, one for each place in a tile of 4 x 4. Filters and their gradients are

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from normfree.optim.groups import copy_named_
-from normfree.optim.sharded import local
+from normfree.optim.dtensor import local
+from normfree.optim.named_state import copy_named_
 
 
 def ema_decay(step: int, *, decay: float = 0.99999, ramp: bool = True) -> float:

@@ -2,8 +2,8 @@
 
 The first launch reads the gradients for their norms. The second reads weights, gradients, momentum and average once,
 writes all but the gradients back, and writes nothing when the global norm is not finite. Together 32 bytes per
-parameter. The kernels stand in `normfree.optim.kernels` for CUDA devices, whose host waits for neither launch, and in
-`normfree.native` for CPUs; the three calls are their plain twin.
+parameter. `normfree.optim.fused_triton` has the CUDA kernels, for which the host waits for neither launch, `normfree.native` those
+for CPUs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normfree.native.dispatch import same_layout
 from normfree.native.library import library, owner_of, run
-from normfree.native.memory import same_layout
-from normfree.optim.agc import ClipReport, NonFiniteGradientError
+from normfree.optim.dtensor import is_sharded
 from normfree.optim.ema import Ema, ema_decay
+from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError
 from normfree.optim.sgd import SGD
-from normfree.optim.sharded import is_sharded
 from normfree.optim.units import COLUMNS
 
 #: Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
@@ -87,7 +87,7 @@ class FusedUpdate:
                 units = p.shape[0] if len(_layout(p)) > 1 else 1
                 self._all.append(_Entry(name, index, p, averages.get(id(p)), units, p.stride()))
         device = self._all[0].parameter.device
-        #: What a step depends on besides tensors, on the device: see `normfree.optim.kernels`.
+        #: What a step depends on besides tensors, on the device: see `normfree.optim.fused_triton`.
         self.numbers = torch.zeros(1 + 5 * len(optimizer.param_groups), device=device)
         #: Which of `_all` have a gradient, in order, and whether 16-byte accesses to them are sound.
         self._plan: list[tuple[int, bool]] = []
@@ -136,7 +136,7 @@ class FusedUpdate:
 
     def set_numbers_(self, *, step: int) -> None:
         """Copies the groups' settings, and the weight of the average's `step`, to the device."""
-        from normfree.optim.kernels import GROUP_NUMBERS
+        from normfree.optim.fused_triton import GROUP_NUMBERS
 
         weight = 0.0
         if self.ema is not None:
@@ -168,22 +168,22 @@ class FusedUpdate:
 
     def _square_(self, squares: Tensor) -> None:
         """The first launch: the sum of squares of every unit's gradient."""
-        from normfree.optim import kernels
+        from normfree.optim import fused_triton
 
         with torch.cuda.device_of(self.numbers):
             for start, count, hint in self._launches():
-                kernels.unit_squares[(count,)](
+                fused_triton.unit_squares[(count,)](
                     self._table, self._owner, squares, start,
                     BLOCK=BLOCK, ALIGNED=hint, num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
 
     def _update_(self, squares: Tensor, grad_norm: Tensor, clipped: Tensor) -> None:
         """The second launch: all the rest, and who was clipped; nothing if `grad_norm` is not finite."""
-        from normfree.optim import kernels
+        from normfree.optim import fused_triton
 
         with torch.cuda.device_of(self.numbers):
             for start, count, hint in self._launches():
-                kernels.update[(count,)](
+                fused_triton.update[(count,)](
                     self._table, self._owner, self.numbers, squares, grad_norm, clipped, start, self.eps,
                     BLOCK=BLOCK, ALIGNED=hint, EMA=self.ema is not None, num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
-from normfree.native.memory import laid_out_as, same_layout
-from normfree.optim.groups import copy_named_
-from normfree.optim.sharded import is_sharded, local
+from normfree.native.dispatch import laid_out_as, same_layout
+from normfree.optim.dtensor import is_sharded, local
+from normfree.optim.named_state import copy_named_
 
 # torch has one fused update kernel for each of these; on the CPU it takes half of the loop's time, while
 # the foreach path is slower than the loop (measured on the shapes of NFNet-F0).
@@ -27,7 +27,7 @@ class SGD(Optimizer):
     """Per parameter p with gradient g: g += decay * p, m = momentum * m + g, g += momentum * m, p -= lr * g.
 
     m starts at 0, which makes the first m equal to the first g. Without `nesterov`, p -= lr * m.
-    Clipping acts on the raw gradient and therefore before this (`normfree.optim.agc.clip_grad_`).
+    Clipping acts on the raw gradient and therefore before this (`normfree.optim.clipping.clip_grad_`).
 
     params: tensors, (name, tensor) pairs, or groups such as `parameter_groups` makes. A group may carry its
         own `weight_decay`, `momentum`, `nesterov`, and `lr_multiplier` (factor on the learning rate, default

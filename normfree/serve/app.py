@@ -30,12 +30,12 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(f"normfree serve needs {missing.name}: pip install 'normfree[serve]'") from None
 
 from normfree._version import __version__
-from normfree.data.images import ImageError, load_image
-from normfree.inference import run_device
+from normfree.data.transforms.decode import ImageError, load_image
+from normfree.device import run_device
 from normfree.pretrained import TrainedModel
 from normfree.serve.batching import Batcher, Unavailable, probabilities
-from normfree.serve.metrics import Metrics, Watch, log
-from normfree.serve.page import page
+from normfree.serve.index_page import page
+from normfree.serve.request_metrics import Metrics, Watch, log
 from normfree.serve.upload import GONE, Held, Limits, Refused, Upload, uploads
 
 _DECODERS = min(4, os.cpu_count() or 1)  # threads; each may hold one decoded picture of max_pixels

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from normfree.data.augment import normalize
+from normfree.data.transforms.normalize import normalize
+from normfree.deploy.fold import fold
 from normfree.models.net import Net
 from normfree.pretrained import TrainedModel
-from normfree.surgery.fold import fold
 
 _log = logging.getLogger("normfree.serve")
 
@@ -161,7 +161,7 @@ class Batcher:
 def probabilities(model: TrainedModel, *, device: torch.device) -> Callable[[Tensor], Tensor]:
     """uint8 images B 3 S S -> probabilities B K, float32 on the CPU, as `normfree.inference.predict` has them.
 
-    A network of ours is folded first (`normfree.surgery.fold`): the same answers to rounding, in less time.
+    A network of ours is folded first (`normfree.deploy.fold`): the same answers to rounding, in less time.
     """
     pre = model.preprocessing
     net = fold(model.net) if isinstance(model.net, Net) else model.net

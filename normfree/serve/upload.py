@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
-from normfree.data.images import MAX_PIXELS
+from normfree.data.transforms.decode import MAX_PIXELS
 
 GONE = 499  # what nginx counts for clients that closed their connection; nobody reads it
 _NAME_LENGTH = 255  # what file systems allow; a longer name is cut

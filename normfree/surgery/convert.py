@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from normfree.surgery.batchnorm import batchnorms, fold_batchnorms_, other_norms
-from normfree.surgery.report import ConvertReport, How, LayerChange
-from normfree.surgery.standardize import can_be_standardized, scales_with_weight, standardize_
+from normfree.surgery.conversion_report import ConvertReport, How, LayerChange
 from normfree.surgery.trace import convolutions
+from normfree.surgery.weight_standardization import can_be_standardized, scales_with_weight, standardize_
 
 
 class Converted(NamedTuple):

@@ -19,8 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from normfree.surgery.batchnorm import batchnorms, replace_, split_fused_
-from normfree.surgery.report import LayerChange
-from normfree.surgery.standardize import Standardized, can_be_standardized, evaluate_with, scales_with_weight
+from normfree.surgery.conversion_report import LayerChange
 from normfree.surgery.trace import (
     NotTraceableError,
     is_functional_batch_norm,
@@ -29,6 +28,12 @@ from normfree.surgery.trace import (
     trace,
 )
 from normfree.surgery.variance import CHANNELS, Signal, Tracker
+from normfree.surgery.weight_standardization import (
+    Standardized,
+    can_be_standardized,
+    evaluate_with,
+    scales_with_weight,
+)
 
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from normfree.data.audit import AuditReport, BadImage, audit, require_clean
-from normfree.data.folders import FolderSource
+from normfree.data.sources.folders import FolderSource
 
 
 def source(root: Path, *, good: int, bad: int) -> FolderSource:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from normfree.data.augment import eval_transform, train_transform
-from normfree.data.folders import FolderSource
-from normfree.data.images import ImageError
 from normfree.data.loader import Batch, eval_batches, train_batches
-from normfree.data.mixing import FreshPairs
-from normfree.data.protocol import ArraySource
 from normfree.data.seeds import key, permutation
+from normfree.data.source import ArraySource
+from normfree.data.sources.folders import FolderSource
+from normfree.data.transforms.decode import ImageError
+from normfree.data.transforms.evaluate import eval_transform
+from normfree.data.transforms.mixing import FreshPairs
+from normfree.data.transforms.train import train_transform
 
 
 def make_source(n: int, *, tones: int = 1) -> ArraySource:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from normfree.diagnose.page import Section, figures, folded, page, pictures, table
-from normfree.diagnose.report import BLUE
+from normfree.diagnose.html_page import Section, figures, folded, page, pictures, table
+from normfree.diagnose.plotting import BLUE
 from normfree.diagnose.run_figures import class_figure, confused, confusion_figure, curve_figures
 
 HOSTILE = "<script>alert(1)</script><!--FACTS-->$x_1$"

@@ -12,9 +12,10 @@ from torch import nn
 
 from normfree.diagnose.propagation import predict, signal_propagation
 from normfree.diagnose.residuals import channel_moments, moments
-from normfree.models.names import state_dict_from_haiku
-from normfree.models.variants import Variant
-from normfree.models.zoo import create_model, variant_of
+from normfree.models.variant import Variant
+from normfree.models.variants import variant_of
+from normfree.models.zoo import create_model
+from normfree.weights.names import state_dict_from_haiku
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "nfnet_tiny.npz"
 TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "num_classes": 10}

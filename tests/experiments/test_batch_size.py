@@ -71,7 +71,7 @@ def test_arms_share_all_but_network_and_clipping_and_the_rate_follows_the_batch(
 
 
 def test_part_has_equally_many_of_each_class_and_refuses_more_than_there_are(script: ModuleType) -> None:
-    from normfree.data.sources import open_source
+    from normfree.data.sources.open import open_source
 
     source = open_source("synthetic:classes=4,size=8,train=41,val=8").train
     part = script.Part(source, 20)

@@ -7,21 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from normfree.models.activations import ACTIVATIONS, GAINS, gain_of, scaled_activation
 from normfree.models.layers import (
-    ACTIVATIONS,
-    GAINS,
-    WS_EPS,
     Conv2d,
     SqueezeExcite,
+    StochasticDepth,
     WSConv2d,
     avg_pool_same,
-    gain_of,
     max_pool,
-    scaled_activation,
     standardize,
 )
-from normfree.models.padding import same_padding
-from normfree.models.stochastic_depth import StochasticDepth
+from normfree.ops.padding import same_padding
+from normfree.ops.standardize_torch import WS_EPS
 
 # Var[act(z)] ** -0.5 by quadrature, from the table of exact values beside the reference's Monte-Carlo ones.
 EXACT_GAINS = {

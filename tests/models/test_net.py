@@ -8,8 +8,8 @@ from torch import nn
 
 from normfree.models.layers import WSConv2d
 from normfree.models.net import expected_betas
-from normfree.models.rows import VARIANTS
-from normfree.models.zoo import create_model, list_models, variant_of
+from normfree.models.variants import VARIANTS, list_models, variant_of
+from normfree.models.zoo import create_model
 
 TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "num_classes": 10}
 CHEAP = ["nf_regnet_b0", "nf_resnet26", "resnet26", "nf_resnet_nano", "resnet_nano"]

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normfree.models.layers import GAINS, WS_EPS
-from normfree.models.names import haiku_from_state_dict, state_dict_from_haiku
+from normfree.models.activations import GAINS
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
+from normfree.ops.standardize_torch import WS_EPS
+from normfree.weights.names import haiku_from_state_dict, state_dict_from_haiku
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "num_classes": 10}

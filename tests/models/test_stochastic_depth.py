@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.models.net import Block, Net
-from normfree.models.stochastic_depth import add_images, kept_images, take_images
 from normfree.models.zoo import create_model
+from normfree.ops.gated_add import add_images, kept_images, take_images
 
 SMALL = {
     "nfnet_f0": {"widths": (32, 64, 96, 96), "group_width": 8},

@@ -5,10 +5,11 @@ import timm
 import torch
 
 from normfree.models.cost import count
-from normfree.models.hub import TAGS, repository_of
-from normfree.models.names import timm_from_state_dict
-from normfree.models.weights import load_weights
-from normfree.models.zoo import create_model, list_models, variant_of
+from normfree.models.variants import list_models, variant_of
+from normfree.models.zoo import create_model
+from normfree.weights.hub import TAGS, repository_of
+from normfree.weights.load import load_weights
+from normfree.weights.names import timm_from_state_dict
 
 ROWS = [name.removeprefix("timm_") for name in list_models("timm_*")]
 LIGHT = {

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.models.cost import count
 from normfree.models.net import Net
-from normfree.models.rows import VARIANTS
-from normfree.models.variants import STEMS, Variant
-from normfree.models.zoo import create_model, list_models, variant_of
+from normfree.models.variant import STEMS, Variant
+from normfree.models.variants import VARIANTS, list_models, variant_of
+from normfree.models.zoo import create_model
 
 # Reference code, counted by running it: name -> (parameters, MACs at test size as printed, in G).
 PUBLISHED = {

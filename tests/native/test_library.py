@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from normfree.models.activations import gelu_tanh, silu
 from normfree.models.layers import WSConv2d
-from normfree.models.standardized import standardize_all
-from normfree.models.winograd import filter_planes
 from normfree.native import library as library_file
+from normfree.native.dispatch import is_plain, laid_out_as, same_layout, unwatched
 from normfree.native.library import library
-from normfree.native.memory import is_plain, laid_out_as, same_layout, unwatched
-from normfree.optim.agc import clip_grad_
+from normfree.ops.gelu import gelu_tanh, silu
+from normfree.ops.standardize import standardize_all
+from normfree.ops.winograd import filter_planes
+from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.fused import NativeUpdate, fused_update
 from normfree.optim.groups import parameter_groups

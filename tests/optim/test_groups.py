@@ -9,15 +9,10 @@ import torch
 from torch import nn
 
 from normfree.optim.agc import adaptive_clip_grad_
-from normfree.optim.groups import (
-    DEFAULT_RULES,
-    Rule,
-    copy_named_,
-    parameter_groups,
-    parse_unclipped,
-    some_names,
-)
+from normfree.optim.groups import DEFAULT_RULES, Rule, parameter_groups, parse_unclipped
+from normfree.optim.named_state import copy_named_
 from normfree.optim.sgd import SGD
+from normfree.suggest import some_names
 
 
 class Twin(nn.Module):

@@ -9,7 +9,13 @@ from itertools import pairwise
 
 import pytest
 
-from normfree.optim.schedule import SCHEDULES, constant, schedule_multiplier, warmup_cosine, warmup_linear
+from normfree.optim.schedule import (
+    SCHEDULES,
+    constant,
+    schedule_multiplier,
+    warmup_cosine,
+    warmup_linear,
+)
 
 END = {"warmup_cosine": 0.25, "warmup_linear": 0.25, "constant": 1.0}
 

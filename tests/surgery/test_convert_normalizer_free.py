@@ -10,7 +10,7 @@ from normfree.models.layers import standardize
 from normfree.optim.groups import parameter_groups
 from normfree.surgery.batchnorm import batchnorms
 from normfree.surgery.convert import convert_batchnorm
-from normfree.surgery.standardize import RIDGE, Standardized, _fitted, _some, _Wanted, standardize_
+from normfree.surgery.weight_standardization import RIDGE, Standardized, _fitted, _some, _Wanted, standardize_
 
 
 def distance(a, b):

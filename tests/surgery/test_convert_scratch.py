@@ -10,14 +10,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from normfree.models.layers import gain_of
+from normfree.models.activations import gain_of
 from normfree.models.net import expected_betas
 from normfree.optim.groups import parameter_groups
 from normfree.surgery.batchnorm import batchnorms
 from normfree.surgery.convert import convert_batchnorm
 from normfree.surgery.scratch import SkipGain
-from normfree.surgery.standardize import Standardized
 from normfree.surgery.trace import NotTraceableError, trace
+from normfree.surgery.weight_standardization import Standardized
 
 
 class Block(nn.Module):

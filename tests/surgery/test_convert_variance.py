@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from normfree.models.layers import gain_of
+from normfree.models.activations import gain_of
 from normfree.surgery.variance import Signal, Tracker
 
 

@@ -1,0 +1,34 @@
+"""The public API, one name per line. `__init__.py` imports a name from its module on first use."""
+
+from ._version import __version__ as __version__
+from .data.sources.open import open_source as open_source
+from .deploy.export import export as export
+from .deploy.fold import fold as fold
+from .deploy.quantize import quantize as quantize
+from .diagnose.dependence import batch_dependence as batch_dependence
+from .diagnose.gradients import gradient_report as gradient_report
+from .diagnose.propagation import signal_propagation as signal_propagation
+from .inference import evaluate as evaluate
+from .inference import predict as predict
+from .models.activations import gain_of as gain_of
+from .models.activations import scaled_activation as scaled_activation
+from .models.layers import WSConv2d as WSConv2d
+from .models.layers import standardize as standardize
+from .models.variants import VARIANTS as VARIANTS
+from .models.variants import list_models as list_models
+from .models.zoo import create_model as create_model
+from .optim.agc import adaptive_clip_grad_ as adaptive_clip_grad_
+from .optim.clipping import clip_grad_ as clip_grad_
+from .optim.ema import Ema as Ema
+from .optim.groups import parameter_groups as parameter_groups
+from .optim.named_gradients import ClipReport as ClipReport
+from .optim.named_gradients import NonFiniteGradientError as NonFiniteGradientError
+from .optim.schedule import warmup_cosine as warmup_cosine
+from .optim.sgd import SGD as SGD
+from .pretrained import from_pretrained as from_pretrained
+from .pretrained import push_to_hub as push_to_hub
+from .pretrained import save_pretrained as save_pretrained
+from .surgery.convert import convert_batchnorm as convert_batchnorm
+from .training.config import Config as Config
+from .training.loop import train as train
+from .weights.load import load_weights as load_weights

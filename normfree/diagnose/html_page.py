@@ -1,0 +1,104 @@
+"""One self-contained HTML page: sections of figures, tables and pictures. It loads nothing and runs no script."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE
+
+# Colours of a figure -> variables of the page's style, which are others in the dark; black and white are
+# matplotlib's text and ground, #b0b0b0 is its grid.
+_THEME = {
+    BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", GREY: "--soft",
+    "#000000": "--ink", "#ffffff": "--card", "#b0b0b0": "--line",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it, as HTML; `note` explains it in a sentence or two of plain text."""
+
+    title: str
+    body: str
+    note: str = ""
+
+
+def page(title: str, facts: str, sections: Iterable[Section]) -> str:
+    """The whole page. `title` and `facts` (one line below it) are plain text."""
+    parts = []
+    for number, section in enumerate(sections):
+        note = f"<p class=note>{html.escape(section.note)}</p>" if section.note else ""
+        parts.append(
+            f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>{note}{section.body}</section>'
+        )
+    template = files("normfree.diagnose").joinpath("page.html").read_text(encoding="utf-8")
+    texts = {
+        "TITLE": html.escape(title), "FACTS": html.escape(facts), "SECTIONS": "\n".join(parts)
+    }  # fmt: skip
+    return re.sub("<!--([A-Z]+)-->", lambda mark: texts[mark[1]], template)
+
+
+def figures(drawn: Iterable[tuple[Any, str]]) -> str:
+    """(matplotlib figure, what it shows) side by side, as many as the screen is wide for. Vectors in the page's
+    colours, light and dark."""
+    blocks = [
+        f'<figure role="img" aria-label="{html.escape(label)}">{_svg(figure, label)}</figure>'
+        for figure, label in drawn
+    ]
+    return f'<div class="figures">{"".join(blocks)}</div>'
+
+
+def _svg(figure: Any, label: str) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    # text as text, not as outlines; ids that do not depend on chance, and differ between the figures of a page
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1),
+        count=1,
+    )
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    for colour, variable in _THEME.items():
+        drawing = re.sub(f"{colour}\\b", f"var({variable})", drawing, flags=re.IGNORECASE)
+    return drawing
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int = 1) -> str:
+    """A table of plain text; the columns from `numbers` on are figures and stand to the right."""
+
+    def cell(tag: str, place: int, value: object) -> str:
+        kind = ' class="n"' if place >= numbers else ""
+        return f"<{tag}{kind}>{html.escape(str(value))}</{tag}>"
+
+    lines = ["".join(cell("th", i, v) for i, v in enumerate(head))]
+    lines += ["".join(cell("td", i, v) for i, v in enumerate(row)) for row in rows]
+    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def pictures(shown: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
+    """(PNG, alternative text, lines of plain text below it; the first is bold)."""
+    cards = []
+    for png, alt, lines in shown:
+        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+        first, *others = (html.escape(line) for line in lines)
+        text = "".join(f"<span>{line}</span>" for line in others)
+        cards.append(f'<li><img src="{source}" alt="{html.escape(alt)}"><strong>{first}</strong>{text}</li>')
+    return f'<ul class="pictures">{"".join(cards)}</ul>'
+
+
+def folded(summary: str, text: str) -> str:
+    """A long text that opens on a click."""
+    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"

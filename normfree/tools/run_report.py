@@ -1,0 +1,280 @@
+"""report.html: one page about one run, or several side by side, with the same figures as PNG in a folder beside it.
+
+What the run wrote is read (config.toml, metrics.jsonl, results.json); what it did not write is computed from its model
+folder and its data: the worst mistakes, signal propagation, gradients against weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from normfree.data.source import Source
+from normfree.device import run_device
+from normfree.diagnose import figures, html_page, run_figures
+from normfree.diagnose.gradients import gradient_report
+from normfree.diagnose.plotting import read_metrics
+from normfree.diagnose.propagation import signal_propagation
+from normfree.inference import evaluate, sample
+from normfree.models.zoo import create_model
+from normfree.pretrained import TrainedModel, describe, from_pretrained
+from normfree.training.config import Config
+from normfree.training.config_io import load_config
+from normfree.training.console import RunLog
+from normfree.training.resolve import open_data
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+MISTAKES = 12  # pictures shown of a run
+IMAGES = 16  # of the validation source, for signals and gradients
+THUMBNAIL = 160  # px; a larger picture is shown this long
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run folder holds of one run, as far as it got: `results` is empty before its end."""
+
+    name: str
+    folder: Path
+    config: Config
+    rows: list[dict[str, Any]] = field(repr=False)
+    results: dict[str, Any] = field(repr=False)
+
+
+def read_course(folder: Path) -> Course:
+    """Raises ValueError when `folder` is no run folder or has no metrics yet."""
+    if not (folder / "config.toml").is_file():
+        raise ValueError(f"{folder} is no run folder: it has no config.toml. Folders of runs: runs/*.")
+    metrics, results = folder / "metrics.jsonl", folder / "results.json"
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    if not rows:
+        raise ValueError(f"{folder} has no metrics yet: nothing to report.")
+    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    return Course(folder.name or str(folder), folder, load_config(folder / "config.toml"), rows, scores)
+
+
+def write_report(folders: Sequence[Path], path: Path, *, device: str = "auto") -> Path:
+    """Writes the page to `path` and its figures to the folder of the same name without suffix. Returns `path`.
+
+    folders: run folders, finished or not, at most as many as there are colours. The first one's data must still be
+    there for mistakes and signals; a run whose data are gone is reported without them, and the page says so.
+
+    Raises:
+        ValueError: a folder is no run folder or has no metrics, or there are none or too many.
+        ModuleNotFoundError: matplotlib is missing; the message says what to install.
+    """
+    if not 1 <= len(folders) <= len(run_figures.RUN_COLOURS):
+        raise ValueError(f"{len(folders)} runs: expected 1 to {len(run_figures.RUN_COLOURS)} in one report.")
+    courses = [read_course(Path(folder)) for folder in folders]
+    drawn = _Drawn(path.with_suffix(""))
+    sections = [_scores(courses), _course(courses, drawn), *_answers(courses, drawn)]
+    for course in courses:
+        sections += _inside(course, drawn, run_device(device), several=len(courses) > 1)
+    sections.append(_settings(courses))
+    title = " against ".join(c.name for c in courses)
+    facts = "; ".join(f"{c.config.model} on {c.config.data}" for c in courses)
+    drawn.folder.mkdir(parents=True, exist_ok=True)
+    drawn.save()
+    work = path.with_name(f".{path.name}.tmp")
+    work.write_text(html_page.page(title, facts, sections), encoding="utf-8")
+    work.replace(path)
+    return path
+
+
+class _Drawn:
+    """The figures of the page, each kept to be saved as PNG too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._figures = folder, dict[str, "Figure"]()
+
+    def block(self, drawn: Iterator[tuple[Figure, str]] | Sequence[tuple[Figure, str]]) -> str:
+        """HTML of figures, side by side."""
+        pairs = list(drawn)
+        for figure, label in pairs:
+            self._figures[re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")] = figure
+        return html_page.figures(pairs)
+
+    def save(self) -> None:
+        for name, figure in self._figures.items():
+            figure.savefig(self.folder / f"{name}.png", dpi=130, facecolor="white")
+
+
+# --- what the run wrote ------------------------------------------------------------------------------
+
+
+def _scores(courses: Sequence[Course]) -> html_page.Section:
+    lines: dict[str, list[str]] = {}
+    for place, course in enumerate(courses):
+        for label, value in _facts(course):
+            lines.setdefault(label, [""] * len(courses))[place] = value
+    rows = [(label, *values) for label, values in lines.items()]
+    return html_page.Section("Scores", html_page.table(["", *(c.name for c in courses)], rows))
+
+
+def _facts(course: Course) -> Iterator[tuple[str, str]]:
+    results, rows = course.results, course.rows
+    for key, words in (("average", "averaged weights"), ("weights", "last weights")):
+        if key in results:
+            scores = results[key]
+            yield f"top-1, {words}", f"{scores['top1']:.2f} %"
+            yield f"top-5, {words}", f"{scores['top5']:.2f} %"
+            yield f"loss, {words}", f"{scores['loss']:.4f}"
+    if results:
+        yield "validation images", f"{results['average']['images']:,}"
+    else:
+        yield "state", f"not finished: {rows[-1]['step']:,} steps"
+    yield "steps", f"{results.get('steps', rows[-1]['step']):,}"
+    speeds = sorted(row["images_per_s"] for row in rows if "images_per_s" in row)
+    if speeds:
+        yield "images per second, median", f"{speeds[len(speeds) // 2]:,.0f}"
+    losses = [row["loss"] for row in rows if "loss" in row]
+    if losses:
+        yield "training loss, last", f"{losses[-1]:.4f}"
+    clipped = [row["clipped"] for row in rows if "clipped" in row]
+    if clipped:
+        yield "units clipped, mean", f"{100 * sum(clipped) / len(clipped):.1f} %"
+
+
+def _course(courses: Sequence[Course], drawn: _Drawn) -> html_page.Section:
+    runs = {course.name: course.rows for course in courses}
+    return html_page.Section("Course", drawn.block(run_figures.curve_figures(runs)))
+
+
+def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.Section]:
+    finished = [c for c in courses if c.results]
+    if not finished:
+        return
+    blocks, tables = [], ""
+    for course in finished:
+        scores = course.results["average"]
+        classes, confusion = describe(course.folder).classes, scores["confusion"]
+        title = f"{course.name}: answers, % of the true class"
+        blocks.append(
+            (run_figures.confusion_figure(confusion, classes, title=title), f"confusion of {course.name}")
+        )
+        pairs = [(a, b, n, f"{p:.0f} %") for a, b, n, p in run_figures.confused(confusion, classes)]
+        if pairs:
+            head = (
+                "true class" if len(finished) == 1 else f"{course.name}: true class",
+                "answer",
+                "images",
+                "of the class",
+            )
+            tables += html_page.table(head, pairs, numbers=2)
+    per_class = {c.name: c.results["average"]["per_class_top1"] for c in finished}
+    blocks.append(
+        (run_figures.class_figure(per_class, title="top-1 by class, worst first, %"), "top-1 by class")
+    )
+    yield html_page.Section(
+        "Answers",
+        drawn.block(blocks) + tables,
+        "Of the averaged weights on the validation images. Rows are true classes.",
+    )
+
+
+def _settings(courses: Sequence[Course]) -> html_page.Section:
+    body = ""
+    if len(courses) > 1:
+        flat = [_flat(course.config.model_dump()) for course in courses]
+        differ = [key for key in flat[0] if len({str(f[key]) for f in flat}) > 1]
+        rows = [(key, *(f[key] for f in flat)) for key in differ]
+        head = ["differs", *(c.name for c in courses)]
+        body += html_page.table(head, rows) if rows else "<p>The configs are the same.</p>"
+    for course in courses:
+        for name in ("config.toml", "environment.txt"):
+            file = course.folder / name
+            if file.is_file():
+                body += html_page.folded(f"{course.name}/{name}", file.read_text(encoding="utf-8"))
+    return html_page.Section("Settings", body)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# --- what is computed ---------------------------------------------------------------------------------
+
+
+def _inside(
+    course: Course, drawn: _Drawn, device: torch.device, *, several: bool
+) -> Iterator[html_page.Section]:
+    """Mistakes, signals and gradients of a finished run whose data are still there."""
+    if not (course.folder / "model" / "config.json").is_file():
+        return
+    whose = f" of {course.name}" if several else ""
+    model = from_pretrained(course.folder)
+    try:
+        from rich.console import Console
+
+        source = open_data(course.config, RunLog(Console(quiet=True)), check=False).val
+    except (ValueError, ModuleNotFoundError) as error:
+        yield html_page.Section(
+            f"Mistakes and signals{whose}", "", f"Not shown, for the data cannot be read: {error}"
+        )
+        return
+    yield _mistakes(model, source, device, whose)
+    images, labels = sample(source, count=min(IMAGES, len(source)), preprocessing=model.preprocessing)
+    images, labels = images.to(device), labels.to(device)
+    net = model.net.to(device)
+    start = create_model(course.config.model, num_classes=len(model.classes), skip_gain=1.0).to(device)
+    reports = {
+        "at the end": signal_propagation(net, images),
+        "random weights": signal_propagation(start, images),
+    }
+    panels = [
+        (figures.signal_figure({f"{course.name}, {when}": report}), f"signal propagation{whose} {when}")
+        for when, report in reports.items()
+    ]
+    yield html_page.Section(
+        f"Signal propagation{whose}",
+        drawn.block(panels),
+        f"Statistics of each residual block on {len(images)} validation images; predictions, for random weights and "
+        "Gaussian noise, are dashed. Cosine: between the maps of different images.",
+    )
+    F.cross_entropy(net.train()(images), labels).backward()
+    title = f"{course.name}, one gradient of {len(images)} images"
+    yield html_page.Section(
+        f"Gradients against weights{whose}",
+        drawn.block(
+            [(figures.ratios_figure(gradient_report(net), title=title), f"gradients against weights{whose}")]
+        ),
+        "What adaptive gradient clipping compares, layer by layer, at the averaged weights; λ are dashed.",
+    )
+
+
+def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: str) -> html_page.Section:
+    scores = evaluate(model.net, source, preprocessing=model.preprocessing, device=device)
+    wrong = (scores.predictions != scores.labels).nonzero().flatten()
+    worst = wrong[scores.losses[wrong].argsort(descending=True)][:MISTAKES].tolist()
+    title = f"Worst mistakes{whose}"
+    if not worst:
+        return html_page.Section(title, "", f"None: all {scores.count} answers are right.")
+    cards = []
+    for i in worst:
+        truth, answer = (scores.classes[int(part[i])] for part in (scores.labels, scores.predictions))
+        share = 100 * float(torch.exp(-scores.losses[i]))
+        lines = (f"{answer}", f"is {truth}, given {share:.2g} %", Path(source.name(i)).name)
+        cards.append((_png(source.image(i)), f"{truth}, taken for {answer}", lines))
+    note = f"{len(wrong)} of {scores.count} answers are wrong; here those that found the true class least probable."
+    return html_page.Section(title, html_page.pictures(cards), note)
+
+
+def _png(image: Image) -> bytes:
+    image = image.convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()

@@ -1,0 +1,150 @@
+"""How fast a row trains and predicts on this machine, and how much of what the machine could do that is.
+
+Legend: B batch, S image side. A step is the whole of `Trainer.step`: forward, backward, clipping, decay, momentum,
+average. Data loading is not in it.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normfree.data.loader import Batch
+from normfree.deploy.fold import fold
+from normfree.models.cost import count
+from normfree.models.variants import variant_of
+from normfree.training.config import AugmentConfig, Config, InputConfig
+from normfree.training.resolve import resolve
+from normfree.training.trainer import Trainer
+
+#: Multiply-accumulates of a training step per one of inference: forward, and backward for inputs and for weights.
+BACKWARD = 3
+_CLASSES = 1000
+_PROBE = 2048  # side of the matrices whose product is taken for what the machine can do
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of a row: seconds of one training step and of one prediction of a whole batch, plain and folded.
+
+    `flops` is the rate of a large matrix product in the same precision; `peak_bytes` the most memory a step took (on
+    a CPU: the most the process ever had). Shares are of the time that the multiplications alone would take at `flops`.
+    """
+
+    name: str
+    batch_size: int
+    image_size: int
+    device: str
+    train_s: float
+    predict_s: float
+    folded_s: float
+    flops: float
+    peak_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image at `image_size`."""
+        return count(variant_of(self.name), image_size=self.image_size).macs
+
+    def share(self, seconds: float, *, passes: int = 1) -> float:
+        """What part of `seconds` the multiplications of a batch would take at the measured rate."""
+        return 2 * passes * self.macs * self.batch_size / self.flops / seconds
+
+
+def measure(
+    name: str,
+    *,
+    batch_size: int = 8,
+    image_size: int = 0,
+    device: str = "auto",
+    precision: str = "float32",
+    compiled: bool = False,
+    rounds: int = 5,
+) -> Speed:
+    """Builds the row `name` with random weights and times it on random images of `image_size` (0: its training size).
+
+    The three arms take turns, `rounds` times after one that is not counted, so that a machine that slows down slows
+    all of them.
+
+    Raises:
+        ValueError: the name or a value is not possible.
+    """
+    for word, value in (("batch_size", batch_size), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"{word}={value}: expected 1 or more.")
+    size = image_size or variant_of(name).train_size
+    config = resolve(
+        Config.model_validate(
+            {
+                "data": "synthetic", "model": name, "device": device, "precision": precision, "compile": compiled,
+                "input": InputConfig(batch_size=batch_size, image_size=size), "augment": AugmentConfig(mixup=0.2, cutmix=1.0),
+            }
+        )
+    )  # fmt: skip
+    trainer = Trainer(config, num_classes=_CLASSES, samples=batch_size)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(_CLASSES, (batch_size,), generator=generator)
+    batch = Batch(images, labels, torch.arange(batch_size), ("",) * batch_size, step=0, epoch=0)
+    inputs, _ = trainer.prepare(batch, 0)
+    plain = fold(trainer.net).to(trainer.device)
+    arms: dict[str, Callable[[], object]] = {
+        "train": lambda: trainer.step(batch, 0),
+        "predict": lambda: _predict(trainer.net, inputs),
+        "folded": lambda: _predict(plain, inputs),
+    }
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for turn in range(rounds + 1):
+        for arm, run in arms.items():
+            took = _timed(run, trainer.device)
+            if turn:
+                seconds[arm].append(took)
+    best = {arm: statistics.median(values) for arm, values in seconds.items()}
+    return Speed(name, batch_size, size, str(trainer.device), best["train"], best["predict"], best["folded"],
+                 matmul_rate(trainer.device, precision), _peak(trainer.device))  # fmt: skip
+
+
+def matmul_rate(device: torch.device, precision: str = "float32", *, rounds: int = 5) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of `rounds`."""
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    side = _PROBE if device.type == "cpu" else 4 * _PROBE
+    a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+    best = min(_timed(lambda: a @ b, device) for _ in range(rounds + 1))
+    return 2 * side**3 / best
+
+
+@torch.inference_mode()
+def _predict(net: nn.Module, images: Tensor) -> Tensor:
+    answer: Tensor = net.eval()(images)
+    return answer
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

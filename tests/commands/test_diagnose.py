@@ -1,0 +1,120 @@
+"""`normfree diagnose`: tables, JSON and pictures of a name, a run and networks of others; what it refuses."""
+
+import json
+import shlex
+
+import pytest
+from PIL import Image
+
+from normfree.cli import main
+from normfree.models.zoo import create_model
+from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
+
+SOURCE = "synthetic:classes=3,size=16,train=6,val=6"
+CLASSES = ("disk", "ring", "square")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder):
+    """A run folder as training leaves it, with what it sampled."""
+    from normfree.training.config_io import to_toml, with_overrides
+    from normfree.training.recipes import RECIPES
+
+    config = with_overrides(RECIPES["demo"](), ["--data", SOURCE, "--model", "nf_resnet_nano"])
+    net = create_model("nf_resnet_nano", num_classes=3).eval()
+    save_pretrained(TrainedModel(net, Preprocessing(image_size=16), CLASSES), folder / "run" / "model")
+    (folder / "run" / "config.toml").write_text(to_toml(config))
+    ratios = {"all": [0.001, 0.01, 0.07]}
+    rows = [{"step": i, "epoch": i / 4, "ratios": ratios} for i in range(3)] + [{"step": 3, "epoch": 0.75}]
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "run"
+
+
+def test_a_name_is_measured_on_noise_with_open_branches(folder, capsys):
+    assert main(["diagnose", "nf_resnet_nano", "--batch-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("nf_resnet_nano, random weights, skip gains 1, 4 images of N(0, 1) at 32 px\n")
+    assert "(1.040)" in out
+    assert "training: no; not a bit changed\nevaluation: no; not a bit changed\n" in out
+    assert " would clip 10 % of the units" not in out  # random weights recommend nothing
+    pictures = ["diagnose-nf_resnet_nano/signal.png", "diagnose-nf_resnet_nano/ratios.png"]
+    assert out.endswith(f"\npictures: {', '.join(pictures)}\n")
+    for name in pictures:
+        with Image.open(folder / name) as picture:
+            assert picture.width <= 600  # legible on a phone
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_a_run_is_measured_on_its_own_data_and_recommends_by_its_samples(run, capsys):
+    assert main(["diagnose", "run", "--batch-size", "4", "--out", "pictures"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"run, 4 images of {SOURCE} at 16 px\n")
+    assert "λ 0.07 would clip 10 % of the units that have a gradient, by 3 samples of the run\n" in out
+    assert sorted(p.name for p in (run.parent / "pictures").iterdir()) == ["ratios.png", "signal.png"]
+
+
+def test_json_holds_every_number_and_draws_only_when_told(run, capsys):
+    assert main(["diagnose", "run/model", SOURCE, "--batch-size", "4", "--image-size", "8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert report["what"] == f"run/model, 4 images of {SOURCE} at 8 px"
+    assert [b["module"] for b in report["signal"]["blocks"]][:2] == ["stages.0.0", "stages.1.0"]
+    assert report["dependence"]["train"] == {"output": 0.0, "gradient": 0.0, "leak": 0.0, "guilty": []}
+    assert report["gradients"]["layers"][-2]["name"] == "head.weight"
+    assert report["gradients"]["recommended"] > 0
+    assert [p.name for p in run.parent.iterdir()] == ["run"]
+
+
+def test_networks_of_others(folder, capsys):
+    pytest.importorskip("torchvision")
+    assert (
+        main(["diagnose", "torchvision:resnet18", "--batch-size", "2", "--image-size", "32", "--json"]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert [b["module"] for b in report["signal"]["blocks"]][:2] == ["layer1.0", "layer1.1"]
+    assert report["dependence"]["train"]["guilty"][0] == "bn1"
+    assert report["dependence"]["eval"]["guilty"] == []
+    assert [x["name"] for x in report["gradients"]["layers"] if x["exempt"]] == ["fc.weight"]
+    assert main(["diagnose", "torchvision:squeezenet1_1", "--batch-size", "2", "--image-size", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "SqueezeNet has no residual block: " in out
+    assert out.endswith("\npictures: diagnose-torchvision-squeezenet1_1/ratios.png\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "nf_resnet_nanno",
+            "unknown model 'nf_resnet_nanno'. Did you mean 'nf_resnet_nano'? All names: normfree list models; others: "
+            "a run or model folder, timm:NAME, torchvision:NAME",
+        ),
+        (
+            "torchvision:resnt18",
+            "torchvision has no classifier 'resnt18'. Did you mean 'torchvision:resnet18'?",
+        ),
+        ("nf_resnet_nano --batch-size 1", "--batch-size 1: expected 2 or more; one has no neighbours."),
+        (
+            "nf_resnet_nano --image-size -1",
+            "--image-size -1: expected pixels, or 0 for the network's own.",
+        ),
+        (
+            f"nf_resnet_nano {SOURCE} --batch-size 7",
+            f"{SOURCE} has 6 images for --batch-size 7. Use 6 or less.",
+        ),
+        (
+            "run synthetic:classes=2,size=16,train=6,val=6",
+            "synthetic:classes=2,size=16,train=6,val=6 has classes disk, ring, ...; the model knows disk, ring, "
+            "square, .... They must be the same, in the same order.",
+        ),
+    ],
+)
+def test_what_it_refuses(run, words, message, capsys):
+    words = words if "--batch-size" in words else f"{words} --batch-size 4"
+    assert main(["diagnose", *shlex.split(words)]) == 2
+    assert capsys.readouterr().err == f"normfree: {message}\n"

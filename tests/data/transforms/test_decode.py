@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normfree.data.transforms.decode import ImageError, load_image
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(size: tuple[int, int] = (40, 30)) -> Image.Image:
+    u, v = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    return Image.fromarray(np.stack([u * 5, v * 7, u + v], axis=2).astype(np.uint8))
+
+
+def reason(source: str | bytes, **options: int) -> str:
+    with pytest.raises(ImageError) as caught:
+        load_image(source, **options)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_come_back_exactly(kind: str) -> None:
+    assert np.array_equal(np.asarray(load_image(encode(photo(), kind))), np.asarray(photo()))
+
+
+def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(encode(photo(), "PNG"))
+    assert np.array_equal(np.asarray(load_image(path)), np.asarray(photo()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_truncated_file_is_an_error(kind: str, share: float) -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, kind)
+    assert load_image(data).size == (64, 64)
+    reason(data[: int(len(data) * share)])
+
+
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    kinds = "JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"
+    (tmp_path / "dir.jpg").mkdir()
+    (tmp_path / "text.jpg").write_text("hello, I am a text")
+    (tmp_path / "empty.jpg").touch()
+    assert reason(str(tmp_path / "dir.jpg")) == "a folder, not a file"
+    assert reason(str(tmp_path / "text.jpg")) == f"not an image, or not one of {kinds}"
+    assert reason(str(tmp_path / "empty.jpg")) == "the file is empty"
+    assert reason(str(tmp_path / "none.jpg")) == "no such file"
+    assert reason(b"") == "the file is empty"
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF"])
+def test_formats_that_start_an_interpreter_are_refused(kind: str) -> None:
+    assert reason(encode(photo(), kind)).startswith("not an image, or not one of")
+
+
+def test_an_error_says_the_file_and_survives_pickling(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image(tmp_path / "none.jpg")
+    text = f"{tmp_path / 'none.jpg'}: no such file"
+    assert str(caught.value) == text
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.name, again.reason) == (text, str(tmp_path / "none.jpg"), "no such file")
+
+
+def huge_png(side: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    # The pixels of these files do not exist, so any attempt to decode would say "damaged".
+    fix = "the limit is 64,000,000. Fix: scale it down before training"
+    assert reason(huge_png(8001)) == f"too large: 8001 x 8001 pixels, {fix}"
+    assert reason(huge_png(10_000)) == f"too large: more than Pillow's own limit, {fix}"
+    assert reason(huge_png(60_000)) == f"too large: more than Pillow's own limit, {fix}"
+    assert reason(encode(photo(), "PNG"), max_pixels=1199).startswith(
+        "too large: 40 x 30 pixels, the limit is 1,199"
+    )
+    assert load_image(encode(photo(), "PNG"), max_pixels=1200).size == (40, 30)
+
+
+def test_transparency_is_laid_over_the_background() -> None:
+    image = Image.new("RGBA", (3, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    image.putpixel((2, 0), (255, 0, 0, 128))
+    data = encode(image, "PNG")
+    assert np.asarray(load_image(data))[0, :2].tolist() == [list(WHITE), list(RED)]
+    assert np.asarray(load_image(data))[0, 2].tolist() == pytest.approx([255, 127, 127], abs=1)
+    assert np.asarray(load_image(data, background=(0, 0, 9)))[0, :2].tolist() == [[0, 0, 9], list(RED)]
+
+
+def test_a_palette_with_a_transparent_colour() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    assert np.asarray(load_image(encode(image, "PNG"))).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    assert np.asarray(load_image(encode(image, "PNG", transparency=0))).tolist() == [
+        [list(WHITE), [200, 100, 50]]
+    ]
+
+
+def test_grey_one_bit_and_cmyk() -> None:
+    assert np.asarray(load_image(encode(Image.new("L", (1, 1), 77), "PNG"))).tolist() == [[[77, 77, 77]]]
+    assert np.asarray(load_image(encode(Image.new("1", (1, 1), 1), "PNG"))).tolist() == [[list(WHITE)]]
+    for kind in ("JPEG", "TIFF"):
+        cmyk = np.asarray(load_image(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), kind)))
+        assert np.abs(cmyk.astype(int) - RED).max() <= 3, kind
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    values = np.array([[0, 128, 129, 257, 25700, 32896, 65535]], dtype=np.uint16)
+    expected = [0, 0, 1, 1, 100, 128, 255]  # value / 257, to the nearest
+    for kind in ("PNG", "TIFF"):
+        assert np.asarray(load_image(encode(Image.fromarray(values), kind)))[0, :, 1].tolist() == expected, (
+            kind
+        )
+    pgm = b"P5 7 1 65535\n" + values.astype(">u2").tobytes()
+    assert np.asarray(load_image(pgm))[0, :, 1].tolist() == expected
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    save = "Fix: save it with 8 or 16 bits"
+    real = encode(Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), "TIFF")
+    whole = encode(Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), "TIFF")
+    assert reason(real) == f"floating-point pixels, whose range is unknown. {save}"
+    assert reason(whole) == f"32-bit integer pixels, whose range is unknown. {save}"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_exif_orientation_is_applied_once(kind: str) -> None:
+    image = Image.new("RGB", (32, 16), (0, 0, 255))
+    image.paste(RED, (0, 0, 16, 16))  # red on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # EXIF 2.32: the camera was turned, the left edge is the top edge
+    upright = np.asarray(load_image(encode(image, kind, exif=exif))).astype(int)
+    assert upright.shape == (32, 16, 3)
+    assert np.abs(upright[4, 8] - RED).max() < 20
+    assert np.abs(upright[27, 8] - (0, 0, 255)).max() < 20
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's remark
+def test_damaged_exif_beside_sound_pixels_is_forgiven() -> None:
+    data = encode(photo(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12\x00")
+    assert load_image(data).size == (40, 30)
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 255, 0), (0, 0, 255))]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
+    assert np.asarray(load_image(data))[4, 4].tolist() == list(RED)
+
+
+def test_random_damage_ends_in_a_picture_or_an_image_error() -> None:
+    rng = np.random.default_rng(0)
+    sound = [encode(photo(), kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP")]
+    outcomes = [0, 0]
+    for trial in range(300):
+        data = bytearray(sound[trial % len(sound)])
+        for place in rng.integers(0, len(data), size=rng.integers(1, 12)):
+            data[place] = rng.integers(0, 256)
+        try:
+            outcomes[0] += load_image(bytes(data)).mode == "RGB"
+        except ImageError:
+            outcomes[1] += 1
+    assert sum(outcomes) == 300
+    assert min(outcomes) > 20

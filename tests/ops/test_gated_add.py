@@ -1,0 +1,104 @@
+"""How a branch joins its shortcut: the sums as written, and their gradients, in any type and for any gate."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normfree.ops import gated_add
+from normfree.ops.gated_add import add_branch, add_images, spatial_mean
+
+B, C, H, W = 3, 4, 5, 6
+GATES = {"one number": (), "an image": (B, 1, 1, 1), "a channel": (B, C, 1, 1)}
+
+
+def drawn(*shape, kind=torch.float64):
+    made = torch.randn(shape, dtype=kind)
+    if len(shape) == 4:
+        made = made.contiguous(memory_format=torch.channels_last)
+    return made.requires_grad_()
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all images", "some"])
+@pytest.mark.parametrize("shape", GATES.values(), ids=GATES)
+def test_values_and_gradients_are_those_of_the_formula(shape, some):
+    kept = torch.tensor([0, 2]) if some else None
+    shortcut, branch = drawn(B, C, H, W), drawn(2 if some else B, C, H, W)
+    gate = drawn(*((2, *shape[1:]) if some and shape else shape))
+    got = add_branch(shortcut, branch, gate, kept=kept)
+    wanted = add_images(shortcut, branch * gate, kept) if some else shortcut + branch * gate
+    torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
+    up, inputs = torch.randn_like(wanted), (shortcut, branch, gate)
+    for one, two in zip(
+        torch.autograd.grad(got, inputs, up), torch.autograd.grad(wanted, inputs, up), strict=True
+    ):
+        assert one.shape == two.shape
+        torch.testing.assert_close(one, two, rtol=1e-13, atol=1e-13)
+
+
+def test_second_derivatives():
+    shortcut, branch, gate = drawn(2, 2, 3, 3), drawn(2, 2, 3, 3), drawn(2, 2, 1, 1)
+    assert torch.autograd.gradgradcheck(lambda *x: add_branch(*x, kept=None), (shortcut, branch, gate))
+
+
+def test_only_the_gradients_that_are_wanted():
+    for wanted in range(3):
+        inputs = [drawn(B, C, H, W), drawn(B, C, H, W), drawn(B, C, 1, 1)]
+        for i, tensor in enumerate(inputs):
+            tensor.requires_grad_(i == wanted)
+        add_branch(*inputs, kept=None).sum().backward()
+        assert [t.grad is not None for t in inputs] == [i == wanted for i in range(3)]
+
+
+def test_types_that_differ_and_an_empty_batch():
+    shortcut, branch = drawn(B, C, H, W, kind=torch.float32), drawn(B, C, H, W, kind=torch.bfloat16)
+    gate = drawn(B, C, 1, 1, kind=torch.float32)
+    y = add_branch(shortcut, branch, gate, kept=None)
+    y.sum().backward()
+    assert y.dtype == torch.float32
+    assert [t.grad.dtype for t in (shortcut, branch, gate)] == [torch.float32, torch.bfloat16, torch.float32]
+    empty = drawn(0, C, H, W), drawn(0, C, H, W), drawn()
+    add_branch(*empty, kept=None).sum().backward()
+    assert float(empty[2].grad) == 0.0
+
+
+class Full(TorchDispatchMode):
+    """Counts operations that write a tensor as large as the map."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if (
+            isinstance(out, torch.Tensor)
+            and out.numel() == self.size
+            and out.untyped_storage().nbytes() >= 4 * self.size
+        ):
+            self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+def test_the_backward_pass_writes_the_map_twice_where_autograd_writes_it_five_times(monkeypatch):
+    monkeypatch.setattr(gated_add, "PRODUCTS", 1)  # as if the map were large: products of one image at a time
+    x, y, gate = (drawn(*s, kind=torch.float32) for s in ((B, C, H, W), (B, C, H, W), (B, C, 1, 1)))
+    passes = []
+    for mean, join in (
+        (spatial_mean, lambda *a: add_branch(*a, kept=None)),
+        (lambda t: t.mean((2, 3)), torch.addcmul),
+    ):
+        out = join(x, y, gate * mean(y)[:, :, None, None])
+        with Full(out.numel()) as full:
+            torch.autograd.grad(out, (x, y, gate), torch.ones_like(out))
+        passes.append([name for name in full.names if name in ("mul", "div", "add", "add_", "addcmul")])
+    assert passes[0] in (["mul", "add_"], ["mul", "add"])
+    assert len(passes[1]) == 5
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_mean_over_pixels_has_the_bits_of_the_mean(kind):
+    x = torch.randn(2, 7, 12, 12).to(kind)
+    wanted = x.mean((2, 3))
+    assert torch.equal(spatial_mean(x), wanted)
+    with torch.no_grad():
+        assert torch.equal(spatial_mean(x), wanted)

@@ -1,0 +1,99 @@
+"""The kernel's gradient as matrix products is that of the convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from normfree.models.layers import WSConv2d
+from normfree.ops import weight_gradient as module
+from normfree.ops.weight_gradient import pays, weight_gradient
+
+CASES = [  # channels, filters, size, kernel, stride, padding, groups
+    (16, 64, (9, 7), (1, 1), 1, (0, 0), 1),
+    (32, 128, (9, 7), (1, 1), 2, (0, 0), 1),
+    (32, 128, (9, 7), (1, 1), 1, (0, 0), 2),
+    (32, 64, (9, 7), (3, 3), 1, (1, 1), 1),
+    (48, 192, (8, 11), (3, 3), 2, (1, 1), 3),
+    (32, 64, (9, 7), (3, 3), 2, (0, 0), 1),
+    (16, 64, (12, 10), (7, 5), 2, (3, 2), 1),
+]
+
+
+@pytest.mark.parametrize("patches", [1, 8 << 20], ids=["one image at a time", "all images at once"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_autograd_in_double_precision(case, patches, monkeypatch):
+    monkeypatch.setattr(module, "PATCHES", patches)
+    channels, filters, size, kernel_size, stride, padding, groups = case
+    torch.manual_seed(0)
+    x = torch.randn(5, channels, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    weight = torch.randn(filters, channels // groups, *kernel_size, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, weight, None, stride, padding, 1, groups)
+    grad = torch.randn_like(y)
+    (wanted,) = torch.autograd.grad(y, weight, grad)
+    options = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "groups": groups}
+    for gradient in (grad, grad.contiguous()):
+        found = weight_gradient(x, gradient, **options)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("trains", ["all", "not the input", "not the bias", "not the weight"])
+def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(trains, half, monkeypatch):
+    torch.manual_seed(0)
+    conv = WSConv2d(32, 128, kernel_size=3, stride=2, groups=2).to(memory_format=torch.channels_last)
+    image = torch.randn(3, 32, 10, 10).to(memory_format=torch.channels_last)
+    conv.bias.requires_grad_(trains != "not the bias")
+    conv.weight.requires_grad_(trains != "not the weight")
+    conv.gain.requires_grad_(trains != "not the weight")
+    found, calls = [], []
+    real = module.weight_gradient
+    monkeypatch.setattr(
+        "normfree.ops.conv2d_backends.weight_gradient", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    for products in (True, False):
+        if not products:
+            monkeypatch.setattr("normfree.ops.conv2d_backends.pays", lambda *args, **kwargs: False)
+        for act in (None, F.silu, F.relu):
+            x = image.clone().requires_grad_(trains != "not the input")
+            conv.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y = conv(x, act)
+            y.float().square().mean().backward()
+            found.append([t.grad for t in (x, *conv.parameters())])
+    assert len(calls) == (0 if half or trains == "not the weight" else 3)  # bfloat16 keeps oneDNN's way
+    for one, other in zip(found[:3], found[3:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_it_pays_for_wide_groups_in_float32_on_a_cpu_in_channels_last():
+    x, weight = torch.empty(2, 64, 4, 4).to(memory_format=torch.channels_last), torch.empty(128, 32, 3, 3)
+    assert pays(x, weight, groups=2)
+    assert not pays(x, weight, groups=4)  # 32 filters a group
+    assert not pays(x.contiguous(), weight, groups=2)
+    assert not pays(x.double(), weight.double(), groups=2)
+    assert not pays(x.to("meta"), weight, groups=2)
+    assert not pays(x, torch.empty(64, 8, 3, 3), groups=1)
+
+
+def test_gradients_are_nearer_to_the_true_ones_than_a_long_float32_sum():
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, 24, 24).to(memory_format=torch.channels_last)
+    grad = torch.randn(4, 64, 24, 24).to(memory_format=torch.channels_last)
+    options = {"kernel_size": (3, 3), "stride": 1, "padding": (1, 1), "groups": 1}
+    true = weight_gradient(x.double(), grad.double(), **options)
+    assert float((weight_gradient(x, grad, **options) - true).norm() / true.norm()) < 1e-6
+
+
+def test_an_empty_batch_gives_zeros():
+    x = torch.empty(0, 32, 6, 6).to(memory_format=torch.channels_last)
+    grad = torch.empty(0, 64, 6, 6).to(memory_format=torch.channels_last)
+    for size in (1, 3):
+        found = weight_gradient(
+            x, grad, kernel_size=(size, size), stride=1, padding=(size // 2,) * 2, groups=1
+        )
+        assert found.shape == (64, 32, size, size)
+        assert not found.any()

@@ -1,0 +1,228 @@
+"""3x3 convolutions by fewer multiplications: the convolution and its gradients, and where they are used."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfree.models.layers import WSConv2d
+from normfree.native.library import library
+from normfree.ops import conv2d_backends, winograd
+from normfree.ops.winograd import (
+    conv2d,
+    filter_planes,
+    input_gradient,
+    suits,
+    weight_gradient,
+)
+
+pytestmark = pytest.mark.skipif(
+    library() is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="no compiler was there when the package was installed, or the processor has no AVX2",
+)
+
+CASES = [  # images, channels, filters, height, width, groups
+    (3, 16, 32, 7, 9, 1),
+    (2, 32, 16, 8, 6, 1),
+    (1, 96, 48, 1, 1, 1),
+    (2, 64, 96, 2, 3, 2),
+    (5, 96, 96, 12, 5, 3),
+    (2, 16, 160, 31, 30, 1),
+    (1, 128, 64, 1, 40, 4),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def operands(case: tuple[int, ...], *, whole: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, filters, bias and gradient of the output; whole numbers on request."""
+    images, channels, filters, height, width, groups = case
+    sizes = [
+        (images, channels, height, width), (filters, channels // groups, 3, 3), (filters,),
+        (images, filters, height, width),
+    ]  # fmt: skip
+    made = [torch.randint(-8, 9, size).float() if whole else torch.randn(size) for size in sizes]
+    x, weight, bias, grad = (
+        t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in made
+    )
+    return x, weight, bias, grad
+
+
+def wanted(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, groups: int) -> list[Tensor]:
+    """The convolution, and the gradients of its input and filters, in float64."""
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    y = F.conv2d(x, weight, bias.double(), padding=1, groups=groups)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), grad.double())]
+
+
+def found(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, groups: int) -> list[Tensor]:
+    return [
+        conv2d(x, weight, bias, groups=groups),
+        input_gradient(grad, weight, groups=groups),
+        weight_gradient(x, grad, groups=groups),
+    ]
+
+
+@cases
+@pytest.mark.parametrize("threads", [1, 3])
+def test_whole_numbers_are_convolved_without_error(case: tuple[int, ...], threads: int) -> None:
+    """All that lies between, halves and quarters included, fits into float32."""
+    torch.set_num_threads(threads)
+    tensors = operands(case, whole=True)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x, weight, bias, grad = tensors
+        weight, grad = weight.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+        for got, exact in zip(
+            found(x, weight, bias, grad, case[-1]), wanted(*tensors, case[-1]), strict=True
+        ):
+            assert torch.equal(got.double(), exact)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+    x, weight, _, _ = tensors
+    without = conv2d(x, weight, None, groups=case[-1]).double()
+    assert torch.equal(without, F.conv2d(x.double(), weight.double(), padding=1, groups=case[-1]))
+
+
+@pytest.mark.parametrize("case", [*CASES, (4, 64, 64, 56, 56, 1)], ids=str)
+def test_the_error_is_that_of_rounding(case: tuple[int, ...]) -> None:
+    """That of torch's own is 0.7 to 2 times as large where sums are long."""
+    tensors = operands(case)
+    for got, exact in zip(found(*tensors, case[-1]), wanted(*tensors, case[-1]), strict=True):
+        assert float((got - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_turned_planes_are_those_of_turned_filters() -> None:
+    """And the matrices are the transposed ones: N and K change places."""
+    weight = torch.randn(32, 48, 3, 3)
+    planes = filter_planes(weight, groups=1, turned=True)
+    other = filter_planes(weight.flip(2, 3).transpose(0, 1), groups=1)
+    assert planes.shape == other.shape == (16, 48, 32)
+    torch.testing.assert_close(planes, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_bits_depend_neither_on_threads_nor_on_how_tiles_are_shared_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = (3, 64, 64, 20, 22, 1)
+    tensors = operands(case)
+    torch.set_num_threads(1)
+    one = found(*tensors, 1)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, one, found(*tensors, 1)))
+    for block in (6, 30, 3000):
+        monkeypatch.setattr(winograd, "BLOCK", block)
+        got = found(*tensors, 1)
+        assert all(map(torch.equal, one[:2], got[:2]))
+        torch.testing.assert_close(got[2], one[2], rtol=1e-5, atol=1e-4)  # its sums run over tiles
+
+
+def test_an_image_does_not_depend_on_its_neighbours() -> None:
+    x, weight, bias, _ = operands((4, 32, 48, 9, 9, 1))
+    together = conv2d(x, weight, bias, groups=1)
+    alone = torch.cat([conv2d(image[None], weight, bias, groups=1) for image in x])
+    assert torch.equal(together, alone)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the processors that it is made for."""
+    monkeypatch.setattr(winograd, "is_fast", lambda: True)
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
+    geometry = {"stride": 1, "padding": (1, 1), "groups": 1}
+    assert suits(x, weight, **geometry)
+    refused = [
+        (x.contiguous(), weight, {}),
+        (x.double(), weight.double(), {}),
+        (x.to("meta"), weight.to("meta"), {}),
+        (x[:, :, :8, :8], weight, {}),  # not dense
+        (x[:1, :, :14, :14].contiguous(memory_format=torch.channels_last), weight, {}),  # 49 tiles
+        (x, weight[:, :, :1, :1], {}),
+        (x, weight, {"stride": 2}),
+        (x, weight, {"padding": (0, 0)}),
+        (x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24].contiguous(), {}),
+        (x, weight[:40], {}),
+        (x, weight[:, :16].contiguous(), {"groups": 4}),
+    ]
+    for image, kernel, other in refused:
+        assert not suits(image, kernel, **{**geometry, **other})
+    assert suits(x, weight, bias=bias, **geometry)
+    assert not suits(x, weight, bias=bias.double(), **geometry)
+    few = x[:1, :, :14, :14].contiguous(memory_format=torch.channels_last)
+    grouped = {**geometry, "groups": 2}
+    assert suits(few, weight[:, :32].contiguous(), has_planes=True, **grouped)
+    assert not suits(few, weight, has_planes=True, **geometry)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not suits(x, weight, **geometry)
+    monkeypatch.setattr(winograd, "is_fast", lambda: False)
+    assert not suits(x, weight, **geometry)
+
+
+def test_it_is_for_avx2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, fast in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
+        winograd.is_fast.cache_clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda word=capability: word)
+        assert winograd.is_fast() is fast
+    winograd.is_fast.cache_clear()
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("trains", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(
+    trains: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is trained of input, filters and bias, with activations before it that are kept, and not."""
+    torch.manual_seed(0)
+    conv = WSConv2d(64, 96, groups=2).to(memory_format=torch.channels_last)
+    conv.weight.requires_grad_(trains[1])
+    conv.gain.requires_grad_(trains[1])
+    conv.bias.requires_grad_(trains[2])
+    image = torch.randn(3, 64, 10, 11).contiguous(memory_format=torch.channels_last)
+    calls: list[str] = []
+    for name in ("conv2d", "input_gradient", "weight_gradient"):
+        real = getattr(winograd, name)
+        monkeypatch.setattr(
+            winograd, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k)
+        )
+
+    def results(act: object) -> list[Tensor | None]:
+        conv.zero_grad(set_to_none=True)
+        x = image.clone(memory_format=torch.preserve_format).requires_grad_(trains[0])
+        y = conv(x, act)
+        if any(trains):
+            y.square().mean().backward()
+        return [y.detach(), x.grad, *(p.grad for p in conv.parameters())]
+
+    for act in (None, F.silu, F.relu):
+        calls.clear()
+        got = results(act)
+        expected = {"conv2d"}
+        expected |= {"input_gradient"} if trains[0] else set()
+        expected |= {"weight_gradient"} if trains[1] else set()
+        assert set(calls) == expected
+        with monkeypatch.context() as patch:
+            patch.setattr(winograd, "suits", lambda *a, **k: False)
+            plain = results(act)
+        for one, two in zip(got, plain, strict=True):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fast")
+def test_it_stays_away_where_a_result_must_be_differentiated_by_autograd() -> None:
+    x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
+    weight.requires_grad_()
+    y = conv2d_backends.conv2d(x, weight, bias, stride=1, padding=(1, 1), groups=1)
+    assert y.grad_fn is not None
+    with torch.no_grad():
+        again = conv2d_backends.conv2d(x, weight, bias, stride=1, padding=(1, 1), groups=1)
+    assert torch.equal(again, conv2d(x, weight.detach(), bias, groups=1))
+    torch.testing.assert_close(again, y.detach(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,396 @@
+"""The update in two launches against the three plain calls: Triton's kernels, on a CPU through the interpreter, and
+those in C."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normfree.models.layers import WSConv2d
+from normfree.native.library import library
+from normfree.optim import fused
+from normfree.optim.clipping import clip_grad_
+from normfree.optim.ema import Ema
+from normfree.optim.fused import FusedUpdate, NativeUpdate, fused_update
+from normfree.optim.groups import parameter_groups
+from normfree.optim.named_gradients import NonFiniteGradientError
+from normfree.optim.sgd import SGD
+
+Kind = type[FusedUpdate]
+
+
+@pytest.fixture
+def triton(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, interpret: Callable[..., None]
+) -> Kind:
+    """On a CPU the kernels are interpreted, in short blocks, so that units span several of them."""
+    if request.node.get_closest_marker("gpu"):
+        pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
+    else:
+        interpret("normfree.optim.fused_triton", "unit_squares", "update")
+        monkeypatch.setattr(fused, "BLOCK", 32)
+    return FusedUpdate
+
+
+@pytest.fixture
+def native(compiled: None) -> Kind:
+    """The kernels in C."""
+    return NativeUpdate
+
+
+@pytest.fixture(params=["triton", "native"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.getfixturevalue(request.param)
+
+
+class Small(nn.Module):
+    """A unit of each kind: rows of 27, 6, 36 and 10 weights, vectors, a scalar, a weight of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = WSConv2d(3, 4, kernel_size=3)
+        self.conv = WSConv2d(6, 4, kernel_size=1)
+        self.grouped = WSConv2d(8, 6, kernel_size=3, groups=2)
+        self.gate = nn.Linear(37, 1)
+        self.skip_gain = nn.Parameter(torch.zeros(()))
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(10, 3)
+
+
+Made = tuple[Small, SGD, Ema]
+
+
+def make(*, double: bool = False, device: str = "cpu", nesterov: bool = True) -> Made:
+    torch.manual_seed(0)
+    model = Small()
+    with torch.no_grad():
+        model.conv.weight[:2] = 0.0  # eps decides
+    model = model.to(device, torch.float64 if double else torch.float32)
+    groups = parameter_groups(model, weight_decay=0.02, clipping=0.05, lr_multipliers={r"^stem\.": 0.3})
+    return model, SGD(groups, 0.2, nesterov=nesterov), Ema(model)
+
+
+def set_grads_(
+    model: nn.Module, step: int, *, change: Callable[[str, Tensor], Tensor | None] | None = None
+) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for name, p in model.named_parameters():
+        spread = torch.logspace(-5, 0, p.shape[0] if p.ndim else 1).view(-1, *[1] * (p.ndim - 1))
+        grad = torch.randn(p.shape, generator=generator) * (spread if p.ndim else 1.0)
+        grad = grad.to(p.device, p.dtype)
+        p.grad = grad if change is None else change(name, grad)
+
+
+def plain_step(made: Made, step: int) -> tuple[float, int, float]:
+    model, optimizer, ema = made
+    report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.05)
+    optimizer.step()
+    ema.update_(model, step=step)
+    return float(report), report.units, float(report.grad_norm)
+
+
+def state(made: Made) -> dict[str, Tensor]:
+    model, optimizer, ema = made
+    parts = {"model": dict(model.state_dict()), "momentum": optimizer.named_state(), "ema": ema.state_dict()}
+    return {f"{part} {name}": t.clone() for part, some in parts.items() for name, t in some.items()}
+
+
+def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        scale = float(wanted[name].abs().max())
+        error = float((tensor.cpu().double() - wanted[name].cpu().double()).abs().max())
+        assert error <= 4e-6 * scale, (name, error, scale)  # momenta cancel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_on_a_gpu_several_steps_equal_the_plain_path_in_float64(triton: Kind, nesterov: bool) -> None:
+    compare_with_float64(triton, nesterov, device="cuda")
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_several_steps_equal_the_plain_path_in_float64(kind: Kind, nesterov: bool) -> None:
+    compare_with_float64(kind, nesterov, device="cpu")
+
+
+def compare_with_float64(kind: Kind, nesterov: bool, *, device: str) -> None:
+    ours, exact = make(device=device, nesterov=nesterov), make(double=True, nesterov=nesterov)
+    update = kind(ours[1], model=ours[0], ema=ours[2])
+    assert update.fits()
+    for step in range(3):
+        for made in (ours, exact):
+            made[1].set_lr(0.2 / (1 + step))
+            set_grads_(made[0], step)
+        report = update.step_(step=step)
+        fraction, units, grad_norm = plain_step(exact, step)
+        assert (float(report), report.units) == (pytest.approx(fraction), units)
+        assert 0 < fraction < 1
+        assert float(report.grad_norm) == pytest.approx(grad_norm, rel=1e-6)
+        assert_near(state(ours), state(exact))
+
+
+@pytest.mark.parametrize(
+    ("where", "bad"),
+    [("skip_gain", float("inf")), ("head.weight", float("-inf")), ("grouped.weight", float("nan"))],
+)
+def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, bad: float) -> None:
+    made = make()
+    update = kind(made[1], model=made[0], ema=made[2])
+    set_grads_(made[0], 0)
+    update.step_(step=0)
+    made[0].norm.num_batches_tracked += 1  # both differ from their averages
+    made[0].norm.running_mean += 1.0
+
+    def spoil(name: str, grad: Tensor) -> Tensor:
+        if name == where:
+            grad.view(-1)[-1] = bad
+        return grad
+
+    set_grads_(made[0], 1, change=spoil)
+    before = state(made)
+    message = (
+        f"1 of 16 gradients are not finite: '{where}'. Only finite gradients can be applied; none was changed. "
+        "Skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
+    )
+    with pytest.raises(NonFiniteGradientError, match=f"^{re.escape(message)}$"):
+        update.step_(step=1)
+    report = update.step_(step=1, error_if_nonfinite=False)
+    assert not torch.isfinite(report.grad_norm)
+    assert float(report) == 0.0
+    for name, tensor in state(made).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_below_the_limit_the_gradient_enters_with_all_its_bits(kind: Kind) -> None:
+    free, loose = make(), make()
+    for made, clipping in ((free, 0.0), (loose, 1e9)):
+        for group in made[1].param_groups:
+            group["clipping"] = clipping
+        set_grads_(made[0], 0)
+        kind(made[1], model=made[0], ema=made[2]).step_(step=0)
+    for (name, one), two in zip(state(free).items(), state(loose).values(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
+    plain, odd = make(), make()
+    odd[0].to(memory_format=torch.channels_last)
+    odd = (odd[0], odd[1], Ema(odd[0]))
+    update = kind(odd[1], model=odd[0], ema=odd[2])
+    assert update.fits()
+
+    def shift(
+        name: str, grad: Tensor
+    ) -> Tensor:  # contiguous, and four bytes behind where 16-byte accesses may begin
+        return torch.empty(grad.numel() + 1)[1:].view(grad.shape).copy_(grad)
+
+    reference = kind(plain[1], model=plain[0], ema=plain[2])
+    for step, change in enumerate((None, shift, None, shift)):
+        set_grads_(plain[0], step)
+        set_grads_(odd[0], step, change=change)
+        reference.step_(step=step)
+        update.step_(step=step)
+        assert_near(state(odd), state(plain))
+    assert odd[0].grouped.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Recorder:
+    """A kernel that does nothing but note how many units were promised to lie on 16-byte boundaries, or not."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *args, **words: self.seen.append((grid[0], words["ALIGNED"]))
+
+
+def test_only_units_on_16_byte_boundaries_are_promised_to_be(
+    triton: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normfree.optim import fused_triton
+
+    model, optimizer, ema = make()
+    update = triton(optimizer, model=model, ema=ema)
+    recorders = Recorder(), Recorder()
+    monkeypatch.setattr(fused_triton, "unit_squares", recorders[0])
+    monkeypatch.setattr(fused_triton, "update", recorders[1])
+    units = {"stem.weight": 4, "conv.weight": 4, "grouped.weight": 6, "head.weight": 3}
+    total = sum(units.get(name, 1) for name, _ in model.named_parameters())
+    # Rows of 36 weights, and gain and bias of stem and conv: four each. Zero gradients, so that nobody asks further.
+    whole = 6 + 4
+    for step, behind in enumerate((0, 1)):
+        for p in model.parameters():
+            p.grad = torch.zeros(p.numel() + behind)[behind:].view(p.shape)
+        update.step_(step=step, error_if_nonfinite=False)
+        expected = [(total, False)] if behind else [(whole, True), (total - whole, False)]
+        for recorder in recorders:
+            assert recorder.seen == expected
+            recorder.seen.clear()
+
+
+def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers(kind: Kind) -> None:
+    def drop(name: str, grad: Tensor) -> Tensor | None:
+        return None if name.startswith("conv") else grad
+
+    ours, exact = make(), make(double=True)
+    update = kind(ours[1], model=ours[0], ema=ours[2])
+    for step in range(3):
+        for model, _, _ in (ours, exact):
+            set_grads_(model, step, change=drop if step < 2 else None)
+            with torch.no_grad():
+                model.conv.weight += 0.5  # somebody else moves it
+                model.norm.running_mean += 1.0
+                model.norm.num_batches_tracked += 1
+        update.step_(step=step)
+        plain_step(exact, step)
+        assert_near(state(ours), state(exact))
+
+
+def test_all_that_varies_from_step_to_step_lies_on_the_device(kind: Kind) -> None:
+    """What a captured graph would replay: `launch_` alone, after `set_numbers_`."""
+    ours, exact = make(), make(double=True)
+    update = kind(ours[1], model=ours[0], ema=ours[2])
+    for made in (ours, exact):
+        set_grads_(made[0], 0)
+    update.set_numbers_(step=7)
+    for group in ours[1].param_groups:
+        group.update(lr=9.0, weight_decay=9.0, momentum=0.1, nesterov=False)
+    update.launch_()
+    plain_step(exact, 7)
+    assert_near(state(ours), state(exact))
+
+
+def test_a_capture_takes_new_addresses_but_no_other_set(
+    triton: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make()
+    update = triton(made[1], model=made[0], ema=made[2])
+    set_grads_(made[0], 0)
+    update.step_(step=0)
+    monkeypatch.setattr(fused, "_capturing", lambda tensor: True)
+    kept = [p.grad for p in made[0].parameters()]
+    set_grads_(made[0], 1)
+    sent = update._table.clone()
+    update.launch_()
+    assert torch.equal(update._table, sent)  # a copy from the host would not be replayed
+    monkeypatch.setattr(fused, "_capturing", lambda tensor: False)
+    update.set_numbers_(step=1)
+    assert not torch.equal(update._table, sent)
+    assert len(kept) == 16
+    monkeypatch.setattr(fused, "_capturing", lambda tensor: True)
+    made[0].skip_gain.grad = None
+    message = (
+        "Other gradients exist than at the last step, while a CUDA graph is captured. The same ones must, since the "
+        "graph holds the addresses of their tables. Make one such step before the capture."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        update.launch_()
+
+
+def test_without_an_average_and_without_gradients(kind: Kind) -> None:
+    ours, exact = make(), make(double=True)
+    report = kind(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
+    assert (float(report), report.units, float(report.grad_norm)) == (0.0, 0, 0.0)
+    plain_step(exact, 0)
+    assert_near(state(ours), state(exact))
+    average = ours[2].state_dict()["head.weight"].clone()
+    for made in (ours, exact):
+        set_grads_(made[0], 0)
+    kind(ours[1], model=ours[0]).step_(step=0)
+    assert torch.equal(ours[2].state_dict()["head.weight"], average)
+    plain_step(exact, 0)
+    assert_near(dict(ours[0].state_dict()), dict(exact[0].state_dict()))
+
+
+def test_a_tiny_gradient_counts_as_one_of_1e_6(kind: Kind) -> None:
+    ours, exact = make(), make(double=True)
+    for made in (ours, exact):
+        for group in made[1].param_groups:
+            group.update(clipping=1e-8, weight_decay=0.0)  # nothing but gradients in the momentum
+        set_grads_(made[0], 0, change=lambda name, grad: 1e-8 * grad)
+    kind(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
+    assert plain_step(exact, 0)[0] > 0.3
+    assert_near(state(ours), state(exact))
+
+
+def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None:
+    model, optimizer, ema = make()
+    update = kind(optimizer, model=model, ema=ema)
+    model.to(memory_format=torch.channels_last)
+    set_grads_(model, 0)
+    before = state((model, optimizer, ema))
+    message = (
+        "The memory format of 'stem.weight' has changed since the update was made. Its average lies in the old one. "
+        "Change formats first, then make Ema and update."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        update.step_(step=0)
+    assert all(torch.equal(t, before[name]) for name, t in state((model, optimizer, ema)).items())
+
+
+def test_what_does_not_fit_is_left_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, ema = make()
+    if library() is not None:
+        assert isinstance(fused_update(optimizer, model=model, ema=ema), NativeUpdate)
+    assert fused_update(SGD(model.parameters(), 0.1), model=model, ema=ema) is None  # no names, no clipping
+    monkeypatch.setattr(fused, "library", lambda: None)
+    assert fused_update(optimizer, model=model, ema=ema) is None
+    assert FusedUpdate(optimizer, model=model, ema=ema).fits()
+    assert not FusedUpdate(*(m := make(double=True))[1:2], model=m[0], ema=m[2]).fits()
+    still = SGD(parameter_groups(model, weight_decay=0.0, clipping=0.0), 0.1, momentum=0.0, nesterov=False)
+    assert not FusedUpdate(still, model=model, ema=ema).fits()
+    model.to(memory_format=torch.channels_last)
+    assert not FusedUpdate(optimizer, model=model, ema=ema).fits()  # the average still lies the other way
+    turned = copy.deepcopy(model)
+    turned.head.weight = nn.Parameter(torch.randn(10, 3).T)
+    assert not FusedUpdate(
+        SGD(parameter_groups(turned, weight_decay=0.0, clipping=0.0), 0.1), model=turned
+    ).fits()
+
+
+def test_a_sparse_gradient_is_refused(kind: Kind) -> None:
+    model, optimizer, ema = make()
+    model.head.weight.grad = torch.zeros(3, 10).to_sparse()
+    message = (
+        "The gradient of 'head.weight' is sparse. Clipping takes dense gradients only. "
+        "Build the layer with sparse=False."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        kind(optimizer, model=model, ema=ema).step_(step=0)
+
+
+def test_aligned_units_pass_through_memory_in_16_byte_accesses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Compiled for sm_90, which needs no GPU. What is left of 4-byte accesses are single numbers, outside the loops."""
+    monkeypatch.undo()  # compiled, not interpreted
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from normfree.optim import fused_triton
+
+    types = {"table": "*i64", "owner": "*i32", "clipped": "*i8", "start": "i32", "eps": "fp32"}
+    wide, narrow = {}, {}
+    for aligned in (True, False):
+        constants = {"BLOCK": fused.BLOCK, "ALIGNED": aligned, "EMA": True}
+        names = fused_triton.update.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
+        ptx = triton.compile(
+            ASTSource(fused_triton.update, signature, {(names.index(n),): v for n, v in constants.items()}),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": fused.WARPS, "enable_fp_fusion": False},
+        ).asm["ptx"]
+        wide[aligned] = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx))
+        narrow[aligned] = len(re.findall(r"st\.global\.b32", ptx))
+    # 2048 elements over 8 warps are two accesses per lane: weights twice, g, m, e read; p, m, e written.
+    assert wide == {True: 2 * (5 + 3), False: 0}
+    assert narrow == {True: 0, False: 8 * 3}

@@ -1,0 +1,228 @@
+"""ONNX files as models: what onnxruntime computes, what a file says about itself, and files that mean harm."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from normfree.cli import main
+from normfree.data.sources.synthetic import open_synthetic
+from normfree.inference import evaluate
+from normfree.onnx_net import open_onnx
+from normfree.pretrained import Preprocessing, from_pretrained, save_pretrained
+
+SIZE, NAMES = 8, ("disk", "ring", "square")
+PRE = Preprocessing(image_size=SIZE, crop="squash", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+WEIGHT = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+METADATA = {
+    "row": "nf_resnet_nano", "version": "0", "classes": list(NAMES), "opset": 20, "folded": True,
+    "preprocessing": {"image_size": SIZE, "crop": "squash", "crop_pct": 1.0, "interpolation": "bicubic",
+                      "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]},
+}  # fmt: skip
+
+
+def proto(metadata: object = METADATA) -> onnx.ModelProto:
+    """The mean colour times a matrix."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=0),
+            helper.make_node("MatMul", ["mean", "weight"], ["logits"]),
+        ],
+        "mean_colour",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [
+            numpy_helper.from_array(np.array([2, 3]), "axes"),
+            numpy_helper.from_array(WEIGHT, "weight"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    if metadata is not None:
+        text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+        model.metadata_props.add(key="normfree", value=text)
+    return model
+
+
+@pytest.fixture
+def path(tmp_path):
+    onnx.save_model(proto(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def logits_of(images: torch.Tensor) -> torch.Tensor:
+    return images.mean(dim=(2, 3)) @ torch.from_numpy(WEIGHT)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 5, 64])
+def test_the_module_computes_what_the_graph_says(path, batch):
+    net, metadata = open_onnx(path)
+    images = torch.randn(batch, 3, SIZE, SIZE)
+    torch.testing.assert_close(net(images), logits_of(images))
+    torch.testing.assert_close(net(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), net(images))
+    assert (net.num_classes, net.in_channels, net.image_size, net.name) == (3, 3, SIZE, "nf_resnet_nano")
+    assert metadata == METADATA
+    assert net.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+    assert list(net.parameters()) == []
+
+
+def test_images_of_another_size_are_refused(path):
+    net, _ = open_onnx(path)
+    with pytest.raises(
+        ValueError, match=r"this file was exported for B x 3 x 8 x 8. Resize them, or export for"
+    ):
+        net(torch.zeros(1, 3, 9, 8))
+
+
+def test_it_is_a_trained_model_like_any_other(path, tmp_path, capsys):
+    model = from_pretrained(path)
+    assert model.preprocessing == PRE
+    assert model.classes == NAMES
+    source = open_synthetic("synthetic:classes=3,size=8,train=3,val=30").val
+    score = evaluate(model.net, source, preprocessing=PRE, device="cpu")
+    pixels = torch.stack([torch.from_numpy(np.array(source.image(i))) for i in range(30)]).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PRE.mean, PRE.std))
+    logits = logits_of((pixels / 255 - mean) / std)
+    assert score.predictions.tolist() == logits.argmax(1).tolist()
+    source.image(4).save(tmp_path / "x.png")
+    assert main(["predict", str(path), str(tmp_path / "x.png"), "--format", "jsonl", "--device", "cpu"]) == 0
+    top = json.loads(capsys.readouterr().out)["top"]
+    wanted = logits[4].softmax(0)
+    assert [t["class"] for t in top] == [NAMES[i] for i in wanted.argsort(descending=True)]
+    assert sorted(t["probability"] for t in top) == pytest.approx(wanted.sort().values.tolist(), abs=1e-5)
+    with pytest.raises(
+        ValueError, match="nf_resnet_nano was read from an ONNX file, which holds no weights that"
+    ):
+        save_pretrained(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# --- files that are none of ours ---------------------------------------------------------------------
+
+
+def changed(**fields: object) -> dict:
+    return METADATA | fields
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "was not written by normfree: it does not say which classes it knows"),
+        ("{", "the metadata 'normfree' is no JSON object."),
+        ("[" * 200_000, "the metadata 'normfree' is no JSON object."),
+        ("7", "the metadata 'normfree' is no JSON object."),
+        (list(METADATA), "the metadata 'normfree' lacks everything."),
+        ({k: v for k, v in METADATA.items() if k != "row"}, "the metadata 'normfree' lacks row."),
+        (changed(classes=["a", "b"]), "names 2 classes for 3 outputs."),
+        (changed(classes=["a", "b", 3]), "'classes' in its metadata is no list of names."),
+        (changed(preprocessing=[]), "'preprocessing' in its metadata is no table."),
+        (changed(preprocessing={"image_size": 9}), "its input is 8 x 8 pixels, its preprocessing makes 9."),
+        (changed(preprocessing={"image_size": 8, "crop": "x"}), "the preprocessing in its metadata makes no sense: "),
+        (changed(preprocessing={"image_size": 8, "eval": "x"}), "the preprocessing in its metadata makes no sense: "),
+        (changed(preprocessing={"image_size": 8, "mean": [0.5]}), "makes no sense: 1 means for 3 channels."),
+    ],
+)  # fmt: skip
+def test_metadata_is_checked(metadata, message, tmp_path, capsys):
+    onnx.save_model(proto(metadata), tmp_path / "model.onnx")
+    assert main(["predict", str(tmp_path / "model.onnx"), "x.png"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_cut_anywhere_gives_one_line(path, tmp_path, capsys):
+    whole = path.read_bytes()
+    cut = tmp_path / "cut.onnx"
+    for length in range(0, len(whole), 7):
+        cut.write_bytes(whole[:length])
+        assert main(["predict", str(cut), "x.png"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"normfree: {cut}")
+        assert error.count("\n") == 1
+    cut.write_bytes(b"PK\x03\x04" + whole)
+    with pytest.raises(ValueError, match="is no ONNX file, or cut short"):
+        open_onnx(cut)
+    with pytest.raises(
+        ValueError, match=r"'nowhere.onnx' does not exist. Give an ONNX file that `normfree export`"
+    ):
+        from_pretrained("nowhere.onnx")
+
+
+def test_an_operator_that_does_not_exist_gives_one_line(tmp_path):
+    model = proto()
+    model.graph.node[1].op_type = "Shell"
+    onnx.save_model(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="onnxruntime refuses this file: ") as caught:
+        open_onnx(tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def outside(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def in_a_branch(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    """A node that holds a tensor two levels deep."""
+    inner = helper.make_graph([helper.make_node("Constant", [], ["c"], value=tensor)], "inner", [],
+                              [helper.make_tensor_value_info("c", TensorProto.FLOAT, [3, 3])])  # fmt: skip
+    return helper.make_node("If", ["flag"], ["d"], then_branch=inner, else_branch=inner)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "a/../../secret", "link/secret"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_weights_outside_the_folder_are_not_read(location, deep, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(WEIGHT.tobytes())
+    os.symlink(tmp_path, folder / "link")
+    model = proto()
+    if deep:
+        tensor = outside(numpy_helper.from_array(WEIGHT, "hidden"), location)
+        model.graph.node.append(in_a_branch(tensor))
+    else:
+        outside(model.graph.initializer[1], location)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        ValueError, match=f"names the file '{location}', outside the file's own folder. It was not"
+    ):
+        open_onnx(folder / "model.onnx")
+
+
+def test_weights_beside_the_file_are_read(tmp_path):
+    (tmp_path / "weights").write_bytes(WEIGHT.tobytes())
+    model = proto()
+    outside(model.graph.initializer[1], "weights")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    images = torch.randn(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(open_onnx(tmp_path / "model.onnx")[0](images), logits_of(images))
+
+
+# --- what is missing here ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_its_extra(module, path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["predict", str(path), "x.png"]) == 2
+    assert capsys.readouterr().err == f"normfree: ONNX files need {module}: pip install 'normfree[onnx]'\n"
+
+
+def test_an_unknown_device_is_refused(path):
+    with pytest.raises(ValueError, match=r"device='tpu'. Allowed for ONNX files here: cpu.*. Use 'cpu'."):
+        open_onnx(path, device="tpu")
+
+
+def test_a_picture_reaches_the_network_as_the_file_says(path, tmp_path):
+    Image.new("RGB", (30, 20), (255, 0, 0)).save(tmp_path / "red.png")
+    model = from_pretrained(path)
+    pixels = model.preprocessing.transform()(Image.open(tmp_path / "red.png"))
+    assert pixels.shape == (3, SIZE, SIZE)
+    assert pixels[:, 0, 0].tolist() == [255, 0, 0]

@@ -1,0 +1,147 @@
+"""The config: every error at once and word for word, files and flags alike, and a pinned list of keys."""
+
+import subprocess
+import sys
+
+import pytest
+
+from normfree.training.config import Config, ConfigError, steps_of
+from normfree.training.config_io import keys, load_config, to_toml, with_overrides
+from normfree.training.recipes import RECIPES
+
+KEYS = [
+    *("data", "model", "weights", "length", "patience", "seed", "device", "precision", "parallel", "compile"),
+    *("net.activation", "net.drop_rate", "net.stochdepth_rate", "net.skip_gain", "net.alpha"),
+    *("input.image_size", "input.eval_size", "input.eval_crop", "input.batch_size", "input.micro_batch"),
+    *("input.workers", "input.val_fraction"),
+    *(
+        "augment.crop_min",
+        "augment.repeats",
+        "augment.flip",
+        "augment.randaugment",
+        "augment.mixup",
+        "augment.cutmix",
+    ),
+    "augment.mix_with",
+    *("augment.label_smoothing", "optim.lr", "optim.momentum", "optim.weight_decay", "optim.clip"),
+    *("optim.clipping", "optim.clipping_eps", "optim.unclipped", "optim.class_balance", "optim.warmup"),
+    *("optim.schedule", "optim.final_lr", "optim.sam_rho", "optim.ema_decay"),
+    *("log.every", "log.evaluate_every", "log.checkpoint_every", "log.keep", "log.to", "log.profile"),
+]
+
+
+def test_the_keys_are_these_and_at_most_50():
+    assert keys() == KEYS
+    assert len(KEYS) <= 50
+
+
+def test_all_errors_come_at_once_each_with_what_is_allowed():
+    flags = (
+        "--lr 0.1 --optim.lrr 3 --optim.lr -1 --net.drop_rate x --compile maybe --length 90 --log.keep 1 stray "
+        "--input.batch_size 1.5 --optim.clip agcc --input.image_size big --zzzz 1 --model"
+    )
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), flags.split())
+    assert error.value.problems == (
+        "unknown key 'lr'. Did you mean 'optim.lr'?",
+        "unknown key 'optim.lrr'. Did you mean 'optim.lr'?",
+        "unexpected 'stray': expected --key value, for example --optim.lr 0.05.",
+        "unknown key 'zzzz'. All keys: normfree train --help",
+        "model: a value is missing after --model.",
+        "length='90': expected a number of epochs or steps, for example '90ep' or '5000st'.",
+        "compile='maybe': expected a valid boolean, unable to interpret input.",
+        "net.drop_rate='x': expected a number or 'auto'.",
+        "input.image_size='big': expected a whole number or 'auto'.",
+        "input.batch_size='1.5': expected a valid integer, unable to parse string as an integer.",
+        "optim.lr='-1': expected greater than 0.",
+        "optim.clip='agcc': expected 'agc', 'norm', 'value' or 'off'.",
+        "log.keep='1': expected greater than or equal to 2.",
+    )
+
+
+def test_files_obey_the_same_rules(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('seed = "1"\n[optim]\nlrr = 0.1\nclipping = 0\n[nett]\nalpha = 1.0\n')
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert set(error.value.problems) == {
+        f"{path}: seed='1': expected a valid integer.",
+        f"{path}: unknown key 'optim.lrr'. Did you mean 'optim.lr'?",
+        f"{path}: optim.clipping=0: expected greater than 0.",
+        f"{path}: unknown key 'nett'. Did you mean 'net'?",
+    }
+    path.write_text("seed = ")
+    with pytest.raises(ConfigError, match=r"c\.toml cannot be read as TOML: "):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_toml_round_trip(name, tmp_path):
+    config = RECIPES[name]()
+    (tmp_path / "c.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "c.toml") == config
+
+
+def test_flags_apply_from_left_to_right_and_leave_the_rest():
+    base = RECIPES["demo"]()
+    flags = ["--optim.lr", "1", "--optim.lr=0.05", "--compile", "true", "--net.drop-rate", "0.3",
+             "--input.image_size=auto"]  # fmt: skip
+    config = with_overrides(base, flags)
+    assert (config.optim.lr, config.compile, config.net.drop_rate) == (0.05, True, 0.3)
+    assert config.input.image_size == "auto"
+    assert config.augment == base.augment
+    assert config.optim.weight_decay == base.optim.weight_decay
+
+
+@pytest.mark.parametrize(("length", "steps"), [("10ep", 16), ("1.5ep", 2), ("7st", 7), ("0ep", 0)])
+def test_lengths(length, steps):
+    assert steps_of(length, samples=50, batch_size=32) == steps
+
+
+WORDS = [["--help"], ["train", "--help"], ["list", "--help"], ["--version"], ["train", "--x", "1"]]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_help_and_wrong_words_need_no_torch(words):
+    code = (
+        f"import sys; from normfree.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--optim.lr inf", "optim.lr='inf': expected a finite number."),
+        ("--augment.mixup nan", "augment.mixup='nan': expected a finite number."),
+        ("--net.drop_rate 1", "net.drop_rate='1': expected a number from 0 to below 1, or 'auto'."),
+        ("--net.stochdepth_rate -0.1", "net.stochdepth_rate='-0.1': expected a number from 0 to below 1, or 'auto'."),
+        ("--input.eval_size 0", "input.eval_size='0': expected 1 pixel or more, or 'auto'."),
+        ("--input.image_size=-4", "input.image_size='-4': expected 1 pixel or more, or 'auto'."),
+        ("--net.alpha x", "net.alpha='x': expected a number or 'auto'."),
+        ("--nett.alpha 1", "unknown key 'nett.alpha'. Did you mean 'net.alpha'?"),
+        ("--optm 1", "unknown key 'optm'. Did you mean 'optim.lr'?"),
+        ("-x", "unexpected '-x': expected --key value, for example --optim.lr 0.05."),
+    ],
+)  # fmt: skip
+def test_one_error(flag, problem):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), flag.split())
+    assert error.value.problems == (problem,)
+
+
+def test_a_rate_of_a_file_is_judged_like_a_flag(tmp_path):
+    (tmp_path / "c.toml").write_text("[net]\ndrop_rate = 1.5\n[optim]\nlr = inf\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.toml")
+    assert error.value.problems == (
+        f"{tmp_path}/c.toml: net.drop_rate=1.5: expected a number from 0 to below 1, or 'auto'.",
+        f"{tmp_path}/c.toml: optim.lr=inf: expected a finite number.",
+    )
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 1

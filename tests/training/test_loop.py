@@ -1,0 +1,389 @@
+"""Training as laws: a stopped run equals an unbroken one, micro-batches are exact, nothing infinite gets in."""
+
+import io
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from normfree.data.loader import train_batches
+from normfree.data.sources.open import open_source
+from normfree.data.transforms.train import train_transform
+from normfree.training import checkpoint, loop, run_folder
+from normfree.training.config import Config
+from normfree.training.config_io import load_config, with_overrides
+from normfree.training.recipes import RECIPES
+from normfree.training.resolve import resolve
+from normfree.training.trainer import Diverged, Trainer
+
+DATA = "synthetic:classes=3,size=16,train=48,val=12"
+FLAGS = shlex.split(
+    f"--data {DATA} --model nf_resnet_nano --input.image_size 16 --input.batch_size 10 --input.workers 0 --length 12st "
+    "--optim.warmup 3st --optim.lr 0.05 --log.every 2 --log.evaluate_every 6st --log.checkpoint_every 5st "
+    "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment trivial --net.drop_rate 0.3 "
+    "--net.stochdepth_rate 0.5 --optim.ema_decay 0.9"
+)
+LAST = "checkpoints/step-00000012"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run_folder, "draw_curves", lambda *args, **kwargs: None
+        )  # a third of such a short run's time
+        yield
+
+
+def config(*flags: str) -> Config:
+    return with_overrides(RECIPES["scratch"](), [*FLAGS, *flags])
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    files = sorted((out / LAST).glob("*.safetensors"))
+    assert [f.stem for f in files] == ["ema", "model", "optim"]
+    return {f"{f.stem}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_log(a: Path, b: Path) -> None:
+    """Every line once and equal, but for the speed; also a mean over steps before and after a stop."""
+    first, second = (
+        [{k: v for k, v in r.items() if k != "images_per_s"} for r in rows(out)] for out in (a, b)
+    )
+    assert first == second
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    loop.train(config(), out, console=quiet())
+    return out
+
+
+def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    original = Trainer.step
+
+    def stepping(self, batch, at):
+        result = original(self, batch, at)
+        if at + 1 == step:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_stopped_at_any_step_and_continued_gives_the_same_bits(unbroken, tmp_path, monkeypatch, step):
+    stop_after(monkeypatch, step)
+    with pytest.raises(loop.Stopped) as stopped:
+        loop.train(config(), tmp_path / "run", console=quiet())
+    assert (stopped.value.step, stopped.value.exit_code) == (step, 143)
+    monkeypatch.undo()
+    loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())
+    assert_same_bits(unbroken, tmp_path / "run")
+    assert_same_log(unbroken, tmp_path / "run")
+    assert [r["step"] for r in rows(tmp_path / "run")] == [2, 4, 6, 6, 8, 10, 12, 12]
+
+
+def test_the_whole_recipe_stops_and_continues_too(tmp_path, monkeypatch):
+    """Pairs of fresh images, RandAugment after mixing, SAM: what they draw is a function of the step as well."""
+    flags = ("--augment.mix_with", "fresh", "--augment.randaugment", "2x3", "--optim.sam_rho", "0.05")
+    loop.train(config(*flags), tmp_path / "whole", console=quiet())
+    stop_after(monkeypatch, 7)
+    with pytest.raises(loop.Stopped):
+        loop.train(config(*flags), tmp_path / "run", console=quiet())
+    monkeypatch.undo()
+    continued = load_config(tmp_path / "run" / "config.toml")
+    loop.train(continued, tmp_path / "run", console=quiet())
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    loop.train(config(*flags, "--input.workers", "2"), tmp_path / "other", console=quiet())
+    assert_same_bits(tmp_path / "whole", tmp_path / "other")
+
+
+def test_workers_do_not_change_a_bit(unbroken, tmp_path):
+    loop.train(config("--input.workers", "2"), tmp_path / "run", console=quiet())
+    assert_same_bits(unbroken, tmp_path / "run")
+
+
+def test_the_written_config_reproduces_the_run(unbroken, tmp_path):
+    loop.train(load_config(unbroken / "config.toml"), tmp_path / "again", console=quiet())
+    assert_same_bits(unbroken, tmp_path / "again")
+
+
+def test_another_seed_is_another_run(unbroken, tmp_path):
+    loop.train(config("--seed", "1"), tmp_path / "run", console=quiet())
+    first, second = state(unbroken), state(tmp_path / "run")
+    assert not torch.equal(first["model:stem.conv0.weight"], second["model:stem.conv0.weight"])
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken):
+    before = state(unbroken)
+    loop.train(load_config(unbroken / "config.toml"), unbroken, console=quiet())
+    assert all(torch.equal(v, before[k]) for k, v in state(unbroken).items())
+
+
+def start(out: Path, *flags: str) -> subprocess.Popen[str]:
+    words = [str(out)] if (out / "config.toml").exists() else [*FLAGS, *flags, "--out", str(out)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "normfree", "train", *words], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def killed(out: Path, ready: Callable[[], bool], delay: float = 0.0) -> bool:
+    """Starts or continues a run and kills it `delay` seconds after `ready`. Whether it was still at work."""
+    process = start(out)
+    while process.poll() is None and not ready():
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def lines(out: Path) -> int:
+    return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+
+
+def saving(out: Path) -> bool:
+    return any((out / "checkpoints").glob(".step-*")) or (out / "checkpoints" / "step-00000005").exists()
+
+
+def assert_done_like(unbroken: Path, out: Path) -> None:
+    process = start(out)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert_same_bits(unbroken, out)
+    assert_same_log(unbroken, out)
+
+
+def test_killed_without_warning_and_continued_gives_the_same_bits(unbroken, tmp_path):
+    out = tmp_path / "run"
+    assert killed(out, lambda: lines(out) > 0)  # between steps
+    assert killed(out, lambda: saving(out))  # in the first checkpoint, or just after it
+    assert_done_like(unbroken, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(8))
+def test_killed_many_times(unbroken, tmp_path, trial):
+    chance, out, kills = random.Random(trial), tmp_path / "run", 0
+    points = [
+        lambda: (out / ".lock").exists(),
+        lambda: lines(out) > 0,
+        lambda: saving(out),
+        lambda: (out / "results.json").exists(),
+    ]
+    for ready in points:
+        kills += killed(out, ready, chance.uniform(0.0, 0.4))
+    assert kills >= 3  # 8 * 3: above twenty kills of runs at work
+    assert_done_like(unbroken, out)
+
+
+def test_sigterm_saves_and_leaves_no_process_behind(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, "--length", "100000st", "--input.workers", "2")
+    while process.poll() is None and lines(out) < 2:
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    process.terminate()
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 143
+    saved, passed_over = checkpoint.newest(out / "checkpoints")
+    assert passed_over == []
+    assert text.endswith(
+        f"stopped after step {saved.step}, everything is saved. Continue: normfree train {out}\n"
+    )
+    assert not any(Path("/proc", worker).exists() for worker in workers)
+
+
+def trainer_and_batch(*flags: str):
+    resolved = resolve(config(*flags))
+    split = open_source(DATA)
+    trainer = Trainer(resolved, num_classes=3, samples=48)
+    transform = train_transform(image_size=16)
+    batch = next(train_batches(split.train, transform, batch_size=10, seed=0, num_steps=1))
+    return trainer, batch
+
+
+def batch_gradient(model: str, micro_batch: int) -> torch.Tensor:
+    off = ("--net.drop_rate", "0", "--net.stochdepth_rate", "0", "--model", model)
+    trainer, batch = trainer_and_batch(*off, "--input.micro_batch", str(micro_batch))
+    trainer.gradients(*trainer.prepare(batch, 0), 0)
+    return torch.cat([p.grad.flatten() for p in trainer.net.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+def test_micro_batches_are_exact_without_batch_statistics(micro_batch):
+    for model, low, high in (("nf_resnet_nano", 0.0, 1e-5), ("resnet_nano", 0.1, 100.0)):
+        whole, cut = batch_gradient(model, 0), batch_gradient(model, micro_batch)
+        assert low <= float((whole - cut).norm() / whole.norm()) <= high, model
+
+
+def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
+    off = ("--net.drop_rate", "0", "--net.stochdepth_rate", "0")
+    plain, batch = trainer_and_batch(*off)
+    images, targets = plain.prepare(batch, 2)
+    sharp, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
+    start = [p.detach().clone() for p in sharp.net.parameters()]
+    before = sharp.climb_(images, targets, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))
+    uphill = [p.detach() - s for p, s in zip(sharp.net.parameters(), start, strict=True)]
+    plain.gradients(images[::5], targets[::5], 2)  # two images of the ten decide the direction
+    gradient = torch.cat([p.grad.flatten() for p in plain.net.parameters()])
+    moved = torch.cat([u.flatten() for u in uphill])
+    torch.testing.assert_close(moved, 0.3 * gradient / gradient.norm(), rtol=1e-3, atol=1e-6)
+
+    stepped, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
+    stepped.step(batch, 2)
+    by_hand, _ = trainer_and_batch(*off)  # an ordinary step with the gradient of the point uphill
+    by_hand.net.load_state_dict(sharp.net.state_dict())
+    by_hand.gradients(images, targets, 2)
+    by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), start, strict=True)))
+    by_hand.optimizer.set_lr(stepped.optimizer.param_groups[0]["lr"])
+    by_hand.update.step_(2)
+    for one, other in zip(stepped.net.parameters(), by_hand.net.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dropout_is_a_function_of_seed_and_step_alone():
+    trainer, batch = trainer_and_batch()
+
+    def gradient(step: int, hidden: int) -> torch.Tensor:
+        torch.manual_seed(hidden)  # of no consequence
+        trainer.optimizer.zero_grad()
+        trainer.gradients(*trainer.prepare(batch, 0), step)
+        return trainer.net.head.weight.grad.clone()
+
+    assert torch.equal(gradient(3, hidden=1), gradient(3, hidden=2))
+    assert not torch.equal(gradient(3, hidden=1), gradient(4, hidden=1))
+
+
+def test_a_second_signal_acts_as_usual():
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.getsignal(signal.SIGINT)
+    with loop.stop_flag() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, outside)
+
+
+def test_the_loss_falls(tmp_path):
+    flags = "--length 60st --augment.mixup 0 --augment.cutmix 0 --augment.randaugment off --augment.crop_min 0.8 " \
+            "--log.evaluate_every 60st --net.drop_rate 0 --net.stochdepth_rate 0"  # fmt: skip
+    loop.train(config(*flags.split()), tmp_path / "run", console=quiet())
+    losses = [r["loss"] for r in rows(tmp_path / "run") if "loss" in r]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("mode", ["agc", "norm", "value", "off"])
+def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_path, monkeypatch, mode):
+    original = Trainer.gradients
+
+    def poisoned(self, images, targets, step):
+        result = original(self, images, targets, step)
+        if step == 7:
+            self.net.stages[1][0].conv1.weight.grad[0, 0, 0, 0] = float("nan" if mode == "norm" else "inf")
+        return result
+
+    monkeypatch.setattr(Trainer, "gradients", poisoned)
+    with pytest.raises(Diverged) as error:
+        loop.train(config("--optim.clip", mode), tmp_path / "run", console=quiet())
+    text = str(error.value)
+    assert text.startswith("step 7: 1 of ")
+    assert "stages.1.0.conv1.weight" in text
+    assert text.endswith("Try --optim.lr 0.017.")
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+def test_the_step_is_in_the_published_order(monkeypatch):
+    """Clipping of the raw gradient, then decay and momentum, then the average."""
+    trainer, batch = trainer_and_batch("--optim.warmup", "0st", "--optim.weight_decay", "0.1")
+    before = {n: p.detach().clone() for n, p in trainer.net.named_parameters()}
+    twin, _ = trainer_and_batch("--optim.warmup", "0st", "--optim.weight_decay", "0.1")
+    twin.gradients(*twin.prepare(batch, 0), 0)
+    trainer.step(batch, 0)
+    for name, p in twin.net.named_parameters():
+        gradient, vector = p.grad.double(), p.numel() == max(p.shape, default=1)
+        flat, weights = (
+            t.double().flatten() if vector else t.double().flatten(1) for t in (gradient, before[name])
+        )
+        norm, limit = flat.norm(dim=-1), 0.04 * weights.norm(dim=-1).clamp(min=1e-3)
+        factor = torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+        clipped = gradient if name == "head.weight" else (flat * factor.unsqueeze(-1)).view_as(gradient)
+        decayed = clipped + (0.1 * before[name].double() if name.endswith("weight") else 0.0)
+        expected = before[name].double() - 0.05 * (
+            decayed + 0.9 * decayed
+        )  # the first momentum is the gradient
+        now = dict(trainer.net.named_parameters())[name].detach().double()
+        torch.testing.assert_close(now, expected, rtol=1e-5, atol=1e-8, msg=name)
+        average = dict(trainer.ema.module.named_parameters())[name].double()
+        torch.testing.assert_close(average, 0.1 * before[name].double() + 0.9 * now, rtol=1e-5, atol=1e-7)
+
+
+def test_training_starts_from_the_weights_of_another_run(unbroken, tmp_path):
+    """At a learning rate of nearly nothing the new run's weights are the other's averaged ones."""
+    flags = ("--weights", str(unbroken), "--length", "1st", "--optim.lr", "1e-12", "--optim.warmup", "0st")
+    loop.train(config(*flags), tmp_path / "run", console=quiet())
+    ours = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "model.safetensors")
+    theirs = load_file(unbroken / "model" / "model.safetensors")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+def test_fine_tuning_takes_the_folders_network_and_a_new_head_for_other_classes(unbroken, tmp_path):
+    """Same classes: the classifier comes too. Others: all but it does, and the new one starts as a row's does."""
+    still = shlex.split(
+        "--length 1st --optim.lr 1e-12 --optim.warmup 0st --input.batch_size 8 --input.workers 0 --weights"
+    )
+    theirs = load_file(unbroken / "model" / "model.safetensors")
+    for classes, kept in ((3, True), (5, False)):
+        out = tmp_path / str(classes)
+        console = quiet()
+        words = ["--data", f"synthetic:classes={classes},size=16,train=40,val=10", *still, str(unbroken)]
+        loop.train(with_overrides(RECIPES["finetune"](), words), out, console=console)
+        assert load_config(out / "config.toml").model == "nf_resnet_nano"
+        ours = load_file(out / "checkpoints" / "step-00000001" / "model.safetensors")
+        for name in theirs.keys() - {"head.weight", "head.bias"}:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9, msg=name)
+        assert torch.allclose(ours["head.weight"][:3], theirs["head.weight"], atol=1e-9) == kept
+        said = "a new classifier for 5 classes on the network of" in console.file.getvalue()
+        assert said != kept
+
+
+def test_auto_needs_weights_to_name_the_network(tmp_path):
+    with pytest.raises(ValueError, match=r"^model='auto' is the network of --weights, and none are given\. Say "
+                                         r"--weights FOLDER, or --model NAME\.$"):  # fmt: skip
+        loop.train(with_overrides(RECIPES["finetune"](), ["--data", DATA]), tmp_path / "run", console=quiet())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,192 @@
+"""Micro-batches by memory: what is predicted is what a real pass allocates, and what is chosen fits and divides."""
+
+import io
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+from normfree.models.zoo import create_model
+from normfree.training import loop, memory, micro_batch, run_folder
+from normfree.training.config import Config, InputConfig
+from normfree.training.config_io import load_config
+from normfree.training.distributed.world import World
+from normfree.training.memory import free_memory, largest, line, pass_bytes
+from normfree.training.resolve import resolve
+from normfree.training.trainer import Trainer
+
+TINY = {"depths": (1, 1), "widths": (64, 128), "strides": (1, 2), "group_width": 16, "num_classes": 10}
+
+
+def allocated(net: nn.Module, batch_size: int, image_size: int) -> int:
+    """Most bytes that a real pass has allocated at a time, by the profiler's record of the CPU's allocator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    net.train().to(memory_format=torch.channels_last)
+    images = torch.rand(batch_size, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        logits = net(images)
+        F.cross_entropy(logits, torch.softmax(logits.detach(), dim=1), reduction="sum").backward()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(("name", "size", "fields"), [
+    ("nf_resnet_nano", 32, {}), ("nfnet_f0", 64, TINY), ("resnet_nano", 32, {}),
+])  # fmt: skip
+@pytest.mark.parametrize("batch_size", [2, 12])
+def test_the_prediction_is_what_a_real_pass_allocates(name, size, fields, batch_size):
+    net = create_model(name, **fields)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    predicted = pass_bytes(net, batch_size=batch_size, image_size=size)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())  # also a twin's statistics
+    assert all(p.grad is None for p in net.parameters())
+    assert allocated(net, batch_size, size) == pytest.approx(predicted, rel=0.03)
+
+
+def test_one_layer_more_is_one_tensor_more():
+    def chain(layers: int) -> int:
+        curves = [nn.Sigmoid() for _ in range(layers)]
+        net = nn.Sequential(nn.Conv2d(3, 3, 1), *curves, nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+        return pass_bytes(net, batch_size=7, image_size=8)
+
+    assert chain(5) - chain(4) == chain(40) - chain(39) == 4 * 7 * 3 * 8 * 8
+
+
+def test_half_precision_takes_less_and_the_meta_device_the_same():
+    net = create_model("nf_resnet_nano")
+    whole = pass_bytes(net, batch_size=8, image_size=32)
+    assert 0.4 < pass_bytes(net, batch_size=8, image_size=32, half=True) / whole < 0.7
+    with torch.device("meta"):
+        assert pass_bytes(create_model("nf_resnet_nano"), batch_size=8, image_size=32) == whole
+
+
+def test_the_line_goes_through_larger_batches():
+    net = create_model("nf_resnet_nano")
+    fixed, each = line(net, image_size=32)
+    assert fixed + 100 * each == pytest.approx(pass_bytes(net, batch_size=100, image_size=32), rel=1e-3)
+
+
+def test_the_largest_that_fits_and_works():
+    sizes, tried = [8, 4, 2, 1], []
+
+    def needs(size: int) -> int:
+        return 100 + 10 * size
+
+    def works(size: int) -> bool:
+        tried.append(size)
+        return size <= 2
+
+    assert largest(sizes, needs=needs, limit=180) == 8
+    assert largest(sizes, needs=needs, limit=179) == 4
+    assert largest(sizes, needs=needs, limit=179, works=works) == 2
+    assert tried == [4, 2]  # what is not predicted to fit is not tried
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        largest(sizes, needs=lambda size: 3 * 10**9, limit=2 * 10**9)
+    assert str(error.value) == (
+        "input.micro_batch='auto': 1 at a time need about 3.00 GB, and 2.00 GB can be used here. Use a smaller "
+        "--input.image_size, --parallel sharded, or a number to try anyway."
+    )
+
+
+def test_free_memory_heeds_the_container(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   8000 kB\n")
+    assert free_memory(tmp_path) == 8000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for bound, expected in (("max", 8000 * 1024), ("5000", 2000), ("1000", 0)):
+        (group / "memory.max").write_text(bound + "\n")
+        (group / "memory.current").write_text("3000\n")
+        assert free_memory(tmp_path) == expected
+
+
+def config(*, image_size: int = 16, **more: object) -> Config:
+    inputs = InputConfig(image_size=image_size, batch_size=24, micro_batch="auto", workers=0)
+    return Config.model_validate(
+        {"data": "synthetic:classes=3,size=16,train=24,val=3", "model": "nf_resnet_nano", "device": "cpu",
+         "length": "1st", "input": inputs, **more}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "images", "expected"), [
+    ("replicated", 24, 24), ("replicated", 13, 12), ("replicated", 11, 8), ("replicated", 1, 1),
+    ("exact", 13, 12), ("exact", 11, 6), ("exact", 5, 3),
+])  # fmt: skip
+def test_a_limit_decides_the_micro_batch(monkeypatch, mode, images, expected):
+    net = create_model("nf_resnet_nano", num_classes=3)
+    fixed, each = line(net, image_size=64)
+    weights = sum(4 * p.numel() for p in net.parameters())
+    copies = 4 + (24 // expected).bit_length() * (
+        mode == "exact"
+    )  # weights, gradients, momentum, average; tree
+    monkeypatch.setattr(memory, "free_bytes", lambda device: copies * weights + fixed + images * each)
+    trainer = Trainer(resolve(config(parallel=mode, image_size=64)), num_classes=3, samples=24)
+    assert trainer.config.input.micro_batch == expected
+    assert 24 % expected == 0
+
+
+def test_all_processes_take_the_smallest(monkeypatch):
+    trainer = Trainer(resolve(config()), num_classes=3, samples=24)
+    monkeypatch.setattr(World, "tell", lambda self, value: [value, 6, 12])
+    assert micro_batch.settled(trainer, lambda works: 24).input.micro_batch == 6
+
+    def none(works: object) -> int:
+        raise ValueError("nothing fits")
+
+    with pytest.raises(ValueError, match=r"^nothing fits$"):
+        micro_batch.settled(trainer, none)
+    monkeypatch.setattr(World, "tell", lambda self, value: [value, "nothing fits there"])
+    with pytest.raises(ValueError, match=r"^nothing fits there$"):  # also where it would have fitted
+        micro_batch.settled(trainer, lambda works: 24)
+
+
+def test_trying_leaves_no_trace(monkeypatch):
+    trainer = Trainer(resolve(config(model="resnet_nano")), num_classes=3, samples=24)
+    before = {n: t.clone() for n, t in trainer.net.state_dict().items()}
+    settled, seen = trainer.config, []
+    original = trainer.gradients
+
+    def small(images, targets, step):
+        seen.append((len(images), trainer.config.input.micro_batch))
+        result = original(images, targets, step)
+        if trainer.config.input.micro_batch > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(trainer, "gradients", small)
+    assert [micro_batch.works(trainer, size) for size in (24, 8, 4)] == [False, False, True]
+    assert seen == [(24, 24), (16, 8), (8, 4)]  # two of them, so that a sum of gradients is there
+    assert trainer.config is settled
+    assert all(torch.equal(t, before[n]) for n, t in trainer.net.state_dict().items())
+    assert all(p.grad is None for p in trainer.net.parameters())
+
+
+def test_the_run_writes_the_number_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
+    out = io.StringIO()
+    loop.train(config(), tmp_path / "run", console=Console(file=out))
+    assert load_config(tmp_path / "run" / "config.toml").input.micro_batch == 24
+    assert "micro-batches of 24 images\n" in out.getvalue()
+    assert loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run").steps == 1
+
+
+def test_the_table_of_costs_is_written_by_its_script():
+    docs = Path(__file__).parents[2] / "docs"
+    script = runpy.run_path(str(docs / "make_scale.py"))
+    page = (docs / "scale.md").read_text(encoding="utf-8")
+    assert script["entry"]("nfnet_f0") in page
+    entries = page.partition(script["BEGIN"])[2].partition(script["END"])[0].strip().splitlines()[2:]
+    assert [entry.split("`")[1] for entry in entries] == list(script["ROWS"])
+    for entry in entries:  # time is arithmetic: all rows of it
+        name, days = entry.split("`")[1], [float(cell) for cell in entry.split("|")[-5:-1]]
+        expected = [script["days"](name, gpus=n, peak=script["PEAK"]["H100, H200"]) for n in script["LINKS"]]
+        assert days == pytest.approx(expected, abs=0.05)

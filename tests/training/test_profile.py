@@ -1,0 +1,212 @@
+"""The profiler: it changes no bit, its shares are shares, and a step is counted where it belongs."""
+
+import io
+import json
+import shlex
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from normfree.models.layers import WSConv2d
+from normfree.native.library import library
+from normfree.training import loop, profile, run_folder, update
+from normfree.training.config_io import with_overrides
+from normfree.training.profile import BEFORE, PARTS, PHASES, profiled, span
+from normfree.training.recipes import RECIPES
+
+FLAGS = shlex.split(
+    "--data synthetic:classes=3,size=16,train=48,val=12 --model nf_resnet_nano --input.image_size 16 "
+    "--input.batch_size 8 --input.workers 0 --length 8st --optim.warmup 1st --log.evaluate_every 8st"
+)
+
+
+def train(out, *flags: str) -> str:
+    text = io.StringIO()
+    loop.train(
+        with_overrides(RECIPES["scratch"](), [*FLAGS, *flags]), out, console=Console(file=text, width=500)
+    )
+    return text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
+        out = tmp_path_factory.mktemp("runs")
+        texts = train(out / "plain"), train(out / "profiled", "--log.profile", "2")
+        patch.setattr(update, "fused_update", lambda *args, **words: None)
+        train(out / "calls", "--log.profile", "2")
+        return out, *texts
+
+
+def test_a_profile_changes_no_bit(runs):
+    a, b = (
+        load_file(runs[0] / name / "checkpoints/step-00000008/model.safetensors")
+        for name in ("plain", "profiled")
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not (runs[0] / "plain" / "profile").exists()
+
+
+#: What occurs with the update in one sweep, and by calls.
+IN_RUN = {"profiled": set(PHASES) - ({"clip"} if library() else set()), "calls": set(PHASES)}
+
+
+def test_it_says_where_it_is(runs):
+    folder = runs[0] / "profiled" / "profile"
+    assert f"profile of 2 steps: {folder}/table.txt, and {folder}/trace.json for Perfetto\n" in runs[2]
+
+
+@pytest.mark.parametrize("name", IN_RUN)
+def test_it_marks_the_phases(runs, name):
+    folder = runs[0] / name / "profile"
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    counts = {n: sum(e.get("name") == n and e.get("cat") == "user_annotation" for e in events)
+              for n in (*PHASES, profile.STANDARDIZATION)}  # fmt: skip
+    layers = sum(isinstance(m, WSConv2d) for m in net().modules())
+    assert counts == {**{n: 2 * (n in IN_RUN[name]) for n in PHASES}, profile.STANDARDIZATION: 2 * layers}
+
+
+def net():
+    from normfree.models.zoo import create_model
+
+    return create_model("nf_resnet_nano", num_classes=3)
+
+
+def section(text: str, title: str) -> dict[str, tuple[float, float]]:
+    """Milliseconds and percent by name, of the section that begins with `title`."""
+    lines = text[text.index(title) :].splitlines()[1:]
+    found = {}
+    for line in lines:
+        if not line.endswith("%"):
+            break
+        name, ms, percent, _ = line.rsplit(None, 3)
+        found[name.strip()] = (float(ms), float(percent))
+    return found
+
+
+@pytest.mark.parametrize("name", IN_RUN)
+def test_the_shares_of_the_table_add_up(runs, name):
+    text = (runs[0] / name / "profile" / "table.txt").read_text()
+    first = text.splitlines()[0]
+    assert first.startswith("2 steps after 3, ")
+    phases, parts = section(text, "phase, "), section(text, "part, CPU")
+    assert set(phases) == {*IN_RUN[name], "rest"}
+    assert set(parts) == {*PARTS, "other"} - (set(PHASES) - IN_RUN[name])
+    for shares in (phases, parts):
+        assert sum(percent for _, percent in shares.values()) == pytest.approx(100, abs=0.5)
+        assert all(ms >= 0 for ms, _ in shares.values())
+    assert sum(ms for ms, _ in phases.values()) == pytest.approx(float(first.split()[4]), rel=0.01)
+    assert parts["convolution"][0] > 0
+    assert "aten::" in text
+
+
+def work(mode: str):
+    """A step that standardizes only, convolves only, or waits, forward and backward."""
+    torch.manual_seed(0)
+    layer, x = WSConv2d(64, 64), torch.randn(4, 64, 16, 16)
+
+    def step() -> None:
+        if mode == "standardize":
+            layer.standardized_weight().sum().backward()
+        elif mode == "convolve":
+            torch.nn.functional.conv2d(x, layer.weight).sum().backward()
+        else:
+            time.sleep(0.02)
+
+    return layer, step
+
+
+@pytest.mark.parametrize(
+    ("mode", "part"),
+    [("standardize", "weight standardization"), ("convolve", "convolution"), ("wait", "data")],
+)
+def test_time_is_counted_where_it_belongs(tmp_path, mode, part):
+    layer, step = work(mode)
+
+    def batches():
+        for i in range(6):
+            if mode == "wait":
+                step()
+            yield i
+
+    for _ in profiled(batches(), steps=3, net=layer, folder=tmp_path / "profile", say=lambda text: None):
+        if mode != "wait":
+            step()
+    parts = section((tmp_path / "profile" / "table.txt").read_text(), "part, CPU")
+    assert parts[part][1] > 80, parts  # the rest: summing, accumulating, the profiler itself
+
+
+def test_backward_is_counted_with_its_forward(tmp_path):
+    """Without the numbers that link them, half of the standardization's time would be nobody's."""
+    layer, step = work("standardize")
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded,
+        profile._marked(layer),
+    ):
+        step()
+    events = list(recorded.events())
+    backward = sum(e.self_cpu_time_total for e in events if profile_ancestor(e, "autograd::"))
+    counted = profile._parts(events)["weight standardization"][0]
+    forward = sum(e.self_cpu_time_total for e in events if profile_ancestor(e, profile.STANDARDIZATION))
+    assert backward > 0
+    assert forward < counted <= forward + backward + 1
+
+
+def profile_ancestor(event, name: str) -> bool:
+    while event is not None:
+        if event.name.startswith(name):
+            return True
+        event = event.cpu_parent
+    return False
+
+
+def test_the_same_batches_come_through_and_the_marks_go(tmp_path):
+    layer = WSConv2d(3, 4)
+    seen = []
+    for batch in profiled(iter_of(9), steps=2, net=layer, folder=tmp_path / "p", say=seen.append):
+        assert ("standardized_weight" in vars(layer)) == (len(seen) == 0 and batch < BEFORE + 2)
+        last = batch
+    assert last == 8
+    assert "standardized_weight" not in vars(layer)
+    assert type(span("x")).__name__ == "nullcontext"
+
+
+def iter_of(count: int):
+    yield from range(count)
+
+
+@pytest.mark.parametrize(("length", "said"), [
+    (BEFORE, "no profile: it begins after 3 steps, and the run has ended before"),
+    (BEFORE + 1, "profile of 1 steps: "),
+])  # fmt: skip
+def test_a_run_shorter_than_its_profile(tmp_path, length, said):
+    seen: list[str] = []
+    batches = profiled(iter_of(length), steps=5, net=WSConv2d(3, 4), folder=tmp_path / "p", say=seen.append)
+    assert list(batches) == list(range(length))
+    assert len(seen) == 1
+    assert seen[0].startswith(said)
+
+
+def test_closing_it_closes_the_batches_and_stops_the_profiler(tmp_path):
+    closed = []
+
+    def batches():
+        try:
+            yield from range(9)
+        finally:
+            closed.append(True)
+
+    layer = WSConv2d(3, 4)
+    stream = profiled(batches(), steps=3, net=layer, folder=tmp_path / "p", say=lambda text: None)
+    for _ in range(5):
+        next(stream)
+    stream.close()
+    assert closed == [True]
+    assert "standardized_weight" not in vars(layer)
+    assert not (tmp_path / "p").exists()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        pass  # would fail if the first were still on

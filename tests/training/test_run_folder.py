@@ -1,0 +1,288 @@
+"""The run folder: what it refuses, what it holds, and that what it says is what was measured."""
+
+import io
+import json
+import shlex
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from normfree.data.sources.open import open_source
+from normfree.diagnose.plotting import draw_curves, read_metrics
+from normfree.inference import evaluate
+from normfree.models.variants import VARIANTS
+from normfree.pretrained import from_pretrained
+from normfree.training import checkpoint, loop, run_folder
+from normfree.training.config import Config
+from normfree.training.config_io import keys, load_config, with_overrides
+from normfree.training.recipes import RECIPES
+from normfree.training.resolve import preprocessing, resolve
+
+DATA = "synthetic:classes=3,size=16,train=24,val=9"
+FLAGS = shlex.split(
+    f"--data {DATA} --model nf_resnet_nano --input.image_size 16 --input.batch_size 8 --input.workers 0 --length 6st "
+    "--optim.warmup 1st --log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --optim.ema_decay 0.5"
+)
+
+
+def config(*flags: str) -> Config:
+    return with_overrides(Config(), [*FLAGS, *flags])
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def at(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return loop.train(config(), out, console=quiet())
+
+
+# --- resolving ---------------------------------------------------------------------------------------
+
+
+def test_every_auto_but_the_device_is_filled_from_the_row():
+    for model, row in VARIANTS.items():
+        resolved = resolve(with_overrides(Config(), ["--model", model, "--augment.randaugment", "auto"]))
+        assert [k for k in keys() if at(resolved, k) == "auto"] == ["device"], model
+        net = resolved.net.model_dump()
+        assert net == {k: getattr(row, k) for k in net}, model
+        assert (resolved.input.image_size, resolved.input.eval_size) == (row.train_size, row.test_size), model
+        assert resolved.augment.randaugment == row.randaugment, model
+        assert resolve(resolved) == resolved, model
+
+
+@pytest.mark.parametrize(
+    ("flags", "image_size", "eval_size", "eval_crop"),
+    [
+        ("--model nfnet_f0", 192, 256, "resize_crop_32"),  # [B] table 1
+        ("--model nfnet_f0 --input.image_size 128", 128, 128, "resize_crop_32"),
+        ("--model nfnet_f0 --input.image_size 64", 64, 64, "squash"),
+        ("--model nfnet_f0 --input.eval_size 96", 192, 96, "squash"),
+        ("--model nfnet_f0 --input.eval_size 97", 192, 97, "resize_crop_32"),
+        ("--model nf_resnet_nano --input.eval_crop crop_resize", 32, 32, "crop_resize"),
+    ],
+)
+def test_sizes(flags, image_size, eval_size, eval_crop):
+    resolved = resolve(with_overrides(Config(), flags.split()))
+    assert (resolved.input.image_size, resolved.input.eval_size) == (image_size, eval_size)
+    assert resolved.input.eval_crop == eval_crop
+    pre = preprocessing(resolved)
+    assert (pre.image_size, pre.crop) == (eval_size, eval_crop)
+
+
+def test_what_is_given_is_kept():
+    flags = [
+        "--net.alpha",
+        "0.5",
+        "--net.drop_rate=0.1",
+        "--net.activation",
+        "relu",
+        "--net.stochdepth_rate=0.0",
+    ]
+    net = resolve(with_overrides(RECIPES["scratch"](), flags)).net
+    assert (net.alpha, net.drop_rate, net.activation, net.stochdepth_rate) == (0.5, 0.1, "relu", 0.0)
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; a run needs a folder") as error:
+        loop.train(config(), tmp_path / "x", console=quiet())
+    assert str(error.value) == f"'{tmp_path}/x' is a file; a run needs a folder. Choose another --out."
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty") as error:
+        loop.train(config(), tmp_path, console=quiet())
+    assert str(error.value) == f"'{tmp_path}' is not empty and holds no run. Choose another --out."
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_one_process_at_a_time(tmp_path):
+    with run_folder.locked(tmp_path / "run"), pytest.raises(ValueError, match="another process") as error:
+        loop.train(config(), tmp_path / "run", console=quiet())
+    assert str(error.value) == (
+        f"'{tmp_path}/run' is being trained by another process. Wait for it or stop it."
+    )
+    with run_folder.locked(tmp_path / "run"):  # free again
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--optim.lr 0.2 --seed 1", "seed, optim"),
+        ("--augment.mixup 0.3", "augment"),
+        ("--net.drop_rate 0.5", "net"),
+        ("--input.batch_size 4", "input.batch_size"),
+        ("--input.image_size 24", "input.image_size"),
+        ("--input.micro_batch 3", "input.micro_batch"),
+        ("--precision bfloat16", "precision"),
+    ],
+)
+def test_a_run_does_not_continue_as_another(finished, flags, what):
+    before = (finished.out / "config.toml").read_bytes()
+    with pytest.raises(ValueError, match="was started with another") as error:
+        loop.train(config(*flags.split()), finished.out, console=quiet())
+    assert str(error.value) == (
+        f"{finished.out} was started with another {what}. Drop the change, or start another run with --out."
+    )
+    assert (finished.out / "config.toml").read_bytes() == before
+
+
+def test_a_run_of_other_length_does_not_continue(finished):
+    with pytest.raises(ValueError, match="was to take 6 steps; the data or config now give 9") as error:
+        loop.train(config("--length", "9st"), finished.out, console=quiet())
+    assert str(error.value).endswith("A run continues only as it began: start another run.")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data nowhere",
+        "--model nf_resnet_nono",
+        "--net.activation nothing",
+        "--weights nowhere",
+        "--device nothing",
+    ],
+)
+def test_what_cannot_start_leaves_no_folder(tmp_path, flags):
+    with pytest.raises(ValueError, match=r"nowhere|nono|nothing"):
+        loop.train(config(*flags.split()), tmp_path / "run", console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_picture_is_named_before_anything_is_written(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / f"{i}.png")
+    bad = tmp_path / "data" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(ValueError, match="images cannot be used") as error:
+        loop.train(config("--data", str(tmp_path / "data")), tmp_path / "run", console=quiet())
+    assert str(bad) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+# --- damage ------------------------------------------------------------------------------------------
+
+
+def copy_of(finished, tmp_path):
+    out = tmp_path / "run"
+    for file in finished.out.rglob("*"):
+        if file.is_file():
+            target = out / file.relative_to(finished.out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return out
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud_and_made_again(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    last = out / "checkpoints" / "step-00000006"
+    sound = load_file(finished.out / "checkpoints" / last.name / "model.safetensors")
+    data = bytearray((last / "model.safetensors").read_bytes())
+    data[-5] ^= 4
+    (last / "model.safetensors").write_bytes(data)
+    loop.train(load_config(out / "config.toml"), out, console=quiet())
+    said = (out / "log.txt").read_text()
+    assert f"passed over: {last}: model.safetensors is missing or damaged.\n" in said
+    assert f"continuing {out} after step 4\n" in said
+    again = load_file(last / "model.safetensors")
+    assert [k for k in sound if not torch.equal(sound[k], again[k])] == []
+
+
+def test_without_any_sound_checkpoint_nothing_is_begun_anew(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    for file in (out / "checkpoints").glob("step-*/state.json"):
+        file.write_text("{}")
+    with pytest.raises(ValueError, match="none is sound") as error:
+        loop.train(load_config(out / "config.toml"), out, console=quiet())
+    assert str(error.value) == (
+        f"{out} has checkpoints but none is sound. Nothing was changed; start another run."
+    )
+
+
+# --- what it holds -----------------------------------------------------------------------------------
+
+
+def test_the_folder_at_the_end(finished):
+    out = finished.out
+    assert sorted(p.name for p in out.iterdir()) == [
+        ".lock", "checkpoints", "config.toml", "curves.png", "environment.txt", "log.txt", "metrics.jsonl", "model",
+        "results.json",
+    ]  # fmt: skip
+    assert load_config(out / "config.toml") == resolve(config())
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    steps = {name for name in names if name.startswith("step-")}
+    assert names - steps == {"last", "best"}
+    assert {"step-00000004", "step-00000006", (out / "checkpoints" / "best").read_text().strip()} == steps
+    assert (out / "checkpoints" / "last").read_text() == "step-00000006\n"
+    words = dict(line.split(" ", 1) for line in (out / "environment.txt").read_text().splitlines())
+    assert words["torch"] == torch.__version__
+    assert words["device"] == "cpu"
+
+
+def test_the_model_folder_holds_the_average_and_scores_what_was_said(finished):
+    averaged = checkpoint.read(finished.out / "checkpoints" / "step-00000006").tensors["ema"]
+    model = from_pretrained(finished.out)
+    own = model.net.state_dict()
+    assert [k for k in own if not torch.equal(own[k], averaged[k])] == []
+    val = open_source(DATA).val
+    score = evaluate(model.net, val, preprocessing=model.preprocessing, device="cpu")
+    written = json.loads((finished.out / "results.json").read_text())["average"]
+    assert (score.top1, score.top5, score.count) == (written["top1"], written["top5"], 9)
+    assert score.loss == pytest.approx(written["loss"], rel=1e-6)
+    assert score.confusion().tolist() == written["confusion"]
+    assert sum(map(sum, written["confusion"])) == 9
+    last = [row for row in read_metrics(finished.out / "metrics.jsonl") if "top1" in row][-1]
+    assert (last["ema_top1"], last["ema_val_loss"]) == (written["top1"], pytest.approx(written["loss"]))
+    card = (finished.out / "model" / "README.md").read_text()
+    assert f"| averaged weights | {score.top1:.2f} | {score.top5:.2f} | {score.loss:.4f} |" in card
+
+
+def test_metrics_are_what_the_curves_need(finished):
+    rows = read_metrics(finished.out / "metrics.jsonl")
+    train, val = [r for r in rows if "loss" in r], [r for r in rows if "top1" in r]
+    assert [r["step"] for r in train] == [2, 4, 6]
+    assert [r["step"] for r in val] == [3, 6]
+    assert [r["epoch"] for r in train] == pytest.approx([2 * 8 / 24, 4 * 8 / 24, 6 * 8 / 24], abs=1e-4)
+    assert train[-1].keys() == {
+        "step", "epoch", "loss", "train_top1", "images_per_s", "clipped", "lr", "grad_norm",
+    }  # fmt: skip
+    assert all(0 <= r["clipped"] <= 1 and r["grad_norm"] > 0 for r in train)
+
+
+# --- pictures ----------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_the_curves(finished, tmp_path):
+    rows = read_metrics(finished.out / "metrics.jsonl")
+    draw_curves(rows, tmp_path / "a.png", title="a model on photos/$5_and_$6/x")  # no formula
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (1430, 442)  # 11 x 3.4 inches at 130 dots
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+    draw_curves(rows[:1], tmp_path / "b.png", title="stopped early")
+    assert (tmp_path / "b.png").read_bytes() != (tmp_path / "a.png").read_bytes()
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}]

@@ -1,0 +1,131 @@
+"""PyTorch's files: read in a child process, as dense tensors; whatever else is in them is refused and does nothing."""
+
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from normfree.weights.torch_file import plain_tensors, read_torch_file, state_dict_in
+
+STATE = OrderedDict(
+    w=torch.arange(6.0).reshape(2, 3), b=torch.tensor([1, 2]), half=torch.ones(3, dtype=torch.bfloat16)
+)
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_a_wrapped_state_dict_comes_back_exactly(tmp_path):
+    path = tmp_path / "a.pth"
+    tied = {**STATE, "turned": STATE["w"].T, "again": STATE["w"]}
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in tied.items()}}, path)
+    got = read_torch_file(path)
+    assert got.keys() == tied.keys()
+    assert all(torch.equal(got[k], v) and got[k].dtype == v.dtype for k, v in tied.items())
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pth"}
+
+
+def test_code_in_a_file_does_not_run(tmp_path):
+    path, sentinel = tmp_path / "a.pt", tmp_path / "ran"
+    torch.save({"state_dict": dict(STATE), "args": Call(os.system, f"touch {sentinel}")}, path)
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # compared below
+        read_torch_file(path)
+    assert str(error.value) == (
+        f"{path}: it asks for posix.system. Allowed: tensors in mappings. "
+        "Fix: torch.save(net.state_dict()) where it was made."
+    )
+    assert not sentinel.exists()
+    torch.load(path, weights_only=False)  # the payload is live
+    assert sentinel.exists()
+
+
+def test_a_plain_pickle_is_no_torch_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path / 'ran'}"), 2))
+    with pytest.raises(
+        ValueError, match=r"a\.bin: it asks for posix\.system\. Allowed: tensors in mappings\."
+    ):
+        read_torch_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bomb_ends_at_the_limit_of_memory(tmp_path):
+    """A few kilobytes that unpack to a gigabyte; the child may take 400 MB more than idle."""
+    honest, bomb, count = tmp_path / "a.pth", tmp_path / "b.pth", 1 << 18
+    torch.save({"w": torch.zeros(count)}, honest)
+    with (
+        zipfile.ZipFile(honest) as source,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out,
+    ):
+        for member in source.namelist():
+            data = source.read(member)
+            if member.endswith("data.pkl"):
+                data = data.replace((count).to_bytes(4, "little"), (count << 10).to_bytes(4, "little"))
+            with out.open(member, "w") as stream:
+                for _ in range(1024 if len(data) == 4 * count else 1):
+                    stream.write(data)
+    assert bomb.stat().st_size < 10_000_000
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read_torch_file(bomb)
+    assert str(error.value) == (
+        f"{bomb}: reading it took more memory or time than {bomb.stat().st_size:,} bytes of weights can need."
+    )
+
+
+@pytest.mark.parametrize(("content", "key", "found"), [
+    (STATE, "", STATE),
+    ({"model": STATE, "epoch": 3}, "", STATE),
+    ({"model_state_dict": STATE, "optimizer": {}}, "", STATE),
+    ({"state_dict": {}, "state_dict_ema": STATE}, "state_dict_ema", STATE),
+    ({"weights": STATE}, "weights", STATE),
+])  # fmt: skip
+def test_where_the_state_dict_is(content, key, found):
+    assert state_dict_in(content, key=key) is found
+
+
+@pytest.mark.parametrize(("content", "key", "message"), [
+    ([1], "", "it holds a list. Allowed: a state dict. Fix: torch.save(net.state_dict())"),
+    ({"state_dict": STATE, "state_dict_ema": STATE}, "",
+     "it has several state dicts: state_dict, state_dict_ema. Choose one: --key state_dict_ema"),
+    ({"epoch": 3, "lr": 0.1}, "", "it has epoch, lr. Allowed: tensors, or one of state_dict, model, model_state_dict, "
+     "state_dict_ema."),
+    ({}, "", "it has nothing. Allowed: tensors, or one of state_dict, model, model_state_dict, state_dict_ema."),
+    ({"model": STATE, "ema": STATE}, "emma", "there is no state dict under 'emma'. Allowed: model, ema."),
+])  # fmt: skip
+def test_content_without_one_state_dict(content, key, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        state_dict_in(content, key=key)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("value", [
+    torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.bool),
+    torch.zeros(3, device="meta"), [1.0], 3, None, "text", {"a": torch.zeros(3)},
+])  # fmt: skip
+def test_only_dense_numbers_are_weights(value):
+    with pytest.raises(ValueError, match=r"^1 entries are no dense tensors of numbers: odd\.$"):
+        plain_tensors({"w": torch.zeros(3), "odd": value}, size=1000)
+
+
+def test_tensors_cannot_stand_for_more_than_the_file():
+    with pytest.raises(ValueError, match=r"^its tensors stand for more than the 1,000 bytes of the file\.$"):
+        plain_tensors({"w": torch.zeros(1).expand(10**9)}, size=1000)
+
+
+def test_module_is_taken_off_every_name_or_none():
+    assert list(plain_tensors({"module.a": torch.zeros(3), "module.b": torch.zeros(1)}, size=16)) == [
+        "a",
+        "b",
+    ]
+    assert list(plain_tensors({"module.a": torch.zeros(3), "b": torch.zeros(1)}, size=16)) == [
+        "module.a",
+        "b",
+    ]
