@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfree.commands.foreign import create_network
 from normfree.commands.usage import UsageError
-from normfree.files import move_into_place
+from normfree.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +43,7 @@ def convert_foreign(source: str, target: Path, *, how: How, weights: str, images
     classes = _classifier(net.state_dict())[1]
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     about = {"source": source, "how": how, "num_classes": str(classes), "format": "pt"}
-    move_into_place(target, lambda place: save_file(state, place, metadata=about))
+    atomic_write(target, lambda place: save_file(state, place, metadata=about))
     return _said(source, target, report, classes)
 
 

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
-from normfree.files import move_into_place
+from normfree.files import atomic_write
 from normfree.pretrained import assumed_preprocessing
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ def _write(target: Path, model: TrainedModel) -> Path:
 
     if target.suffix == ".npz":
         tree = _released(model)
-        return move_into_place(target, lambda place: _write_haiku(place, tree))
-    return move_into_place(target, lambda place: save_pretrained(model, place)) / MODEL_FILE
+        return atomic_write(target, lambda place: _write_haiku(place, tree))
+    return atomic_write(target, lambda place: save_pretrained(model, place)) / MODEL_FILE
 
 
 def _write_haiku(place: Path, tree: Any) -> None:

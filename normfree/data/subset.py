@@ -113,3 +113,13 @@ def make_split(
         notes=tuple(notes),
         files=total <= AUDIT_LIMIT,
     )
+
+
+def spread_indices(length: int, count: int) -> list[int]:
+    """Return `count` indices spread evenly over range(length), or all of them if there are fewer.
+
+    >>> spread_indices(10, 4)
+    [0, 2, 5, 7]
+    """
+    count = min(length, count)
+    return [index * length // count for index in range(count)]

@@ -21,7 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from normfree.models.zoo import create_model
-from normfree.optim.agc import NonFiniteGradientError, adaptive_clip_grad_, clip_grad_, unitwise_norm
+from normfree.optim.clipping import clip_grad_
+from normfree.optim.named_gradients import NonFiniteGradientError
+from normfree.optim.units import unitwise_norm
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 
