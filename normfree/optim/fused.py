@@ -1,9 +1,9 @@
-"""One optimizer step in two launches: `clip_grad_`, `SGD.step` and `Ema.update_` in one sweep over memory.
+"""The whole update in two launches: clipping, SGD and EMA in one sweep over memory.
 
 The first launch reads the gradients for their norms. The second reads weights, gradients, momentum and average once,
 writes all but the gradients back, and writes nothing when the global norm is not finite. Together 32 bytes per
-parameter. `normfree.optim.fused_triton` has the CUDA kernels, for which the host waits for neither launch, `normfree.native` those
-for CPUs.
+parameter. `fused_triton` has the CUDA kernels, `native/update.c` those for CPUs; the same result comes from
+`clip_grad_`, `SGD.step` and `Ema.update_`.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def measure(
         Config.model_validate(
             {
                 "data": "synthetic", "model": name, "device": device, "precision": precision, "compile": compiled,
-                "input": InputConfig(batch_size=batch_size, image_size=size), "augment": AugmentConfig(mixup=0.2, cutmix=1.0),
+                "input": InputConfig(batch_size=batch_size, image_size=size), "augment": AugmentConfig(mixup=0.2, cutmix=1.0),  # noqa: E501
             }
         )
     )  # fmt: skip

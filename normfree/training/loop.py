@@ -63,7 +63,8 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
                 voice.say(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
             trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights,
                               head=head, world=world,
-                              class_weights=class_weights.class_weights(split.train, config.optim.class_balance))  # fmt: skip
+                              class_weights=class_weights.class_weights(split.train, config.optim.class_balance),
+                              )  # fmt: skip
         if trainer.config != config:
             config = trainer.config  # micro_batch "auto" has become a number
             voice.say(f"micro-batches of {config.input.micro_batch} images")

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from normfree.models.zoo import create_model
+from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.named_gradients import NonFiniteGradientError
 from normfree.optim.units import unitwise_norm

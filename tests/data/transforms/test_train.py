@@ -149,7 +149,7 @@ def test_resizing_is_antialiased() -> None:
 def test_evaluation_needs_no_torchvision() -> None:
     code = (
         "import sys; sys.modules['torchvision'] = None\n"
-        "from normfree.data.transforms.evaluate import eval_transform\nfrom normfree.data.transforms.normalize import normalize\n"
+        "from normfree.data.transforms.evaluate import eval_transform\nfrom normfree.data.transforms.normalize import normalize\n"  # noqa: E501
         "from normfree.data.loader import eval_batches\n"
         "from PIL import Image; print(tuple(eval_transform(image_size=8)(Image.new('RGB', (9, 9))).shape))"
     )

@@ -308,7 +308,7 @@ def config(mode: str, *, batch_size: int = 8, micro_batch: int = 2, **more: obje
 @pytest.mark.parametrize(("mode", "more", "message"), [
     ("exact", {"model": "resnet_nano"}, "parallel='exact' with a batch-norm twin: its running statistics are of the "
      "images that a process has seen. Use a normalizer-free model."),
-    ("exact", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='exact' with optim.sam_rho: SAM climbs on the part of the "
+    ("exact", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='exact' with optim.sam_rho: SAM climbs on the part of the "  # noqa: E501
      "batch that a process has. Use --optim.sam_rho 0."),
     ("exact", {"compile": True}, "parallel='exact' with compile: compiled kernels may add up in another order in "
      "each process. Use --compile false."),
@@ -316,7 +316,7 @@ def config(mode: str, *, batch_size: int = 8, micro_batch: int = 2, **more: obje
      "number of processes. Use --patience 0."),
     ("sharded", {"model": "resnet_nano"}, "parallel='sharded' with a batch-norm twin: its statistics are of a "
      "process's own images, and it is small. Use --parallel replicated."),
-    ("sharded", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='sharded' with optim.sam_rho: SAM climbs on a process's "
+    ("sharded", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='sharded' with optim.sam_rho: SAM climbs on a process's "  # noqa: E501
      "own gradient, and FSDP2 only knows the sum. Use --optim.sam_rho 0."),
     ("sharded", {"compile": True}, "parallel='sharded' with compile: FSDP2 moves parameters between the blocks. Use "
      "--compile false."),
