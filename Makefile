@@ -1,59 +1,58 @@
-# Everything sets itself up: a virtual environment in .venv, then the packages that pyproject.toml names.
+# Every target installs what it needs: a virtual environment in .venv, then the packages that pyproject.toml names.
 PYTHON ?= python3
 BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(wildcard normfree/native/*.[ch])
+# Two test processes: tests use one thread each. Tests that share process worlds stay in one process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo test lint slow browser bench format clean
+.PHONY: help demo lint test test-all slow browser docs bench format clean
 
-help:            ## what can be made
-	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
 
 .venv/bin/python:
-	@echo "== making a virtual environment in .venv"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1)
+	@echo "== creating a virtual environment in .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is required. Fix: make PYTHON=python3.12 ..."; exit 1)
 	$(PYTHON) -m venv .venv
 
-.venv/.demo: pyproject.toml setup.py $(wildcard normfree/native/*.[ch]) | .venv/bin/python
-	@echo "== installing normfree with what the demo needs (torch and torchvision: minutes the first time)"
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+.venv/.%: $(SOURCES) | .venv/bin/python
+	@echo "== installing normfree[$*] (torch and torchvision: minutes the first time)"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-.venv/.dev: pyproject.toml setup.py $(wildcard normfree/native/*.[ch]) | .venv/bin/python
-	@echo "== installing normfree with what the tests need (torch and torchvision: minutes the first time)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	@touch $@
-
-.venv/.bench: pyproject.toml setup.py $(wildcard normfree/native/*.[ch]) | .venv/bin/python
-	@echo "== installing normfree with what the benchmarks need (torch and torchvision: minutes the first time)"
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
-	@touch $@
-
-demo: .venv/.demo  ## train a small network on the embedded emoji; ends in runs/demo-N/
+demo: .venv/.demo  ## train a small network on the embedded emoji; results in runs/demo-N/
 	@echo "== normfree train"
 	$(BIN)/normfree train
 
-lint: .venv/.dev   ## formatter, linter, type checker
+lint: .venv/.dev   ## check formatting, lint and types
 	@echo "== ruff and mypy"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint         ## the default tests, after lint
+test: lint         ## lint, types and the default tests
 	@echo "== pytest"
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-slow: .venv/.dev   ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-all: lint     ## lint, types and all tests that need no GPU and no browser, also those that take minutes
+	$(PYTEST) -m "not gpu and not browser"
 
-browser: .venv/.dev ## the page of normfree serve in a real browser
-	@command -v chromium >/dev/null || (echo "chromium is missing: apt-get install chromium"; exit 1)
+slow: .venv/.dev   ## only the tests that take minutes
+	$(PYTEST) -m slow
+
+browser: .venv/.dev ## test the page of normfree serve in a real browser
+	@command -v chromium >/dev/null || (echo "chromium is missing. Fix: apt-get install chromium"; exit 1)
 	$(BIN)/python -m pytest -m browser
 
-bench: .venv/.bench ## speed against timm and others on the CPU, under 20 minutes; results/ and the README's table
-	$(BIN)/python benchmarks/run.py --device cpu
+docs: .venv/.docs  ## build the documentation site in site/
+	$(BIN)/mkdocs build --strict --quiet
 
-format: .venv/.dev ## rewrite the code as the formatter wants it
+bench: .venv/.bench ## CPU speed against timm and others, under 20 minutes; writes benchmarks/results/ and the README's table
+	$(BIN)/python -m benchmarks.run --device cpu
+
+format: .venv/.dev ## reformat the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:           ## remove what was made, but no runs
-	rm -rf .venv build normfree/native/_compiled.* *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean:           ## remove the environment and build products, but no runs
+	rm -rf .venv build site normfree/native/_compiled.* *.egg-info .pytest_cache .ruff_cache .mypy_cache
