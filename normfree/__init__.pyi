@@ -23,6 +23,7 @@ from .optim.ema import Ema as Ema
 from .optim.groups import parameter_groups as parameter_groups
 from .optim.named_gradients import ClipReport as ClipReport
 from .optim.named_gradients import NonFiniteGradientError as NonFiniteGradientError
+from .optim.per_example import per_example_gradients as per_example_gradients
 from .optim.schedule import warmup_cosine as warmup_cosine
 from .optim.sgd import SGD as SGD
 from .pretrained import from_pretrained as from_pretrained
@@ -31,4 +32,7 @@ from .pretrained import save_pretrained as save_pretrained
 from .surgery.convert import convert_batchnorm as convert_batchnorm
 from .training.config import Config as Config
 from .training.loop import train as train
+from .training.objectives import contrastive_loss as contrastive_loss
+from .training.objectives import nt_xent as nt_xent
+from .training.objectives import triplet_loss as triplet_loss
 from .weights.load import load_weights as load_weights

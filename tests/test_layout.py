@@ -22,11 +22,12 @@ LEVELS = {
     "deploy": 6, "training": 6, "serve": 7, "tools": 7, "commands": 8, "cli": 9,
 }  # fmt: skip
 PUBLIC = {
-    "SGD", "VARIANTS", "ClipReport", "Config", "Ema", "NonFiniteGradientError", "WSConv2d", "__version__",
-    "adaptive_clip_grad_", "batch_dependence", "clip_grad_", "convert_batchnorm", "create_model", "evaluate", "export",
-    "fold", "from_pretrained", "gain_of", "gradient_report", "list_models", "load_weights", "open_source",
-    "parameter_groups", "predict", "push_to_hub", "quantize", "save_pretrained", "scaled_activation",
-    "signal_propagation", "standardize", "train", "warmup_cosine",
+    "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SGD", "VARIANTS", "WSConv2d", "__version__",
+    "adaptive_clip_grad_", "batch_dependence", "clip_grad_", "contrastive_loss", "convert_batchnorm",
+    "create_model", "evaluate", "export", "fold", "from_pretrained", "gain_of", "gradient_report",
+    "list_models", "load_weights", "nt_xent", "open_source", "parameter_groups", "per_example_gradients",
+    "predict", "push_to_hub", "quantize", "save_pretrained", "scaled_activation", "signal_propagation",
+    "standardize", "train", "triplet_loss", "warmup_cosine",
 }  # fmt: skip
 
 
