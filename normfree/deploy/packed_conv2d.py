@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from normfree.models.layers import Conv2d
-from normfree.native.dispatch import unwatched
+from normfree.native.dispatch import (
+    can_bypass_dispatcher,
+    onednn_conv2d,
+    onednn_conv2d_is_available,
+    pack_onednn_weight,
+)
 from normfree.ops import winograd
 from normfree.ops.conv2d import Activation
 from normfree.ops.conv2d_backends import Geometry
@@ -57,25 +62,19 @@ class PackedConv2d(Conv2d):
         again, self._shape = shape == self._shape, shape
         if not again and (packed is None or packed.shape != shape):
             return super().forward(x, act)
-        size, stride = self.weight.shape[-1], list(self.stride)
-        x, sides = pad_input(x if act is None else act(x), size, stride[0], padding=self.pad_mode)
-        geometry = Geometry(stride=stride[0], padding=sides, groups=self.groups)
+        size, stride = self.weight.shape[-1], self.stride[0]
+        x, sides = pad_input(x if act is None else act(x), size, stride, padding=self.pad_mode)
+        geometry = Geometry(stride=stride, padding=sides, groups=self.groups)
         minimal = winograd.suits(x, plain, bias=self.bias, has_planes=True, **geometry)
-        options = list(sides), stride, [1, 1], self.groups
         if packed is None or not packed.is_of(plain, shape, minimal):
             if minimal:
                 kernel = winograd.filter_planes(plain, groups=self.groups)
             else:
-                kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                    plain.contiguous().to_mkldnn(), *options, list(x.shape)
-                )
+                kernel = pack_onednn_weight(plain, x.shape, **geometry)
             self._packed = packed = _Packed(kernel, shape, plain, plain._version, minimal)
         if minimal:
             return winograd.convolve(x, packed.kernel, self.bias, groups=self.groups)
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, packed.kernel, self.bias, *options, "none", [], ""
-        )
-        return y
+        return onednn_conv2d(x, packed.kernel, self.bias, **geometry)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the second kernel: copies lay out their own."""
@@ -85,7 +84,7 @@ class PackedConv2d(Conv2d):
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether a call with `x` is inference in float32 on a CPU that nobody looks into."""
     return (
-        unwatched()
+        can_bypass_dispatcher()
         and type(x) is Tensor
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -93,6 +92,5 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
         and not weight.is_inference()  # those have no version
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._get_mkldnn_enabled()
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and onednn_conv2d_is_available()
     )

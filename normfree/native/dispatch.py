@@ -1,4 +1,8 @@
-"""How tensors lie in memory, and whether anything looks at what is done to them."""
+"""Whether a kernel may bypass PyTorch's dispatcher, and memory layouts; the only user of private torch APIs.
+
+Each function that reads a private torch attribute has a test in `tests/native/test_dispatch.py`, so that a torch
+release that changes the attribute fails there and not in a user's program.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,60 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether element i in memory is the same element in both, which have one shape; strides of dimensions of size 1 do
-    not count."""
-    if a.stride() == b.stride():
-        return True
-    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+# --- who observes operations -------------------------------------------------------------------------
 
 
-def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor` in the memory format of `like`; itself if it has that."""
-    if same_layout(tensor, like):
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+def functorch_is_active() -> bool:
+    """Return True inside a transform of `torch.func`, such as `vmap`, `grad` or `jvp`."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def dispatch_mode_is_active() -> bool:
+    """Return True inside a `TorchDispatchMode`, such as `FakeTensorMode` or `FlopCounterMode`."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def forward_ad_is_active() -> bool:
+    """Return True inside `torch.autograd.forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def can_bypass_dispatcher() -> bool:
+    """Return True if no compiler, tracer, functorch transform, forward-mode AD or dispatch mode is active.
+
+    A compiled kernel may then replace PyTorch operations. `torch.compile` must see this check first: it evaluates it to
+    False and does not look at the conditions that follow.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit._trace.is_tracing()
+        or functorch_is_active()
+        or dispatch_mode_is_active()
+        or forward_ad_is_active()
+    )
+
+
+def eager_training() -> bool:
+    """Return True if autograd records eager operations, so that a custom backward pass is used.
+
+    It is not used without gradients, where nothing is saved; under `torch.compile`, which decides what to save; or
+    inside `torch.func` transforms, which need plain operations.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not functorch_is_active()
+
+
+# --- tensors in memory -------------------------------------------------------------------------------
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether it is contiguous, or channels_last: no gaps, and dimension 0 outermost."""
+    """Return True if `tensor` is contiguous or channels_last: no gaps in memory, dimension 0 outermost."""
     return tensor.is_contiguous() or (
         tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a compiled kernel may work on it: a tensor and nothing more, on a CPU, in float32, without gaps."""
+def is_plain_cpu_tensor(tensor: Tensor) -> bool:
+    """Return True if a compiled kernel can read `tensor`: no subclass, on the CPU, float32, and dense."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cpu
@@ -39,23 +72,57 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def unwatched() -> bool:
-    """Whether nothing has to see torch's own operations: no compiler, trace, transform of functions, forward-mode
-    gradient or dispatch mode."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit._trace.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or forward_ad._current_level >= 0
-    )
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Return True if each element has the same offset in `a` and `b`, which have the same shape.
+
+    Strides of dimensions of size 1 are ignored.
+    """
+    if a.stride() == b.stride():
+        return True
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
-def eager_training() -> bool:
-    """Whether to leave the plain path: it is taken without gradients, which keep nothing, under torch.compile, which
-    decides by itself what to keep, and inside torch.func's transforms, which see only plain operations."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return `tensor` in the memory format of `like`, without a copy if it already has that format."""
+    if same_layout(tensor, like):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Return a number that identifies `storage` while it is alive; 0 bytes and fake storages have one too."""
+    return storage._cdata
+
+
+# --- oneDNN convolutions with packed weights ---------------------------------------------------------
+
+
+def onednn_conv2d_is_available() -> bool:
+    """Return True if oneDNN is enabled and torch has its convolution for packed weights."""
+    return torch._C._get_mkldnn_enabled() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def pack_onednn_weight(
+    weight: Tensor, shape: torch.Size, *, stride: int, padding: tuple[int, int], groups: int
+) -> Tensor:
+    """Return `weight` O I H W in the layout that oneDNN uses for inputs of `shape` B C H W on this machine."""
+    packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+        weight.contiguous().to_mkldnn(), list(padding), [stride, stride], [1, 1], groups, list(shape)
     )
+    return packed
+
+
+def onednn_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int,
+    padding: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of `x` B C H W by a weight of `pack_onednn_weight`, without a gradient."""
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x, packed, bias, list(padding), [stride, stride], [1, 1], groups, "none", [], ""
+    )
+    return y

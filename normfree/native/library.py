@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -59,12 +58,6 @@ def library() -> ctypes.CDLL | None:
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
     return found
-
-
-def owner_of(sizes: Sequence[int]) -> Tensor:
-    """int32: which tensor each item belongs to (a unit, a filter), if tensor i has sizes[i] of them."""
-    index = torch.arange(len(sizes), dtype=torch.int32)
-    return index.repeat_interleave(torch.tensor(sizes, dtype=torch.long))
 
 
 def run(name: str, *arguments: Tensor | float, count: int, elements: int) -> None:

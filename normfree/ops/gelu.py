@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.native.dispatch import is_plain, laid_out_as, unwatched
+from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor, laid_out_as
 from normfree.native.library import library, run
 
 
@@ -42,7 +42,7 @@ def silu(x: Tensor) -> Tensor:
 
 def _fits(x: Tensor) -> bool:
     # In this order: a compiler that traces it must not look further than the first.
-    return unwatched() and is_plain(x) and library() is not None
+    return can_bypass_dispatcher() and is_plain_cpu_tensor(x) and library() is not None
 
 
 def _gated(x: Tensor, name: str) -> Tensor:
@@ -64,7 +64,12 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or type(grad) is not Tensor or grad.dtype != x.dtype or not unwatched():
+        if (
+            torch.is_grad_enabled()
+            or type(grad) is not Tensor
+            or grad.dtype != x.dtype
+            or not can_bypass_dispatcher()
+        ):
             # a gradient that is differentiated again, among others
             if ctx.kind == "gelu":
                 return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), None

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normfree.native.dispatch import is_dense, is_plain, laid_out_as, unwatched
-from normfree.native.library import library, owner_of, run
+from normfree.native.dispatch import can_bypass_dispatcher, is_dense, is_plain_cpu_tensor, laid_out_as
+from normfree.native.library import library, run
+from normfree.native.table import TableEntry, is_aligned, pointer_table, upload
 from normfree.ops.standardize_torch import constants, standardize_backward, standardize_forward
 
 #: Elements that a program takes at a time, and its warps.
@@ -97,7 +96,7 @@ class _Standardize(torch.autograd.Function):
 def _engine(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> str:
     """What computes on them. Kernels take float32 without gaps, dimension 0 outermost: "triton" on CUDA; "compiled", of
     `normfree.native`, on CPUs, with results in float32; else "torch"."""
-    if unwatched() and all(map(is_plain, tensors)):
+    if can_bypass_dispatcher() and all(map(is_plain_cpu_tensor, tensors)):
         return "compiled" if dtype in (None, torch.float32) and library() is not None else "torch"
     fits = all(t.is_cuda and t.dtype == torch.float32 and is_dense(t) for t in tensors)
     known = dtype in (None, torch.float32, torch.bfloat16)
@@ -107,52 +106,31 @@ def _engine(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> str:
 def _launch(
     engine: str, direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str
 ) -> None:
-    """One kernel over all filters. `columns`: weights, gains, kernels or their gradients, and what is written."""
+    """Run one kernel over all filters. `columns`: weights, gains, results or their gradients, then outputs."""
     weights, kind = columns[0], columns[2][0].dtype
-    rows, numbers = [], []
+    entries, numbers = [], []
     for weight, scale, tensors in zip(weights, scales, zip(*columns, strict=True), strict=True):
-        w, gain, kernel, *outs = (t.data_ptr() for t in tensors)
+        w, gain, result, *outs = (t.data_ptr() for t in tensors)
         length = weight[0].numel()
-        walked = [w, kernel, *outs[:1], length * kind.itemsize]
-        rows.append(([w, gain, kernel, *(outs or [0, 0])], length, any(n % 16 for n in walked)))
+        by_weight, by_gain = outs or (0, 0)
+        fits = is_aligned(w, result, by_weight, length * kind.itemsize)
+        entries.append(TableEntry((w, gain, result, by_weight), len(weight), length, by_gain, fits))
         numbers.append([scale, constants(weight, eps)[0]])
-    order = sorted(range(len(rows)), key=lambda i: rows[i][2])
-    units = tuple(len(weights[i]) for i in order)
-    table = [
-        [*pointers[:4], length, first, pointers[4], 0]
-        for (pointers, length, _), first in zip(
-            (rows[i] for i in order), accumulate(units, initial=0), strict=False
-        )
-    ]
     device = weights[0].device
-    tables = [
-        _sent(table, torch.int64, device),
-        _owner(units, device),
-        _sent([numbers[i] for i in order], torch.float32, device),
-    ]
+    made = pointer_table(entries, device)
+    tables = [made.table, made.owner, upload([numbers[i] for i in made.order], torch.float32, device)]
     floor = constants(weights[0], eps)[1]
     if engine == "compiled":
         elements = sum(w.numel() for w in weights)
-        run(f"standardize_{direction}", *tables, floor, count=sum(units), elements=elements)
+        run(f"standardize_{direction}", *tables, floor, count=made.units, elements=elements)
         return
     from normfree.ops import standardize_triton
 
-    aligned = sum(len(weights[i]) for i in order if not rows[i][2])
+    aligned = made.aligned_units
     with torch.cuda.device_of(weights[0]):
-        for start, count, hint in ((0, aligned, True), (aligned, sum(units) - aligned, False)):
+        for start, count, hint in ((0, aligned, True), (aligned, made.units - aligned, False)):
             if count:
                 getattr(standardize_triton, direction)[(count,)](
                     *tables, start, floor, BLOCK=BLOCK, ALIGNED=hint, OUT=standardize_triton.TYPES[kind],
                     num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
-
-
-@lru_cache(maxsize=8)
-def _owner(units: tuple[int, ...], device: torch.device) -> Tensor:
-    """Which tensor a unit belongs to, for tensors of so many units each."""
-    return owner_of(units).to(device)
-
-
-def _sent(values: list[list[Any]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, without a wait."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -23,7 +23,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from normfree.native.dispatch import is_plain, unwatched
+from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor
 from normfree.native.library import library, run
 
 #: Of winograd.c: channels and filters of a group are multiples of the first, blocks of tiles of the second; the third
@@ -58,14 +58,14 @@ def suits(
     """Whether conv2d(x, weight, bias, stride, padding, 1, groups) is one to be computed so, and nothing has to see
     torch's own operations. `has_planes`: those of the filters need not be computed."""
     return (
-        unwatched()  # first, since an export must not ask for sizes
+        can_bypass_dispatcher()  # first, since an export must not ask for sizes
         and is_fast()
         and tuple(weight.shape[2:]) == (3, 3)
         and (stride, padding) == (1, (1, 1))
         and all(n >= LEAST_CHANNELS and n % PANEL == 0 for n in (weight.shape[1], len(weight) // groups))
-        and is_plain(x)
-        and is_plain(weight)
-        and (bias is None or is_plain(bias))
+        and is_plain_cpu_tensor(x)
+        and is_plain_cpu_tensor(weight)
+        and (bias is None or is_plain_cpu_tensor(bias))
         and x.is_contiguous(memory_format=torch.channels_last)
         and (_tiles(x) * groups >= LEAST_WITH_PLANES if has_planes else _tiles(x) >= LEAST_TILES)
         and not torch.is_autocast_enabled("cpu")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from normfree.native.dispatch import same_layout
-from normfree.native.library import library, owner_of, run
+from normfree.native.library import library, run
+from normfree.native.table import owner_of
 from normfree.optim.dtensor import is_sharded
 from normfree.optim.ema import Ema, ema_decay
 from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.native.dispatch import is_plain
-from normfree.native.library import library, owner_of, run
+from normfree.native.dispatch import is_plain_cpu_tensor
+from normfree.native.library import library, run
+from normfree.native.table import owner_of
 from normfree.optim.dtensor import (
     is_sharded,
     local,
@@ -44,9 +45,9 @@ class Units:
 
     @staticmethod
     def takes(tensors: Sequence[Tensor]) -> bool:
-        """Whether the kernels are there and can work on all of these. In `is_plain` tensors a unit is one run of
-        memory, and one comes after the other."""
-        return bool(tensors) and all(map(is_plain, tensors)) and library() is not None
+        """Return True if the kernels exist and can process all of these: in plain CPU tensors each unit is one run of
+        memory, and the units follow one another."""
+        return bool(tensors) and all(map(is_plain_cpu_tensor, tensors)) and library() is not None
 
     def norms(self) -> Tensor:
         """L2 norm of every unit, float32."""

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from normfree.native.dispatch import storage_id
+
 #: Part of the free memory that is planned with. A GPU is a run's own, and the plan is tried there; on a CPU there is
 #: no trying, and pictures, workers and other programs live in the same memory.
 SHARES = {"cpu": 0.5}
@@ -37,7 +39,7 @@ class Ledger(TorchDispatchMode):
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
         """Their memory is not counted, also where an operation returns it."""
-        self._alive |= {t.untyped_storage()._cdata for t in tensors}
+        self._alive |= {storage_id(t.untyped_storage()) for t in tensors}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -46,7 +48,7 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                address, size = storage._cdata, storage.nbytes()
+                address, size = storage_id(storage), storage.nbytes()
                 if address not in self._alive:
                     self._alive.add(address)
                     self.now += size

@@ -13,12 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.models.layers import WSConv2d
 from normfree.native import library as library_file
-from normfree.native.dispatch import is_plain, laid_out_as, same_layout, unwatched
 from normfree.native.library import library
 from normfree.ops.gelu import gelu_tanh, silu
 from normfree.ops.standardize import standardize_all
@@ -109,43 +106,3 @@ def test_bits_do_not_depend_on_the_width_of_registers(
         narrow = all_results()
     assert len(wide) == len(narrow) > 30
     assert all(map(torch.equal, wide, narrow))
-
-
-@pytest.mark.parametrize(
-    ("tensor", "plain"),
-    [
-        (torch.zeros(()), True), (torch.zeros(2, 3), True), (torch.nn.Parameter(torch.zeros(2)), True),
-        (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), True), (torch.zeros(3, 4).T, False),
-        (torch.zeros(4, 6)[:, ::2], False), (torch.zeros(3, dtype=torch.float64), False),
-        (torch.zeros(3, dtype=torch.bfloat16), False), (torch.zeros(3, device="meta"), False),
-        (torch.nn.Buffer(torch.zeros(3)), True),
-    ],
-)  # fmt: skip
-def test_kernels_take_float32_without_gaps(tensor: Tensor, plain: bool) -> None:
-    assert is_plain(tensor) == plain
-
-
-def test_who_watches_is_seen() -> None:
-    assert unwatched()
-    with FlopCounterMode(display=False):
-        assert not unwatched()
-    with forward_ad.dual_level():
-        assert not unwatched()
-    seen = []
-    torch.func.vmap(lambda x: seen.append(unwatched()) or x)(torch.zeros(2))
-    torch.jit.trace(lambda x: seen.append(unwatched()) or x + 1, torch.zeros(2), check_trace=False)
-    assert seen == [False, False]
-    assert unwatched()
-
-
-def test_layouts_are_the_same_or_made_so() -> None:
-    rows = torch.arange(24.0).view(2, 3, 2, 2)
-    other = rows.to(memory_format=torch.channels_last)
-    assert not same_layout(rows, other)
-    assert same_layout(
-        rows[:1, :1], other[:1, :1].as_strided((1, 1, 2, 2), (9, 7, 2, 1))
-    )  # sizes of 1 do not count
-    assert laid_out_as(rows, rows) is rows
-    moved = laid_out_as(other, rows)
-    assert same_layout(moved, other)
-    assert torch.equal(moved, rows)

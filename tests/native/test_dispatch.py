@@ -1,0 +1,119 @@
+"""Who observes operations, the layout of tensors in memory, and the private torch APIs behind both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from normfree.native.dispatch import (
+    can_bypass_dispatcher,
+    dispatch_mode_is_active,
+    eager_training,
+    forward_ad_is_active,
+    functorch_is_active,
+    is_plain_cpu_tensor,
+    laid_out_as,
+    onednn_conv2d,
+    onednn_conv2d_is_available,
+    pack_onednn_weight,
+    same_layout,
+    storage_id,
+)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "plain"),
+    [
+        (torch.zeros(()), True), (torch.zeros(2, 3), True), (torch.nn.Parameter(torch.zeros(2)), True),
+        (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), True), (torch.zeros(3, 4).T, False),
+        (torch.zeros(4, 6)[:, ::2], False), (torch.zeros(3, dtype=torch.float64), False),
+        (torch.zeros(3, dtype=torch.bfloat16), False), (torch.zeros(3, device="meta"), False),
+        (torch.nn.Buffer(torch.zeros(3)), True),
+    ],
+)  # fmt: skip
+def test_kernels_take_float32_without_gaps(tensor: Tensor, plain: bool) -> None:
+    assert is_plain_cpu_tensor(tensor) == plain
+
+
+def in_vmap(check: Callable[[], bool]) -> bool:
+    seen: list[bool] = []
+    torch.func.vmap(lambda x: seen.append(check()) or x)(torch.zeros(2))
+    return seen[0]
+
+
+def test_a_dispatch_mode_is_found() -> None:
+    assert not dispatch_mode_is_active()
+    with FlopCounterMode(display=False):
+        assert dispatch_mode_is_active()
+        assert not can_bypass_dispatcher()
+    assert not dispatch_mode_is_active()
+
+
+def test_forward_mode_differentiation_is_found() -> None:
+    assert not forward_ad_is_active()
+    with forward_ad.dual_level():
+        assert forward_ad_is_active()
+        assert not can_bypass_dispatcher()
+    assert not forward_ad_is_active()
+
+
+def test_functorch_transforms_are_found() -> None:
+    assert not functorch_is_active()
+    assert in_vmap(functorch_is_active)
+    assert not in_vmap(can_bypass_dispatcher)
+    assert not in_vmap(eager_training)
+
+
+def test_a_tracer_is_found() -> None:
+    seen: list[bool] = []
+    torch.jit.trace(
+        lambda x: seen.append(can_bypass_dispatcher()) or x + 1, torch.zeros(2), check_trace=False
+    )
+    assert seen == [False]
+    assert can_bypass_dispatcher()
+
+
+def test_training_needs_gradients() -> None:
+    assert eager_training()
+    with torch.no_grad():
+        assert not eager_training()
+        assert can_bypass_dispatcher()
+
+
+def test_a_storage_has_one_id() -> None:
+    x = torch.zeros(4)
+    assert storage_id(x.untyped_storage()) == storage_id(x[1:].untyped_storage())
+    assert storage_id(x.untyped_storage()) != storage_id(torch.zeros(4).untyped_storage())
+
+
+@pytest.mark.skipif(not onednn_conv2d_is_available(), reason="torch without oneDNN")
+@torch.no_grad()
+def test_a_packed_weight_gives_the_same_convolution() -> None:
+    x, weight, bias = torch.randn(2, 8, 9, 9), torch.randn(16, 4, 3, 3), torch.randn(16)
+    packed = pack_onednn_weight(weight, x.shape, stride=2, padding=(1, 1), groups=2)
+    y = onednn_conv2d(x, packed, bias, stride=2, padding=(1, 1), groups=2)
+    torch.testing.assert_close(y, F.conv2d(x, weight, bias, 2, 1, 1, 2))
+
+
+def test_onednn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    assert not onednn_conv2d_is_available()
+
+
+def test_layouts_are_the_same_or_made_so() -> None:
+    rows = torch.arange(24.0).view(2, 3, 2, 2)
+    other = rows.to(memory_format=torch.channels_last)
+    assert not same_layout(rows, other)
+    assert same_layout(
+        rows[:1, :1], other[:1, :1].as_strided((1, 1, 2, 2), (9, 7, 2, 1))
+    )  # sizes of 1 do not count
+    assert laid_out_as(rows, rows) is rows
+    moved = laid_out_as(other, rows)
+    assert same_layout(moved, other)
+    assert torch.equal(moved, rows)
