@@ -12,7 +12,6 @@ from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
 from normfree.files import atomic_write
-from normfree.pretrained import assumed_preprocessing
 
 if TYPE_CHECKING:
     from normfree.pretrained import TrainedModel
@@ -120,7 +119,7 @@ def _from_file(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
     from normfree.models.net import Net
     from normfree.models.recognize import ends
     from normfree.models.zoo import create_model
-    from normfree.pretrained import TrainedModel
+    from normfree.pretrained import TrainedModel, assumed_preprocessing
     from normfree.weights.load import load_state_dict_
     from normfree.weights.names import naming_of, to_our_names
 
