@@ -252,7 +252,7 @@ def read_cell(out: Path) -> dict[str, Any]:
 
 def read_rows(folder: Path, wanted: Iterable[Cell]) -> list[dict[str, Any]]:
     """One row for every finished or diverged cell: the cell, its outcome, steps and the mean clipped fraction."""
-    from normfree.diagnose.plotting import read_metrics
+    from normfree.diagnose.metrics_file import read_metrics
 
     rows = []
     for cell in wanted:

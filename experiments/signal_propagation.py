@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from normfree import WSConv2d, create_model, signal_propagation
-from normfree.diagnose.figures import draw_signal
-from normfree.diagnose.propagation import Prediction, SignalReport
+from normfree.diagnose.network_figures import draw_signal
+from normfree.diagnose.propagation import PredictedSignal, SignalReport
 from normfree.models.activations import GAINS
 from normfree.models.net import Block
 
@@ -69,9 +69,9 @@ def nothing(_k: int) -> None:
 
 
 #: name -> (network, prediction for block k of a stage where the report does not bring one)
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Prediction | None] | None]] = {
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], PredictedSignal | None] | None]] = {
     "ResNet-50, BN-ReLU-conv": (lambda: create_model("resnet50"), None),
-    "ResNet-50, ReLU-BN-conv": (relu_first, lambda k: Prediction(0.0, k + 1.0, 1.0)),
+    "ResNet-50, ReLU-BN-conv": (relu_first, lambda k: PredictedSignal(0.0, k + 1.0, 1.0)),
     "NF-ResNet-50": (lambda: create_model("nf_resnet50", skip_gain=1.0), None),
     "NF-ResNet-50 without weight standardization": (unstandardized, nothing),
     "NFNet-F0": (lambda: create_model("nfnet_f0", skip_gain=1.0), None),

@@ -73,7 +73,7 @@ def diagnose(arguments: DiagnoseArguments) -> int:
     from normfree.device import run_device
     from normfree.diagnose.dependence import batch_dependence
     from normfree.diagnose.gradients import gradient_report
-    from normfree.diagnose.propagation import NoResidualBlocks, signal_propagation
+    from normfree.diagnose.propagation import NoResidualBlocksError, signal_propagation
 
     if arguments.batch_size < 2:
         raise UsageError(f"--batch-size {arguments.batch_size}: expected 2 or more; one has no neighbours.")
@@ -96,7 +96,7 @@ def diagnose(arguments: DiagnoseArguments) -> int:
     net, images, labels = subject.net.to(device), images.to(device), labels.to(device)
     try:
         signal, missing = signal_propagation(net, images), ""
-    except NoResidualBlocks as error:  # the rest can be said of it all the same
+    except NoResidualBlocksError as error:  # the rest can be said of it all the same
         signal, missing = None, str(error)
     dependence = batch_dependence(net, images[:DEPENDENCE_IMAGES])
     logits = net.train()(images)
@@ -286,7 +286,7 @@ def _recommended(
     """λ and what it rests on: the samples of a run, or this one gradient of a trained network, but nothing of random
     weights, whose gradients say little of training."""
     from normfree.diagnose.gradients import recommended_clipping
-    from normfree.diagnose.plotting import read_metrics
+    from normfree.diagnose.metrics_file import read_metrics
 
     metrics = Path(arguments.model) / "metrics.jsonl"
     if metrics.is_file():
@@ -366,7 +366,7 @@ def _draw(
 ) -> None:
     import sys
 
-    from normfree.diagnose.figures import draw_ratios, draw_signal
+    from normfree.diagnose.network_figures import draw_ratios, draw_signal
 
     name = re.sub(r"[^\w.-]+", "-", arguments.model.rstrip("/").rpartition("/")[2])
     folder = Path(arguments.out or f"diagnose-{name}")

@@ -92,7 +92,7 @@ def _say_export(report: ExportReport, pictures: str) -> None:
         f"  {report.batch_norms} batch norms, {report.weight_arithmetic} nodes that compute on weights alone"
     )
     errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in report.errors.items())
-    print(f"  against the network on {report.pictures} {pictures}: largest relative error {errors}; "
+    print(f"  against the network on {report.images} {pictures}: largest relative error {errors}; "
           f"first class the same on {report.top1_agreement:.0f} %")  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _int8(report: ExportReport, model: TrainedModel, pictures: _Pictures) -> Non
     small = quantize(report.path, report.path.with_suffix(".int8.onnx"), calibration=batches)
     print(f"{small.path}: {_megabytes(small.bytes)}, {100 * small.bytes / small.float_bytes:.1f} % of the float file; "
           f"{small.quantized} convolutions and products in 8 bits, {small.left_float} in float")  # fmt: skip
-    print(f"  against the float file on the {small.pictures} {pictures.words[1]} that set its ranges: median relative "
+    print(f"  against the float file on the {small.images} {pictures.words[1]} that set its ranges: median relative "
           f"error {100 * small.error:.1f} %, first class the same on {small.top1_agreement:.1f} %")  # fmt: skip
     nets = [open_onnx(path)[0] for path in (report.path, small.path)]
     if pictures.labelled is None:

@@ -60,7 +60,7 @@ class ExportReport:
     weight_arithmetic: int
     errors: dict[int, float]
     top1_agreement: float
-    pictures: int
+    images: int
     noise: bool
 
     @property
@@ -136,7 +136,7 @@ def export(
     return ExportReport(
         path=path, format=format, bytes=path.stat().st_size, opset=opset if format == "onnx" else None,
         folded=folded, census=census, weight_arithmetic=idle, errors=errors, top1_agreement=agreement,
-        pictures=min(len(images), BATCHES[-1]), noise=noise,
+        images=min(len(images), BATCHES[-1]), noise=noise,
     )  # fmt: skip
 
 

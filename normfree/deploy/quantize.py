@@ -43,7 +43,7 @@ class QuantizeReport:
     float_bytes: int
     quantized: int
     left_float: int
-    pictures: int
+    images: int
     error: float
     top1_agreement: float
 
@@ -104,7 +104,7 @@ def quantize(
         os.replace(work, out_path)
     return QuantizeReport(
         path=out_path, bytes=out_path.stat().st_size, float_bytes=onnx_path.stat().st_size, quantized=quantized,
-        left_float=left, pictures=sum(map(len, batches)), error=error, top1_agreement=agreement,
+        left_float=left, images=sum(map(len, batches)), error=error, top1_agreement=agreement,
     )  # fmt: skip
 
 

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE
+from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE
 
 # Colours of a figure -> variables of the page's style, which are others in the dark; black and white are
 # matplotlib's text and ground, #b0b0b0 is its grid.
 _THEME = {
-    BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", GREY: "--soft",
+    BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", GRAY: "--soft",
     "#000000": "--ink", "#ffffff": "--card", "#b0b0b0": "--line",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading and what stands below it, as HTML; `note` explains it in a sentence or two of plain text."""
 
     title: str
@@ -30,7 +30,7 @@ class Section:
     note: str = ""
 
 
-def page(title: str, facts: str, sections: Iterable[Section]) -> str:
+def page(title: str, facts: str, sections: Iterable[PageSection]) -> str:
     """The whole page. `title` and `facts` (one line below it) are plain text."""
     parts = []
     for number, section in enumerate(sections):
@@ -88,7 +88,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int
     return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
-def pictures(shown: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
+def image_cards(shown: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
     """(PNG, alternative text, lines of plain text below it; the first is bold)."""
     cards = []
     for png, alt, lines in shown:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normfree.diagnose.residuals import Moments, Watch, is_map, moments
+from normfree.diagnose.residuals import ActivationRecorder, ChannelMoments, is_map, moments
 from normfree.models.net import Net
 from normfree.models.variant import Variant
 
 
-class NoResidualBlocks(ValueError):
+class NoResidualBlocksError(ValueError):
     """Nothing is added to anything in this network, so there is no block to report."""
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictedSignal:
     """What theory says of a block at initialization, for images of N(0, 1) and skip gains of 1."""
 
     squared_mean: float
@@ -40,7 +40,7 @@ class BlockSignal:
     """One block. `module`: its name in the network; `stage`: from 0; `index`: k, from 1 in each stage; `shape`: of its
     output, the sum of shortcut and branch.
 
-    squared_mean, variance, cosine: of the output, see `Moments`.
+    squared_mean, variance, cosine: of the output, see `ChannelMoments`.
     branch_variance: average channel variance of the residual branch after its gates, before stochastic depth and the
         numbers that scale it (α, skip gain); None where no addition was watched (`blocks`).
     predicted: None where no theory is known here.
@@ -54,7 +54,7 @@ class BlockSignal:
     variance: float
     cosine: float
     branch_variance: float | None = None
-    predicted: Prediction | None = None
+    predicted: PredictedSignal | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SignalReport:
     batch_statistics: whether batch norms normalized with the statistics of these images, as in training.
     """
 
-    stem: Moments | None
+    stem: ChannelMoments | None
     blocks: tuple[BlockSignal, ...]
     images: tuple[int, ...]
     batch_statistics: bool
@@ -84,7 +84,7 @@ def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str
     the images, since their running ones say nothing. The network is left as it was, running statistics included.
 
     Raises:
-        NoResidualBlocks: there are none.
+        NoResidualBlocksError: there are none.
         ValueError: a name in `blocks` is unknown, or its output is no activation map.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
@@ -94,11 +94,11 @@ def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str
         else:
             stem, found = _residual(model, images)
     if isinstance(model, Net) and not blocks:
-        found = [replace(b, predicted=predict(model.variant, index=b.index)) for b in found]
+        found = [replace(b, predicted=predicted_signal(model.variant, index=b.index)) for b in found]
     return SignalReport(stem, tuple(found), tuple(images.shape), batch_statistics)
 
 
-def predict(variant: Variant, *, index: int) -> Prediction | None:
+def predicted_signal(variant: Variant, *, index: int) -> PredictedSignal | None:
     """The theory of block `index` (from 1) of any stage of a row; None where there is none.
 
     Normalizer-free: variance 1 + kα², which is what β divides by ([A] section 3). Batch norm before ReLU, He-normal
@@ -106,10 +106,10 @@ def predict(variant: Variant, *, index: int) -> Prediction | None:
     ([A] section 2).
     """
     if variant.norm == "none":
-        return Prediction(0.0, 1.0 + index * variant.alpha**2, 1.0)
+        return PredictedSignal(0.0, 1.0 + index * variant.alpha**2, 1.0)
     if variant.activation == "relu" and variant.attention == "none":
         mean, variance = 1.0 / math.pi, 1.0 - 1.0 / math.pi
-        return Prediction((index + 1) * mean, (index + 1) * variance, variance)
+        return PredictedSignal((index + 1) * mean, (index + 1) * variance, variance)
     return None
 
 
@@ -136,12 +136,12 @@ def _untrained(norm: _BatchNorm) -> bool:
     return norm.num_batches_tracked is None or int(norm.num_batches_tracked) == 0
 
 
-def _residual(model: nn.Module, images: Tensor) -> tuple[Moments | None, list[BlockSignal]]:
-    watch = Watch(images)
+def _residual(model: nn.Module, images: Tensor) -> tuple[ChannelMoments | None, list[BlockSignal]]:
+    watch = ActivationRecorder(images)
     with watch.attached(model):
         model(images)
     if not watch.residuals:
-        raise NoResidualBlocks(
+        raise NoResidualBlocksError(
             f"{type(model).__name__} has no residual block: no activation map is added to one that came a shorter "
             "way. Name the modules to measure instead: blocks=[...], names as in model.named_modules()."
         )
@@ -157,7 +157,7 @@ def _residual(model: nn.Module, images: Tensor) -> tuple[Moments | None, list[Bl
 
 def _named(
     model: nn.Module, images: Tensor, names: Sequence[str]
-) -> tuple[Moments | None, list[BlockSignal]]:
+) -> tuple[ChannelMoments | None, list[BlockSignal]]:
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
@@ -167,8 +167,8 @@ def _named(
                 f"blocks: {name!r} is no module of {type(model).__name__}.{hint} "
                 "All names: dict(model.named_modules())."
             )
-    stem: list[Moments] = []
-    seen: list[tuple[str, tuple[int, ...], Moments]] = []
+    stem: list[ChannelMoments] = []
+    seen: list[tuple[str, tuple[int, ...], ChannelMoments]] = []
 
     def look(name: str, inputs: tuple[object, ...], output: object) -> None:
         if not is_map(output, len(images)):
@@ -197,6 +197,6 @@ def _named(
 
 
 def _block(
-    name: str, stage: int, index: int, shape: tuple[int, ...], m: Moments, branch: float | None
+    name: str, stage: int, index: int, shape: tuple[int, ...], m: ChannelMoments, branch: float | None
 ) -> BlockSignal:
     return BlockSignal(name, stage, index, shape, m.squared_mean, m.variance, m.cosine, branch)

@@ -37,7 +37,7 @@ _WEIGHTED = (
 
 
 @dataclass(frozen=True)
-class Moments:
+class ChannelMoments:
     """Statistics of one activation map (reference code, `signal_metrics`).
 
     squared_mean: mean over channels of (mean over images and places)².
@@ -68,7 +68,7 @@ def channel_moments(x: Tensor) -> tuple[float, float]:
     return float(mean.square().mean()), float(variance.mean())
 
 
-def moments(x: Tensor) -> Moments:
+def moments(x: Tensor) -> ChannelMoments:
     """All statistics of a map."""
     flat = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
@@ -77,17 +77,17 @@ def moments(x: Tensor) -> Moments:
     # the mean over pairs of different images, from the length of the sum of all directions
     together, alone = float(unit.sum(0).square().sum()), float(unit.square().sum())
     cosine = (together - alone) / (n * (n - 1)) if n > 1 else float("nan")
-    return Moments(*channel_moments(x), cosine)
+    return ChannelMoments(*channel_moments(x), cosine)
 
 
 @dataclass(frozen=True)
-class Residual:
+class ResidualBlock:
     """One residual block as it ran. `module`: its name; `output`: the sum's statistics; `branch_variance`: of the
     branch before the numbers that scale it; `starts_stage`: the shortcut is not the last block's output."""
 
     module: str
     shape: tuple[int, ...]
-    output: Moments
+    output: ChannelMoments
     branch_variance: float
     starts_stage: bool
 
@@ -95,18 +95,18 @@ class Residual:
 class _Frame:
     """A module that is running: its name, what it was given, and the statistics of the first map among that."""
 
-    def __init__(self, module: nn.Module, name: str, inputs: list[Any], given: Moments | None) -> None:
+    def __init__(self, module: nn.Module, name: str, inputs: list[Any], given: ChannelMoments | None) -> None:
         self.module, self.name, self.inputs, self.given = module, name, inputs, given
         self.gate: Tensor | None = None  # of a block of ours: what its attention said
 
 
-class Watch(TorchDispatchMode):
+class ActivationRecorder(TorchDispatchMode):
     """While it is active, collects `residuals`, and in `stem` the statistics of what the first block was given."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.residuals: list[Residual] = []
-        self.stem: Moments | None = None
+        self.residuals: list[ResidualBlock] = []
+        self.stem: ChannelMoments | None = None
         self._images = len(images)
         self._running: list[_Frame] = []
         self._length: Any = WeakTensorKeyDictionary({images: 0})
@@ -116,7 +116,7 @@ class Watch(TorchDispatchMode):
     # --- the modules ---
 
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[Watch]:
+    def attached(self, model: nn.Module) -> Iterator[ActivationRecorder]:
         """Active, and told which module of `model` is running."""
         handles = []
         for name, module in model.named_modules():
@@ -165,7 +165,7 @@ class Watch(TorchDispatchMode):
             if not self.residuals:
                 self.stem = frame.given
             self.residuals.append(
-                Residual(frame.name, tuple(result.shape), moments(result), branch_variance, starts_stage)
+                ResidualBlock(frame.name, tuple(result.shape), moments(result), branch_variance, starts_stage)
             )
             self._last = (self._length[result], result.shape)
         return result

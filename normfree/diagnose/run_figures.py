@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
+from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE, new_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
 #: Colours of runs, in order; more runs are not told apart.
-RUN_COLOURS = (BLUE, ORANGE, GREEN, GREY)
+RUN_COLORS = (BLUE, ORANGE, GREEN, GRAY)
 _CLASSES_WITH_NAMES = 30  # in a confusion matrix; more are not readable
 
 
@@ -54,7 +55,7 @@ def curve_figures(runs: Mapping[str, Rows]) -> Iterator[tuple[Any, str]]:
 def _curves(panel: Panel, runs: Mapping[str, Rows]) -> Any:
     figure = new_figure(4.2, 2.9)
     axis = figure.add_subplot()
-    for (run, rows), colour in zip(runs.items(), RUN_COLOURS, strict=False):
+    for (run, rows), colour in zip(runs.items(), RUN_COLORS, strict=False):
         for name, word, dash in panel.lines:
             found = [(row["epoch"], panel.factor * row[name]) for row in rows if name in row]
             if found:
@@ -78,7 +79,7 @@ def _ratios(runs: Mapping[str, Rows]) -> Any:
     """What AGC compares, over a run: the ratio below which half of the units lie, and that of 90 %."""
     figure = new_figure(4.2, 2.9)
     axis = figure.add_subplot()
-    for (run, rows), colour in zip(runs.items(), RUN_COLOURS, strict=False):
+    for (run, rows), colour in zip(runs.items(), RUN_COLORS, strict=False):
         epochs = [row["epoch"] for row in rows]
         for place, word, dash in ((1, "half of the units", ":"), (2, "90 %", "-")):
             values = [row["ratios"]["all"][place] for row in rows]
@@ -88,6 +89,44 @@ def _ratios(runs: Mapping[str, Rows]) -> Any:
     axis.legend(frameon=False, fontsize=8)
     _plain(axis, "|gradient| / |weights|", "epoch")
     return figure
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Loss, accuracy and clipped fraction over epochs, as a PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; the message says what to install.
+    """
+    figure = new_figure(11, 3.4)
+    loss, accuracy, clipped = figure.subplots(1, 3)
+    train = [m for m in metrics if "loss" in m]
+    val = [m for m in metrics if "top1" in m]
+    loss.plot(
+        [m["epoch"] for m in train],
+        [m["loss"] for m in train],
+        color=GRAY,
+        lw=1,
+        label="training, mixed labels",
+    )
+    loss.plot([m["epoch"] for m in val], [m["val_loss"] for m in val], color=BLUE, lw=2, label="validation")
+    accuracy.plot([m["epoch"] for m in val], [m["top1"] for m in val], color=BLUE, lw=2, label="weights")
+    accuracy.plot([m["epoch"] for m in val], [m["ema_top1"] for m in val], color=ORANGE, lw=2, ls="--",
+                  label="averaged weights")  # fmt: skip
+    clipped.plot([m["epoch"] for m in train], [100 * m["clipped"] for m in train], color=GREEN, lw=1)
+    for axis, name in (
+        (loss, "loss, nats"),
+        (accuracy, "validation top-1, %"),
+        (clipped, "clipped units, %"),
+    ):
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.01)
+    loss.legend(frameon=False, fontsize=8)
+    accuracy.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a path may hold dollar signs
+    figure.savefig(path, dpi=130)
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], *, title: str) -> Any:
@@ -131,7 +170,7 @@ def class_figure(scores: Mapping[str, Mapping[str, float]], *, title: str, most:
     names = sorted(first, key=lambda name: first[name])[:most]
     figure = new_figure(5.2, min(8.6, 1.1 + 0.24 * len(names)))
     axis = figure.add_subplot()
-    for place, ((run, own), colour) in enumerate(zip(scores.items(), RUN_COLOURS, strict=False)):
+    for place, ((run, own), colour) in enumerate(zip(scores.items(), RUN_COLORS, strict=False)):
         shift = (place - (len(scores) - 1) / 2) * 0.2
         heights = [i + shift for i in range(len(names))]
         values = [own.get(name, 0.0) for name in names]
@@ -148,7 +187,7 @@ def class_figure(scores: Mapping[str, Mapping[str, float]], *, title: str, most:
     return figure
 
 
-def confused(
+def most_confused(
     confusion: Sequence[Sequence[int]], classes: Sequence[str], *, most: int = 10
 ) -> list[tuple[str, str, int, float]]:
     """The pairs most often taken for one another: (true class, answer, images, percent of the true class)."""

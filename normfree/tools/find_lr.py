@@ -21,7 +21,7 @@ from statistics import fmean, median
 from rich.console import Console
 
 from normfree.data.loader import train_batches
-from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
+from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE, new_figure
 from normfree.training import class_weights
 from normfree.training.config import Config
 from normfree.training.console import RunLog
@@ -179,7 +179,7 @@ def draw(result: RangeTest, path: Path, *, title: str) -> None:
     axis = figure.subplots()
     start, lowest = result.smoothed[0], min(result.smoothed)
     margin = 0.6 * max(start - lowest, 0.02 * abs(start))
-    axis.plot(result.rates, result.losses, color=GREY, lw=0.8, alpha=0.6, label="loss of a batch")
+    axis.plot(result.rates, result.losses, color=GRAY, lw=0.8, alpha=0.6, label="loss of a batch")
     axis.plot(result.rates, result.smoothed, color=BLUE, lw=2, label=f"moving median of {2 * REACH + 1}")
     axis.axvline(result.edge, color=ORANGE, ls="--", label=f"edge {result.edge:.2g}")
     if result.suggested is not None:

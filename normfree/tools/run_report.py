@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from normfree.data.source import Source
 from normfree.device import run_device
-from normfree.diagnose import figures, html_page, run_figures
+from normfree.diagnose import html_page, network_figures, run_figures
 from normfree.diagnose.gradients import gradient_report
-from normfree.diagnose.plotting import read_metrics
+from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.propagation import signal_propagation
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
@@ -73,8 +73,8 @@ def write_report(folders: Sequence[Path], path: Path, *, device: str = "auto") -
         ValueError: a folder is no run folder or has no metrics, or there are none or too many.
         ModuleNotFoundError: matplotlib is missing; the message says what to install.
     """
-    if not 1 <= len(folders) <= len(run_figures.RUN_COLOURS):
-        raise ValueError(f"{len(folders)} runs: expected 1 to {len(run_figures.RUN_COLOURS)} in one report.")
+    if not 1 <= len(folders) <= len(run_figures.RUN_COLORS):
+        raise ValueError(f"{len(folders)} runs: expected 1 to {len(run_figures.RUN_COLORS)} in one report.")
     courses = [read_course(Path(folder)) for folder in folders]
     drawn = _Drawn(path.with_suffix(""))
     sections = [_scores(courses), _course(courses, drawn), *_answers(courses, drawn)]
@@ -112,13 +112,13 @@ class _Drawn:
 # --- what the run wrote ------------------------------------------------------------------------------
 
 
-def _scores(courses: Sequence[Course]) -> html_page.Section:
+def _scores(courses: Sequence[Course]) -> html_page.PageSection:
     lines: dict[str, list[str]] = {}
     for place, course in enumerate(courses):
         for label, value in _facts(course):
             lines.setdefault(label, [""] * len(courses))[place] = value
     rows = [(label, *values) for label, values in lines.items()]
-    return html_page.Section("Scores", html_page.table(["", *(c.name for c in courses)], rows))
+    return html_page.PageSection("Scores", html_page.table(["", *(c.name for c in courses)], rows))
 
 
 def _facts(course: Course) -> Iterator[tuple[str, str]]:
@@ -145,12 +145,12 @@ def _facts(course: Course) -> Iterator[tuple[str, str]]:
         yield "units clipped, mean", f"{100 * sum(clipped) / len(clipped):.1f} %"
 
 
-def _course(courses: Sequence[Course], drawn: _Drawn) -> html_page.Section:
+def _course(courses: Sequence[Course], drawn: _Drawn) -> html_page.PageSection:
     runs = {course.name: course.rows for course in courses}
-    return html_page.Section("Course", drawn.block(run_figures.curve_figures(runs)))
+    return html_page.PageSection("Course", drawn.block(run_figures.curve_figures(runs)))
 
 
-def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.Section]:
+def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.PageSection]:
     finished = [c for c in courses if c.results]
     if not finished:
         return
@@ -162,7 +162,7 @@ def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.Sec
         blocks.append(
             (run_figures.confusion_figure(confusion, classes, title=title), f"confusion of {course.name}")
         )
-        pairs = [(a, b, n, f"{p:.0f} %") for a, b, n, p in run_figures.confused(confusion, classes)]
+        pairs = [(a, b, n, f"{p:.0f} %") for a, b, n, p in run_figures.most_confused(confusion, classes)]
         if pairs:
             head = (
                 "true class" if len(finished) == 1 else f"{course.name}: true class",
@@ -175,14 +175,14 @@ def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.Sec
     blocks.append(
         (run_figures.class_figure(per_class, title="top-1 by class, worst first, %"), "top-1 by class")
     )
-    yield html_page.Section(
+    yield html_page.PageSection(
         "Answers",
         drawn.block(blocks) + tables,
         "Of the averaged weights on the validation images. Rows are true classes.",
     )
 
 
-def _settings(courses: Sequence[Course]) -> html_page.Section:
+def _settings(courses: Sequence[Course]) -> html_page.PageSection:
     body = ""
     if len(courses) > 1:
         flat = [_flat(course.config.model_dump()) for course in courses]
@@ -195,7 +195,7 @@ def _settings(courses: Sequence[Course]) -> html_page.Section:
             file = course.folder / name
             if file.is_file():
                 body += html_page.folded(f"{course.name}/{name}", file.read_text(encoding="utf-8"))
-    return html_page.Section("Settings", body)
+    return html_page.PageSection("Settings", body)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _inside(
     course: Course, drawn: _Drawn, device: torch.device, *, several: bool
-) -> Iterator[html_page.Section]:
+) -> Iterator[html_page.PageSection]:
     """Mistakes, signals and gradients of a finished run whose data are still there."""
     if not (course.folder / "model" / "config.json").is_file():
         return
@@ -221,7 +221,7 @@ def _inside(
 
         source = open_data(course.config, RunLog(Console(quiet=True)), check=False).val
     except (ValueError, ModuleNotFoundError) as error:
-        yield html_page.Section(
+        yield html_page.PageSection(
             f"Mistakes and signals{whose}", "", f"Not shown, for the data cannot be read: {error}"
         )
         return
@@ -235,10 +235,13 @@ def _inside(
         "random weights": signal_propagation(start, images),
     }
     panels = [
-        (figures.signal_figure({f"{course.name}, {when}": report}), f"signal propagation{whose} {when}")
+        (
+            network_figures.signal_figure({f"{course.name}, {when}": report}),
+            f"signal propagation{whose} {when}",
+        )
         for when, report in reports.items()
     ]
-    yield html_page.Section(
+    yield html_page.PageSection(
         f"Signal propagation{whose}",
         drawn.block(panels),
         f"Statistics of each residual block on {len(images)} validation images; predictions, for random weights and "
@@ -246,22 +249,27 @@ def _inside(
     )
     F.cross_entropy(net.train()(images), labels).backward()
     title = f"{course.name}, one gradient of {len(images)} images"
-    yield html_page.Section(
+    yield html_page.PageSection(
         f"Gradients against weights{whose}",
         drawn.block(
-            [(figures.ratios_figure(gradient_report(net), title=title), f"gradients against weights{whose}")]
+            [
+                (
+                    network_figures.ratios_figure(gradient_report(net), title=title),
+                    f"gradients against weights{whose}",
+                )
+            ]
         ),
         "What adaptive gradient clipping compares, layer by layer, at the averaged weights; λ are dashed.",
     )
 
 
-def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: str) -> html_page.Section:
+def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: str) -> html_page.PageSection:
     scores = evaluate(model.net, source, preprocessing=model.preprocessing, device=device)
     wrong = (scores.predictions != scores.labels).nonzero().flatten()
     worst = wrong[scores.losses[wrong].argsort(descending=True)][:MISTAKES].tolist()
     title = f"Worst mistakes{whose}"
     if not worst:
-        return html_page.Section(title, "", f"None: all {scores.count} answers are right.")
+        return html_page.PageSection(title, "", f"None: all {scores.count} answers are right.")
     cards = []
     for i in worst:
         truth, answer = (scores.classes[int(part[i])] for part in (scores.labels, scores.predictions))
@@ -269,7 +277,7 @@ def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: 
         lines = (f"{answer}", f"is {truth}, given {share:.2g} %", Path(source.name(i)).name)
         cards.append((_png(source.image(i)), f"{truth}, taken for {answer}", lines))
     note = f"{len(wrong)} of {scores.count} answers are wrong; here those that found the true class least probable."
-    return html_page.Section(title, html_page.pictures(cards), note)
+    return html_page.PageSection(title, html_page.image_cards(cards), note)
 
 
 def _png(image: Image) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from normfree.diagnose.plotting import read_metrics
+from normfree.diagnose.metrics_file import read_metrics
 from normfree.training.config import Config, loggers_in
 from normfree.training.console import RunLog
 from normfree.training.metrics import Metrics

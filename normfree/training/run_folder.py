@@ -18,7 +18,8 @@ import torch
 
 from normfree._version import __version__
 from normfree.data.source import Split
-from normfree.diagnose.plotting import draw_curves, read_metrics
+from normfree.diagnose.metrics_file import read_metrics
+from normfree.diagnose.run_figures import draw_curves
 from normfree.inference import Evaluation
 from normfree.models.net import Net
 from normfree.pretrained import (

@@ -95,7 +95,7 @@ def test_the_file_is_the_network(kind, format, emoji, tmp_path):
     report = export(model, tmp_path / f"model.{format}", format=format, images=images)
     assert report.errors.keys() == {1, 2, 5, 64}
     assert max(report.errors.values()) <= 1e-5
-    assert (report.top1_agreement, report.pictures, report.noise) == (100, 64, False)
+    assert (report.top1_agreement, report.images, report.noise) == (100, 64, False)
     assert report.bytes == report.path.stat().st_size
     run = reopened(report.path)
     for batch in (1, 2, 3, 5, 64):  # 3 is not one of those that export itself compares

@@ -89,7 +89,7 @@ def test_the_report_is_measured_on_the_calibration_pictures(trained, int8):
     assert int8.error == pytest.approx(
         float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()), rel=1e-4
     )
-    assert int8.pictures == 256
+    assert int8.images == 256
 
 
 def test_the_graph_holds_bytes_one_scale_for_each_output_channel(trained, int8):

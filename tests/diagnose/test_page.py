@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from normfree.diagnose.html_page import Section, figures, folded, page, pictures, table
+from normfree.diagnose.html_page import PageSection, figures, folded, image_cards, page, table
 from normfree.diagnose.plotting import BLUE
-from normfree.diagnose.run_figures import class_figure, confused, confusion_figure, curve_figures
+from normfree.diagnose.run_figures import class_figure, confusion_figure, curve_figures, most_confused
 
 HOSTILE = "<script>alert(1)</script><!--FACTS-->$x_1$"
 
@@ -14,12 +14,12 @@ HOSTILE = "<script>alert(1)</script><!--FACTS-->$x_1$"
 def test_words_of_others_stay_text():
     body = (
         table([HOSTILE], [[HOSTILE]])
-        + pictures([(b"png", HOSTILE, [HOSTILE, HOSTILE])])
+        + image_cards([(b"png", HOSTILE, [HOSTILE, HOSTILE])])
         + folded(HOSTILE, HOSTILE)
     )
     figure = class_figure({HOSTILE: {HOSTILE: 50.0}}, title=HOSTILE)
     body += figures([(figure, HOSTILE)])
-    text = page(HOSTILE, "zebra", [Section(HOSTILE, body, HOSTILE)])
+    text = page(HOSTILE, "zebra", [PageSection(HOSTILE, body, HOSTILE)])
     assert "<script" not in text
     assert text.count("zebra") == 1  # a mark inside a text is not filled in
     assert text.count("alert(1)") > 8
@@ -40,7 +40,7 @@ def test_figures_take_the_colours_of_the_page_and_load_nothing():
 
 def test_a_confusion_matrix_counts():
     confusion = [[3, 1, 0], [0, 0, 0], [2, 2, 4]]
-    assert confused(confusion, "abc") == [("c", "a", 2, 25.0), ("c", "b", 2, 25.0), ("a", "b", 1, 25.0)]
+    assert most_confused(confusion, "abc") == [("c", "a", 2, 25.0), ("c", "b", 2, 25.0), ("a", "b", 1, 25.0)]
     figure = confusion_figure(confusion, "abc", title="t")
     assert sorted(t.get_text() for t in figure.axes[0].texts) == ["25", "25", "25", "50", "75"]
 

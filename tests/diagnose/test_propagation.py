@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.diagnose.propagation import predict, signal_propagation
+from normfree.diagnose.propagation import predicted_signal, signal_propagation
 from normfree.diagnose.residuals import channel_moments, moments
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
@@ -122,12 +122,12 @@ def test_closed_branches_still_show_what_they_would_carry():
 
 def test_predictions():
     row = variant_of("nfnet_f0")
-    assert predict(row, index=3).variance == pytest.approx(1.12)
-    twin = predict(variant_of("resnet50"), index=2)
+    assert predicted_signal(row, index=3).variance == pytest.approx(1.12)
+    twin = predicted_signal(variant_of("resnet50"), index=2)
     assert (twin.variance, twin.squared_mean, twin.branch_variance) == pytest.approx(
         (3 * (1 - 1 / math.pi), 3 / math.pi, 1 - 1 / math.pi)
     )
-    assert predict(variant_of("bn_nfnet_f0"), index=1) is None
+    assert predicted_signal(variant_of("bn_nfnet_f0"), index=1) is None
     assert isinstance(row, Variant)
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from normfree.data.sources.open import open_source
-from normfree.diagnose.plotting import draw_curves, read_metrics
+from normfree.diagnose.metrics_file import read_metrics
+from normfree.diagnose.run_figures import draw_curves
 from normfree.inference import evaluate
 from normfree.models.variants import VARIANTS
 from normfree.pretrained import from_pretrained

@@ -9,7 +9,7 @@ from textwrap import fill
 from typing import Any
 
 from normfree.diagnose.gradients import CLIPPINGS, GradientReport
-from normfree.diagnose.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
+from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE, new_figure
 from normfree.diagnose.propagation import BlockSignal, SignalReport
 
 DPI = 110
@@ -54,8 +54,8 @@ def _signal_panel(above: Any, below: Any, report: SignalReport, title: str) -> N
         if any(v is not None for v in predicted):
             above.plot(places, predicted, color=colour, ls=(0, (4, 2)), lw=1, alpha=0.8)
     if any(b.predicted for b in blocks):
-        above.plot([], [], color=GREY, ls=(0, (4, 2)), lw=1, label="predicted")
-    below.plot(places, [b.cosine for b in blocks], color=GREY, marker="D", ms=size, lw=1.4)
+        above.plot([], [], color=GRAY, ls=(0, (4, 2)), lw=1, label="predicted")
+    below.plot(places, [b.cosine for b in blocks], color=GRAY, marker="D", ms=size, lw=1.4)
     below.set_ylim(-0.1, 1.05)
     below.set_ylabel("cosine", fontsize=9)
     below.set_xlabel("residual block", fontsize=9)
@@ -65,7 +65,7 @@ def _signal_panel(above: Any, below: Any, report: SignalReport, title: str) -> N
     above.set_ylim(bottom=min(0.0, above.get_ylim()[0]))
     for axis in (above, below):
         for first in (i for i, b in zip(places, blocks, strict=True) if b.index == 1 and i > 1):
-            axis.axvline(first - 0.5, color=GREY, lw=0.7, alpha=0.5)  # where a stage ends
+            axis.axvline(first - 0.5, color=GRAY, lw=0.7, alpha=0.5)  # where a stage ends
         _plain(axis)
 
 
@@ -101,12 +101,12 @@ def ratios_figure(report: GradientReport, *, title: str) -> Any:
         axis.plot(places, [max(layer.quantile(0.5), floor) for _, layer in chosen], color=colour, marker=marker,
                   ms=4, ls="", label="exempt from clipping" if exempt else "median, 10 % to 90 % of units")  # fmt: skip
     for clipping in CLIPPINGS:
-        axis.axhline(clipping, color=GREY, ls=(0, (4, 2)), lw=0.8)
+        axis.axhline(clipping, color=GRAY, ls=(0, (4, 2)), lw=0.8)
         axis.annotate(f"λ {clipping:g}", (1.0, clipping), xycoords=("axes fraction", "data"), xytext=(2, 0),
-                      textcoords="offset points", va="center", fontsize=7, color=GREY)  # fmt: skip
+                      textcoords="offset points", va="center", fontsize=7, color=GRAY)  # fmt: skip
     starts = {layer.stage: i for i, layer in reversed(list(enumerate(layers, start=1)))}
     for start in starts.values():
-        axis.axvline(start - 0.5, color=GREY, lw=0.7, alpha=0.5)
+        axis.axvline(start - 0.5, color=GRAY, lw=0.7, alpha=0.5)
     axis.set_xticks([start for start in starts.values()], list(starts), rotation=30, ha="left", fontsize=8)
     axis.set_yscale("log")
     axis.set_ylabel("|gradient| / |weights|", fontsize=9)
