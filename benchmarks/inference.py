@@ -22,7 +22,8 @@ from normfree.deploy.fold import fold
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
-from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel
 
 ABOUT = (
     "Milliseconds of one batch through timm's network and ours with the same weights, and ours folded; each "

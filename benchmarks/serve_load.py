@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 
 from normfree import create_model, save_pretrained
-from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 SHOWN = ("requests_per_second", "p50_ms", "p99_ms", "mean_batch")

@@ -33,7 +33,7 @@ from normfree import evaluate, from_pretrained
 from normfree.data.sources.open import open_source
 from normfree.data.sources.packed import pack
 from normfree.data.subset import Subset
-from normfree.pretrained import Preprocessing
+from normfree.preprocessing import Preprocessing
 from normfree.training.config import Config
 from normfree.training.config_io import with_overrides
 from normfree.training.early_stopping import Best

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from normfree.data.loader import eval_batches
 from normfree.data.source import Source
+from normfree.data.subset import spread_indices
 from normfree.data.transforms.decode import SUFFIXES, load_image
 from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
-from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,14 +118,35 @@ def _no_score(what: str, name: str, source: Source) -> ValueError:
                       "There is no score to report.")  # fmt: skip
 
 
-def sample(source: Source, *, count: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """`count` images of the source, normalized, B 3 S S, and their labels B. Evenly spread: most sources are sorted by
-    class."""
+def sample_images(images: Source | Sequence[Path], *, count: int, preprocessing: Preprocessing) -> Tensor:
+    """Return `count` images, evenly spread over a source or a list of files, or all of them if there are fewer.
+
+    They are spread because most sources and folders are sorted by class.
+
+    Args:
+        images: a source, or the paths of image files, as `find_images` returns them.
+        count: how many images.
+        preprocessing: the model's preprocessing.
+
+    Returns:
+        Normalized images, B 3 S S, float32.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
     transform = preprocessing.transform()
-    indices = [i * len(source) // count for i in range(count)]
-    pixels = torch.stack([transform(source.image(i)) for i in indices])
-    labels = torch.tensor([source.label(i) for i in indices])
-    return normalize(pixels, mean=preprocessing.mean, std=preprocessing.std), labels
+    indices = spread_indices(len(images), count)
+    if isinstance(images, Sequence):
+        pixels = torch.stack([transform(load_image(images[i])) for i in indices])
+    else:
+        pixels = torch.stack([transform(images.image(i)) for i in indices])
+    return normalize(pixels, mean=preprocessing.mean, std=preprocessing.std)
+
+
+def sample(source: Source, *, count: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """Return the images of `sample_images`, B 3 S S, and their labels, int64 B."""
+    labels = torch.tensor([source.label(i) for i in spread_indices(len(source), count)])
+    return sample_images(source, count=count, preprocessing=preprocessing), labels
 
 
 # --- predict files ------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from normfree import cli
 from normfree._version import __version__
 from normfree.cli import HELP, main
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, save_pretrained
 from normfree.training import loop
 from normfree.training.config_io import keys
 

@@ -12,12 +12,8 @@ from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
 from normfree.inference import evaluate, find_images, predict
 from normfree.models.zoo import create_model
-from normfree.pretrained import (
-    Preprocessing,
-    TrainedModel,
-    from_pretrained,
-    save_pretrained,
-)
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 
 CLASSES = tuple("abcdefg")
 PRE = Preprocessing(image_size=16, crop="squash")

@@ -18,7 +18,7 @@ LEVELS = {
     "suggest": 0, "files": 0, "device": 0, "native": 0,
     "ops": 1, "weights": 1, "data": 1,
     "optim": 2, "models": 2,
-    "onnx_net": 3, "diagnose": 3, "pretrained": 4, "surgery": 5, "inference": 5,
+    "onnx_net": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "surgery": 5, "inference": 5,
     "deploy": 6, "training": 6, "serve": 7, "tools": 7, "commands": 8, "cli": 9,
 }  # fmt: skip
 PUBLIC = {

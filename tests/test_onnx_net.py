@@ -15,7 +15,8 @@ from normfree.cli import main
 from normfree.data.sources.synthetic import open_synthetic
 from normfree.inference import evaluate
 from normfree.onnx_net import open_onnx
-from normfree.pretrained import Preprocessing, from_pretrained, save_pretrained
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import from_pretrained, save_pretrained
 
 SIZE, NAMES = 8, ("disk", "ring", "square")
 PRE = Preprocessing(image_size=SIZE, crop="squash", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))

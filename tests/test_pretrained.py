@@ -16,13 +16,8 @@ from timm.models._hub import save_for_hf
 from normfree.data.transforms.normalize import normalize
 from normfree.deploy.fold import fold
 from normfree.models.zoo import create_model
-from normfree.pretrained import (
-    Preprocessing,
-    TrainedModel,
-    from_pretrained,
-    push_to_hub,
-    save_pretrained,
-)
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, from_pretrained, push_to_hub, save_pretrained
 from normfree.weights.hub import fetch, repository_of
 
 CLASSES = ("a", "b", "ç")

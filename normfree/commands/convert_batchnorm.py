@@ -13,7 +13,7 @@ from normfree.files import atomic_write
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from normfree.pretrained import Preprocessing
+    from normfree.preprocessing import Preprocessing
     from normfree.surgery.conversion_report import ConvertReport, How
 
 #: How many pictures kernels are fitted to.
@@ -91,7 +91,7 @@ def _classifier(state: Mapping[str, Tensor]) -> tuple[str, int]:
 
 
 def _preprocessing(source: str, net: nn.Module) -> Preprocessing:
-    from normfree.pretrained import Preprocessing
+    from normfree.preprocessing import Preprocessing
 
     config = getattr(net, "pretrained_cfg", None)
     if source.startswith("timm:") and config:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from normfree.diagnose.dependence import DependenceReport
     from normfree.diagnose.gradients import GradientReport
     from normfree.diagnose.propagation import SignalReport
-    from normfree.pretrained import Preprocessing
+    from normfree.preprocessing import Preprocessing
 
 DEPENDENCE_IMAGES = 4  # a neighbour or three prove as much as many
 
@@ -215,7 +215,7 @@ def _images(arguments: DiagnoseArguments, subject: _Subject) -> tuple[Tensor, Te
 
     from normfree.data.sources.open import open_labelled
     from normfree.inference import sample
-    from normfree.pretrained import Preprocessing
+    from normfree.preprocessing import Preprocessing
 
     data = arguments.data or subject.data
     count, size = arguments.batch_size, arguments.image_size or subject.size

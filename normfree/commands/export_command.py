@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from normfree.data.source import Source
     from normfree.deploy.export import ExportReport
-    from normfree.pretrained import Preprocessing, TrainedModel
+    from normfree.preprocessing import Preprocessing
+    from normfree.pretrained import TrainedModel
 
 COMPARED = 64  # pictures on which file and network are compared: the largest of the compared batches
 CALIBRATED = 512  # pictures that set the int8 ranges; docs/export.md has what fewer do

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from normfree.deploy.packed_conv2d import PackedConv2d
 from normfree.models.layers import Conv2d, EfficientChannelAttention, SqueezeExcite, WSConv2d
 from normfree.models.net import Block, Net, Stem
+from normfree.surgery.batchnorm import factor_and_shift
 
 #: A branch multiplied by less is shut: next to a stream of about 1 it is beyond float32, and its inverse, which the
 #: gate would need, soon is too.
@@ -115,7 +116,7 @@ def _plain(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Conv2d, nn.M
         weight, padding = conv.weight, conv.pad_mode
         stride = conv.stride[0]
     if isinstance(norm, nn.BatchNorm2d):
-        factor, shift = _factor_and_shift(norm)
+        factor, shift = factor_and_shift(norm, dtype=norm.weight.dtype)
         weight = weight * factor.view(-1, 1, 1, 1)
         bias = shift if bias is None else bias * factor + shift
     return _convolution(weight, bias, stride=stride, groups=conv.groups, padding=padding), nn.Identity()
@@ -125,7 +126,7 @@ def _affine(norm: nn.Module) -> nn.Module:
     """A depthwise 1x1 convolution for a batch norm that has no convolution before it."""
     if not isinstance(norm, nn.BatchNorm2d):
         return norm
-    factor, shift = _factor_and_shift(norm)
+    factor, shift = factor_and_shift(norm, dtype=norm.weight.dtype)
     return _convolution(factor.view(-1, 1, 1, 1), shift, stride=1, groups=len(factor), padding="same")
 
 
@@ -140,13 +141,6 @@ def _convolution(
     if plain.bias is not None and bias is not None:
         plain.bias.copy_(bias)
     return plain
-
-
-def _factor_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    return factor, norm.bias - norm.running_mean * factor
 
 
 def _scale(conv: nn.Module, factor: float) -> None:

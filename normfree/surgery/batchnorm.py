@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from normfree.suggest import problem
 from normfree.surgery.trace import (
     NotTraceableError,
     is_functional_batch_norm,
@@ -133,24 +134,34 @@ def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
             model.set_submodule(name, new)
 
 
-def factor_and_shift(norm: nn.Module, *, name: str = "") -> tuple[Tensor, Tensor]:
-    """Per channel, in float64: what the norm multiplies by and adds in evaluation mode.
+def factor_and_shift(
+    norm: nn.Module, *, name: str = "", dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Return what a batch norm multiplies by and adds in evaluation mode, each of shape (channels,).
+
+    Args:
+        norm: a batch norm.
+        name: the name of `norm` in its network, for the error message.
+        dtype: the dtype of the computation and of the result.
 
     Raises:
-        ValueError: it has no running statistics, so that its output depends on the batch in evaluation, too.
+        ValueError: `norm` has no running statistics, so its output depends on the batch in evaluation mode too.
     """
     mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
         raise ValueError(
-            f"{name or type(norm).__name__} has no running statistics (track_running_stats=False), so there is nothing "
-            "to fold. Train it with running statistics, or convert with how='scratch'."
+            problem(
+                f"{name or type(norm).__name__} has no running statistics, so there is nothing to fold",
+                allowed="batch norms with track_running_stats=True",
+                fix="train it with running statistics, or convert with how='scratch'",
+            )
         )
-    factor = torch.rsqrt(variance.double() + float(norm.eps))  # type: ignore[arg-type]
+    factor = torch.rsqrt(variance.to(dtype) + float(norm.eps))  # type: ignore[arg-type]
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if isinstance(weight, Tensor):
-        factor = factor * weight.detach().double()
-    shift = -mean.double() * factor
-    return factor, shift if not isinstance(bias, Tensor) else shift + bias.detach().double()
+        factor = factor * weight.detach().to(dtype)
+    shift = -mean.to(dtype) * factor
+    return factor, shift if not isinstance(bias, Tensor) else shift + bias.detach().to(dtype)
 
 
 # --- which layer stands before which norm ------------------------------------------------------------

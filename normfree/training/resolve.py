@@ -9,12 +9,8 @@ from normfree.data.source import Split
 from normfree.data.sources.open import open_source
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
-from normfree.pretrained import (
-    TRAINING_FIELDS,
-    Description,
-    Preprocessing,
-    describe,
-)
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TRAINING_FIELDS, Description, describe
 from normfree.training.config import Config
 from normfree.training.console import RunLog
 from normfree.weights.hub import PREFIX, repository_of

@@ -12,12 +12,8 @@ from safetensors.torch import load_file, save_file
 from normfree import pretrained
 from normfree.cli import main
 from normfree.models.zoo import create_model
-from normfree.pretrained import (
-    Preprocessing,
-    TrainedModel,
-    from_pretrained,
-    save_pretrained,
-)
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 from normfree.weights import hub
 from normfree.weights.haiku import read_haiku, write_haiku
 from normfree.weights.names import haiku_from_state_dict, timm_from_state_dict

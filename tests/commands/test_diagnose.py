@@ -8,7 +8,8 @@ from PIL import Image
 
 from normfree.cli import main
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, save_pretrained
 
 SOURCE = "synthetic:classes=3,size=16,train=6,val=6"
 CLASSES = ("disk", "ring", "square")

@@ -13,7 +13,8 @@ import pytest
 
 from normfree import cli
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel, save_pretrained
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, save_pretrained
 from normfree.serve import server
 
 

@@ -22,12 +22,8 @@ from normfree.deploy import fold as folding
 from normfree.deploy.export import compare, export, graph_facts
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
-from normfree.pretrained import (
-    Preprocessing,
-    TrainedModel,
-    from_pretrained,
-    save_pretrained,
-)
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 
 NAMES = ("one", "two", "three", "four", "five", "six", "snö")
 SMALL = {"widths": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "group_width": 8}

@@ -16,12 +16,8 @@ from normfree.deploy.quantize import images_per_second, quantize
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
 from normfree.optim.agc import adaptive_clip_grad_
-from normfree.pretrained import (
-    Preprocessing,
-    TrainedModel,
-    from_pretrained,
-    save_pretrained,
-)
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 
 DATA = "synthetic:classes=3,size=24,train=256,val=96"
 

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel
 from normfree.serve.app import create_app
 from normfree.serve.server import listen, make_server
 from normfree.serve.upload import Limits

@@ -16,7 +16,8 @@ from PIL import Image
 
 from normfree.inference import predict
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel
 from normfree.serve.upload import Limits
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from normfree.models.zoo import create_model
-from normfree.pretrained import Preprocessing, TrainedModel
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import TrainedModel
 from normfree.serve.batching import Batcher, Unavailable, probabilities
 
 

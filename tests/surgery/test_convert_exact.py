@@ -229,8 +229,8 @@ class Late(nn.Conv2d):
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
             "exact",
-            "1 has no running statistics (track_running_stats=False), so there is nothing to fold. Train it with "
-            "running statistics, or convert with how='scratch'.",
+            "1 has no running statistics, so there is nothing to fold. Allowed: batch norms with "
+            "track_running_stats=True. Fix: train it with running statistics, or convert with how='scratch'.",
         ),
         (
             Functional(),

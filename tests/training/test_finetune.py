@@ -20,7 +20,8 @@ from normfree.data.loader import Batch
 from normfree.data.transforms.mixing import smooth
 from normfree.inference import Evaluation
 from normfree.models.zoo import create_model
-from normfree.pretrained import Description, Preprocessing, TrainedModel, save_pretrained
+from normfree.preprocessing import Preprocessing
+from normfree.pretrained import Description, TrainedModel, save_pretrained
 from normfree.training import checkpoint, loop, run_folder
 from normfree.training.class_weights import class_weights, score, weigh
 from normfree.training.config import Config

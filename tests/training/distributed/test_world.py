@@ -44,7 +44,7 @@ from normfree.data.loader import train_batches
 from normfree.data.source import ArraySource
 from normfree.data.sources.open import open_source
 from normfree.inference import evaluate
-from normfree.pretrained import Preprocessing
+from normfree.preprocessing import Preprocessing
 from normfree.training import loop, run_folder
 from normfree.training.resolve import open_data, resolve
 from normfree.training.config_io import load_config, with_overrides
