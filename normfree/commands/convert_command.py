@@ -119,7 +119,8 @@ def _from_file(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
     from normfree.models.net import Net
     from normfree.models.recognize import ends
     from normfree.models.zoo import create_model
-    from normfree.pretrained import TrainedModel, assumed_preprocessing
+    from normfree.preprocessing import assumed_preprocessing
+    from normfree.pretrained import TrainedModel
     from normfree.weights.load import load_state_dict_
     from normfree.weights.names import naming_of, to_our_names
 
