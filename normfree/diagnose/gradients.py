@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from normfree.optim.units import unitwise_norm
+from normfree.optim.agc import unitwise_norm
 
 Groups: TypeAlias = nn.Module | Iterable[Mapping[str, Any]]
 

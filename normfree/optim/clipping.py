@@ -8,22 +8,15 @@ import torch
 from torch import Tensor
 
 from normfree.optim.agc import adaptive_clip_grad_
-from normfree.optim.dtensor import (
-    counts_here,
-    is_sharded,
-    local,
-    shard_group,
-)
+from normfree.optim.dtensor import is_sharded, local, norms_for
 from normfree.optim.named_gradients import (
     Clippable,
     ClipReport,
     NamedGradient,
     check_limit,
-    checked_total,
     named_gradients,
-    total_over_devices,
+    raise_if_nonfinite,
 )
-from normfree.optim.units import tensor_norms
 
 MODES = ("agc", "norm", "value", "off")
 
@@ -61,9 +54,12 @@ def clip_grad_(
             "Pass mode='off'."
         )
     entries = named_gradients(model_or_parameters, clipping)
-    group = shard_group(e.grad for e in entries)
-    norms = tensor_norms([e.grad for e in entries], group)
-    grad_norm = checked_total([], norms, entries, error_if_nonfinite, group)
+    norms = norms_for(e.grad for e in entries)
+    grad_norm = torch.zeros(())
+    if entries:
+        grad_norm = norms.global_norm([], norms.tensor_norms([e.grad for e in entries]), entries[0].grad)
+    if error_if_nonfinite:
+        raise_if_nonfinite(grad_norm, entries, norms)
     parameters = [_plain(e) for e in entries]
     fraction, units = torch.zeros_like(grad_norm, dtype=torch.float32), 0
     if mode == "norm" and entries:
@@ -71,12 +67,8 @@ def clip_grad_(
         torch.nn.utils.clip_grads_with_norm_(parameters, clipping, grad_norm)
     elif mode == "value" and entries:
         units = sum(e.grad.numel() for e in entries)
-        above = [
-            torch.count_nonzero(local(e.grad).abs() > clipping).to(grad_norm.device)
-            for e in entries
-            if group is None or counts_here(e.grad, group)
-        ]
-        fraction = (total_over_devices(above, group) / units).to(torch.float32)
+        above = [norms.count_above(e.grad, clipping).to(grad_norm.device) for e in entries]
+        fraction = (norms.total(above) / units).to(torch.float32)
         torch.nn.utils.clip_grad_value_(parameters, clipping)
     return ClipReport(fraction, units, grad_norm)
 

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from normfree.native.dispatch import same_layout
 from normfree.native.library import library, run
-from normfree.native.table import owner_of
+from normfree.native.table import COLUMNS, owner_of
 from normfree.optim.dtensor import is_sharded
 from normfree.optim.ema import Ema, ema_decay
 from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError
 from normfree.optim.sgd import SGD
-from normfree.optim.units import COLUMNS
 
 #: Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
 BLOCK, WARPS = 2048, 8

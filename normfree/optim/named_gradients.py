@@ -9,10 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from normfree.optim.dtensor import (
-    sum_over,
-)
-from normfree.optim.units import tensor_norms
+from normfree.optim.units import UnitNorms
 from normfree.suggest import some_names
 
 Clippable: TypeAlias = (
@@ -106,34 +103,14 @@ def check_limit(what: str, value: float) -> None:
         raise ValueError(f"{what} is {value}. It must be 0 or more. The published value is {published}.")
 
 
-def checked_total(
-    here: list[Tensor],
-    whole: list[Tensor],
-    entries: list[NamedGradient],
-    error_if_nonfinite: bool,
-    group: Any,
-) -> Tensor:
-    """Global norm from norms of which each process has its own (`here`) and norms that all know (`whole`).
+def raise_if_nonfinite(grad_norm: Tensor, entries: list[NamedGradient], norms: UnitNorms) -> None:
+    """Raise NonFiniteGradientError if the global norm is not finite because of a gradient; this waits for the device.
 
-    Looks for the culprits only when it is not finite.
+    A norm that overflows although every gradient is finite raises nothing.
     """
-    if not entries:
-        return torch.zeros(())
-    norms = [sum_over(n.double().square().sum(), group).sqrt() for n in here] if group is not None else here
-    device = entries[0].grad.device
-    flat = [n.reshape(-1).to(device) for n in norms + whole]
-    total = torch.linalg.vector_norm(torch.cat(flat))
-    if group is not None:
-        total = total.to(torch.promote_types(entries[0].grad.dtype, torch.float32))
-    if error_if_nonfinite and not torch.isfinite(total):
-        each = tensor_norms([e.grad for e in entries], group)
-        names = [e.name for e, norm in zip(entries, each, strict=True) if not torch.isfinite(norm)]
-        if names:
-            raise NonFiniteGradientError(names, len(entries))
-    return total
-
-
-def total_over_devices(counts: list[Tensor], group: Any) -> Tensor:
-    """The sum of counts, over all processes if there are several."""
-    total = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long)
-    return total if group is None else sum_over(total, group)
+    if torch.isfinite(grad_norm):
+        return
+    each = norms.tensor_norms([e.grad for e in entries])
+    names = [e.name for e, norm in zip(entries, each, strict=True) if not torch.isfinite(norm)]
+    if names:
+        raise NonFiniteGradientError(names, len(entries))

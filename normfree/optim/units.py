@@ -1,119 +1,171 @@
-"""The units of AGC of many tensors at once, on a CPU: their norms, and a factor for each.
+"""The units of adaptive gradient clipping: their norms, and a factor for each.
 
-By the compiled kernels of `normfree.native`; `normfree.optim.agc` has the plain way.
+A unit is what feeds one output: an index of dimension 0 of a weight, or a whole gain or bias vector.
+`normfree.optim.dtensor` has the same for parameters that FSDP2 shards over processes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.native.dispatch import is_plain_cpu_tensor
 from normfree.native.library import library, run
-from normfree.native.table import owner_of
-from normfree.optim.dtensor import (
-    is_sharded,
-    local,
-    shard_group,
-    spread,
-    sum_norms,
-)
+from normfree.native.table import TableEntry, pointer_table
+from normfree.suggest import unknown
 
-#: Numbers per tensor in the table that `normfree.optim.fused_triton` describes.
-COLUMNS = 8
+# What a unit is: "filter" as described above ([B] section 4.1), or the whole tensor (DreamerV3, arXiv 2301.04104).
+UNITS = ("filter", "tensor")
+
+
+class UnitNorms:
+    """Norms of units and tensors, their sums and counts, for tensors that are whole in this process.
+
+    Args:
+        unit: "filter" or "tensor", see `UNITS`.
+
+    Raises:
+        ValueError: `unit` is neither.
+    """
+
+    def __init__(self, unit: str = "filter") -> None:
+        if unit not in UNITS:
+            raise ValueError(unknown("unit", unit, UNITS))
+        self.unit = unit
+
+    def is_one_unit(self, tensor: Tensor) -> bool:
+        """Return True if the tensor is one unit: always with unit "tensor", else if at most one dimension is not 1."""
+        return self.unit == "tensor" or tensor.numel() == max(tensor.shape, default=1)
+
+    def count(self, tensors: Sequence[Tensor]) -> int:
+        """Return the number of units of all tensors, over all processes."""
+        return sum(1 if self.is_one_unit(t) else t.shape[0] for t in tensors)
+
+    def units(self, tensors: Sequence[Tensor]) -> Units:
+        """Return the units of tensors on one device, one after the other."""
+        single = [self.is_one_unit(t) for t in tensors]
+        return NativeUnits(tensors, single) if NativeUnits.supports(tensors) else Units(tensors, single)
+
+    def unitwise(self, tensor: Tensor) -> Tensor:
+        """Return the unit norms of one tensor in a shape that broadcasts against it."""
+        single = [self.is_one_unit(tensor)]
+        norms = Units([tensor], single).norms()
+        return norms.reshape(scale_shape(norms, tensor))
+
+    def tensor_norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the 0-dim norm of each whole tensor."""
+        return tensor_norms(tensors)
+
+    def global_norm(self, unit_norms: list[Tensor], whole: list[Tensor], like: Tensor) -> Tensor:
+        """Return the global norm, on the device of `like`, from unit norms of some tensors and norms of the others."""
+        flat = [n.reshape(-1).to(like.device) for n in [*unit_norms, *whole]]
+        return torch.linalg.vector_norm(torch.cat(flat))
+
+    def count_above(self, tensor: Tensor, bound: float) -> Tensor:
+        """Return the number of elements of `tensor` whose absolute value exceeds `bound`, 0-dim, for `total`."""
+        return torch.count_nonzero(tensor.abs() > bound)
+
+    def total(self, counts: list[Tensor]) -> Tensor:
+        """Return the sum of 0-dim counts."""
+        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.long)
 
 
 class Units:
-    """The units of some tensors, one after the other.
+    """The units of some tensors of one device in one vector, computed by PyTorch.
 
-    tensors: such that `takes` says yes.
-    sizes: the number of units of each.
+    Args:
+        tensors: their units follow one another in the results.
+        single: for each tensor, whether it is one unit.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        rows, first, self._elements = [], 0, 0
-        for tensor, size in zip(tensors, sizes, strict=True):
-            rows.append([0, tensor.data_ptr(), 0, 0, tensor.numel() // size, first, 0, 0])
-            first += size
-            self._elements += tensor.numel()
-        self._tensors = tensors  # whose addresses the table has
-        self._table, self._owner = torch.tensor(rows, dtype=torch.int64), owner_of(sizes)
+    def __init__(self, tensors: Sequence[Tensor], single: Sequence[bool]) -> None:
+        self.tensors, self.single = list(tensors), list(single)
+        self.sizes = [1 if one else len(t) for t, one in zip(self.tensors, self.single, strict=True)]
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """Return the L2 norm of every unit, in float32 for half precision, else in the dtype of its tensor."""
+        whole = iter(self.single_norms())
+        return torch.cat(
+            [
+                next(whole).reshape(1)
+                if one
+                else torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim)), dtype=norm_dtype(t))
+                for t, one in zip(self.tensors, self.single, strict=True)
+            ]
+        )
+
+    def single_norms(self) -> list[Tensor]:
+        """Return the norms of the tensors that are one unit."""
+        return tensor_norms([t for t, one in zip(self.tensors, self.single, strict=True) if one])
+
+    @torch.no_grad()
+    def scale_(self, factors: Tensor, changed: Tensor) -> None:
+        """Multiply each unit by its factor, which is 1 where `changed` is False."""
+        pairs = list(zip(self.tensors, factors.split(self.sizes), strict=True))
+        if factors.device.type == "cpu":
+            # Reading a number is free here, and a tensor without a changed unit need not pass through memory.
+            before = F.pad(changed.cumsum(0), (1, 0))[F.pad(torch.tensor(self.sizes).cumsum(0), (1, 0))]
+            pairs = [pair for pair, hits in zip(pairs, before.diff().tolist(), strict=True) if hits]
+        if pairs:
+            torch._foreach_mul_([t for t, _ in pairs], [f.view(scale_shape(f, t)) for t, f in pairs])
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Return `values`, one for each unit, with 0 for units that another process counts."""
+        return values
+
+
+class NativeUnits(Units):
+    """The same for float32 tensors on a CPU, computed by the compiled kernels."""
+
+    def __init__(self, tensors: Sequence[Tensor], single: Sequence[bool]) -> None:
+        super().__init__(tensors, single)
+        sizes = zip(self.tensors, self.sizes, strict=True)
+        entries = [TableEntry((0, t.data_ptr(), 0, 0), size, t.numel() // size) for t, size in sizes]
+        self._table = pointer_table(entries)
+        self._elements = sum(t.numel() for t in self.tensors)
 
     @staticmethod
-    def takes(tensors: Sequence[Tensor]) -> bool:
-        """Return True if the kernels exist and can process all of these: in plain CPU tensors each unit is one run of
-        memory, and the units follow one another."""
+    def supports(tensors: Sequence[Tensor]) -> bool:
+        """Return True if the kernels exist and can process all tensors, which must be plain float32 CPU tensors.
+
+        In those, each unit is one contiguous range of memory, and the units follow one another.
+        """
         return bool(tensors) and all(map(is_plain_cpu_tensor, tensors)) and library() is not None
 
     def norms(self) -> Tensor:
-        """L2 norm of every unit, float32."""
-        squares = torch.empty(len(self._owner))
+        squares = torch.empty(self._table.units)
         self._run("unit_squares", squares)
         return squares.sqrt_()
 
-    def scale_(self, factors: Tensor) -> None:
-        """Multiplies each unit by its factor (float32), and does not touch those whose factor is 1."""
-        self._run("scale_units", factors.contiguous())
+    def scale_(self, factors: Tensor, changed: Tensor) -> None:
+        self._run("scale_units", factors.contiguous())  # leaves units whose factor is 1 untouched
 
     def _run(self, name: str, values: Tensor) -> None:
-        run(name, self._table, self._owner, values, count=len(self._owner), elements=self._elements)
-
-
-def unitwise_norm(tensor: Tensor) -> Tensor:
-    """L2 norm of every unit of `tensor`, of the same rank so that it broadcasts against it.
-
-    If at most one dimension differs from 1 (scalars, vectors, (1, n), (n, 1), (1, 1, 1, n)) the tensor is one
-    unit and all dimensions of the result are 1. Otherwise each index of dimension 0 is a unit (an output of a
-    linear layer, a filter of a convolution of any rank, grouped or not) and the result is (n, 1, ..., 1).
-    Computed in float32 for half precision, in the tensor's own dtype otherwise.
-    Source: reference code, whose kernels are HWIO and IO with the unit last. Its rank-3 rule (one unit for
-    each pair of trailing indices) is met by no layer of the published networks and has no counterpart here.
-    """
-    single = is_one_unit(tensor)
-    norms = unit_norms([tensor], shard_group([tensor]), [single])[0]
-    shaped = norms.reshape(scale_shape(norms, tensor))
-    return spread(shaped, tensor, rows=not single) if is_sharded(tensor) else shaped
-
-
-def is_one_unit(tensor: Tensor) -> bool:
-    return tensor.numel() == max(tensor.shape, default=1)  # at most one dimension is not 1
-
-
-def scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
-    """Shape in which `values`, one for each unit, broadcast against `tensor`, keeping every dimension."""
-    return (len(values), *(1,) * (tensor.ndim - 1)) if tensor.ndim else ()
+        table = self._table
+        run(name, table.table, table.owner, values, count=table.units, elements=self._elements)
 
 
 @torch.no_grad()
-def unit_norms(tensors: list[Tensor], group: Any, single: list[bool]) -> list[Tensor]:
-    """One vector of unit norms per tensor: a reduction for each matrix, one call for all that are a `single` unit."""
-    whole = iter(tensor_norms([t for t, one in zip(tensors, single, strict=True) if one], group))
-    return [
-        next(whole).reshape(1)
-        if one
-        else torch.linalg.vector_norm(local(t), dim=tuple(range(1, t.ndim)), dtype=norm_dtype(t))
-        for t, one in zip(tensors, single, strict=True)
-    ]
-
-
-@torch.no_grad()
-def tensor_norms(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """0-dim norm of each whole tensor, by one multi-tensor call for each device and dtype."""
-    whole, tensors = tensors, [local(t) for t in tensors]
-    norms: list[Tensor | None] = [None] * len(tensors)
+def tensor_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the 0-dim norm of each tensor, by one multi-tensor call for each device and dtype."""
+    norms: dict[int, Tensor] = {}
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
         alike[tensor.device, tensor.dtype].append(index)
     for indices in alike.values():
         members = [tensors[i] for i in indices]
-        for i, norm in zip(indices, torch._foreach_norm(members, 2, norm_dtype(members[0])), strict=True):
-            norms[i] = norm
-    found = [norm for norm in norms if norm is not None]
-    return found if group is None else sum_norms(found, whole, group)
+        norms |= zip(indices, torch._foreach_norm(members, 2, norm_dtype(members[0])), strict=True)
+    return [norms[index] for index in range(len(tensors))]
+
+
+def scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape in which `values`, one for each unit, broadcast against `tensor`, keeping every dimension."""
+    return (len(values), *(1,) * (tensor.ndim - 1)) if tensor.ndim else ()
 
 
 def norm_dtype(tensor: Tensor) -> torch.dtype:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfree.optim.agc import adaptive_clip_grad_
+from normfree.optim.agc import adaptive_clip_grad_, unitwise_norm
 from normfree.optim.groups import parameter_groups
 from normfree.optim.named_gradients import NonFiniteGradientError
-from normfree.optim.units import unitwise_norm
 
 SHAPES = [
     (),

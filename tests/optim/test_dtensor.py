@@ -24,7 +24,7 @@ from normfree.models.zoo import create_model
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.named_gradients import NonFiniteGradientError
-from normfree.optim.units import unitwise_norm
+from normfree.optim.agc import unitwise_norm
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfree.optim.agc import adaptive_clip_grad_
+from normfree.optim.agc import adaptive_clip_grad_, unitwise_norm
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema, ema_decay
 from normfree.optim.groups import parameter_groups
 from normfree.optim.schedule import warmup_cosine
 from normfree.optim.sgd import SGD
-from normfree.optim.units import unitwise_norm
 
 TRACE = np.load(Path(__file__).parents[1] / "reference" / "agc_trace.npz")
 CASES = sorted({key.split("|")[1] for key in TRACE.files if key.startswith("unit|")})

@@ -11,8 +11,8 @@ import torch
 from normfree.data.loader import Batch
 from normfree.models.variants import VARIANTS
 from normfree.optim import fused
+from normfree.optim.agc import unitwise_norm
 from normfree.optim.named_gradients import ClipReport
-from normfree.optim.units import unitwise_norm
 from normfree.training import update
 from normfree.training.config import AugmentConfig, Config, InputConfig, NetConfig, OptimConfig
 from normfree.training.resolve import resolve
