@@ -1,30 +1,30 @@
-"""normfree.device."""
+"""Choosing the device of a computation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    pass
+from normfree.suggest import problem
 
 
-def run_device(word: str) -> torch.device:
-    """ "auto" is the first GPU if there is one, else the CPU; other words are torch's.
+def run_device(name: str) -> torch.device:
+    """Return the device called `name`, for example "cpu" or "cuda:1".
+
+    "auto" is the first GPU (CUDA, then MPS) if there is one, else the CPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: PyTorch does not know the device or cannot use it on this machine.
     """
-    if word == "auto":
+    if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(word)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"device {word!r} cannot be used here: {str(error).splitlines()[0]} Use 'auto'."
+            problem(f"device {name!r} cannot be used here: {reason}", fix="use 'auto'")
         ) from None
     return device

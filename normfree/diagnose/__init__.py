@@ -1,1 +1,1 @@
-"""Numbers about a network or a run, as tables and pictures."""
+"""Statistics of a network or of a run, as numbers, tables and figures."""

@@ -1,12 +1,13 @@
-"""Does one example's output depend on its neighbours in the batch? Proved or refuted, and the guilty modules named.
+"""Test whether the output for one example depends on the other examples of the batch, and find the modules responsible.
 
-The leak that [A] and [B] hold against batch statistics: with them, the network is no function of one image. Here an
-example is kept, all others are replaced, and everything about the kept one must stay the same, bit by bit; and the
-gradient of its output with respect to the others' pixels must be exactly 0.
+With batch statistics, a network is not a function of a single image ([A] section 1, [B] section 1). The test keeps one
+example, replaces all others and compares: outputs and gradients of the kept example must not change, and the gradient
+of its output with respect to the pixels of the others must be exactly 0.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,19 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-#: Largest relative difference that counts as rounding. Kernels compute each example by itself and in the same order, so
-#: that on a CPU differences are 0; atomic sums on a GPU may change the last bits of a float32 (6e-8).
+from normfree.suggest import problem
+
+# Largest relative difference that counts as rounding. On a CPU, kernels compute each example separately and in the same
+# order, so the differences are 0; atomic sums on a GPU may change the last bits of a float32 (6e-8).
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Dependence:
-    """What replacing the neighbours did to an example, the larger of the first and the last of the batch.
+    """Effect on an example of replacing all other examples; the maximum over the first and the last of the batch.
 
-    output: largest change of its outputs, relative to the largest output.
-    gradient: change of the gradient of its outputs with respect to the parameters, relative, L2.
-    leak: largest gradient of its outputs with respect to the neighbours' pixels, relative to that of its own.
-    guilty: modules that got the same for this example and gave something else; "" is the network's own forward.
+    Attributes:
+        output: largest change of the example's outputs, relative to its largest output.
+        gradient: relative change (L2 norm) of the gradient of its outputs with respect to the parameters.
+        leak: largest gradient of its outputs with respect to pixels of other examples, relative to that with respect
+            to its own pixels.
+        guilty: names of the modules whose inputs for this example were equal and whose outputs were not. "" is the
+            network's own `forward`.
     """
 
     output: float
@@ -39,35 +45,60 @@ class Dependence:
 
     @property
     def depends(self) -> bool:
-        """Whether any of the three is more than rounding, or not a number."""
+        """True if any of the three numbers is above rounding error or NaN."""
         return not all(x <= ROUNDING for x in (self.output, self.gradient, self.leak))
 
 
 @dataclass(frozen=True)
 class DependenceReport:
-    """The same network in training and in evaluation mode."""
+    """Dependence of one network in training mode and in evaluation mode."""
 
     train: Dependence
     eval: Dependence
 
     @property
     def depends(self) -> bool:
-        """In either mode."""
+        """True if the network depends on the batch in either mode."""
         return self.train.depends or self.eval.depends
 
 
 def batch_dependence(model: nn.Module, images: Tensor) -> DependenceReport:
-    """Whether outputs and gradients of one example depend on the others of the batch, in both modes.
+    """Test whether outputs and gradients of one example depend on the other examples of the batch, in both modes.
 
-    Random parts (dropout, stochastic depth) draw the same numbers each time. Modes, buffers (running statistics),
-    gradients and the state of the generators are left as they were. `images`: B C H W, at least two.
+    Random operations (dropout, stochastic depth) draw the same numbers in each pass. Modes, buffers such as running
+    statistics, gradients and the state of random generators are left unchanged.
+
+    Args:
+        model: any module that takes images.
+        images: B C H W, at least two.
+
+    Returns:
+        The measured dependence in training and in evaluation mode, with the names of the modules that cause it.
 
     Raises:
-        ValueError: fewer than two images, or no output with one row for each.
+        ValueError: there are fewer than two images, or no output has one row per image.
+
+    Example:
+        >>> import torch
+        >>> import normfree
+        >>> images = torch.randn(3, 3, 8, 8)
+        >>> with_norm = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+        >>> report = normfree.batch_dependence(with_norm, images)
+        >>> report.train.depends, report.eval.depends, report.train.guilty
+        (True, False, ('1',))
+        >>> normfree.batch_dependence(with_norm[:1], images).depends
+        False
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    # torch.compile wraps the module.
+    model = getattr(model, "_orig_mod", model)
     if len(images) < 2:
-        raise ValueError(f"batch_dependence: {len(images)} image. One has no neighbours; give two or more.")
+        raise ValueError(
+            problem(
+                f"images has {len(images)} image(s)",
+                allowed="2 or more",
+                fix="pass a batch of at least two images",
+            )
+        )
     modes = {m: m.training for m in model.modules()}
     try:
         return DependenceReport(_in_mode(model, images, train=True), _in_mode(model, images, train=False))
@@ -79,8 +110,9 @@ def batch_dependence(model: nn.Module, images: Tensor) -> DependenceReport:
 def _in_mode(model: nn.Module, images: Tensor, *, train: bool) -> Dependence:
     model.train(train)
     worst, guilty = Dependence(0.0, 0.0, 0.0), set[str]()
-    for example in (0, len(images) - 1):  # a module that looks back only, say, spares the first
-        # of another mean, variance and sign: a mere exchange would keep their statistics
+    # Both ends, because a module may use, for example, only the previous examples.
+    for example in (0, len(images) - 1):
+        # Other images with a different mean, variance and sign: a permutation would keep the batch statistics.
         others = 0.5 - 2.0 * images
         others[example] = images[example]
         found = _compare(model, images, others, example)
@@ -96,7 +128,7 @@ def _in_mode(model: nn.Module, images: Tensor, *, train: bool) -> Dependence:
 
 
 def _larger(a: float, b: float) -> float:
-    """The larger; NaN if either is, which `max` may hide."""
+    """Return the larger number, or NaN if either is NaN, which `max` may hide."""
     return float("nan") if a != a or b != b else max(a, b)
 
 
@@ -120,16 +152,19 @@ def _relative(difference: Tensor, scale: Tensor) -> float:
 
 
 def _outputs(model: nn.Module, images: Tensor, example: int) -> tuple[Tensor, list[Tensor], Tensor]:
-    """An example's outputs as a vector, their gradients with respect to the parameters, and to all pixels."""
+    """Return an example's outputs as a vector, and their gradients with respect to the parameters and to all pixels."""
     images = images.detach().clone().requires_grad_()
     with _repeatable(model), torch.enable_grad():
         rows = [t for t in tree_leaves(model(images)) if _has_row(t, len(images))]
         if not rows:
             raise ValueError(
-                f"{type(model).__name__} gave no tensor with one row for each of the {len(images)} images."
+                problem(
+                    f"{type(model).__name__} returned no tensor whose first dimension is the batch of {len(images)}",
+                    allowed="at least one floating-point output B ...",
+                )
             )
         outputs = torch.cat([t[example].flatten() for t in rows])
-        # fixed weights of both signs, so that no symmetry (a softmax sums to 1) hides a dependence
+        # Fixed weights of both signs, so that no symmetry hides a dependence (a softmax always sums to 1).
         weights = torch.cos(torch.arange(len(outputs), device=outputs.device, dtype=outputs.dtype))
         parameters = [p for p in model.parameters() if p.requires_grad]
         found = torch.autograd.grad((outputs * weights).sum(), [images, *parameters], allow_unused=True)
@@ -139,12 +174,13 @@ def _outputs(model: nn.Module, images: Tensor, example: int) -> tuple[Tensor, li
 
 @contextmanager
 def _repeatable(model: nn.Module) -> Iterator[None]:
-    """The same random numbers each time; buffers and generators are put back."""
+    """Seed the random generators, and restore them and the buffers of `model` on exit."""
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)  # devices that are not forked as well
+            # This also seeds devices that are not forked.
+            torch.manual_seed(0)
             yield
     finally:
         with torch.no_grad():
@@ -165,9 +201,10 @@ def _has_row(value: object, images: int) -> bool:
 
 
 class _Tape:
-    """What modules were given and gave for one example: recorded in one pass, compared in the next.
+    """Inputs and outputs of all modules for one example, recorded in one pass and compared in the next.
 
-    A difference is put down to the module it arose in, and then undone, so that all after it are judged on their own.
+    A difference is attributed to the module in which it appears and then undone, so that each later module is tested
+    independently.
     """
 
     def __init__(self, images: int, example: int) -> None:
@@ -191,10 +228,10 @@ class _Tape:
         return output
 
     def _check(self, values: Any, where: str, *, blame: str) -> Any:
-        place = iter(range(1 << 30))
+        position = itertools.count()
 
         def check(value: Any) -> Any:
-            key = (*self.running[-1], where, next(place))
+            key = (*self.running[-1], where, next(position))
             if not _has_row(value, self.images):
                 return value
             row = value[self.example]
@@ -215,11 +252,12 @@ class _Tape:
 def _same(a: Tensor, b: Tensor) -> bool:
     if torch.equal(a, b):
         return True
-    return float((a - b).abs().max()) <= ROUNDING * float(a.abs().max())  # False for NaN
+    # False for NaN.
+    return float((a - b).abs().max()) <= ROUNDING * float(a.abs().max())
 
 
 def _guilty(model: nn.Module, images: Tensor, others: Tensor, example: int) -> set[str]:
-    """Modules that got the same for the example and gave something else."""
+    """Return the modules whose inputs for the example are equal in both batches and whose outputs are not."""
     tape = _Tape(len(images), example)
     with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():

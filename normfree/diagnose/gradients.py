@@ -1,7 +1,7 @@
-"""Gradients against weights, unit by unit: what adaptive gradient clipping sees, would clip, and should be set to.
+"""Ratios of gradient norm to weight norm per unit: which units AGC would clip, and which clipping value to use.
 
-The ratio of a unit is |g| / max(|w|, eps), the number that AGC compares with λ ([B] section 4.1). Read after
-`loss.backward()` and before clipping; nothing is changed.
+The ratio of a unit is |g| / max(|w|, eps), which AGC compares with its clipping value λ ([B] section 4.1). Compute it
+after `loss.backward()` and before clipping. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from normfree.optim.agc import unitwise_norm
+from normfree.suggest import problem
 
 Groups: TypeAlias = nn.Module | Iterable[Mapping[str, Any]]
 
-#: λ of the ablation of [B] section 4.1.
+# Values of λ compared in the ablation of [B] section 4.1.
 CLIPPINGS = (0.01, 0.02, 0.04, 0.08, 0.16)
-#: Of `ratio_quantiles`.
+# Quantiles computed by `ratio_quantiles`.
 QUANTILES = (0.1, 0.5, 0.9)
-#: The share of units that a recommended λ clips: a rule of thumb, tested in experiments/results/clipping.md.
+# Fraction of the units that the recommended λ clips. A rule of thumb, tested in experiments/results/clipping.md.
 SHARE = 0.1
-#: A unit explodes if its gradient is larger than its weights: a step of rate 1 would replace them.
+# A unit counts as exploding above this ratio: a gradient larger than the weights would replace them in a step with
+# learning rate 1.
 EXPLODING = 1.0
 
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """One parameter. `stage`: the part of the network that it belongs to, by its name; `exempt`: AGC leaves it alone.
+    """Ratios of one parameter.
 
-    ratios: |g| / max(|w|, eps) of every unit, float32, on the CPU.
-    dead: units whose gradient is exactly 0: nothing that they do reached the loss.
-    tiny: units whose weights are below eps, so that the floor is what AGC compares with.
-    exploding: units above eps whose gradient is larger than their weights, or not finite.
+    Attributes:
+        name: name of the parameter.
+        stage: part of the network that the parameter belongs to, see `stage_of`.
+        exempt: True if AGC does not clip the parameter.
+        ratios: |g| / max(|w|, eps) of every unit, float32, on the CPU.
+        dead: number of units whose gradient is exactly 0, so they have no effect on the loss.
+        tiny: number of units whose weight norm is below eps, so AGC uses eps instead.
+        exploding: number of units with a weight norm above eps whose gradient norm is larger than their weight norm
+            or not finite.
     """
 
     name: str
@@ -48,21 +55,27 @@ class LayerGradient:
 
     @property
     def units(self) -> int:
-        """How many units the parameter has."""
+        """Number of units of the parameter."""
         return self.ratios.numel()
 
     def quantile(self, q: float) -> float:
-        """The ratio below which a share `q` of the units lies."""
+        """Return the ratio below which a fraction `q` of the units is."""
         return _quantile(self.ratios, q)
 
     def clipped(self, clipping: float) -> float:
-        """The share of the units that AGC would clip; 0 if exempt."""
+        """Return the fraction of the units that AGC would clip with this value; 0 if exempt."""
         return 0.0 if self.exempt else float((self.ratios > clipping).float().mean())
 
 
 @dataclass(frozen=True)
 class GradientReport:
-    """All parameters that have a gradient, in order. `missing`: trainable ones that have none."""
+    """Ratios of all parameters that have a gradient.
+
+    Attributes:
+        layers: the parameters, in the order of the network.
+        missing: names of trainable parameters without a gradient.
+        eps: lower bound of the weight norm.
+    """
 
     layers: tuple[LayerGradient, ...]
     missing: tuple[str, ...]
@@ -70,27 +83,28 @@ class GradientReport:
 
     @property
     def stages(self) -> dict[str, tuple[LayerGradient, ...]]:
-        """The parameters by part of the network, in order."""
+        """The parameters, grouped by part of the network."""
         parts: dict[str, list[LayerGradient]] = {}
         for layer in self.layers:
             parts.setdefault(layer.stage, []).append(layer)
         return {name: tuple(layers) for name, layers in parts.items()}
 
     def ratios(self) -> Tensor:
-        """The ratios of all units that AGC acts on."""
+        """Return the ratios of all units that AGC may clip, as a vector."""
         return _joined(layer.ratios for layer in self.layers if not layer.exempt)
 
     def clipped(self, clipping: float) -> float:
-        """The share of these units that AGC would clip."""
+        """Return the fraction of these units that AGC would clip with this value."""
         ratios = self.ratios()
         return float((ratios > clipping).float().mean()) if ratios.numel() else 0.0
 
     @property
     def recommended(self) -> float:
-        """λ that clips a share `SHARE` of the units that have a gradient; NaN when none has.
+        """The λ that clips a fraction `SHARE` of the units with a nonzero gradient; NaN if there are none.
 
-        It holds for this batch size: the gradient of a small batch is mostly noise, which shrinks with the root of the
-        size. And for this moment: at initialization gradients are small; `recommended_clipping` looks at a run.
+        It depends on the batch size, because the gradient of a small batch is mostly noise, which decreases with the
+        square root of the size. It also depends on the time in training: gradients are small at initialization. Use
+        `recommended_clipping` for the value over a whole run.
         """
         return _quantile(_alive(self.ratios()), 1.0 - SHARE)
 
@@ -98,15 +112,34 @@ class GradientReport:
 def gradient_report(
     model_or_groups: Groups, *, eps: float = 1e-3, exempt: str = r"^head\.weight$"
 ) -> GradientReport:
-    """Ratios of gradient to weight for every unit of every parameter that has a gradient.
+    """Compute the ratio of gradient norm to weight norm for every unit of every parameter that has a gradient.
 
-    model_or_groups: a module after `backward()`, or parameter groups as `parameter_groups` makes them.
-    eps: the floor of the weight norm, as in `adaptive_clip_grad_`.
-    exempt: regular expression of names that AGC leaves alone, searched when a module is given; groups with
-        `clipping` 0 say it themselves. The default is the classifier of our networks ([B] section 4.1).
+    Args:
+        model_or_groups: a module after `backward()`, or parameter groups of `parameter_groups`.
+        eps: lower bound of the weight norm, as in `adaptive_clip_grad_`.
+        exempt: regular expression that matches the names of parameters that AGC does not clip. Used for modules only;
+            in parameter groups, exempt groups have `clipping` 0. The default is the classifier's weight of our
+            networks ([B] section 4.1).
+
+    Returns:
+        The ratios of each parameter, and statistics over all of them.
 
     Raises:
         ValueError: no parameter has a gradient.
+
+    Example:
+        >>> import torch
+        >>> import normfree
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> layer.weight.data = torch.ones(2, 4)
+        >>> layer.weight.grad = torch.tensor([[0.5] * 4, [0.0] * 4])
+        >>> report = normfree.gradient_report(layer)
+        >>> report.layers[0].ratios
+        tensor([0.5000, 0.0000])
+        >>> report.layers[0].dead, report.clipped(0.01)
+        (1, 0.5)
+
+    Source: [B] section 4.1, equation 3.
     """
     layers, missing = [], []
     for item in _walk(model_or_groups, exempt):
@@ -115,7 +148,7 @@ def gradient_report(
             continue
         weight, grad = _norms(item)
         ratios = grad / weight.clamp(min=eps)
-        wild = ~torch.isfinite(grad) | ((weight > eps) & (ratios > EXPLODING))
+        exploding = ~torch.isfinite(grad) | ((weight > eps) & (ratios > EXPLODING))
         layers.append(
             LayerGradient(
                 item.name,
@@ -124,20 +157,23 @@ def gradient_report(
                 ratios.cpu(),
                 int((grad == 0).sum()),
                 int((weight < eps).sum()),
-                int(wild.sum()),
+                int(exploding.sum()),
             )
         )
     if not layers:
-        raise ValueError("no parameter has a gradient. Call it after loss.backward(), before zero_grad().")
+        raise ValueError(
+            problem("no parameter has a gradient", fix="call it after loss.backward() and before zero_grad()")
+        )
     return GradientReport(tuple(layers), tuple(missing), eps)
 
 
 def ratio_quantiles(groups: Groups, *, eps: float = 1e-3) -> dict[str, list[float]]:
-    """For a training loop: `QUANTILES` of the ratios of the units that AGC acts on, for "all" and stage by stage, as
-    plain numbers of three digits; units without a gradient are left out.
+    """Return `QUANTILES` of the ratios of the units that AGC may clip, for "all" units and for each stage.
 
-    Call it now and then between backward and clipping; it costs about one and a half times what the clipping does
-    (docs/diagnose.md), and waits for the device once. Units that are not finite count as infinite.
+    For use in a training loop, between backward and clipping. One call takes about one and a half times as long as
+    the clipping (docs/diagnose.md) and synchronizes with the device once. Values are rounded to three significant
+    digits. Units with a gradient of 0 are left out; ratios that are not finite count as infinite. Returns an empty
+    dict if there are no units.
     """
     parts: dict[str, list[Tensor]] = {"all": []}
     for item in _walk(groups, r"^head\.weight$"):
@@ -155,22 +191,26 @@ def ratio_quantiles(groups: Groups, *, eps: float = 1e-3) -> dict[str, list[floa
 
 
 def recommended_clipping(samples: Sequence[Mapping[str, Sequence[float]]]) -> float:
-    """λ for a run, from what `ratio_quantiles` gave now and then: the median of the samples' ratio below which 90 % of
-    the units lie, so that typically a share `SHARE` is clipped. The first tenth, where the rate warms up, is left out;
-    NaN without samples.
+    """Return the recommended λ of a run, given the results of `ratio_quantiles` in the order of training.
+
+    It is the median over the samples of the 0.9 quantile, so that a fraction `SHARE` of the units is typically
+    clipped. The first tenth of the samples is left out, because the learning rate warms up. NaN without samples.
     """
     kept = sorted(sample["all"][-1] for sample in samples[len(samples) // 10 :])
     return kept[len(kept) // 2] if kept else float("nan")
 
 
 def joined_quantile(parts: Iterable[Tensor], q: float) -> float:
-    """The ratio below which a share `q` of the units of several parameters lies; 1: the largest."""
+    """Return the ratio below which a fraction `q` of the units of several parameters is; q=1 gives the largest."""
     return _quantile(_joined(parts), q)
 
 
 def stage_of(name: str) -> str:
-    """The part of a network that a parameter belongs to: "stages.2" of "stages.2.0.conv1.weight", "layer1" of
-    "layer1.0.conv1.weight", "head" of "head.weight"."""
+    """Return the part of a network that a parameter belongs to, derived from the name of the parameter.
+
+    >>> stage_of("stages.2.0.conv1.weight"), stage_of("layer1.0.conv1.weight"), stage_of("head.weight")
+    ('stages.2', 'layer1', 'head')
+    """
     first, *rest = name.split(".")
     numbered = len(rest) > 1 and rest[0].isdigit() and not first[-1:].isdigit()
     return f"{first}.{rest[0]}" if numbered else first
@@ -198,14 +238,15 @@ def _walk(source: Groups, exempt: str) -> Iterator[_Item]:
 
 @torch.no_grad()
 def _norms(item: _Item) -> tuple[Tensor, Tensor]:
-    """Norms of weight and gradient of every unit, each a vector."""
+    """Return the norms of weight and gradient of every unit, each of shape (units,)."""
     assert item.parameter.grad is not None
     pair = (unitwise_norm(item.parameter), unitwise_norm(item.parameter.grad))
     return tuple(_whole(t).flatten() for t in pair)  # type: ignore[return-value]
 
 
 def _whole(norms: Tensor) -> Tensor:
-    return norms.full_tensor() if hasattr(norms, "full_tensor") else norms  # of a sharded parameter
+    # Norms of a sharded parameter are a DTensor.
+    return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:
@@ -222,6 +263,9 @@ def _quantile(values: Tensor, q: float) -> float:
 
 
 def _nearest_ranks(values: Tensor, qs: Sequence[float]) -> Tensor:
-    """torch.quantile would interpolate, which infinity spoils, and refuses long vectors."""
+    """Return quantiles without interpolation.
+
+    `torch.quantile` interpolates, which gives NaN next to infinite values, and rejects long vectors.
+    """
     ordered = torch.sort(torch.nan_to_num(values, nan=torch.inf, posinf=torch.inf)).values
     return ordered[[min(len(ordered) - 1, int(q * len(ordered))) for q in qs]]

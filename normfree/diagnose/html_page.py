@@ -1,4 +1,4 @@
-"""One self-contained HTML page: sections of figures, tables and pictures. It loads nothing and runs no script."""
+"""A self-contained HTML page with figures, tables and images. It loads no other files and contains no scripts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE
 
-# Colours of a figure -> variables of the page's style, which are others in the dark; black and white are
-# matplotlib's text and ground, #b0b0b0 is its grid.
+# Colors of a figure -> CSS variables of the page, which have other values in dark mode. Black, white and #b0b0b0 are
+# matplotlib's colors for text, background and grid.
 _THEME = {
     BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", GRAY: "--soft",
     "#000000": "--ink", "#ffffff": "--card", "#b0b0b0": "--line",
@@ -23,7 +23,13 @@ _THEME = {
 
 @dataclass(frozen=True)
 class PageSection:
-    """A heading and what stands below it, as HTML; `note` explains it in a sentence or two of plain text."""
+    """A section of a page.
+
+    Attributes:
+        title: the heading, plain text.
+        body: the content, HTML.
+        note: a short explanation below the heading, plain text.
+    """
 
     title: str
     body: str
@@ -31,7 +37,7 @@ class PageSection:
 
 
 def page(title: str, facts: str, sections: Iterable[PageSection]) -> str:
-    """The whole page. `title` and `facts` (one line below it) are plain text."""
+    """Return the HTML of the whole page. `title` and `facts` (one line below the title) are plain text."""
     parts = []
     for number, section in enumerate(sections):
         note = f"<p class=note>{html.escape(section.note)}</p>" if section.note else ""
@@ -46,8 +52,10 @@ def page(title: str, facts: str, sections: Iterable[PageSection]) -> str:
 
 
 def figures(drawn: Iterable[tuple[Any, str]]) -> str:
-    """(matplotlib figure, what it shows) side by side, as many as the screen is wide for. Vectors in the page's
-    colours, light and dark."""
+    """Return the HTML of (matplotlib figure, description) pairs, next to each other if the window is wide enough.
+
+    Figures are SVG and use the colors of the page, in light and dark mode.
+    """
     blocks = [
         f'<figure role="img" aria-label="{html.escape(label)}">{_svg(figure, label)}</figure>'
         for figure, label in drawn
@@ -59,7 +67,7 @@ def _svg(figure: Any, label: str) -> str:
     import matplotlib
 
     text = io.StringIO()
-    # text as text, not as outlines; ids that do not depend on chance, and differ between the figures of a page
+    # Text stays text instead of outlines. The hash salt makes ids deterministic, and different for each figure.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawing = text.getvalue()
@@ -71,16 +79,16 @@ def _svg(figure: Any, label: str) -> str:
         count=1,
     )
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
-    for colour, variable in _THEME.items():
-        drawing = re.sub(f"{colour}\\b", f"var({variable})", drawing, flags=re.IGNORECASE)
+    for color, variable in _THEME.items():
+        drawing = re.sub(f"{color}\\b", f"var({variable})", drawing, flags=re.IGNORECASE)
     return drawing
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int = 1) -> str:
-    """A table of plain text; the columns from `numbers` on are figures and stand to the right."""
+    """Return the HTML of a table of plain text. Columns from index `numbers` on are numbers, aligned to the right."""
 
-    def cell(tag: str, place: int, value: object) -> str:
-        kind = ' class="n"' if place >= numbers else ""
+    def cell(tag: str, column: int, value: object) -> str:
+        kind = ' class="n"' if column >= numbers else ""
         return f"<{tag}{kind}>{html.escape(str(value))}</{tag}>"
 
     lines = ["".join(cell("th", i, v) for i, v in enumerate(head))]
@@ -89,16 +97,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: int
 
 
 def image_cards(shown: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
-    """(PNG, alternative text, lines of plain text below it; the first is bold)."""
+    """Return the HTML of a grid of images.
+
+    Args:
+        shown: (PNG, alternative text, lines of plain text below the image, the first of them bold) of each image.
+    """
     cards = []
     for png, alt, lines in shown:
         source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
         first, *others = (html.escape(line) for line in lines)
         text = "".join(f"<span>{line}</span>" for line in others)
         cards.append(f'<li><img src="{source}" alt="{html.escape(alt)}"><strong>{first}</strong>{text}</li>')
-    return f'<ul class="pictures">{"".join(cards)}</ul>'
+    return f'<ul class="images">{"".join(cards)}</ul>'
 
 
 def folded(summary: str, text: str) -> str:
-    """A long text that opens on a click."""
+    """Return the HTML of a long text that is hidden until `summary` is clicked."""
     return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"

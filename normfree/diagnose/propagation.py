@@ -1,7 +1,8 @@
-"""Signal propagation: how mean and variance of the activations travel through a network, block by block.
+"""Signal propagation: mean and variance of the activations after every residual block of a network.
 
-Source: [A] section 3 (signal propagation plots) and the reference code, `signal_metrics`. Any module that takes
-images B C H W can be looked at; nothing about it is changed.
+Works for any module that takes images B C H W, and leaves the module unchanged.
+
+Source: [A] section 3 (signal propagation plots) and `signal_metrics` of the reference code.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import groupby
 
 import torch
@@ -20,15 +20,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normfree.diagnose.residuals import ActivationRecorder, ChannelMoments, is_map, moments
 from normfree.models.net import Net
 from normfree.models.variant import Variant
+from normfree.suggest import did_you_mean, problem
 
 
 class NoResidualBlocksError(ValueError):
-    """Nothing is added to anything in this network, so there is no block to report."""
+    """Raised for a network without residual additions."""
 
 
 @dataclass(frozen=True)
 class PredictedSignal:
-    """What theory says of a block at initialization, for images of N(0, 1) and skip gains of 1."""
+    """Predicted statistics of a block at initialization, for N(0, 1) images and skip gains of 1.
+
+    See `ChannelMoments` for `squared_mean` and `variance`, `BlockSignal` for `branch_variance`.
+    """
 
     squared_mean: float
     variance: float
@@ -37,13 +41,17 @@ class PredictedSignal:
 
 @dataclass(frozen=True)
 class BlockSignal:
-    """One block. `module`: its name in the network; `stage`: from 0; `index`: k, from 1 in each stage; `shape`: of its
-    output, the sum of shortcut and branch.
+    """Statistics of one block.
 
-    squared_mean, variance, cosine: of the output, see `ChannelMoments`.
-    branch_variance: average channel variance of the residual branch after its gates, before stochastic depth and the
-        numbers that scale it (α, skip gain); None where no addition was watched (`blocks`).
-    predicted: None where no theory is known here.
+    Attributes:
+        module: name of the block in the network.
+        stage: index of the stage, from 0.
+        index: index k of the block in its stage, from 1.
+        shape: shape of the output, the sum of shortcut and branch.
+        squared_mean, variance, cosine: statistics of the output, see `ChannelMoments`.
+        branch_variance: average channel variance of the residual branch after its gates, before stochastic depth and
+            scalar factors (α, skip gain). None if the block was selected by name.
+        predicted: the values that theory predicts, or None if there is no prediction.
     """
 
     module: str
@@ -59,9 +67,13 @@ class BlockSignal:
 
 @dataclass(frozen=True)
 class SignalReport:
-    """All blocks in order. `stem`: what the first block was given; None if that is no activation map.
+    """Statistics of all blocks of a network.
 
-    batch_statistics: whether batch norms normalized with the statistics of these images, as in training.
+    Attributes:
+        stem: statistics of the input of the first block; None if that is not an activation map.
+        blocks: the blocks in the order of execution.
+        images: shape of the images, B C H W.
+        batch_statistics: True if batch norms normalized with the statistics of these images, as in training.
     """
 
     stem: ChannelMoments | None
@@ -71,23 +83,47 @@ class SignalReport:
 
     @property
     def stages(self) -> tuple[tuple[BlockSignal, ...], ...]:
-        """The blocks, stage by stage."""
+        """The blocks, grouped by stage."""
         return tuple(tuple(group) for _, group in groupby(self.blocks, key=lambda b: b.stage))
 
 
 def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str] = ()) -> SignalReport:
-    """Statistics of every residual block of `model` on `images` B C H W: unit Gaussian noise, or real ones, normalized.
+    """Measure the activations after every residual block of a network.
 
-    Residual blocks are found by watching the additions (`residuals`); a stage ends where a convolution or another
-    shape stands between two blocks. For a network without them, name modules in `blocks`: their outputs are measured.
-    Runs in evaluation mode, so nothing is dropped; but batch norms that have never been trained use the statistics of
-    the images, since their running ones say nothing. The network is left as it was, running statistics included.
+    Residual blocks are found by recording the additions of a forward pass; a new stage starts where a convolution or
+    a change of shape separates two blocks. The network runs in evaluation mode, so nothing is dropped. Batch norms
+    that were never trained use the statistics of the images instead of their running statistics. The network is left
+    unchanged, including its running statistics.
+
+    Args:
+        model: any module that takes images.
+        images: B C H W: unit Gaussian noise, or real images after normalization.
+        blocks: names of modules to measure instead of residual blocks, for networks that have none.
+
+    Returns:
+        The statistics of each block, with predictions if `model` is one of our networks at initialization.
 
     Raises:
-        NoResidualBlocksError: there are none.
-        ValueError: a name in `blocks` is unknown, or its output is no activation map.
+        NoResidualBlocksError: the network has no residual blocks and `blocks` is empty.
+        ValueError: a name in `blocks` is unknown, or its output is not an activation map.
+
+    Example:
+        The variance grows by α² = 0.04 per block and is reset at the start of each stage:
+
+        >>> import torch
+        >>> import normfree
+        >>> _ = torch.manual_seed(0)
+        >>> net = normfree.create_model("nf_resnet_nano", skip_gain=1.0)
+        >>> report = normfree.signal_propagation(net, torch.randn(2, 3, 32, 32))
+        >>> [block.module for block in report.blocks][:3]
+        ['stages.0.0', 'stages.0.1', 'stages.1.0']
+        >>> [f"{block.predicted.variance:.2f}" for block in report.blocks][:3]
+        ['1.04', '1.08', '1.04']
+
+    Source: [A] section 3, figure 1.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    # torch.compile wraps the module.
+    model = getattr(model, "_orig_mod", model)
     with torch.no_grad(), measured(model) as batch_statistics:
         if blocks:
             stem, found = _named(model, images, blocks)
@@ -99,11 +135,11 @@ def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str
 
 
 def predicted_signal(variant: Variant, *, index: int) -> PredictedSignal | None:
-    """The theory of block `index` (from 1) of any stage of a row; None where there is none.
+    """Return the predicted statistics of block `index` (from 1) of any stage of a variant, or None if unknown.
 
-    Normalizer-free: variance 1 + kα², which is what β divides by ([A] section 3). Batch norm before ReLU, He-normal
-    convolutions: each branch and the transition's shortcut add 1 - 1/π to the variance and 1/π to the squared mean
-    ([A] section 2).
+    Normalizer-free networks have variance 1 + kα², the square of what β divides by ([A] section 3). With batch norm
+    before ReLU and He-normal convolutions, each branch and the transition's shortcut add 1 - 1/π to the variance and
+    1/π to the squared mean ([A] section 2).
     """
     if variant.norm == "none":
         return PredictedSignal(0.0, 1.0 + index * variant.alpha**2, 1.0)
@@ -115,8 +151,10 @@ def predicted_signal(variant: Variant, *, index: int) -> PredictedSignal | None:
 
 @contextmanager
 def measured(model: nn.Module) -> Iterator[bool]:
-    """Evaluation mode, but batch norms without training use the batch's statistics and keep no memory of it. Yields
-    whether there are such. All is put back afterwards."""
+    """Switch `model` to evaluation mode, except untrained batch norms, which use batch statistics without storing them.
+
+    Yields True if there are untrained batch norms. All modes are restored on exit.
+    """
     training = {m: m.training for m in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _untrained(m)]
     tracking = [m.track_running_stats for m in norms]
@@ -137,22 +175,26 @@ def _untrained(norm: _BatchNorm) -> bool:
 
 
 def _residual(model: nn.Module, images: Tensor) -> tuple[ChannelMoments | None, list[BlockSignal]]:
-    watch = ActivationRecorder(images)
-    with watch.attached(model):
+    recorder = ActivationRecorder(images)
+    with recorder.attached(model):
         model(images)
-    if not watch.residuals:
+    if not recorder.residuals:
         raise NoResidualBlocksError(
-            f"{type(model).__name__} has no residual block: no activation map is added to one that came a shorter "
-            "way. Name the modules to measure instead: blocks=[...], names as in model.named_modules()."
+            problem(
+                f"{type(model).__name__} has no residual block: it never adds two activation maps of which "
+                "one is fewer convolutions away from the images",
+                fix="name the modules to measure: blocks=[...], with names of model.named_modules()",
+            )
         )
     stage, index, found = -1, 0, []
     names: dict[str, int] = {}
-    for r in watch.residuals:
+    for r in recorder.residuals:
         stage, index = (stage + 1, 1) if r.starts_stage else (stage, index + 1)
         count = names[r.module] = names.get(r.module, 0) + 1
-        name = r.module if count == 1 else f"{r.module} ({count})"  # a module may add twice
+        # A module may contain several residual additions.
+        name = r.module if count == 1 else f"{r.module} ({count})"
         found.append(_block(name, stage, index, r.shape, r.output, r.branch_variance))
-    return watch.stem, found
+    return recorder.stem, found
 
 
 def _named(
@@ -161,18 +203,23 @@ def _named(
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
-            close = get_close_matches(name, list(modules), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"blocks: {name!r} is no module of {type(model).__name__}.{hint} "
-                "All names: dict(model.named_modules())."
+                problem(
+                    f"blocks: {type(model).__name__} has no module {name!r}.{did_you_mean(name, modules)}",
+                    allowed="the names of model.named_modules()",
+                )
             )
     stem: list[ChannelMoments] = []
     seen: list[tuple[str, tuple[int, ...], ChannelMoments]] = []
 
-    def look(name: str, inputs: tuple[object, ...], output: object) -> None:
+    def record(name: str, inputs: tuple[object, ...], output: object) -> None:
         if not is_map(output, len(images)):
-            raise ValueError(f"blocks: the output of {name!r} is no activation map B C H W or B N C.")
+            raise ValueError(
+                problem(
+                    f"blocks: the output of {name!r} is not an activation map",
+                    allowed="modules whose output is a floating-point tensor B C H W or B N C",
+                )
+            )
         assert isinstance(output, Tensor)
         if not seen and inputs and is_map(inputs[0], len(images)):
             assert isinstance(inputs[0], Tensor)
@@ -180,7 +227,7 @@ def _named(
         seen.append((name, tuple(output.shape), moments(output)))
 
     handles = [
-        modules[n].register_forward_hook(lambda _m, inputs, out, n=n: look(n, inputs, out)) for n in names
+        modules[n].register_forward_hook(lambda _m, inputs, out, n=n: record(n, inputs, out)) for n in names
     ]
     try:
         model(images)

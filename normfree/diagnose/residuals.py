@@ -1,9 +1,11 @@
-"""Finds the residual blocks of any network by watching it run: no tracing, no rule for any architecture.
+"""Find the residual blocks of any network by recording one forward pass, without tracing or per-architecture rules.
 
-A residual block is an addition of two activation maps of equal shape, one of which came a shorter way from the images.
-Lengths are counted in matrix products and convolutions along the shortest path: an identity shortcut adds none, a
-projection one, a branch more. The shorter operand is the shortcut, the longer one the branch; equal lengths make no
-block (a sum of parallel convolutions, a GELU written out). A block bears the name of the module that adds.
+A residual block is an addition of two activation maps of equal shape whose distances from the images differ. The
+distance of a tensor is the number of matrix products and convolutions on the shortest path from the images to it: an
+identity shortcut adds none, a projection adds one, a residual branch adds more. The operand with the smaller distance
+is the shortcut, the other one is the branch. If the distances are equal, the addition is not a block (for example a
+sum of parallel convolutions, or a GELU written with elementary operations). A block is named after the module that
+performs the addition.
 """
 
 from __future__ import annotations
@@ -38,11 +40,14 @@ _WEIGHTED = (
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Statistics of one activation map (reference code, `signal_metrics`).
+    """Statistics of one activation map.
 
-    squared_mean: mean over channels of (mean over images and places)².
-    variance: mean over channels of the variance over images and places (biased).
-    cosine: mean cosine between the maps of two different images; NaN for a single image.
+    Attributes:
+        squared_mean: mean over channels of (mean over images and positions)².
+        variance: mean over channels of the biased variance over images and positions.
+        cosine: mean cosine similarity between the maps of two different images; NaN for a single image.
+
+    Source: `signal_metrics` of the reference code, for the first two.
     """
 
     squared_mean: float
@@ -51,7 +56,7 @@ class ChannelMoments:
 
 
 def is_map(value: object, images: int) -> bool:
-    """Whether `value` is an activation map: B C H W, or tokens B N C, of this batch."""
+    """Return True if `value` is an activation map of a batch of `images` images: B C H W, or tokens B N C."""
     return (
         isinstance(value, Tensor)
         and value.ndim in (3, 4)
@@ -62,19 +67,19 @@ def is_map(value: object, images: int) -> bool:
 
 
 def channel_moments(x: Tensor) -> tuple[float, float]:
-    """(average channel squared mean, average channel variance) of a map, in float32 or better."""
+    """Compute the average squared channel mean and the average channel variance of a map, in float32 or float64."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     variance, mean = torch.var_mean(x, dim=(0, 2, 3) if x.ndim == 4 else (0, 1), correction=0)
     return float(mean.square().mean()), float(variance.mean())
 
 
 def moments(x: Tensor) -> ChannelMoments:
-    """All statistics of a map."""
+    """Compute all statistics of a map, B C H W or B N C."""
     flat = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     norms = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     unit = flat / torch.where(norms > 0, norms, 1.0)
     n = len(unit)
-    # the mean over pairs of different images, from the length of the sum of all directions
+    # The mean over all pairs of different images follows from the norm of the sum of all unit vectors.
     together, alone = float(unit.sum(0).square().sum()), float(unit.square().sum())
     cosine = (together - alone) / (n * (n - 1)) if n > 1 else float("nan")
     return ChannelMoments(*channel_moments(x), cosine)
@@ -82,8 +87,15 @@ def moments(x: Tensor) -> ChannelMoments:
 
 @dataclass(frozen=True)
 class ResidualBlock:
-    """One residual block as it ran. `module`: its name; `output`: the sum's statistics; `branch_variance`: of the
-    branch before the numbers that scale it; `starts_stage`: the shortcut is not the last block's output."""
+    """One residual block of the recorded forward pass.
+
+    Attributes:
+        module: name of the module that performs the addition.
+        shape: shape of the sum.
+        output: statistics of the sum.
+        branch_variance: average channel variance of the branch before the scalars that multiply it.
+        starts_stage: True if the shortcut is not the output of the previous block.
+    """
 
     module: str
     shape: tuple[int, ...]
@@ -93,15 +105,23 @@ class ResidualBlock:
 
 
 class _Frame:
-    """A module that is running: its name, what it was given, and the statistics of the first map among that."""
+    """A running module: its name, its inputs and the statistics of the first activation map among them."""
 
-    def __init__(self, module: nn.Module, name: str, inputs: list[Any], given: ChannelMoments | None) -> None:
-        self.module, self.name, self.inputs, self.given = module, name, inputs, given
-        self.gate: Tensor | None = None  # of a block of ours: what its attention said
+    def __init__(
+        self, module: nn.Module, name: str, inputs: list[Any], input_moments: ChannelMoments | None
+    ) -> None:
+        self.module, self.name, self.inputs, self.input_moments = module, name, inputs, input_moments
+        # Output of the attention module if `module` is a `Block`.
+        self.gate: Tensor | None = None
 
 
 class ActivationRecorder(TorchDispatchMode):
-    """While it is active, collects `residuals`, and in `stem` the statistics of what the first block was given."""
+    """Dispatch mode that records residual blocks while it is active.
+
+    Attributes:
+        residuals: the blocks found so far, in the order of execution.
+        stem: statistics of the input of the first block; None if that is not an activation map.
+    """
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -109,15 +129,17 @@ class ActivationRecorder(TorchDispatchMode):
         self.stem: ChannelMoments | None = None
         self._images = len(images)
         self._running: list[_Frame] = []
-        self._length: Any = WeakTensorKeyDictionary({images: 0})
-        self._unscaled: Any = WeakTensorKeyDictionary()  # variance before scalar factors
-        self._last: tuple[int, torch.Size] | None = None  # length and shape of the last block's output
+        self._distance: Any = WeakTensorKeyDictionary({images: 0})
+        # Variance of a tensor before its scalar factors.
+        self._unscaled: Any = WeakTensorKeyDictionary()
+        # Distance and shape of the previous block's output.
+        self._last: tuple[int, torch.Size] | None = None
 
-    # --- the modules ---
+    # --- modules ---
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[ActivationRecorder]:
-        """Active, and told which module of `model` is running."""
+        """Activate the mode and register hooks on `model` that track which module is running."""
         handles = []
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
@@ -131,10 +153,11 @@ class ActivationRecorder(TorchDispatchMode):
 
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs, given = tree_leaves((args, kwargs)), None
-            if not self.residuals:  # any of these may turn out to be the first block
-                given = next((moments(x) for x in inputs if is_map(x, self._images)), None)
-            self._running.append(_Frame(module, name, inputs, given))
+            inputs, input_moments = tree_leaves((args, kwargs)), None
+            # Until the first block is found, each module could be it.
+            if not self.residuals:
+                input_moments = next((moments(x) for x in inputs if is_map(x, self._images)), None)
+            self._running.append(_Frame(module, name, inputs, input_moments))
 
         return enter
 
@@ -144,53 +167,56 @@ class ActivationRecorder(TorchDispatchMode):
         if parent is not None and isinstance(parent.module, Block) and module is parent.module.attention:
             parent.gate = output
 
-    # --- the operations ---
+    # --- operations ---
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs, kind = kwargs or {}, func.overloadpacket
-        # looked at first, since the operation may write into an operand
+        # Computed before the operation runs, because it may write to an operand in place.
         found = self._residual(kind, args) if kind in _ADDITIONS else None
         unscaled = self._before_scaling(args) if kind in _SCALINGS else None
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        lengths = [self._length[t] for t in inputs if t in self._length]
+        distances = [self._distance[t] for t in inputs if t in self._distance]
         result = func(*args, **kwargs)
-        for t in tree_leaves(result) if lengths else ():
+        for t in tree_leaves(result) if distances else ():
             if isinstance(t, Tensor):
-                self._length[t] = min(lengths) + (kind in _WEIGHTED)
+                self._distance[t] = min(distances) + (kind in _WEIGHTED)
                 self._unscaled.pop(t, None)
                 if unscaled is not None:
                     self._unscaled[t] = unscaled
         if found is not None:
             frame, branch_variance, starts_stage = found
             if not self.residuals:
-                self.stem = frame.given
+                self.stem = frame.input_moments
             self.residuals.append(
                 ResidualBlock(frame.name, tuple(result.shape), moments(result), branch_variance, starts_stage)
             )
-            self._last = (self._length[result], result.shape)
+            self._last = (self._distance[result], result.shape)
         return result
 
     def _residual(self, kind: Any, args: Sequence[Any]) -> tuple[_Frame, float, bool] | None:
-        """(module that adds, variance of the branch, whether a stage starts) if this addition ends a block."""
+        """Return (adding module, variance of the branch, whether a stage starts) if this addition ends a block."""
         shortcut, branch = args[0], args[1]
-        fused = kind in (aten.addcmul, aten.addcmul_)  # shortcut + branch · gate
+        # addcmul computes shortcut + branch · gate.
+        fused = kind in (aten.addcmul, aten.addcmul_)
         if not (is_map(shortcut, self._images) and is_map(branch, self._images)):
             return None
-        if shortcut.shape != branch.shape or shortcut not in self._length or branch not in self._length:
+        if shortcut.shape != branch.shape or shortcut not in self._distance or branch not in self._distance:
             return None
-        if self._length[shortcut] > self._length[branch] and not fused:
+        if self._distance[shortcut] > self._distance[branch] and not fused:
             shortcut, branch = branch, shortcut
-        length = self._length[shortcut]
-        if length >= self._length[branch]:
+        distance = self._distance[shortcut]
+        if distance >= self._distance[branch]:
             return None
         frames = [f for f in self._running if not _holds(f.inputs, shortcut) or not _holds(f.inputs, branch)]
-        frame = frames[-1]  # a module that only adds is not the block
-        starts_stage = self._last is None or length > self._last[0] or shortcut.shape != self._last[1]
+        # A module that receives both operands only adds them, so the block is the module around it.
+        frame = frames[-1]
+        starts_stage = self._last is None or distance > self._last[0] or shortcut.shape != self._last[1]
         return frame, self._branch_variance(frame, branch, args[2] if fused else None), starts_stage
 
     def _branch_variance(self, frame: _Frame, branch: Tensor, gate: Any) -> float:
-        """Of the branch with its gates, but without the numbers that scale it, as the reference counts."""
-        if isinstance(frame.module, Block):  # which merges the gate, a factor 2, α and the skip gain
+        """Compute the variance of the branch with its gates but without its scalar factors, as the reference does."""
+        # Our blocks merge the gate, its factor 2, α and the skip gain into one multiplication.
+        if isinstance(frame.module, Block):
             if frame.gate is None or frame.module.attention_in_middle:
                 return self._variance(branch)
             return channel_moments(branch * (frame.gate * frame.module.gate_scale))[1]
@@ -199,7 +225,7 @@ class ActivationRecorder(TorchDispatchMode):
         return self._variance(branch)
 
     def _before_scaling(self, args: Sequence[Any]) -> float | None:
-        """Of a map times a number, the map's variance: the number may be a skip gain, and that may be 0."""
+        """Return the variance of the map if `args` are a map and a scalar, which may be a skip gain of 0."""
         x, factor = args[0], args[1]
         if not is_map(x, self._images):
             x, factor = factor, x
