@@ -108,17 +108,20 @@ def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str
         ValueError: a name in `blocks` is unknown, or its output is not an activation map.
 
     Example:
-        The variance grows by α² = 0.04 per block and is reset at the start of each stage:
+        The predicted variance grows by α² = 0.04 per block and is reset at the start of each stage:
 
         >>> import torch
         >>> import normfree
         >>> _ = torch.manual_seed(0)
         >>> net = normfree.create_model("nf_resnet_nano", skip_gain=1.0)
         >>> report = normfree.signal_propagation(net, torch.randn(2, 3, 32, 32))
-        >>> [block.module for block in report.blocks][:3]
-        ['stages.0.0', 'stages.0.1', 'stages.1.0']
-        >>> [f"{block.predicted.variance:.2f}" for block in report.blocks][:3]
-        ['1.04', '1.08', '1.04']
+        >>> for block in report.blocks:
+        ...     print(block.module, f"{block.predicted.variance:.2f}")
+        stages.0.0 1.04
+        stages.1.0 1.04
+        stages.1.1 1.08
+        stages.2.0 1.04
+        stages.2.1 1.08
 
     Source: [A] section 3, figure 1.
     """

@@ -1,4 +1,4 @@
-"""Dependence on the batch: refuted exactly for normalizer-free networks, proved for others, the guilty found."""
+"""Dependence on the batch: exactly 0 for normalizer-free networks, found and located in other networks."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ SMALL = {"widths": (32, 64), "depths": (1, 2), "strides": (1, 2)}
         ("timm_eca_nfnet_l0", {**SMALL, "group_width": 8}),
     ],
 )
-def test_normalizer_free_networks_are_functions_of_one_image(name, overrides):
-    """Not a bit of outputs and gradients, with dropout and stochastic depth at work."""
+def test_normalizer_free_networks_are_functions_of_one_image(name: str, overrides: dict) -> None:
+    """Outputs and gradients do not change by a single bit, with active dropout and stochastic depth."""
     net = create_model(name, num_classes=5, skip_gain=1.0, **overrides)
     report = batch_dependence(net, torch.randn(4, 3, 32, 32))
     for mode in (report.train, report.eval):
@@ -28,7 +28,7 @@ def test_normalizer_free_networks_are_functions_of_one_image(name, overrides):
     assert not report.depends
 
 
-def test_batch_norm_is_found_in_training_and_absolved_in_evaluation():
+def test_batch_norm_depends_on_the_batch_in_training_only() -> None:
     net = create_model("resnet_nano", num_classes=5)
     report = batch_dependence(net, torch.randn(4, 3, 32, 32))
     assert min(report.train.output, report.train.gradient, report.train.leak) > 0.01
@@ -39,7 +39,7 @@ def test_batch_norm_is_found_in_training_and_absolved_in_evaluation():
 
 
 class Mixed(nn.Module):
-    """Looks at the batch where `how` says."""
+    """A network that uses other examples of the batch in the way that `how` selects."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -50,9 +50,11 @@ class Mixed(nn.Module):
         x = self.conv(x)
         if self.how == "mean":
             x = x - x.mean(0, keepdim=True)
-        if self.how == "detached":  # no gradient tells of it
+        # This dependence has no gradient.
+        if self.how == "detached":
             x = x / x.std().detach()
-        if self.how == "previous":  # spares the first example
+        # This does not affect the first example.
+        if self.how == "previous":
             x = x + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
         if self.how == "norm":
             x = self.norm(x)
@@ -65,7 +67,7 @@ class Mixed(nn.Module):
     [("none", ()), ("mean", ("1",)), ("detached", ("1",)), ("previous", ("1",)), ("norm", ("1.norm",)),
      ("end", ("1",))],
 )  # fmt: skip
-def test_the_guilty_module_is_named(how, guilty):
+def test_the_guilty_module_is_named(how: str, guilty: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Identity(), Mixed(how))
     report = batch_dependence(model, torch.randn(3, 3, 8, 8))
     assert report.train.guilty == guilty
@@ -76,8 +78,8 @@ def test_the_guilty_module_is_named(how, guilty):
         assert report.train.output > 0.01
 
 
-def test_each_is_judged_on_its_own():
-    """The second norm is found behind the first, and behind a mean in the network's own forward."""
+def test_each_module_is_tested_independently() -> None:
+    """A norm is found after another norm, and after a mean in the network's own forward."""
 
     class Two(Mixed):
         def forward(self, x):
@@ -89,7 +91,7 @@ def test_each_is_judged_on_its_own():
     assert batch_dependence(Two("none"), torch.randn(3, 3, 8, 8)).train.guilty == ("", "norm")
 
 
-def test_a_network_that_gives_nan_is_not_absolved():
+def test_a_network_that_returns_nan_counts_as_dependent() -> None:
     class Broken(nn.Linear):
         def forward(self, x):
             return super().forward(x.flatten(1)) * float("nan")
@@ -97,7 +99,7 @@ def test_a_network_that_gives_nan_is_not_absolved():
     assert batch_dependence(Broken(12, 2), torch.randn(2, 3, 2, 2)).depends
 
 
-def test_nothing_is_changed():
+def test_the_network_is_left_unchanged() -> None:
     net = create_model("resnet_nano", num_classes=3).train()
     net.stages[1].eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -114,9 +116,9 @@ def test_nothing_is_changed():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
 
-def test_what_cannot_be_asked():
+def test_invalid_arguments() -> None:
     with pytest.raises(
-        ValueError, match=r"batch_dependence: 1 image\. One has no neighbours; give two or more\."
+        ValueError, match=r"images has 1 image\(s\)\. Allowed: 2 or more\. Fix: pass a batch of at least two"
     ):
         batch_dependence(nn.Flatten(), torch.randn(1, 3, 8, 8))
 
@@ -124,5 +126,7 @@ def test_what_cannot_be_asked():
         def forward(self, x):
             return x.sum()
 
-    with pytest.raises(ValueError, match=r"Sum gave no tensor with one row for each of the 2 images\."):
+    with pytest.raises(
+        ValueError, match=r"Sum returned no tensor whose first dimension is the batch of 2\. Allowed: "
+    ):
         batch_dependence(Sum(), torch.randn(2, 3, 8, 8))

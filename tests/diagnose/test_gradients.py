@@ -1,7 +1,8 @@
-"""The gradient report says what clipping then does."""
+"""The gradient report predicts what clipping then does."""
 
 import json
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from normfree.diagnose.gradients import (
     recommended_clipping,
     stage_of,
 )
+from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.groups import parameter_groups
@@ -27,14 +29,15 @@ def backward(net: nn.Module, *, scale: float = 1.0) -> None:
 
 
 @pytest.fixture
-def net():
+def net() -> Net:
     net = create_model("nf_resnet_nano", num_classes=4)
-    backward(net, scale=30.0)  # so that every λ of the grid divides the units
+    # With this scale, each λ of `CLIPPINGS` clips some units and not others.
+    backward(net, scale=30.0)
     return net
 
 
 @pytest.mark.parametrize("clipping", CLIPPINGS)
-def test_the_clipped_share_is_what_clipping_reports(net, clipping):
+def test_the_clipped_fraction_is_what_clipping_reports(net: Net, clipping: float) -> None:
     report = gradient_report(net)
     groups = parameter_groups(net, weight_decay=0.0, clipping=clipping)
     by_groups = gradient_report(groups)
@@ -44,13 +47,14 @@ def test_the_clipped_share_is_what_clipping_reports(net, clipping):
     assert report.clipped(clipping) == by_groups.clipped(clipping) == pytest.approx(float(clipped), abs=1e-6)
 
 
-def test_ratios_are_gradient_over_weight_with_its_floor(net):
+def test_ratios_are_gradient_norm_over_weight_norm_or_eps(net: Net) -> None:
     report = gradient_report(net, eps=1e-3)
     layers = {layer.name: layer for layer in report.layers}
     conv = net.stages[1][0].conv1
     expected = conv.weight.grad.flatten(1).norm(dim=1) / conv.weight.detach().flatten(1).norm(dim=1)
     assert torch.allclose(layers["stages.1.0.conv1.weight"].ratios, expected)
-    bias = layers["stages.1.0.conv1.bias"]  # at 0: the floor
+    # The bias is 0, so eps is the denominator.
+    bias = layers["stages.1.0.conv1.bias"]
     assert (bias.units, bias.tiny, bias.exploding) == (1, 1, 0)
     assert float(bias.ratios) == pytest.approx(float(conv.bias.grad.norm()) / 1e-3)
     head = layers["head.weight"]
@@ -59,14 +63,15 @@ def test_ratios_are_gradient_over_weight_with_its_floor(net):
     assert list(report.stages) == ["stem", "stages.0", "stages.1", "stages.2", "head"]
 
 
-def test_dead_exploding_and_missing():
+def test_dead_exploding_and_missing_gradients() -> None:
     net = create_model("nf_resnet_nano", num_classes=4, skip_gain=0.0)
     net.stem.conv0.weight.requires_grad_(False)
     backward(net)
     report = gradient_report(net)
     layers = {layer.name: layer for layer in report.layers}
     assert "stem.conv0.weight" not in layers
-    assert layers["stages.0.0.conv1.weight"].dead == layers["stages.0.0.conv1.weight"].units  # closed branch
+    # The skip gain is 0, so no gradient reaches the branch.
+    assert layers["stages.0.0.conv1.weight"].dead == layers["stages.0.0.conv1.weight"].units
     assert layers["stages.0.0.conv_shortcut.weight"].dead == 0
     assert sum(layer.exploding for layer in report.layers) == 0
     net.stages[0][0].conv_shortcut.weight.grad[3] *= 1e6
@@ -79,12 +84,12 @@ def test_dead_exploding_and_missing():
     assert report.missing == ("head.bias",)
     with pytest.raises(
         ValueError,
-        match=r"no parameter has a gradient\. Call it after loss\.backward\(\), before zero_grad\(\)\.",
+        match=r"no parameter has a gradient\. Fix: call it after loss\.backward\(\) and before zero_grad\(\)\.",
     ):
         gradient_report(nn.Linear(2, 2))
 
 
-def test_the_recommended_clipping_clips_its_share(net):
+def test_the_recommended_clipping_clips_the_intended_fraction(net: Net) -> None:
     report = gradient_report(net)
     alive = int((report.ratios() > 0).sum())
     groups = parameter_groups(net, weight_decay=0.0, clipping=report.recommended)
@@ -93,13 +98,13 @@ def test_the_recommended_clipping_clips_its_share(net):
     assert math.isnan(gradient_report([{"params": [*zero_gradient()]}]).recommended)
 
 
-def zero_gradient():
+def zero_gradient() -> Iterator[nn.Parameter]:
     parameter = nn.Parameter(torch.ones(3, 2))
     parameter.grad = torch.zeros(3, 2)
     yield parameter
 
 
-def test_samples_of_a_run(net):
+def test_samples_of_a_run(net: Net) -> None:
     groups = parameter_groups(net, weight_decay=0.0, clipping=0.01)
     kept = [p.grad.clone() for p in net.parameters()]
     sample = ratio_quantiles(groups)
@@ -108,12 +113,13 @@ def test_samples_of_a_run(net):
     alive = torch.sort(report.ratios()[report.ratios() > 0]).values
     assert sample["all"] == pytest.approx([float(alive[int(q * len(alive))]) for q in QUANTILES], rel=1e-2)
     assert list(sample) == ["all", "stem", "stages.0", "stages.1", "stages.2", "head"]
-    assert len(sample["head"]) == 3  # of its bias; the weight is exempt
+    # Only the bias, because the weight is exempt.
+    assert len(sample["head"]) == 3
     assert json.loads(json.dumps(sample)) == sample
     assert ratio_quantiles(nn.Linear(2, 2)) == {}
 
 
-def test_the_recommendation_of_a_run_is_the_typical_sample_after_warm_up():
+def test_the_recommendation_of_a_run_is_the_median_sample_after_warm_up() -> None:
     samples = [{"all": [0.0, 0.0, float(x)]} for x in [100, 100, *range(1, 19)]]
     assert recommended_clipping(samples) == 10.0
     assert math.isnan(recommended_clipping([]))
@@ -129,5 +135,5 @@ def test_the_recommendation_of_a_run_is_the_typical_sample_after_warm_up():
         ("skip_gain", "skip_gain"),
     ],
 )
-def test_parts_of_a_network_by_name(name, stage):
+def test_the_stage_of_a_parameter_is_derived_from_its_name(name: str, stage: str) -> None:
     assert stage_of(name) == stage

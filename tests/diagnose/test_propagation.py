@@ -1,4 +1,4 @@
-"""Signal propagation: the reference's numbers, the predicted ones, networks of others, and nothing left changed."""
+"""Signal propagation: numbers of the reference code, predictions, networks of other libraries, and no side effects."""
 
 import copy
 import math
@@ -25,8 +25,8 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_the_reference_measures_the_same():
-    """All 20 numbers of `signal_metrics` in the released code, skip gains and gates at work."""
+def test_the_reference_code_measures_the_same() -> None:
+    """All 20 numbers of `signal_metrics` of the released code agree, with open skip gains and gates."""
     data = np.load(REFERENCE)
     tree: dict = {}
     for key in (k for k in data if k.startswith("param|")):
@@ -45,7 +45,7 @@ def test_the_reference_measures_the_same():
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_moments_are_those_of_the_definitions():
+def test_moments_follow_their_definitions() -> None:
     x = torch.randn(5, 7, 3, 4) * torch.rand(7, 1, 1) + torch.randn(7, 1, 1)
     array = x.double().numpy()
     pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
@@ -55,15 +55,19 @@ def test_moments_are_those_of_the_definitions():
     assert got.squared_mean == pytest.approx((array.mean((0, 2, 3)) ** 2).mean(), rel=1e-5)
     assert got.variance == pytest.approx(array.var((0, 2, 3)).mean(), rel=1e-5)
     assert got.cosine == pytest.approx(np.mean(cosines), rel=1e-4)
-    tokens = x.flatten(2).transpose(1, 2)  # B N C
+    # B N C
+    tokens = x.flatten(2).transpose(1, 2)
     assert channel_moments(tokens) == pytest.approx(channel_moments(x), rel=1e-5)
     assert math.isnan(moments(x[:1]).cosine)
 
 
 @pytest.mark.parametrize("name", ["nf_resnet50", "resnet50"])
-def test_a_small_network_follows_the_prediction(name):
-    """Wide enough for a law of large numbers. Zero padding takes from the branches of small maps, so the tolerance is
-    wide there; the variance of the stream hardly notices (spec of the plots: within 10 %)."""
+def test_a_small_network_follows_the_prediction(name: str) -> None:
+    """Measured and predicted statistics agree for a network that is wide enough for the law of large numbers.
+
+    Zero padding lowers the variance of branches on small maps, so the tolerance for branches is larger. The variance
+    of the stream is within 10 %, as specified for the plots.
+    """
     overrides = {"depths": (2, 3), "widths": (256, 512), "strides": (1, 2), "bottleneck_ratio": 0.5}
     if name.startswith("nf"):
         overrides["skip_gain"] = 1.0
@@ -76,13 +80,13 @@ def test_a_small_network_follows_the_prediction(name):
         assert block.variance == pytest.approx(block.predicted.variance, rel=0.1)
         assert block.branch_variance == pytest.approx(block.predicted.branch_variance, rel=0.15)
         assert block.squared_mean == pytest.approx(block.predicted.squared_mean, rel=0.25, abs=0.02)
-        # images share what does not vary: their cosine is the mean's part of the second moment
+        # Images have the channel means in common: their cosine is the fraction of the means in the second moment.
         second = block.squared_mean + block.variance
         assert block.cosine == pytest.approx(block.squared_mean / second, abs=0.05)
 
 
 @pytest.mark.slow
-def test_nf_resnet50_at_224_px_follows_the_prediction():
+def test_nf_resnet50_at_224_px_follows_the_prediction() -> None:
     report = signal_propagation(create_model("nf_resnet50", skip_gain=1.0), torch.randn(16, 3, 224, 224))
     assert [len(stage) for stage in report.stages] == [3, 4, 6, 3]
     for block in report.blocks:
@@ -90,8 +94,8 @@ def test_nf_resnet50_at_224_px_follows_the_prediction():
         assert block.squared_mean < 0.03
 
 
-def test_average_pooling_of_noise_is_why_nfnets_shrink_in_these_plots():
-    """Independent neighbours: the mean of four has a quarter of the variance, which no β knows of."""
+def test_average_pooling_of_noise_lowers_the_variance_of_nfnets() -> None:
+    """The mean of four independent pixels has a quarter of their variance, which β does not account for."""
     overrides = {
         "depths": (1, 1),
         "widths": (128, 256),
@@ -106,7 +110,7 @@ def test_average_pooling_of_noise_is_why_nfnets_shrink_in_these_plots():
     assert strided[1].variance / strided[0].variance == pytest.approx(1.0, rel=0.15)
 
 
-def test_closed_branches_still_show_what_they_would_carry():
+def test_the_branch_variance_of_closed_branches_is_measured_before_the_skip_gain() -> None:
     torch.manual_seed(1)
     closed = create_model("nfnet_f0", **TINY)
     opened = copy.deepcopy(closed)
@@ -120,18 +124,18 @@ def test_closed_branches_still_show_what_they_would_carry():
     assert first.variance != second.variance
 
 
-def test_predictions():
-    row = variant_of("nfnet_f0")
-    assert predicted_signal(row, index=3).variance == pytest.approx(1.12)
+def test_predictions() -> None:
+    variant = variant_of("nfnet_f0")
+    assert predicted_signal(variant, index=3).variance == pytest.approx(1.12)
     twin = predicted_signal(variant_of("resnet50"), index=2)
     assert (twin.variance, twin.squared_mean, twin.branch_variance) == pytest.approx(
         (3 * (1 - 1 / math.pi), 3 / math.pi, 1 - 1 / math.pi)
     )
     assert predicted_signal(variant_of("bn_nfnet_f0"), index=1) is None
-    assert isinstance(row, Variant)
+    assert isinstance(variant, Variant)
 
 
-# --- networks of others ------------------------------------------------------------------------------
+# --- networks of other libraries ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -139,14 +143,14 @@ def test_predictions():
     [
         ("torchvision", "resnet18", "layer1.0", [2, 2, 2, 2]),
         ("torchvision", "regnet_y_400mf", "trunk_output.block1.block1-0", [1, 3, 6, 6]),
-        # inverted residuals: where a stage's first block has no shortcut, it is no residual block
+        # Inverted residuals: the first block of a stage has no shortcut, so it is not a residual block.
         ("torchvision", "mobilenet_v2", "features.3", [1, 2, 3, 2, 2]),
         ("timm", "efficientnet_lite0", "blocks.1.1", [1, 1, 2, 2, 3]),
         ("timm", "resnetv2_50", "stages.0.blocks.0", [3, 4, 6, 3]),
         ("timm", "test_nfnet", "stages.0.0", [1, 1, 1, 1]),
     ],
 )
-def test_networks_nobody_here_wrote(library, name, first, lengths):
+def test_networks_of_other_libraries(library: str, name: str, first: str, lengths: list[int]) -> None:
     if library == "timm":
         net = pytest.importorskip("timm").create_model(name)
     else:
@@ -157,7 +161,7 @@ def test_networks_nobody_here_wrote(library, name, first, lengths):
     assert all(b.predicted is None and b.variance > 0 for b in report.blocks)
 
 
-def test_branches_after_batch_norm_have_unit_variance():
+def test_branches_after_batch_norm_have_unit_variance() -> None:
     report = signal_propagation(
         pytest.importorskip("torchvision").models.resnet18(), torch.randn(4, 3, 64, 64)
     )
@@ -170,7 +174,7 @@ class Add(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Residual additions as people write them; the branch is always `conv` of the input."""
+    """A residual addition in one of several common spellings; the branch is always `conv` of the input."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -193,7 +197,8 @@ class Blocks(nn.Module):
             return x + r.mul_(self.gain)
         if self.how == "own module":
             return self.add(x, r)
-        if self.how == "gelu":  # two sums, but equally far from the images: only the last one is a block
+        # The operands of the inner sums are equally far from the images, so only the last sum is a block.
+        if self.how == "gelu":
             a = r + 0.044715 * r**3
             return x + (a - 0.044715 * r**3)
         raise AssertionError(self.how)
@@ -203,7 +208,7 @@ class Blocks(nn.Module):
     "how",
     ["swapped", "in place", "torch.add", "zero gain", "zero gain in place", "own module", "gelu"],
 )
-def test_additions_however_they_are_written(how):
+def test_residual_additions_are_found_in_every_spelling(how: str) -> None:
     block = Blocks(how)
     model = nn.Sequential(nn.Identity(), block)
     images = torch.randn(4, 3, 8, 8)
@@ -218,7 +223,7 @@ def test_additions_however_they_are_written(how):
     assert report.stem == moments(images)
 
 
-def test_what_has_no_residual_blocks_is_refused_by_name_and_can_be_measured_by_names():
+def test_networks_without_residual_blocks_are_refused_and_can_be_measured_by_module_names() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3), nn.Flatten())
     images = torch.randn(4, 3, 16, 16)
     with pytest.raises(ValueError, match=r"Sequential has no residual block: .* blocks=\[\.\.\.\]"):
@@ -229,14 +234,14 @@ def test_what_has_no_residual_blocks_is_refused_by_name_and_can_be_measured_by_n
         assert (report.blocks[1].squared_mean, report.blocks[1].variance) == channel_moments(net[:3](images))
     assert report.blocks[0].branch_variance is None
     assert report.stem == moments(images)
-    with pytest.raises(ValueError, match=r"blocks: 'O' is no module of Sequential\."):
+    with pytest.raises(ValueError, match=r"blocks: Sequential has no module 'O'\. Allowed: the names of"):
         signal_propagation(net, images, blocks=["O"])
-    with pytest.raises(ValueError, match=r"blocks: the output of '4' is no activation map"):
+    with pytest.raises(ValueError, match=r"blocks: the output of '4' is not an activation map"):
         signal_propagation(net, images, blocks=["4"])
     assert hooks(net) == 0
 
 
-def test_the_network_is_left_as_it_was():
+def test_the_network_is_left_unchanged() -> None:
     net = create_model("resnet_nano", num_classes=3).train()
     net.stages[0].eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -248,7 +253,7 @@ def test_the_network_is_left_as_it_was():
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_trained_batch_norms_use_their_running_statistics():
+def test_trained_batch_norms_use_their_running_statistics() -> None:
     net = create_model("resnet_nano", num_classes=3).train()
     net(torch.randn(4, 3, 32, 32))
     images = torch.randn(4, 3, 32, 32)
