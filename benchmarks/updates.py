@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normfree.models.net import Net
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
-from normfree.optim.fused import fused_update
+from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 
@@ -63,23 +63,21 @@ def our_update(
     weight_decay: float = DECAY,
     kernels: bool | None = None,
 ) -> Update:
-    """The same of ours. `kernels`: in the two launches of `fused_update` where that can do it, or by three calls; None:
+    """The same of ours. `kernels`: in the two launches of `NativeUpdate` where that can do it, or by three calls; None:
     as runs do, which is by kernels on a CPU."""
     if kernels is None:
         kernels = next(net.parameters()).device.type == "cpu"
     optimizer = SGD(parameter_groups(net, weight_decay=weight_decay, clipping=clipping), lr)
-    average, steps = Ema(net, decay=decay, ramp=False), 0
-    fused = fused_update(optimizer, model=net, ema=average) if kernels else None
+    average = Ema(net, decay=decay, ramp=False)
+    fused = NativeUpdate.create(optimizer, model=net, ema=average) if kernels else None
 
     def update() -> None:
-        nonlocal steps
         if fused is not None:
-            fused.step_(step=steps, error_if_nonfinite=False)
+            fused.step_(error_if_nonfinite=False)
         else:
             clip_grad_(optimizer.param_groups, mode="agc", clipping=clipping)
             optimizer.step()
-            average.update_(net, step=steps)
-        steps += 1
+            average.update(net)
 
     return Update(update, average.module, optimizer)
 

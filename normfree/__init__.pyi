@@ -24,6 +24,7 @@ from .optim.groups import parameter_groups as parameter_groups
 from .optim.named_gradients import ClipReport as ClipReport
 from .optim.named_gradients import NonFiniteGradientError as NonFiniteGradientError
 from .optim.per_example import per_example_gradients as per_example_gradients
+from .optim.sam import SAM as SAM
 from .optim.schedule import warmup_cosine as warmup_cosine
 from .optim.sgd import SGD as SGD
 from .pretrained import from_pretrained as from_pretrained

@@ -22,7 +22,7 @@ LEVELS = {
     "deploy": 6, "training": 6, "serve": 7, "tools": 7, "commands": 8, "cli": 9,
 }  # fmt: skip
 PUBLIC = {
-    "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SGD", "VARIANTS", "WSConv2d", "__version__",
+    "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SAM", "SGD", "VARIANTS", "WSConv2d", "__version__",
     "adaptive_clip_grad_", "batch_dependence", "clip_grad_", "contrastive_loss", "convert_batchnorm",
     "create_model", "evaluate", "export", "fold", "from_pretrained", "gain_of", "gradient_report",
     "list_models", "load_weights", "nt_xent", "open_source", "parameter_groups", "per_example_gradients",

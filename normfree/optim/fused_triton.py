@@ -1,31 +1,33 @@
-"""Triton kernels of one optimizer step: a program is a unit of AGC, whatever the number of tensors.
+"""The fused update on CUDA devices, by Triton kernels in which a program is a unit of AGC.
 
-Imported by `normfree.optim.fused` alone, and only there where Triton is; `clip_grad_`, `SGD.step` and `Ema.update_`
-are the same in plain torch. Pointers come from a table, so that one launch serves all tensors:
+Off unless it is asked for (`Update(..., engine="triton")`): it has not been measured on a GPU. Its arithmetic is tested
+through Triton's interpreter, its memory accesses as compiled for sm_90. Pointers come from `normfree.native.table`; in
+its rows the four addresses are those of weights, gradient, momentum and average, and the extra number is the group.
 
-    table    int64 T x 8    per tensor: addresses of weights, gradient, momentum and average, elements in a unit,
-                            index of its first unit, its group, nothing
-    owner    int32 U        which tensor a unit belongs to
-    numbers  float32        weight of the average's step; then per group what `GROUP_NUMBERS` lists
+    numbers  float32        weight of the average's update; then `GROUP_NUMBERS` for each group
 
-A unit is one run of memory, which holds for contiguous tensors and for channels_last ones. The hints of `ALIGNED` are
-what makes the compiler use 16-byte accesses; they are promises, so units that cannot keep them have a launch of
-their own.
+A unit is one range of memory, in contiguous tensors and in channels_last ones. `ALIGNED` promises the compiler 16-byte
+accesses, so units that cannot keep the promise have a launch of their own.
 """
 
 from __future__ import annotations
 
+import torch
 import triton  # type: ignore
 import triton.language as tl  # type: ignore
+from torch import Tensor
 
+from normfree.native.table import PointerTable
 from normfree.optim.agc import GRADIENT_FLOOR
+from normfree.optim.fused import GROUP_NUMBERS, FusedUpdate
 
 WIDTH = tl.constexpr(8)
 FLOOR = tl.constexpr(GRADIENT_FLOOR)
 INFINITY = tl.constexpr(float("inf"))
 
-#: Columns of `numbers` for each group, after the first element.
-GROUP_NUMBERS = ("lr", "weight_decay", "momentum", "nesterov", "clipping")
+# Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
+BLOCK, WARPS = 2048, 8
+
 STRIDE = tl.constexpr(len(GROUP_NUMBERS))
 
 
@@ -124,3 +126,35 @@ def update(
                 tl.store(averages + at, e, mask=here)
     else:
         tl.store(clipped + unit, 0)
+
+
+class TritonUpdate(FusedUpdate):
+    """`FusedUpdate` for float32 parameters on a CUDA device."""
+
+    @classmethod
+    def supports_device(cls, kind: str) -> bool:
+        return kind == "cuda"
+
+    def _square_(self, table: PointerTable, squares: Tensor) -> None:
+        with torch.cuda.device_of(squares):
+            for start, count, hint in _launches(table):
+                unit_squares[(count,)](
+                    table.table, table.owner, squares, start,
+                    BLOCK=BLOCK, ALIGNED=hint, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+
+    def _update_(
+        self, table: PointerTable, numbers: Tensor, squares: Tensor, grad_norm: Tensor, clipped: Tensor
+    ) -> None:
+        with torch.cuda.device_of(squares):
+            for start, count, hint in _launches(table):
+                update[(count,)](
+                    table.table, table.owner, numbers, squares, grad_norm, clipped, start, self.eps,
+                    BLOCK=BLOCK, ALIGNED=hint, EMA=self.ema is not None, num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+
+
+def _launches(table: PointerTable) -> list[tuple[int, int, bool]]:
+    """Return the first unit and the number of units of each launch, and whether its accesses are aligned."""
+    halves = [(0, table.aligned_units, True), (table.aligned_units, table.units - table.aligned_units, False)]
+    return [half for half in halves if half[1]]

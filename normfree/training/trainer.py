@@ -327,7 +327,7 @@ class Trainer:
     def _live(self) -> dict[str, dict[str, Tensor]]:
         return {
             "model": dict(self.net.state_dict()),
-            "ema": self.ema.state_dict(),
+            "ema": dict(self.ema.module.state_dict()),
             "optim": self.optimizer.named_state(),
         }
 

@@ -1,4 +1,4 @@
-"""What follows the gradient: clipping, decay, momentum, average. In one sweep over memory, or by three calls."""
+"""What follows the gradient: clipping, decay, momentum, average; in one sweep over memory, or by three calls."""
 
 from __future__ import annotations
 
@@ -6,43 +6,60 @@ from torch import nn
 
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
-from normfree.optim.fused import FusedUpdate, fused_update
+from normfree.optim.fused import FusedUpdate
+from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.named_gradients import ClipReport
 from normfree.optim.sgd import SGD
+from normfree.suggest import unknown
 from normfree.training.config import OptimConfig
 from normfree.training.profile import span
 
-#: Whether a run on a CUDA device takes the update kernel where that can do the whole work. False: it is not yet
-#: measured on a GPU. Its arithmetic is tested through Triton's interpreter, its memory accesses as compiled for sm_90.
-UPDATE_KERNEL = False
+ENGINES = ("auto", "torch", "native", "triton")
 
 
 class Update:
-    """One step of `optimizer`, which moves `model`, and of its average `ema`; `config` says how gradients are clipped.
+    """One step of `optimizer`, which moves `model`, and of its average `ema`.
 
-    `kernel` is the `FusedUpdate` that does it, or None for the three calls; this is where that is decided.
+    Args:
+        config: how gradients are clipped.
+        engine: "native": the fused update by compiled kernels, on a CPU. "triton": the fused update by Triton kernels,
+            on a CUDA device; off by default, since it has not been measured on one. "torch": three calls. "auto":
+            "native" where it can do all the work, else "torch".
+
+    Raises:
+        ValueError: the engine is unknown, or cannot do all the work.
     """
 
-    def __init__(self, optimizer: SGD, *, model: nn.Module, ema: Ema, config: OptimConfig) -> None:
+    def __init__(
+        self, optimizer: SGD, *, model: nn.Module, ema: Ema, config: OptimConfig, engine: str = "auto"
+    ) -> None:
+        if engine not in ENGINES:
+            raise ValueError(unknown("engine", engine, ENGINES))
         self.optimizer, self.model, self.ema, self.config = optimizer, model, ema, config
-        on_cpu = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
-        self.kernel = self.fused() if on_cpu or UPDATE_KERNEL else None
+        self.fused = self._fused("native" if engine == "auto" else engine)
+        if self.fused is None and engine not in ("auto", "torch"):
+            raise ValueError(f"engine {engine!r} cannot do this update. Allowed here: 'auto', 'torch'.")
 
-    def fused(self) -> FusedUpdate | None:
-        """A `FusedUpdate` that does the same, with tables of its own; None if none can."""
-        if self.config.clip != "agc":
+    def _fused(self, engine: str) -> FusedUpdate | None:
+        if self.config.clip != "agc" or engine == "torch":
             return None
-        return fused_update(self.optimizer, model=self.model, ema=self.ema, eps=self.config.clipping_eps)
+        kind: type[FusedUpdate] = NativeUpdate
+        if engine == "triton":
+            from normfree.optim.fused_triton import TritonUpdate
+
+            kind = TritonUpdate
+        return kind.create(self.optimizer, model=self.model, ema=self.ema, eps=self.config.clipping_eps)
 
     def step_(self, step: int) -> ClipReport:
-        """Moves weights, momentum and average for step number `step`, and drops the gradients.
+        """Move weights, momentum and average in step number `step`, and drop the gradients.
 
         Raises:
-            NonFiniteGradientError: a gradient is not finite; nothing was moved.
+            NonFiniteGradientError: a gradient is not finite; nothing was changed.
         """
-        if self.kernel is not None:
+        self.ema.num_updates = step  # also after a resume
+        if self.fused is not None:
             with span("update"):
-                report = self.kernel.step_(step=step)
+                report = self.fused.step_()
                 self.optimizer.zero_grad(set_to_none=True)
             return report
         with span("clip"):
@@ -53,5 +70,5 @@ class Update:
         with span("update"):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self.ema.update_(self.model, step=step)
+            self.ema.update(self.model)
         return report

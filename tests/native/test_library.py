@@ -22,7 +22,7 @@ from normfree.ops.standardize import standardize_all
 from normfree.ops.winograd import filter_planes
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
-from normfree.optim.fused import NativeUpdate, fused_update
+from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 
@@ -69,15 +69,15 @@ def all_results() -> list[Tensor]:
     torch.autograd.backward(maps, ups)
     optimizer = SGD(parameter_groups(net, weight_decay=0.02, clipping=0.3), 0.1)
     ema, found = Ema(net), [*made, *maps, *(p.grad.clone() for p in net.parameters())]
-    update = fused_update(optimizer, model=net, ema=ema)
+    update = NativeUpdate.create(optimizer, model=net, ema=ema)
     assert isinstance(update, NativeUpdate)
-    found += [update.step_(step=step).grad_norm for step in range(2)]
+    found += [update.step_().grad_norm for _ in range(2)]
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
     assert 0.0 < float(report) < 1.0
     kernel = torch.randn(32, 48, 3, 3)
     found += [filter_planes(kernel, groups=2, turned=turned) for turned in (False, True)]
     found += [report.grad_norm, *(p.grad for p in net.parameters()), *net.parameters()]
-    found += [*optimizer.named_state().values(), *ema.state_dict().values()]
+    found += [*optimizer.named_state().values(), *ema.module.state_dict().values()]
     return [t.detach().clone() for t in found]
 
 

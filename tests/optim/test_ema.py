@@ -33,10 +33,10 @@ def test_decay_ramps_up_to_its_value() -> None:
 def test_average_of_a_constant_is_the_constant() -> None:
     model = net()
     average = Ema(model, decay=0.9)
-    for step in range(20):
-        average.update_(model, step=step)
+    for _ in range(20):
+        average.update(model)
     for name, p in model.named_parameters():
-        assert torch.equal(average.state_dict()[name], p)
+        assert torch.equal(average.module.state_dict()[name], p)
 
 
 def test_closed_form_after_k_steps() -> None:
@@ -45,8 +45,8 @@ def test_closed_form_after_k_steps() -> None:
     set_all_(model, 1.0)
     average = Ema(model, decay=0.9, ramp=False)
     set_all_(model, 3.0)
-    for step in range(12):
-        average.update_(model, step=step)
+    for _ in range(12):
+        average.update(model)
     for p in average.module.parameters():
         torch.testing.assert_close(p, torch.full_like(p, 3.0 - 2.0 * 0.9**12), rtol=1e-6, atol=0.0)
 
@@ -58,7 +58,7 @@ def test_ramp_is_applied_step_by_step() -> None:
     expected = 0.0
     for step in range(5):
         set_all_(model, float(step + 1))
-        average.update_(model, step=step)
+        average.update(model)
         d = (1 + step) / (10 + step)
         expected = d * expected + (1 - d) * (step + 1)
     for p in average.module.parameters():
@@ -70,7 +70,7 @@ def test_float_buffers_are_averaged_and_integers_copied() -> None:
     average = Ema(model, decay=0.5, ramp=False)
     model[1].running_mean.fill_(4.0)
     model[1].num_batches_tracked.fill_(7)
-    average.update_(model, step=0)
+    average.update(model)
     assert average.module[1].running_mean.tolist() == [2.0] * 4
     assert int(average.module[1].num_batches_tracked) == 7
 
@@ -80,7 +80,7 @@ def test_module_evaluates_the_average_without_touching_the_model() -> None:
     average = Ema(model, decay=0.5, ramp=False)
     before = copy.deepcopy(model.state_dict())
     set_all_(model, 0.25)
-    average.update_(model, step=0)
+    average.update(model)
     by_hand = net()
     by_hand.load_state_dict(
         {k: v if "num" in k else 0.5 * before[k] + 0.5 * v for k, v in model.state_dict().items()}
@@ -98,8 +98,8 @@ def test_half_precision_weights_are_averaged_in_float32() -> None:
     set_all_(model, 1.0)
     average = Ema(model, decay=0.999, ramp=False)
     set_all_(model, 2.0)
-    for step in range(10):  # each step moves by 1e-3, less than bfloat16 resolves at 1
-        average.update_(model, step=step)
+    for _ in range(10):  # each step moves by 1e-3, less than bfloat16 resolves at 1
+        average.update(model)
     weight = average.module[0].weight
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, torch.full_like(weight, 2.0 - 0.999**10), rtol=1e-6, atol=0.0)
@@ -109,15 +109,17 @@ def test_state_round_trip_continues_bit_for_bit() -> None:
     model = net()
     one = Ema(model, decay=0.9)
     set_all_(model, 0.5)
-    one.update_(model, step=0)
-    saved = {name: tensor.clone() for name, tensor in one.state_dict().items()}
-    assert saved.keys() == model.state_dict().keys()
+    one.update(model)
+    saved = copy.deepcopy(one.state_dict())
+    assert saved["num_updates"] == 1
+    assert saved["module"].keys() == model.state_dict().keys()
     two = Ema(net(), decay=0.9)
-    two.load_state_dict_(saved)
+    two.load_state_dict(saved)
     for average in (one, two):
-        average.update_(model, step=1)
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(tensor, two.state_dict()[name])
+        average.update(model)  # with the decay of the second update
+    assert two.num_updates == 2
+    for name, tensor in one.module.state_dict().items():
+        assert torch.equal(tensor, two.module.state_dict()[name])
 
 
 def test_copy_to_the_model() -> None:
@@ -125,7 +127,7 @@ def test_copy_to_the_model() -> None:
     average = Ema(model)
     start = average.module[0].weight.clone()
     set_all_(model, 9.0)
-    average.copy_to_(model)
+    average.copy_to(model)
     assert torch.equal(model[0].weight, start)
     set_all_(model, 9.0)
     assert torch.equal(average.module[0].weight, start)
@@ -138,16 +140,16 @@ def test_another_network_is_refused() -> None:
         "Exactly its 2 names and shapes are allowed. Nearest: the tensors saved from the same network."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        average.load_state_dict_(nn.Linear(3, 2).state_dict())
+        average.load_state_dict({"num_updates": 0, "module": nn.Linear(3, 2).state_dict()})
     with pytest.raises(ValueError, match=r"unknown: '0\.weight', '0\.bias', missing: 'weight', 'bias'"):
-        average.update_(nn.Sequential(nn.Linear(2, 2)), step=0)
+        average.update(nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(
     ("step", "decay", "message"),
     [
-        (0, 1.5, "decay is 1.5. It must lie in [0, 1]. The published value is 0.99999."),
-        (-1, 0.9, "step is -1. Steps are counted from 0. Pass the index of the step just taken."),
+        (0, 1.5, "decay is 1.5. Allowed: 0 to 1. Fix: pass decay=0.99999, the published value."),
+        (-1, 0.9, "step is -1. Allowed: 0 or more. Fix: pass the number of updates so far."),
     ],
 )
 def test_wrong_arguments(step: int, decay: float, message: str) -> None:

@@ -1,5 +1,4 @@
-"""The update in two launches against the three plain calls: Triton's kernels, on a CPU through the interpreter, and
-those in C."""
+"""The update in two launches against the three plain calls: Triton kernels, interpreted on a CPU, and C kernels."""
 
 from __future__ import annotations
 
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models.layers import WSConv2d
-from normfree.native.library import library
-from normfree.optim import fused
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
-from normfree.optim.fused import FusedUpdate, NativeUpdate, fused_update
+from normfree.optim.fused import FusedUpdate
+from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.groups import parameter_groups
 from normfree.optim.named_gradients import NonFiniteGradientError
 from normfree.optim.sgd import SGD
@@ -34,8 +32,10 @@ def triton(
         pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
     else:
         interpret("normfree.optim.fused_triton", "unit_squares", "update")
-        monkeypatch.setattr(fused, "BLOCK", 32)
-    return FusedUpdate
+        monkeypatch.setattr("normfree.optim.fused_triton.BLOCK", 32)
+    from normfree.optim.fused_triton import TritonUpdate
+
+    return TritonUpdate
 
 
 @pytest.fixture
@@ -91,13 +91,18 @@ def plain_step(made: Made, step: int) -> tuple[float, int, float]:
     model, optimizer, ema = made
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.05)
     optimizer.step()
-    ema.update_(model, step=step)
+    ema.num_updates = step
+    ema.update(model)
     return float(report), report.units, float(report.grad_norm)
 
 
 def state(made: Made) -> dict[str, Tensor]:
     model, optimizer, ema = made
-    parts = {"model": dict(model.state_dict()), "momentum": optimizer.named_state(), "ema": ema.state_dict()}
+    parts = {
+        "model": dict(model.state_dict()),
+        "momentum": optimizer.named_state(),
+        "ema": dict(ema.module.state_dict()),
+    }
     return {f"{part} {name}": t.clone() for part, some in parts.items() for name, t in some.items()}
 
 
@@ -128,7 +133,7 @@ def compare_with_float64(kind: Kind, nesterov: bool, *, device: str) -> None:
         for made in (ours, exact):
             made[1].set_lr(0.2 / (1 + step))
             set_grads_(made[0], step)
-        report = update.step_(step=step)
+        report = update.step_()
         fraction, units, grad_norm = plain_step(exact, step)
         assert (float(report), report.units) == (pytest.approx(fraction), units)
         assert 0 < fraction < 1
@@ -144,7 +149,7 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
     made = make()
     update = kind(made[1], model=made[0], ema=made[2])
     set_grads_(made[0], 0)
-    update.step_(step=0)
+    update.step_()
     made[0].norm.num_batches_tracked += 1  # both differ from their averages
     made[0].norm.running_mean += 1.0
 
@@ -160,8 +165,8 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
         "Skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
     )
     with pytest.raises(NonFiniteGradientError, match=f"^{re.escape(message)}$"):
-        update.step_(step=1)
-    report = update.step_(step=1, error_if_nonfinite=False)
+        update.step_()
+    report = update.step_(error_if_nonfinite=False)
     assert not torch.isfinite(report.grad_norm)
     assert float(report) == 0.0
     for name, tensor in state(made).items():
@@ -174,7 +179,7 @@ def test_below_the_limit_the_gradient_enters_with_all_its_bits(kind: Kind) -> No
         for group in made[1].param_groups:
             group["clipping"] = clipping
         set_grads_(made[0], 0)
-        kind(made[1], model=made[0], ema=made[2]).step_(step=0)
+        kind(made[1], model=made[0], ema=made[2]).step_()
     for (name, one), two in zip(state(free).items(), state(loose).values(), strict=True):
         assert torch.equal(one, two), name
 
@@ -195,8 +200,8 @@ def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
     for step, change in enumerate((None, shift, None, shift)):
         set_grads_(plain[0], step)
         set_grads_(odd[0], step, change=change)
-        reference.step_(step=step)
-        update.step_(step=step)
+        reference.step_()
+        update.step_()
         assert_near(state(odd), state(plain))
     assert odd[0].grouped.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -223,12 +228,12 @@ def test_only_units_on_16_byte_boundaries_are_promised_to_be(
     monkeypatch.setattr(fused_triton, "update", recorders[1])
     units = {"stem.weight": 4, "conv.weight": 4, "grouped.weight": 6, "head.weight": 3}
     total = sum(units.get(name, 1) for name, _ in model.named_parameters())
-    # Rows of 36 weights, and gain and bias of stem and conv: four each. Zero gradients, so that nobody asks further.
+    # Rows of 36 weights, and gain and bias of stem and conv: four each. Zero gradients, so that no error is looked for.
     whole = 6 + 4
-    for step, behind in enumerate((0, 1)):
+    for behind in (0, 1):
         for p in model.parameters():
             p.grad = torch.zeros(p.numel() + behind)[behind:].view(p.shape)
-        update.step_(step=step, error_if_nonfinite=False)
+        update.step_(error_if_nonfinite=False)
         expected = [(total, False)] if behind else [(whole, True), (total - whole, False)]
         for recorder in recorders:
             assert recorder.seen == expected
@@ -245,66 +250,25 @@ def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers(kind:
         for model, _, _ in (ours, exact):
             set_grads_(model, step, change=drop if step < 2 else None)
             with torch.no_grad():
-                model.conv.weight += 0.5  # somebody else moves it
+                model.conv.weight += 0.5  # moved from outside
                 model.norm.running_mean += 1.0
                 model.norm.num_batches_tracked += 1
-        update.step_(step=step)
+        update.step_()
         plain_step(exact, step)
         assert_near(state(ours), state(exact))
 
 
-def test_all_that_varies_from_step_to_step_lies_on_the_device(kind: Kind) -> None:
-    """What a captured graph would replay: `launch_` alone, after `set_numbers_`."""
-    ours, exact = make(), make(double=True)
-    update = kind(ours[1], model=ours[0], ema=ours[2])
-    for made in (ours, exact):
-        set_grads_(made[0], 0)
-    update.set_numbers_(step=7)
-    for group in ours[1].param_groups:
-        group.update(lr=9.0, weight_decay=9.0, momentum=0.1, nesterov=False)
-    update.launch_()
-    plain_step(exact, 7)
-    assert_near(state(ours), state(exact))
-
-
-def test_a_capture_takes_new_addresses_but_no_other_set(
-    triton: Kind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = make()
-    update = triton(made[1], model=made[0], ema=made[2])
-    set_grads_(made[0], 0)
-    update.step_(step=0)
-    monkeypatch.setattr(fused, "_capturing", lambda tensor: True)
-    kept = [p.grad for p in made[0].parameters()]
-    set_grads_(made[0], 1)
-    sent = update._table.clone()
-    update.launch_()
-    assert torch.equal(update._table, sent)  # a copy from the host would not be replayed
-    monkeypatch.setattr(fused, "_capturing", lambda tensor: False)
-    update.set_numbers_(step=1)
-    assert not torch.equal(update._table, sent)
-    assert len(kept) == 16
-    monkeypatch.setattr(fused, "_capturing", lambda tensor: True)
-    made[0].skip_gain.grad = None
-    message = (
-        "Other gradients exist than at the last step, while a CUDA graph is captured. The same ones must, since the "
-        "graph holds the addresses of their tables. Make one such step before the capture."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        update.launch_()
-
-
 def test_without_an_average_and_without_gradients(kind: Kind) -> None:
     ours, exact = make(), make(double=True)
-    report = kind(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
+    report = kind(ours[1], model=ours[0], ema=ours[2]).step_()
     assert (float(report), report.units, float(report.grad_norm)) == (0.0, 0, 0.0)
     plain_step(exact, 0)
     assert_near(state(ours), state(exact))
-    average = ours[2].state_dict()["head.weight"].clone()
+    average = ours[2].module.state_dict()["head.weight"].clone()
     for made in (ours, exact):
         set_grads_(made[0], 0)
-    kind(ours[1], model=ours[0]).step_(step=0)
-    assert torch.equal(ours[2].state_dict()["head.weight"], average)
+    kind(ours[1], model=ours[0]).step_()
+    assert torch.equal(ours[2].module.state_dict()["head.weight"], average)
     plain_step(exact, 0)
     assert_near(dict(ours[0].state_dict()), dict(exact[0].state_dict()))
 
@@ -315,7 +279,7 @@ def test_a_tiny_gradient_counts_as_one_of_1e_6(kind: Kind) -> None:
         for group in made[1].param_groups:
             group.update(clipping=1e-8, weight_decay=0.0)  # nothing but gradients in the momentum
         set_grads_(made[0], 0, change=lambda name, grad: 1e-8 * grad)
-    kind(ours[1], model=ours[0], ema=ours[2]).step_(step=0)
+    kind(ours[1], model=ours[0], ema=ours[2]).step_()
     assert plain_step(exact, 0)[0] > 0.3
     assert_near(state(ours), state(exact))
 
@@ -327,43 +291,45 @@ def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None
     set_grads_(model, 0)
     before = state((model, optimizer, ema))
     message = (
-        "The memory format of 'stem.weight' has changed since the update was made. Its average lies in the old one. "
-        "Change formats first, then make Ema and update."
+        "the memory format of 'stem.weight' has changed since the update was made. Allowed: the format of its average. "
+        "Fix: change formats first, then make Ema and the update."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        update.step_(step=0)
+        update.step_()
     assert all(torch.equal(t, before[name]) for name, t in state((model, optimizer, ema)).items())
 
 
-def test_what_does_not_fit_is_left_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernels_cannot_process_is_refused(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kind, "supports_device", classmethod(lambda cls, device: True))
     model, optimizer, ema = make()
-    if library() is not None:
-        assert isinstance(fused_update(optimizer, model=model, ema=ema), NativeUpdate)
-    assert fused_update(SGD(model.parameters(), 0.1), model=model, ema=ema) is None  # no names, no clipping
-    monkeypatch.setattr(fused, "library", lambda: None)
-    assert fused_update(optimizer, model=model, ema=ema) is None
-    assert FusedUpdate(optimizer, model=model, ema=ema).fits()
-    assert not FusedUpdate(*(m := make(double=True))[1:2], model=m[0], ema=m[2]).fits()
+    assert isinstance(kind.create(optimizer, model=model, ema=ema), kind)
+    assert kind.create(SGD(model.parameters(), 0.1), model=model, ema=ema) is None  # no names, no clipping
+    double = make(double=True)
+    assert kind.create(double[1], model=double[0], ema=double[2]) is None
     still = SGD(parameter_groups(model, weight_decay=0.0, clipping=0.0), 0.1, momentum=0.0, nesterov=False)
-    assert not FusedUpdate(still, model=model, ema=ema).fits()
+    assert kind.create(still, model=model, ema=ema) is None
     model.to(memory_format=torch.channels_last)
-    assert not FusedUpdate(optimizer, model=model, ema=ema).fits()  # the average still lies the other way
+    assert kind.create(optimizer, model=model, ema=ema) is None  # the average has the other memory format
     turned = copy.deepcopy(model)
     turned.head.weight = nn.Parameter(torch.randn(10, 3).T)
-    assert not FusedUpdate(
-        SGD(parameter_groups(turned, weight_decay=0.0, clipping=0.0), 0.1), model=turned
-    ).fits()
+    assert (
+        kind.create(SGD(parameter_groups(turned, weight_decay=0.0, clipping=0.0), 0.1), model=turned) is None
+    )
+
+
+def test_devices_are_those_of_the_kernels(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cpu" if kind is NativeUpdate else "cuda"
+    assert [name for name in ("cpu", "cuda", "mps") if kind.supports_device(name)] == [device]
+    monkeypatch.setattr("normfree.optim.fused_native.library", lambda: None)
+    assert not NativeUpdate.supports_device("cpu")
 
 
 def test_a_sparse_gradient_is_refused(kind: Kind) -> None:
     model, optimizer, ema = make()
     model.head.weight.grad = torch.zeros(3, 10).to_sparse()
-    message = (
-        "The gradient of 'head.weight' is sparse. Clipping takes dense gradients only. "
-        "Build the layer with sparse=False."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        kind(optimizer, model=model, ema=ema).step_(step=0)
+    message = "the gradient of 'head.weight' is sparse. Allowed: dense gradients."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        kind(optimizer, model=model, ema=ema).step_()
 
 
 def test_aligned_units_pass_through_memory_in_16_byte_accesses(
@@ -381,13 +347,13 @@ def test_aligned_units_pass_through_memory_in_16_byte_accesses(
     types = {"table": "*i64", "owner": "*i32", "clipped": "*i8", "start": "i32", "eps": "fp32"}
     wide, narrow = {}, {}
     for aligned in (True, False):
-        constants = {"BLOCK": fused.BLOCK, "ALIGNED": aligned, "EMA": True}
+        constants = {"BLOCK": fused_triton.BLOCK, "ALIGNED": aligned, "EMA": True}
         names = fused_triton.update.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
         ptx = triton.compile(
             ASTSource(fused_triton.update, signature, {(names.index(n),): v for n, v in constants.items()}),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": fused.WARPS, "enable_fp_fusion": False},
+            options={"num_warps": fused_triton.WARPS, "enable_fp_fusion": False},
         ).asm["ptx"]
         wide[aligned] = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx))
         narrow[aligned] = len(re.findall(r"st\.global\.b32", ptx))

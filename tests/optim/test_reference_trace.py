@@ -104,8 +104,8 @@ def test_four_steps_of_clipping_momentum_decay_and_average(fused: bool | None) -
                 grad = model.get_parameter(our_name(key)).grad
                 assert error(grad, ours(TRACE[f"step0|clipped|{key}"])) < 1e-6, key
         optimizer.step()
-        average.update_(model, step=step)
-    found = {"step3|momentum": optimizer.named_state(), "step3|ema": average.state_dict()}
+        average.update(model)
+    found = {"step3|momentum": optimizer.named_state(), "step3|ema": average.module.state_dict()}
     found["step4|param"] = dict(model.named_parameters())
     for what, tensors in found.items():
         for key in TRACED:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from normfree.models.zoo import create_model
-from normfree.optim.sam import ascend_, descend_
+from normfree.optim.sam import SAM, ascend_, descend_
 
 
 def test_the_gradient_is_that_of_the_point_uphill():
@@ -53,8 +53,23 @@ def test_a_gradient_that_points_nowhere_moves_nothing(value):
     assert all(torch.equal(w.detach(), torch.ones_like(w)) for w in weights)
 
 
-def test_a_distance_of_zero_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"^rho=0: expected a distance above 0\. \[B\] fine-tunes with 0\.05\.$"
-    ):
-        ascend_([], rho=0)
+def test_the_class_moves_inside_and_restores_outside_also_after_an_error():
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    sam = SAM([weight], rho=0.1)
+    (weight**2).sum().backward()
+    uphill = weight.detach() + 0.1 * weight.grad / weight.grad.norm()
+    with sam.perturbed():
+        torch.testing.assert_close(weight.detach(), uphill)
+        (weight**2).sum().backward()
+    assert weight.tolist() == [1.0, 2.0]
+    torch.testing.assert_close(weight.grad, 2 * uphill)
+    with pytest.raises(RuntimeError, match="stop"), sam.perturbed():
+        raise RuntimeError("stop")
+    assert weight.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("make", [lambda: ascend_([], rho=0), lambda: SAM([], rho=0)])
+def test_a_distance_of_zero_is_an_error(make):
+    message = r"^rho is 0\. Allowed: above 0\. Fix: pass rho=0\.05, with which \[B\] fine-tunes\.$"
+    with pytest.raises(ValueError, match=message):
+        make()

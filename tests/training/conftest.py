@@ -1,4 +1,4 @@
-"""What several tests of training share: a network of some hundred units, and the update kernel on a CPU."""
+"""Fixtures of several tests of training: a trainer of a small network, its batches, and the Triton update on a CPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ import torch
 
 from normfree.data.loader import Batch
 from normfree.models.variants import VARIANTS
-from normfree.optim import fused
-from normfree.optim.agc import unitwise_norm
-from normfree.optim.named_gradients import ClipReport
-from normfree.training import update
 from normfree.training.config import AugmentConfig, Config, InputConfig, NetConfig, OptimConfig
 from normfree.training.resolve import resolve
 from normfree.training.trainer import Trainer
@@ -53,48 +49,10 @@ def some_batch() -> Callable[[int], Batch]:
     return make
 
 
-class UpdateByTorch(fused.FusedUpdate):
-    """`FusedUpdate` in plain torch: what varies comes from `numbers`, as in the kernel, whose interpreter is slow."""
-
-    @torch.no_grad()
-    def launch_(self) -> ClipReport:
-        from normfree.optim.fused_triton import GROUP_NUMBERS
-
-        shadow = dict(self.ema.module.named_parameters())
-        grad_norm = torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm()
-        units, over = 0, torch.zeros(())
-        groups = zip(self.optimizer.param_groups, self.numbers[1:].view(-1, len(GROUP_NUMBERS)), strict=True)
-        for group, numbers in groups if torch.isfinite(grad_norm) else ():
-            now = dict(zip(GROUP_NUMBERS, numbers, strict=True))
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                norm = unitwise_norm(p.grad)
-                limit = now["clipping"] * unitwise_norm(p).clamp(min=self.eps)
-                clips = (now["clipping"] > 0) & (norm > limit)
-                units, over = units + norm.numel() * (group["clipping"] > 0), over + clips.sum()
-                gradient = p.grad * torch.where(clips, limit / norm, 1.0) + now["weight_decay"] * p
-                momentum = self.optimizer.named_state()[name].mul_(now["momentum"]).add_(gradient)
-                p -= now["lr"] * (gradient + now["momentum"] * momentum)
-                shadow[name].lerp_(p, self.numbers[0])
-        return ClipReport(over / max(1, units), units, grad_norm)
-
-
 @pytest.fixture
-def update_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainers take a stand-in for the update kernel."""
-    pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
-    monkeypatch.setattr(update, "UPDATE_KERNEL", True)
-    monkeypatch.setattr(update, "fused_update", UpdateByTorch)
-
-
-@pytest.fixture
-def update_kernel(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None]) -> None:
-    """Trainers take the update kernel, on a CPU through Triton's interpreter."""
+def interpreted_update(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None]) -> None:
+    """`Update(..., engine="triton")` works on a CPU, through Triton's interpreter."""
     interpret("normfree.optim.fused_triton", "unit_squares", "update")
-    monkeypatch.setattr(fused, "BLOCK", 256)
-    monkeypatch.setattr(update, "UPDATE_KERNEL", True)
-
-    def anywhere(optimizer: object, **words: object) -> fused.FusedUpdate | None:
-        made = fused.FusedUpdate(optimizer, **words)
-        return made if made.fits() else None
-
-    monkeypatch.setattr(update, "fused_update", anywhere)
+    monkeypatch.setattr("normfree.optim.fused_triton.BLOCK", 256)
+    supports = classmethod(lambda cls, device: True)
+    monkeypatch.setattr("normfree.optim.fused_triton.TritonUpdate.supports_device", supports)

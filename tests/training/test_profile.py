@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from normfree.models.layers import WSConv2d
 from normfree.native.library import library
-from normfree.training import loop, profile, run_folder, update
+from normfree.training import loop, profile, run_folder
 from normfree.training.config_io import with_overrides
 from normfree.training.profile import BEFORE, PARTS, PHASES, profiled, span
 from normfree.training.recipes import RECIPES
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
         patch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
         out = tmp_path_factory.mktemp("runs")
         texts = train(out / "plain"), train(out / "profiled", "--log.profile", "2")
-        patch.setattr(update, "fused_update", lambda *args, **words: None)
+        patch.setattr("normfree.training.update.NativeUpdate.create", lambda *args, **kwargs: None)
         train(out / "calls", "--log.profile", "2")
         return out, *texts
 

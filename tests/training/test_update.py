@@ -1,7 +1,8 @@
-"""The update by kernel and by three calls, where a run meets it: `Trainer.step`."""
+"""The update in one sweep and by three calls, as `Trainer.step` uses it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -9,19 +10,19 @@ import torch
 
 from normfree.data.loader import Batch
 from normfree.native.library import library
-from normfree.training import update
 from normfree.training.config import OptimConfig
 from normfree.training.trainer import Diverged, Trainer
+from normfree.training.update import Update
 
 Make, Batches = Callable[..., Trainer], Callable[[int], Batch]
 
 
-def plain(make: Make, monkeypatch: pytest.MonkeyPatch, **changes: object) -> Trainer:
-    """A trainer whose update is the three calls."""
-    with monkeypatch.context() as patch:
-        patch.setattr(update, "fused_update", lambda *args, **words: None)
-        trainer = make(**changes)
-    assert trainer.update.kernel is None
+def with_engine(trainer: Trainer, engine: str) -> Trainer:
+    """Return the trainer with its update computed by `engine`."""
+    config = trainer.config.optim
+    trainer.update = Update(
+        trainer.optimizer, model=trainer.net, ema=trainer.ema, config=config, engine=engine
+    )
     return trainer
 
 
@@ -33,25 +34,35 @@ def assert_near(one: Trainer, other: Trainer) -> None:
             assert error <= 4e-6 * float(wanted.abs().max()), (file, name, error)
 
 
-@pytest.fixture(params=["interpreted", "compiled"])
-def some_kernel(request: pytest.FixtureRequest) -> None:
-    """Trainers take Triton's kernel through the interpreter, or the one in C."""
-    if request.param == "interpreted":
-        request.getfixturevalue("update_kernel")
-    else:
-        request.getfixturevalue("compiled")
+@pytest.fixture(params=["triton", "native"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """An engine that takes a step in one sweep: Triton's kernels through the interpreter, or those in C."""
+    request.getfixturevalue("interpreted_update" if request.param == "triton" else "compiled")
+    return request.param
 
 
-def test_runs_take_it_on_a_cpu_but_not_on_a_gpu_until_one_has_measured_it(small_trainer: Make) -> None:
-    assert not update.UPDATE_KERNEL
-    assert (small_trainer().update.kernel is None) == (library() is None)
+def test_runs_use_the_compiled_kernels_where_they_exist(small_trainer: Make) -> None:
+    assert (small_trainer().update.fused is None) == (library() is None)
+    assert with_engine(small_trainer(), "torch").update.fused is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("tritn", "unknown engine 'tritn'. Did you mean 'triton'?"),
+        ("triton", "engine 'triton' cannot do this update"),
+    ],
+)
+def test_an_engine_that_cannot_work_here_is_an_error(small_trainer: Make, engine: str, message: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; the Linux wheels of PyTorch install it")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        with_engine(small_trainer(), engine)
 
 
 def test_steps_by_kernel_are_those_by_three_calls(
-    small_trainer: Make, some_batch: Batches, some_kernel: None, monkeypatch: pytest.MonkeyPatch
+    small_trainer: Make, some_batch: Batches, engine: str
 ) -> None:
-    ours, theirs = small_trainer(), plain(small_trainer, monkeypatch)
-    assert ours.update.kernel is not None
+    ours, theirs = with_engine(small_trainer(), engine), with_engine(small_trainer(), "torch")
     for step in range(4):
         (loss, correct, report), wanted = (t.step(some_batch(step), step) for t in (ours, theirs))
         torch.testing.assert_close(loss, wanted[0], rtol=1e-5, atol=0.0)
@@ -63,11 +74,11 @@ def test_steps_by_kernel_are_those_by_three_calls(
         assert_near(ours, theirs)
 
 
-def test_a_gradient_that_is_not_finite_says_the_same_and_moves_nothing(
-    small_trainer: Make, some_batch: Batches, some_kernel: None, monkeypatch: pytest.MonkeyPatch
+def test_a_gradient_that_is_not_finite_gives_the_same_error_and_changes_nothing(
+    small_trainer: Make, some_batch: Batches, engine: str
 ) -> None:
-    said = []
-    for trainer in (small_trainer(), plain(small_trainer, monkeypatch)):
+    messages = []
+    for trainer in (with_engine(small_trainer(), engine), with_engine(small_trainer(), "torch")):
         trainer.step(some_batch(0), 0)
         before = {f: {n: t.clone() for n, t in part.items()} for f, part in trainer.tensors().items()}
         weight = trainer.net.stages[1][0].conv1.gain
@@ -75,28 +86,23 @@ def test_a_gradient_that_is_not_finite_says_the_same_and_moves_nothing(
         with pytest.raises(Diverged) as error:
             trainer.step(some_batch(1), 1)
         handle.remove()
-        said.append(str(error.value))
+        messages.append(str(error.value))
         for file, part in trainer.tensors().items():
             assert all(torch.equal(t, before[file][n]) for n, t in part.items())
-    assert said[0] == said[1]
-    assert said[0].startswith("step 1: 1 of ")
-    assert "stages.1.0.conv1.gain" in said[0]
-    assert said[0].endswith("Images of the step begin with 'one.png'. Try --optim.lr 0.017.")
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("step 1: 1 of ")
+    assert "stages.1.0.conv1.gain" in messages[0]
+    assert messages[0].endswith("Images of the step begin with 'one.png'. Try --optim.lr 0.017.")
 
 
 @pytest.mark.parametrize("clip", ["norm", "value", "off"])
-def test_other_ways_of_clipping_have_no_kernel(small_trainer: Make, some_kernel: None, clip: str) -> None:
-    assert small_trainer(optim=OptimConfig(clip=clip)).update.kernel is None
+def test_other_clipping_modes_take_three_calls(small_trainer: Make, clip: str) -> None:
+    assert small_trainer(optim=OptimConfig(clip=clip)).update.fused is None
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_steps_by_kernel_are_those_by_three_calls(
-    small_trainer: Make, some_batch: Batches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = plain(small_trainer, monkeypatch, device="cuda")
-    monkeypatch.setattr(update, "UPDATE_KERNEL", True)
-    ours = small_trainer(device="cuda")
-    assert ours.update.kernel is not None
+def test_on_a_gpu_steps_by_kernel_are_those_by_three_calls(small_trainer: Make, some_batch: Batches) -> None:
+    ours, theirs = (with_engine(small_trainer(device="cuda"), engine) for engine in ("triton", "torch"))
     for step in range(4):
         ours.step(some_batch(step), step)
         theirs.step(some_batch(step), step)
