@@ -120,11 +120,13 @@ def run(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> 
 def ours(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> Tensor:
     """One direction as our networks compute it."""
     side = shape.kernel_size // 2
-    geometry = conv2d_backends.Geometry(stride=shape.stride, padding=(side, side), groups=shape.groups)
+    geometry = conv2d_backends.Geometry(shape.stride, (side, side), shape.groups)
+    with torch.set_grad_enabled(direction != "forward"):  # gradients are computed by the backend of training
+        backend = conv2d_backends.choose_backend(x, weight, None, geometry)
     if direction == "forward":
-        return conv2d_backends.conv2d(x, weight, None, **geometry)
+        return backend.forward(x, weight, None, geometry)
     needs = (direction == "input gradient", direction == "weight gradient", False)
-    by_x, by_weight, _ = conv2d_backends.gradients(up, x, weight, None, needs, **geometry)
+    by_x, by_weight, _ = conv2d_backends.gradients(backend, up, x, weight, geometry, needs)
     found = by_x if needs[0] else by_weight
     assert found is not None
     return found

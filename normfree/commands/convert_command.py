@@ -149,10 +149,10 @@ def _content(arguments: ConvertArguments) -> Mapping[str, Any]:
 
 
 def _row(content: Mapping[str, Any], numerics: str) -> str:
-    from normfree.models.recognize import recognise
+    from normfree.models.recognize import recognize
     from normfree.models.variants import VARIANTS
 
-    rows = recognise(content)
+    rows = recognize(content)
     if numerics == "timm" and not rows[0].startswith("timm_"):
         rows = [n for n in (f"timm_dm_{rows[0]}",) if n in VARIANTS]
         if not rows:

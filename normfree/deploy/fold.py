@@ -76,17 +76,15 @@ def _fold_block(block: Block) -> None:
         block.conv_shortcut, _ = _plain(block.conv_shortcut)
     # the branch is multiplied by a constant, which its last convolution can carry; a gate that looks at the branch
     # must then see it without
-    constant = block.alpha * (1.0 if block.skip_gain is None else float(block.skip_gain))
+    branch, gate = block.remove_scales_()
     if block.attention is not None and block.attention_in_middle:
         gated = block.conv1b if block.second_conv else block.conv1
-        _scale_before_gate(gated, block.attention, block.gate_scale)
-        _scale(block.conv2, constant)
+        _scale_before_gate(gated, block.attention, gate)
+        _scale(block.conv2, branch)
     elif block.attention is not None:
-        _scale_before_gate(block.conv2, block.attention, block.gate_scale * constant)
+        _scale_before_gate(block.conv2, block.attention, gate * branch)
     else:
-        _scale(block.conv2, constant)
-    block.alpha, block.gate_scale, block.skip_gain = 1.0, 1.0, None
-    block.stochdepth.rate = 0.0
+        _scale(block.conv2, branch)
 
 
 def _fold_head(net: Net) -> None:
@@ -94,10 +92,9 @@ def _fold_head(net: Net) -> None:
         net.final_conv, net.final_norm = _plain(net.final_conv, net.final_norm)
     else:
         net.final_norm = _affine(net.final_norm)
-    net.head_drop = nn.Dropout(0.0)
+    scale = net.remove_head_scale_()
     if isinstance(net.head, nn.Linear):
-        net.head.weight.mul_(net.head_scale)
-        net.head_scale = 1.0
+        net.head.weight.mul_(scale)
     net.folded = True
 
 

@@ -21,7 +21,7 @@ from normfree.native.dispatch import (
 )
 from normfree.ops import winograd
 from normfree.ops.conv2d import Activation
-from normfree.ops.conv2d_backends import Geometry
+from normfree.ops.conv2d_backends import WINOGRAD, Geometry
 from normfree.ops.padding import pad_input
 
 
@@ -64,17 +64,17 @@ class PackedConv2d(Conv2d):
             return super().forward(x, act)
         size, stride = self.weight.shape[-1], self.stride[0]
         x, sides = pad_input(x if act is None else act(x), size, stride, padding=self.pad_mode)
-        geometry = Geometry(stride=stride, padding=sides, groups=self.groups)
-        minimal = winograd.suits(x, plain, bias=self.bias, has_planes=True, **geometry)
+        geometry = Geometry(stride, sides, self.groups)
+        minimal = WINOGRAD.supports(x, plain, self.bias, geometry, has_planes=True)
         if packed is None or not packed.is_of(plain, shape, minimal):
             if minimal:
                 kernel = winograd.filter_planes(plain, groups=self.groups)
             else:
-                kernel = pack_onednn_weight(plain, x.shape, **geometry)
+                kernel = pack_onednn_weight(plain, x.shape, **geometry._asdict())
             self._packed = packed = _Packed(kernel, shape, plain, plain._version, minimal)
         if minimal:
             return winograd.convolve(x, packed.kernel, self.bias, groups=self.groups)
-        return onednn_conv2d(x, packed.kernel, self.bias, **geometry)
+        return onednn_conv2d(x, packed.kernel, self.bias, **geometry._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the second kernel: copies lay out their own."""

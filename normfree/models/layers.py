@@ -1,63 +1,104 @@
 """The layers that make a network trainable without normalization.
 
-Shapes: images and activations are B C H W, convolution kernels O I H W (I per group), linear weights O I.
-Sources: [A] arXiv 2101.08692 (NF-ResNets), [B] arXiv 2102.06171 (NFNets), and DeepMind's released
-`nfnets` code, which produced the published weights and wins wherever it differs from the papers.
+Shapes: images and activations are B C H W, weights of convolutions O I H W (I per group), of linear layers O I.
+Sources: [A] arXiv 2101.08692 (NF-ResNets), [B] arXiv 2102.06171 (NFNets), and DeepMind's released `nfnets` code,
+which produced the published weights and takes precedence where it differs from the papers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normfree.ops.conv2d import Activation, convolve
+from normfree.ops.conv2d import Activation, conv2d
 from normfree.ops.gated_add import spatial_mean
 from normfree.ops.padding import pad_input
 from normfree.ops.standardize_torch import WS_EPS
-
-# --- activations and their gains ---------------------------------------------------------------------
-
+from normfree.suggest import problem
 
 # --- scaled weight standardization -------------------------------------------------------------------
 
 
 def standardize(weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: str = "floor") -> Tensor:
-    """The standardized kernel: per output channel, zero mean and variance (gain·scale)² / fan-in.
+    """Return the standardized weight: each filter has mean 0 and variance (gain·scale)² / fan-in.
 
-    ŵ = (w - μ) · gain · scale / sqrt(max(v·N, 1e-4)), with N the fan-in (I·H·W), μ the mean and v the biased
-    variance of a filter. The constant is a floor on v·N, not an addend: below it no gradient flows through v;
-    at equality half of it does (reference code, `WSConv2D`). `eps="add"` divides by sqrt((v + 1e-5)·N) instead,
-    as timm does. `weight`: O I H W; `gain`: O; result: as `weight`. Computed in float32 at least, returned in the
-    weight's type.
+    ŵ = (w - μ) · gain · scale / sqrt(max(v·N, 1e-4)), with N the fan-in (I·H·W), and μ and v the mean and the biased
+    variance of a filter. The constant is a lower bound of v·N, it is not added: below it no gradient flows through v,
+    and at equality half of it does. `eps="add"` divides by sqrt((v + 1e-5)·N) instead, as timm does.
+
+    Args:
+        weight: O I H W.
+        gain: O.
+        scale: a constant factor, such as γ of the activation that the convolution reads.
+        eps: "floor" or "add", see above.
+
+    Returns:
+        O I H W in the dtype of `weight`, computed in float32 or wider.
+
+    Example:
+        >>> import torch
+        >>> from normfree import standardize
+        >>> weight = standardize(torch.randn(4, 8, 3, 3), torch.ones(4))
+        >>> float(weight[0].mean().abs()) < 1e-6, round(float(weight[0].square().sum()), 3)
+        (True, 1.0)
+
+    Source: [A] section 4, [B] equation 1; reference code, `WSConv2D`.
     """
-    rows = weight.flatten(1)
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    centered = rows - rows.mean(dim=1, keepdim=True)
+    filters = weight.flatten(1)
+    if filters.dtype in (torch.float16, torch.bfloat16):
+        filters = filters.float()
+    centered = filters - filters.mean(dim=1, keepdim=True)
     power = centered.square().sum(dim=1)  # v·N
     if eps == "floor":
         power = torch.maximum(power, power.new_full((), WS_EPS["floor"]))
     else:
-        power = power + WS_EPS["add"] * rows.shape[1]
-    row_scale = (gain.to(rows.dtype) * torch.rsqrt(power) * scale).unsqueeze(1)
-    return (centered * row_scale).view_as(weight).to(weight.dtype)
+        power = power + WS_EPS["add"] * filters.shape[1]
+    factor = (gain.to(filters.dtype) * torch.rsqrt(power) * scale).unsqueeze(1)
+    return (centered * factor).view_as(weight).to(weight.dtype)
 
 
 class WSConv2d(nn.Module):
-    """Convolution with scaled weight standardization ([A] section 4; reference `WSConv2D`).
+    """Convolution with scaled weight standardization.
 
     y = conv(x, standardize(weight, gain, scale=input_scale, eps=eps), stride, groups) + bias
 
-    `input_scale` is a constant that the input would otherwise be multiplied by: γ of the activation before
-    it and β of the block. It rides in the kernel, so that no activation is touched. Input B C H W, output
-    B O ceil(H/stride) ceil(W/stride). Initial values (reference): weight ~ N(0, 1/fan-in), gain 1, bias 0.
+    Shapes: B C H W -> B O ceil(H/stride) ceil(W/stride). Initial values: weight ~ N(0, 1/fan-in), gain 1, bias 0.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: height and width of the filters.
+        stride: of rows and columns.
+        groups: must divide both channel counts.
+        bias: whether to add a bias.
+        input_scale: a constant that the input would otherwise be multiplied by: γ of the activation before the
+            convolution and β of the block. It is part of the standardized weight, so no activation is multiplied.
+        padding: "same" (XLA) or "symmetric" (torch), see `pad_input`.
+        eps: "floor" or "add", see `standardize`.
 
     Raises:
-        ValueError: the fan-in is 1 (every standardized weight would be 0) or `groups` does not divide.
+        ValueError: `groups` does not divide the channels, or the fan-in is 1: every standardized weight would be 0.
+
+    Example:
+        >>> import torch
+        >>> from normfree import WSConv2d
+        >>> conv = WSConv2d(16, 32, kernel_size=3, stride=2)
+        >>> conv(torch.randn(2, 16, 9, 9)).shape
+        torch.Size([2, 32, 5, 5])
+
+    Source: [A] section 4; reference code, `WSConv2D`.
     """
+
+    shared_weight: Tensor | None = None
+    """The standardized weight, if `models.shared_weights.standardized_once` has computed it for a whole step."""
+
+    marker: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """Makes the context manager in which the weight is standardized; `training.profile` sets it to record the time."""
 
     def __init__(
         self,
@@ -73,19 +114,25 @@ class WSConv2d(nn.Module):
         eps: str = "floor",
     ) -> None:
         super().__init__()
+        given = f"WSConv2d({in_channels}, {out_channels}, kernel_size={kernel_size}, groups={groups})"
         if in_channels % groups or out_channels % groups:
             raise ValueError(
-                f"WSConv2d({in_channels}, {out_channels}, groups={groups}): groups must divide both channel "
-                f"counts; the largest that does is {math.gcd(in_channels, out_channels)}."
+                problem(
+                    given,
+                    allowed="groups that divide both channel counts",
+                    fix=f"use groups={math.gcd(in_channels, out_channels)}, the largest, or a divisor of it",
+                )
             )
         fan_in = in_channels // groups * kernel_size**2
         if fan_in == 1:
             raise ValueError(
-                f"WSConv2d({in_channels}, {out_channels}, kernel_size={kernel_size}, groups={groups}): fan-in "
-                "is 1, standardized weights would all be zero. Use a larger kernel_size or fewer groups."
+                problem(
+                    f"{given} has a fan-in of 1, so all standardized weights would be 0",
+                    allowed="a fan-in of 2 or more",
+                    fix="use a larger kernel_size or fewer groups",
+                )
             )
         self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
-        self.shared_kernel: Tensor | None = None  # set while `standardized_once` holds the kernels of a step
         self.input_scale, self.padding, self.eps = input_scale, padding, eps
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
         self.gain = nn.Parameter(torch.ones(out_channels))
@@ -93,17 +140,18 @@ class WSConv2d(nn.Module):
         nn.init.normal_(self.weight, std=fan_in**-0.5)
 
     def standardized_weight(self) -> Tensor:
-        """The kernel that the convolution uses, O I H W."""
-        if self.shared_kernel is not None:
-            return self.shared_kernel
-        return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
+        """Return the weight that the convolution uses, O I H W."""
+        with self.marker():
+            if self.shared_weight is not None:
+                return self.shared_weight
+            return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
     def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
-        """Of `act(x)`, if `act` is given; its value is then not kept for the backward pass."""
-        return convolve(
-            x, self.standardized_weight(), self.bias, act=act, stride=self.stride, groups=self.groups,
-            padding=self.padding,
-        )  # fmt: skip
+        """Return the convolution of `x`, or of `act(x)`, which is then not saved for the backward pass."""
+        weight = self.standardized_weight()
+        return conv2d(
+            x, weight, self.bias, act=act, stride=self.stride, groups=self.groups, padding=self.padding
+        )
 
     def extra_repr(self) -> str:
         o, i = self.weight.shape[:2]
@@ -115,8 +163,10 @@ class WSConv2d(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """Plain convolution with the same two paddings, for batch-norm twins (no bias: the norm has one) and folded
-    networks. `pad_mode` is "same" or "symmetric"; see `pad_input`."""
+    """Plain convolution with the paddings of `WSConv2d`, for batch-norm twins and folded networks.
+
+    Batch-norm twins use no bias, since the norm has one. `pad_mode` is "same" or "symmetric", see `pad_input`.
+    """
 
     def __init__(
         self,
@@ -131,29 +181,30 @@ class Conv2d(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=bias)
         self.pad_mode = padding
-        # He et al. 2015: variance 2 / fan-in, as in the papers' batch-norm signal propagation plots.
+        # He et al. 2015: variance 2 / fan-in, as in the papers' signal propagation plots with batch norm.
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
 
     def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
-        """Of `act(x)`, if `act` is given; its value is then not kept for the backward pass."""
-        return convolve(
-            x,
-            self.weight,
-            self.bias,
-            act=act,
-            stride=self.stride[0],
-            groups=self.groups,
-            padding=self.pad_mode,
+        """Return the convolution of `x`, or of `act(x)`, which is then not saved for the backward pass."""
+        stride = self.stride[0]
+        return conv2d(
+            x, self.weight, self.bias, act=act, stride=stride, groups=self.groups, padding=self.pad_mode
         )
 
 
+# --- pools -------------------------------------------------------------------------------------------
+
+
 def avg_pool_same(x: Tensor) -> Tensor:
-    """2x2 average pool, stride 2, SAME; at an odd border it divides by the elements inside (reference)."""
+    """Return the 2x2 average pool of stride 2 with SAME padding.
+
+    At an odd border it divides by the number of elements inside (reference code).
+    """
     return F.avg_pool2d(x, 2, stride=2, ceil_mode=True, count_include_pad=False)
 
 
 def max_pool(x: Tensor, *, padding: str = "same") -> Tensor:
-    """3x3 max pool, stride 2 (the NF-ResNet stem)."""
+    """Return the 3x3 max pool of stride 2, the end of the NF-ResNet stem."""
     x, sides = pad_input(x, 3, 2, padding=padding, value=-math.inf)
     return F.max_pool2d(x, 3, stride=2, padding=sides)
 
@@ -162,11 +213,11 @@ def max_pool(x: Tensor, *, padding: str = "same") -> Tensor:
 
 
 class SqueezeExcite(nn.Module):
-    """sigmoid(fc1(relu(fc0(mean over H, W)))): B C H W -> a gate B C 1 1.
+    """Gate sigmoid(fc1(relu(fc0(mean over H, W)))): B C H W -> B C 1 1.
 
-    Plain ReLU without γ: the reference's default, never overridden, though [B] appendix C writes GELU.
-    Initial weights: normal cut at two sigma, sigma = fan-in ** -0.5, not corrected for the cut (Haiku's
-    default), biases 0.
+    It uses a plain ReLU without γ, the reference code's default, which no variant overrides, though [B] appendix C
+    writes GELU. Initial weights: normal, truncated at two sigma, with sigma = fan-in ** -0.5 not corrected for the
+    truncation (Haiku's default); biases 0.
     """
 
     def __init__(self, channels: int, *, hidden: int) -> None:
@@ -184,9 +235,10 @@ class SqueezeExcite(nn.Module):
 
 
 class EfficientChannelAttention(nn.Module):
-    """sigmoid(conv1d over the channels of the mean over H, W): B C H W -> a gate B C 1 1 (arXiv 1910.03151).
+    """Gate sigmoid(conv1d over the channels of the mean over H, W): B C H W -> B C 1 1.
 
-    `kernel_size` neighbouring channels decide about one; one filter for all, no bias.
+    The gate of a channel depends on `kernel_size` neighboring channels; all channels share one filter without bias.
+    Source: arXiv 1910.03151.
     """
 
     def __init__(self, kernel_size: int) -> None:
@@ -199,22 +251,34 @@ class EfficientChannelAttention(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """A mask B 1 1 1 of zeros (with probability `rate`) and ones while training; None otherwise.
+    """Mask B 1 1 1 of zeros (with probability `rate`) and ones in training mode; None otherwise.
 
-    The ones are not divided by the keep probability, unlike EfficientNet's (reference, `StochDepth`), unless
-    `rescale` is set (timm, `DropPath`).
+    Kept branches are not divided by the probability to keep them, unlike EfficientNet's (reference code,
+    `StochDepth`), unless `rescale` is set (timm, `DropPath`).
     """
+
+    rate_tensors: tuple[Tensor, Tensor] | None = None
+    """`rate` and 1 - `rate` as tensors, read instead of `rate` if set, so that one compiled graph serves blocks of
+    different rates; `training.compiled` sets it."""
 
     def __init__(self, rate: float, *, rescale: bool = False) -> None:
         super().__init__()
         self.rate, self.rescale = rate, rescale
 
     def forward(self, x: Tensor) -> Tensor | None:
-        if not self.training or self.rate <= 0.0:
+        if not self.training:
             return None
-        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device, dtype=torch.float32) >= self.rate
+        rate: Tensor | float
+        kept: Tensor | float
+        if self.rate_tensors is not None:
+            rate, kept = self.rate_tensors
+        elif self.rate > 0.0:
+            rate, kept = self.rate, 1.0 - self.rate
+        else:
+            return None
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device, dtype=torch.float32) >= rate
         mask = keep.to(x.dtype)
-        return mask / (1.0 - self.rate) if self.rescale else mask
+        return mask / kept if self.rescale else mask
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}, rescale={self.rescale}"

@@ -1,16 +1,16 @@
-"""One skeleton for every row: stem, residual blocks, head. It owns the bookkeeping of α, β and γ.
+"""One skeleton for every variant: stem, residual blocks, head. It keeps track of α, β and γ.
 
     h_next = shortcut + α · skip_gain · mask · gate · branch(β · γ · act(h)),   β = 1 / σ_expected(h)
 
-Scalars never touch activations: β and γ scale the kernel of the convolution that reads the activation
-(`WSConv2d.input_scale`), α, the skip gain, the squeeze-excite gate (doubled) and the stochastic-depth mask
-meet in one small tensor, so that a block ends in a single multiply-add.
+No activation is multiplied by a scalar. β and γ scale the weight of the convolution that reads the activation
+(`WSConv2d.input_scale`); α, the skip gain, the squeeze-excite gate (doubled) and the mask of stochastic depth are
+multiplied into one small tensor, so that a block ends in a single multiply-add.
 Legend: B batch, C channels, H W height and width, D features, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,15 @@ from normfree.models.layers import (
     max_pool,
 )
 from normfree.models.variant import STEMS, Variant, eca_kernel_size
-from normfree.native.dispatch import eager_training
-from normfree.ops.gated_add import add_branch, kept_images, take_images
+from normfree.ops.gated_add import gated_add, kept_images, take_images
+from normfree.suggest import problem
 
 
 def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
-    """β of every block, stage by stage, for residual variance growing by α² per block ([A] section 3).
+    """Return β of every block, by stage, for a residual variance that grows by α² per block ([A] section 3).
 
-    A stage's first block reads the previous stage's variance and then resets it to 1, keeping its own α²;
-    so block j ≥ 1 of a stage has β = (1 + j·α²) ** -0.5, and a transition (1 + D·α²) ** -0.5 after D blocks.
+    A stage's first block reads the variance of the previous stage and then resets it to 1, plus its own α². So block
+    j ≥ 1 of a stage has β = (1 + j·α²) ** -0.5, and a transition after D blocks has (1 + D·α²) ** -0.5.
     """
     betas: list[list[float]] = []
     variance = 1.0
@@ -49,20 +49,20 @@ def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
 
 
 class LayerFactory:
-    """Makes convolutions and norms of one row: standardized and none, or plain and batch norm."""
+    """Makes the layers of one variant: standardized convolutions without norms, or plain ones with batch norm."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
         self.batch_norm = variant.norm == "batch"
         self.gamma = 1.0 if self.batch_norm else GAINS[variant.activation]
         at_activation = variant.gamma_at == "activation"
-        #: What convolutions of a raw input carry, and what the pooled features are multiplied by.
+        # scale of convolutions that read no activation, and of the pooled features
         self.raw_scale, self.feature_scale = (1.0, self.gamma) if at_activation else (self.gamma, 1.0)
 
     def conv(
         self, in_channels: int, out_channels: int, *, scale: float | None = None, **kwargs: Any
     ) -> nn.Module:
-        """A convolution of an input that stands for `scale` times itself; None: of one that is no activation."""
+        """Make a convolution that computes conv(scale · x); `scale` None is for an x that is no activation."""
         kwargs["padding"] = self.variant.padding
         if self.batch_norm:
             return Conv2d(in_channels, out_channels, **kwargs)
@@ -75,49 +75,61 @@ class LayerFactory:
     def attention(self, channels: int) -> nn.Module | None:
         if self.variant.attention == "se":
             return SqueezeExcite(channels, hidden=self.variant.se_width(channels))
-        return (
-            EfficientChannelAttention(eca_kernel_size(channels)) if self.variant.attention == "eca" else None
-        )
+        if self.variant.attention == "eca":
+            return EfficientChannelAttention(eca_kernel_size(channels))
+        return None
 
 
-class Stem(nn.Module):
-    """Images B 3 H W to the first block's input. Activation between convolutions, none after the last."""
+class Region(nn.Module):
+    """A part of a network that can be compiled by itself: `forward` calls `compute`."""
 
-    def __init__(self, variant: Variant, parts: LayerFactory, in_channels: int) -> None:
+    compiled_compute: Callable[[Tensor], Tensor] | None = None
+    """Called in place of `compute` if set; `training.compiled` sets it for the time of a training step."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x) if self.compiled_compute is None else self.compiled_compute(x)
+
+
+class Stem(Region):
+    """Images B 3 H W to the input of the first block, with activations between the convolutions."""
+
+    def __init__(self, variant: Variant, factory: LayerFactory, in_channels: int) -> None:
         super().__init__()
-        row = STEMS[variant.stem]
-        self.act, self.max_pool, self.depth = activation(variant.activation), row.max_pool, len(row.convs)
+        spec = STEMS[variant.stem]
+        self.act, self.max_pool, self.depth = activation(variant.activation), spec.max_pool, len(spec.convs)
         self.padding = variant.padding
-        channels, self.reduction = in_channels, 2 if row.max_pool else 1
-        for i, (kernel_size, width, stride) in enumerate(row.convs):
+        channels, self.reduction = in_channels, 2 if spec.max_pool else 1
+        for i, (kernel_size, width, stride) in enumerate(spec.convs):
             out = variant.stem_width(width)
             if i:
-                self.add_module(f"norm{i}", parts.norm(channels))
-            conv = parts.conv(
-                channels, out, kernel_size=kernel_size, stride=stride, scale=parts.gamma if i else None
-            )
+                self.add_module(f"norm{i}", factory.norm(channels))
+            scale = factory.gamma if i else None
+            conv = factory.conv(channels, out, kernel_size=kernel_size, stride=stride, scale=scale)
             self.add_module(f"conv{i}", conv)
             channels, self.reduction = out, self.reduction * stride
         self.out_channels = channels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         x = self.get_submodule("conv0")(x)
         for i in range(1, self.depth):
             x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), self.act)
         return max_pool(x, padding=self.padding) if self.max_pool else x
 
 
-class Block(nn.Module):
+class Block(Region):
     """A pre-activation bottleneck block: B C H W -> B out H/stride W/stride ([B] appendix C).
 
-    `beta` is 1 / σ_expected of the input. The first block of each stage (`transition`) takes its shortcut
-    from the activated, scaled input through a 1x1 convolution, which resets the variance.
+    `beta` is 1 / σ_expected of the input. The first block of each stage (`transition`) takes its shortcut from the
+    activated, scaled input through a 1x1 convolution, which resets the variance.
     """
 
     def __init__(
         self,
         variant: Variant,
-        parts: LayerFactory,
+        factory: LayerFactory,
         in_channels: int,
         out_channels: int,
         *,
@@ -129,63 +141,59 @@ class Block(nn.Module):
         super().__init__()
         width, groups = variant.branch_width(in_channels=in_channels, out_channels=out_channels, first=first)
         grouped = {"kernel_size": 3, "groups": groups}
-        gamma, self.normalizer_free = parts.gamma, not parts.batch_norm
+        gamma, self.normalizer_free = factory.gamma, not factory.batch_norm
         self.act = activation(variant.activation)
-        self.alpha = 1.0 if parts.batch_norm else variant.alpha
-        self.gate_scale = (
-            2.0 if self.normalizer_free else 1.0
-        )  # E[sigmoid] is 1/2 (reference; not in its BN ResNet)
+        self.alpha = variant.alpha if self.normalizer_free else 1.0
+        # 1 / E[sigmoid] (reference code, which has no such factor in its batch-norm ResNet)
+        self.gate_scale = 2.0 if self.normalizer_free else 1.0
         self.attention_in_middle = variant.attention_at == "middle"
-        # transition: exactly the first block of each stage, in every row
+        self.second_conv = variant.second_conv
         self.transition = stride > 1 or in_channels != out_channels
         self.pool = self.transition and stride > 1 and variant.shortcut == "avgpool"
 
-        self.norm0 = parts.norm(in_channels)
+        self.norm0 = factory.norm(in_channels)
         if self.transition:
-            self.conv_shortcut = parts.conv(
+            self.conv_shortcut = factory.conv(
                 in_channels,
                 out_channels,
                 kernel_size=1,
                 stride=1 if self.pool else stride,
                 scale=beta * gamma,
             )
-        self.conv0 = parts.conv(in_channels, width, kernel_size=1, scale=beta * gamma)
-        self.norm1 = parts.norm(width)
-        self.conv1 = parts.conv(width, width, stride=stride, scale=gamma, **grouped)
-        self.second_conv = variant.second_conv
+        self.conv0 = factory.conv(in_channels, width, kernel_size=1, scale=beta * gamma)
+        self.norm1 = factory.norm(width)
+        self.conv1 = factory.conv(width, width, stride=stride, scale=gamma, **grouped)
         if self.second_conv:
-            self.norm1b = parts.norm(width)
-            self.conv1b = parts.conv(width, width, scale=gamma, **grouped)
-        self.norm2 = parts.norm(width)
-        self.conv2 = parts.conv(width, out_channels, kernel_size=1, scale=gamma)
-        self.attention = parts.attention(width if self.attention_in_middle else out_channels)
+            self.norm1b = factory.norm(width)
+            self.conv1b = factory.conv(width, width, scale=gamma, **grouped)
+        self.norm2 = factory.norm(width)
+        self.conv2 = factory.conv(width, out_channels, kernel_size=1, scale=gamma)
+        self.attention = factory.attention(width if self.attention_in_middle else out_channels)
         self.stochdepth = StochasticDepth(stochdepth_rate, rescale=variant.stochdepth == "rescaled")
         self.skip_gain: nn.Parameter | None = None
         if isinstance(self.conv2, WSConv2d):
-            if variant.skipinit == "scalar":  # 0 starts the branch closed (reference: in all three families)
+            if (
+                variant.skipinit == "scalar"
+            ):  # at 0 the branch starts closed (all three families of the reference)
                 self.skip_gain = nn.Parameter(torch.full((), variant.skip_gain))
             else:
                 nn.init.constant_(self.conv2.gain, variant.skip_gain)
 
-    def branch_gate(self, branch: Tensor, mask: Tensor | None = None) -> Tensor | float:
-        """What the branch is multiplied by before it joins the shortcut: a number, or broadcastable to B C H W.
-        `mask`: that of stochastic depth."""
-        gate: Tensor | float = self.alpha if self.skip_gain is None else self.alpha * self.skip_gain
-        if self.attention is not None and not self.attention_in_middle:
-            gate = self.attention(branch) * (self.gate_scale * gate)
-        return gate if mask is None else mask * gate
-
-    def kept(self, mask: Tensor | None) -> Tensor | None:
-        """The images that the branch has to compute; None: all of them, as always with batch statistics, and where a
-        mask has no values to read (tensors that only stand for others, as `training/memory.py` uses)."""
-        if type(mask) is not Tensor or mask.device.type != "cpu":
-            return None
-        if not self.normalizer_free or not eager_training():
-            return None
-        return kept_images(mask)
+    def compute(self, x: Tensor) -> Tensor:
+        mask, kept = kept_images(self.stochdepth(x), independent=self.normalizer_free)
+        normed = self.norm0(x)
+        if self.pool:
+            a = self.act(normed)
+            shortcut = self.conv_shortcut(avg_pool_same(a))
+            r = self.conv0(take_images(a, kept))
+        else:
+            shortcut = self.conv_shortcut(normed, self.act) if self.transition else x
+            r = self.conv0(take_images(normed, kept), self.act)
+        r = self.branch(r)
+        return gated_add(shortcut, r, self.branch_gate(r, mask), kept=kept)
 
     def branch(self, r: Tensor) -> Tensor:
-        """The residual branch behind its first convolution, up to, but without, its gate."""
+        """Return the residual branch after its first convolution, without its final gate."""
         r = self.conv1(self.norm1(r), self.act)
         if self.second_conv:
             r = self.conv1b(self.norm1b(r), self.act)
@@ -193,112 +201,84 @@ class Block(nn.Module):
             r = r * (self.attention(r) * self.gate_scale)
         return self.conv2(self.norm2(r), self.act)
 
-    def forward(self, x: Tensor) -> Tensor:
-        mask = self.stochdepth(x)
-        kept = self.kept(mask)
-        normed = self.norm0(x)
-        if self.pool:  # keeps its own input
-            a = self.act(normed)
-            shortcut, r = self.conv_shortcut(avg_pool_same(a)), self.conv0(_some(a, kept))
-        else:
-            shortcut = self.conv_shortcut(normed, self.act) if self.transition else x
-            r = self.conv0(_some(normed, kept), self.act)
-        r = self.branch(r)
-        gate = self.branch_gate(r, mask if mask is None or kept is None else mask[kept])
-        return add_branch(shortcut, r, gate, kept=kept)
+    def branch_gate(self, branch: Tensor, mask: Tensor | None = None) -> Tensor | float:
+        """Return the factor of the branch: a number, or a tensor that broadcasts to B C H W.
 
+        `mask` is that of stochastic depth, B 1 1 1.
+        """
+        gate: Tensor | float = self.alpha if self.skip_gain is None else self.alpha * self.skip_gain
+        if self.attention is not None and not self.attention_in_middle:
+            gate = self.attention(branch) * (self.gate_scale * gate)
+        return gate if mask is None else mask * gate
 
-def _some(x: Tensor, kept: Tensor | None) -> Tensor:
-    return x if kept is None else take_images(x, kept)
+    def remove_scales_(self) -> tuple[float, float]:
+        """Set all constant factors to 1; return those of the branch (α · skip_gain) and of its gate.
+
+        For `deploy.fold`, which moves them into the weights. Stochastic depth is switched off as well.
+        """
+        branch = self.alpha * (1.0 if self.skip_gain is None else float(self.skip_gain))
+        gate = self.gate_scale
+        self.alpha, self.gate_scale, self.skip_gain = 1.0, 1.0, None
+        self.stochdepth.rate = 0.0
+        return branch, gate
 
 
 class Net(nn.Module):
-    """A network built from a row of `VARIANTS`: images B 3 H W -> logits B K.
+    """A network built from a `Variant`: images B 3 H W -> logits B K. Make one with `normfree.create_model`.
 
-    Make one with `normfree.create_model`. `feature_info` lists the stem and stages with channels, reduction
-    and module name, as timm does. With `num_classes=0` the output is the pooled features B D.
+    `feature_info` lists the stem and stages with channels, reduction and module name, as timm does. With
+    `num_classes=0` the output is the pooled features B D.
     """
+
+    folded = False
+    """True in networks made by `deploy.fold`, whose modules are no longer those of the variant."""
 
     def __init__(
         self, variant: Variant, *, name: str = "", num_classes: int = 1000, in_channels: int = 3
     ) -> None:
         super().__init__()
-        parts = LayerFactory(variant)
+        factory = LayerFactory(variant)
         self.variant, self.name, self.in_channels = variant, name, in_channels
-        self.feature_scale = parts.feature_scale
+        self.feature_scale = factory.feature_scale
         self.act = activation(variant.activation)
         self.grad_checkpointing = False
-        self.folded = False  # surgery.fold sets it: the modules are then no longer those of the row
-        self.stem = Stem(variant, parts, in_channels)
+        self.stem = Stem(variant, factory, in_channels)
         channels, reduction = self.stem.out_channels, self.stem.reduction
         self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
-        betas, rates, index = expected_betas(variant.depths, variant.alpha), variant.stochdepth_rates(), 0
+        betas, rates = expected_betas(variant.depths, variant.alpha), iter(variant.stochdepth_rates())
         self.stages = nn.Sequential()
         for s, (depth, width) in enumerate(zip(variant.depths, variant.widths, strict=True)):
             stage = nn.Sequential()
             for j in range(depth):
                 block = Block(
                     variant,
-                    parts,
+                    factory,
                     channels,
                     width,
                     stride=variant.strides[s] if j == 0 else 1,
                     beta=betas[s][j],
-                    stochdepth_rate=rates[index],
-                    first=index == 0,
+                    stochdepth_rate=next(rates),
+                    first=s == j == 0,
                 )
                 stage.append(block)
-                channels, index = width, index + 1
+                channels = width
             self.stages.append(stage)
             reduction *= variant.strides[s]
             self.feature_info.append({"num_chs": width, "reduction": reduction, "module": f"stages.{s}"})
-        self.num_features = variant.head_width
-        self.final_conv = (
-            parts.conv(channels, self.num_features, kernel_size=1) if variant.head_ratio[0] else None
-        )
-        self.final_norm = parts.norm(self.num_features)
+        self.num_features, self.final_conv = variant.head_width, None
+        if variant.head_ratio[0]:
+            self.final_conv = factory.conv(channels, self.num_features, kernel_size=1)
+        self.final_norm = factory.norm(self.num_features)
         self.head_drop = nn.Dropout(variant.drop_rate)
         self.reset_classifier(num_classes)
 
-    # --- the classifier ---
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh classifier for `num_classes` classes; 0 removes it, so that the output is the features.
-
-        Raises:
-            ValueError: `num_classes` is negative.
-        """
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes}: expected a count, or 0 for pooled features.")
-        self.num_classes, self.head_scale = num_classes, self.feature_scale
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            like = next(self.parameters())  # a new head lives where the network lives
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.normal_(self.head.weight, std=self.variant.classifier_std)
-            nn.init.zeros_(self.head.bias)
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer, or `nn.Identity` when `num_classes` is 0."""
-        return self.head
-
     # --- forward ---
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    def forward_stage(self, x: Tensor, stage: nn.Module) -> Tensor:
-        """One stage, block by block, checkpointed if that is on."""
-        for block in stage.children():
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """B 3 H W -> the last activation map B D H/r W/r, before γ, which `forward_head` applies."""
+        """Return the last activation map, B 3 H W -> B D H/r W/r, before γ, which `forward_head` applies."""
         x = self.stem(images)
         for stage in self.stages:
             x = self.forward_stage(x, stage)
@@ -306,33 +286,77 @@ class Net(nn.Module):
             x = self.final_conv(x)
         return self.act(self.final_norm(x))
 
+    def forward_stage(self, x: Tensor, stage: nn.Module) -> Tensor:
+        """Return the output of one stage, with gradient checkpointing if that is on."""
+        for block in stage.children():
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Activation map -> logits B K, or with `pre_logits` the pooled features B D (times γ, no dropout)."""
+        """Return the logits B K of an activation map, or the pooled features B D (times γ) with `pre_logits`."""
         pooled = x.mean(dim=(2, 3))
         if pre_logits or not self.num_classes:
             return pooled * self.feature_scale
         return self.head(self.head_drop(pooled if self.head_scale == 1.0 else pooled * self.head_scale))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of saving its activations."""
+        self.grad_checkpointing = enable
+
+    # --- the classifier ---
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Make a new classifier for `num_classes` classes; 0 removes it, so that the output is the features.
+
+        Raises:
+            ValueError: `num_classes` is negative.
+        """
+        if num_classes < 0:
+            given = f"num_classes={num_classes}"
+            raise ValueError(problem(given, allowed="a count, or 0 for pooled features", fix="use 0 or more"))
+        self.num_classes, self.head_scale = num_classes, self.feature_scale
+        self.head: nn.Module = nn.Identity()
+        if num_classes:
+            like = next(self.parameters())  # the new layer gets the network's device and dtype
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.normal_(self.head.weight, std=self.variant.classifier_std)
+            nn.init.zeros_(self.head.bias)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last linear layer, or `nn.Identity` if `num_classes` is 0."""
+        return self.head
+
+    def remove_head_scale_(self) -> float:
+        """Set the factor of the pooled features to 1, if there is a classifier, and return it, for `deploy.fold`."""
+        scale = 1.0
+        if self.num_classes:
+            scale, self.head_scale = self.head_scale, 1.0
+        self.head_drop = nn.Dropout(0.0)
+        return scale
 
 
 class FeatureNet(nn.Module):
-    """The same network without a head: images -> the maps of the stem and stages in `out_indices`.
+    """A network without its head: images -> the maps of the stem and stages in `out_indices`.
 
-    Maps are the residual stream itself, before activation. `feature_info` describes those returned.
+    Maps are the residual stream itself, before the activation. `feature_info` describes those returned.
     """
 
     def __init__(self, net: Net, *, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
         count = len(net.feature_info)
-        chosen = (
-            list(range(count)) if out_indices is None else [i + count if i < 0 else i for i in out_indices]
-        )
+        given = range(count) if out_indices is None else out_indices
+        chosen = [i + count if i < 0 else i for i in given]
         if not chosen or min(chosen) < 0 or max(chosen) >= count:
             raise ValueError(
-                f"out_indices={tuple(out_indices or ())}: expected indices from 0 (the stem) to "
-                f"{count - 1} (the last stage), or negative ones counted from the end."
+                problem(
+                    f"out_indices={tuple(given)}",
+                    allowed=f"indices from 0 (the stem) to {count - 1} (the last stage), "
+                    "or negative ones counted from the end",
+                    fix=f"use out_indices={tuple(range(count))} for all maps, or a part of it",
+                )
             )
         self.variant, self.name = net.variant, net.name
         self.out_indices = tuple(sorted(set(chosen)))

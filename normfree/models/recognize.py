@@ -1,4 +1,4 @@
-"""Which network do these weights belong to? `recognise` tells from names and shapes alone."""
+"""Which network do these weights belong to? `recognize` tells from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]
 _DEEPMIND = "timm_dm_"
 
 
-def recognise(source: Mapping[str, Any]) -> list[str]:
+def recognize(source: Mapping[str, Any]) -> list[str]:
     """Names of the rows of `VARIANTS` with exactly these names and shapes, in table order; the reference's before
     timm's.
 

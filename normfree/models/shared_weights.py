@@ -1,4 +1,4 @@
-"""normfree.models.shared_weights."""
+"""Weight standardization once per optimizer step, shared by all forward passes in it."""
 
 from __future__ import annotations
 
@@ -9,59 +9,74 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models.layers import WSConv2d
-from normfree.ops.standardize import standardize_all
+from normfree.ops.standardize import Engine, standardize_all
+from normfree.suggest import problem
 
 
 @contextmanager
-def standardized_once(net: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within it, every `WSConv2d` of `net` uses one standardized kernel, whatever the number of forward passes.
+def standardized_once(net: nn.Module, *, engine: Engine | None = None) -> Iterator[dict[str, Tensor]]:
+    """Within this context, every `WSConv2d` of `net` uses one standardized weight in all forward passes.
 
-    Gradients gather in the kernels; leaving the context takes their sum back to weights and gains in one
-    backward pass. That is exact, since the gradient of the weights is linear in that of the kernels. Gives the kernels
-    by module name; their `.grad` may be changed until the end, for example summed over processes. After an error
-    nothing is taken back. Weights and gains must not change inside, and their own `.grad` is complete only after
-    it. Kernels and their gradients take twice the memory of the weights.
+    Gradients accumulate in the standardized weights; leaving the context propagates their sum to weights and gains in
+    one backward pass. This is exact, since the gradient of the weights is linear in that of the standardized weights.
+    After an error nothing is propagated. Weights and gains must not change inside, and their `.grad` is complete only
+    after the context. Standardized weights and their gradients take twice the memory of the weights.
+
+    Args:
+        net: any module that contains `WSConv2d`.
+        engine: see `standardize_all`.
+
+    Yields:
+        The standardized weights by module name. Their `.grad` may be changed until the end, for example summed over
+        processes.
 
     Raises:
         RuntimeError: a weight or gain was changed inside.
         ValueError: parameters are sharded over processes, or the context is open already.
     """
-    convs: dict[str, WSConv2d] = {
-        name: conv for name, conv in net.named_modules() if isinstance(conv, WSConv2d)
-    }
+    convs = {name: conv for name, conv in net.named_modules() if isinstance(conv, WSConv2d)}
     for name, conv in convs.items():
-        if hasattr(conv.weight, "device_mesh"):
-            raise ValueError(
-                f"The weight of {name!r} is sharded over processes. standardized_once takes whole weights. "
-                "Do without it, or use DDP."
-            )
-        if conv.shared_kernel is not None:
-            raise ValueError(
-                f"{name!r} has a standardized kernel already. standardized_once does not nest. Open it once."
-            )
-    kernels: dict[str, Tensor] = {}
+        _check(name, conv)
+    made: dict[str, Tensor] = {}
     for eps in sorted({conv.eps for conv in convs.values()}):
-        for learns in (False, True):
-            some = {n: c for n, c in convs.items() if c.eps == eps and _learns(c) == learns}
+        for trains in (False, True):
+            some = {n: c for n, c in convs.items() if c.eps == eps and _trains(c) == trains}
             if some:
-                made = standardize_all(
-                    [c.weight for c in some.values()],
-                    [c.gain for c in some.values()],
-                    [c.input_scale for c in some.values()],
-                    eps=eps,
+                weights, gains, scales = zip(
+                    *((c.weight, c.gain, c.input_scale) for c in some.values()), strict=True
                 )
-                kernels |= dict(zip(some, made, strict=True))
-    leaves = {name: kernel.detach().requires_grad_(kernel.requires_grad) for name, kernel in kernels.items()}
+                standardized = standardize_all(weights, gains, scales, eps=eps, engine=engine)
+                made |= dict(zip(some, standardized, strict=True))
+    leaves = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in made.items()}
     try:
         for name, conv in convs.items():
-            conv.shared_kernel = leaves[name]
+            conv.shared_weight = leaves[name]
         yield leaves
     finally:
         for conv in convs.values():
-            conv.shared_kernel = None
+            conv.shared_weight = None
     used = [name for name, leaf in leaves.items() if leaf.grad is not None]
-    torch.autograd.backward([kernels[n] for n in used], [leaves[n].grad for n in used])
+    torch.autograd.backward([made[n] for n in used], [leaves[n].grad for n in used])
 
 
-def _learns(conv: WSConv2d) -> bool:
+def _check(name: str, conv: WSConv2d) -> None:
+    if hasattr(conv.weight, "device_mesh"):
+        raise ValueError(
+            problem(
+                f"the weight of {name!r} is sharded over processes",
+                allowed="whole weights",
+                fix="do not use standardized_once, or train with DDP",
+            )
+        )
+    if conv.shared_weight is not None:
+        raise ValueError(
+            problem(
+                f"{name!r} is in the context of standardized_once already",
+                allowed="one context at a time",
+                fix="open it once",
+            )
+        )
+
+
+def _trains(conv: WSConv2d) -> bool:
     return torch.is_grad_enabled() and (conv.weight.requires_grad or conv.gain.requires_grad)

@@ -206,7 +206,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 
 
 @dataclass(frozen=True)
-class Stem:
+class StemSpec:
     """Convolutions before the first block: (kernel size, channels, stride) each; a float counts in first-stage
     widths. Between them an activation, none after the last."""
 
@@ -214,15 +214,15 @@ class Stem:
     max_pool: bool = False
 
 
-STEMS: dict[str, Stem] = {
+STEMS: dict[str, StemSpec] = {
     # [B] appendix C: 16, 32 and 64 never scale with the network.
-    "deep": Stem(((3, 16, 2), (3, 32, 1), (3, 64, 1), (3, 0.5, 2))),
+    "deep": StemSpec(((3, 16, 2), (3, 32, 1), (3, 64, 1), (3, 0.5, 2))),
     # timm's, which does not follow the first stage.
-    "deep_128": Stem(((3, 16, 2), (3, 32, 1), (3, 64, 1), (3, 128, 2))),
+    "deep_128": StemSpec(((3, 16, 2), (3, 32, 1), (3, 64, 1), (3, 128, 2))),
     # He et al. 2016: 7x7 to a quarter of the first stage, then a 3x3 max pool.
-    "conv7_pool": Stem(((7, 0.25, 2),), max_pool=True),
+    "conv7_pool": StemSpec(((7, 0.25, 2),), max_pool=True),
     # NF-RegNet.
-    "conv3_stride2": Stem(((3, 1.0, 2),)),
+    "conv3_stride2": StemSpec(((3, 1.0, 2),)),
     # CIFAR: full resolution, half of the first stage's width.
-    "conv3": Stem(((3, 0.5, 1),)),
+    "conv3": StemSpec(((3, 0.5, 1),)),
 }

@@ -1,13 +1,13 @@
-"""A convolution with a backward pass of its own: of an activation it keeps the activation's input alone.
+"""Convolution of an activated, padded input, whose backward pass saves only the activation's input.
 
-Autograd would keep both: the input for the activation's gradient, the output for that of the kernel. The output is
-computed again in the backward pass instead: one pass over memory more, and nearly half of what training has to hold
-less. Values and gradients are those of the plain path, bit for bit: the same operations in the same order; but for the
-convolutions that `convolution` computes its own way, which add up in another order.
+Autograd would save both the activation's input, for the gradient of the activation, and its output, for that of the
+weight. Here the output is recomputed in the backward pass: one more pass over memory, and nearly half of the memory
+that training needs. With PyTorch's own convolution, values and gradients equal those of the plain ops bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,89 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.native.dispatch import eager_training
-from normfree.ops.conv2d_backends import Geometry, conv2d, gradients, own_gradients
+from normfree.ops.conv2d_backends import TORCH, Backend, Geometry, choose_backend, gradients
 from normfree.ops.padding import Border, borders, without_border, zero_border
 
 Activation = Callable[[Tensor], Tensor]
 
-#: Their gradient is told from their output, which the convolution keeps: there is nothing to save.
-KEPT_ANYWAY: frozenset[Activation] = frozenset({F.relu, torch.relu})
+# The gradient of these depends only on their output, which the convolution saves anyway: recomputing gains nothing.
+SAVED_ANYWAY: frozenset[Activation] = frozenset({F.relu, torch.relu})
 
 
-def activated_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    act: Activation | None,
-    border: Border | None,
-    stride: int,
-    padding: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """conv2d(pad(act(x), border), weight, bias). `x`: B C H W; `act`: None is the identity; `border`: of zeros, or
-    None.
-
-    Differentiable once.
-    """
-    y: Tensor = _ActivatedConv2d.apply(x, weight, bias, act, border, stride, padding, groups)
-    return y
-
-
-def _bordered(a: Tensor, border: Border | None) -> Tensor:
-    """`a` within `border` of zeros, without a gradient."""
-    if border is None:
-        return a
-    if a.device.type == "cpu" and a.is_contiguous(memory_format=torch.channels_last):
-        return zero_border(a.permute(0, 2, 3, 1), border).permute(0, 3, 1, 2)
-    return F.pad(a, border)
-
-
-class _ActivatedConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        act: Activation | None,
-        border: Border | None,
-        stride: int,
-        padding: tuple[int, int],
-        groups: int,
-    ) -> Tensor:
-        a = _bordered(x if act is None else act(x), border)
-        y = conv2d(a, weight, bias, stride=stride, padding=padding, groups=groups)
-        ctx.save_for_backward(x, weight)
-        ctx.act, ctx.border, ctx.bias_sizes = act, border, None if bias is None else list(bias.shape)
-        ctx.options = {"stride": stride, "padding": padding, "groups": groups}
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        source = x.detach().requires_grad_(needs_x)
-        with torch.enable_grad():
-            activated = source if ctx.act is None else ctx.act(source)
-        a = _bordered(activated.detach(), ctx.border)
-        needs = needs_x, needs_weight, needs_bias and ctx.bias_sizes is not None
-        grad_a, grad_weight, grad_bias = gradients(grad, a, weight, ctx.bias_sizes, needs, **ctx.options)
-        grad_x = None
-        if grad_a is not None:
-            if ctx.border is not None:
-                grad_a = without_border(grad_a, ctx.border).clone()
-            (grad_x,) = torch.autograd.grad(activated, source, grad_a.to(a.dtype))
-        return (
-            grad_x,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            grad_bias,
-            *(None,) * 5,
-        )
-
-
-def convolve(
+def conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -108,12 +35,80 @@ def convolve(
     groups: int,
     padding: str,
 ) -> Tensor:
-    """Convolution of `act(x)` with the padding of `pad_input`. Where autograd watches, `act(x)` is not kept."""
-    own_backward = eager_training()
-    if act is not None and (act in KEPT_ANYWAY or not own_backward):
-        x, act = act(x), None
-    border, sides = borders(x, weight.shape[-1], stride, padding=padding)
-    geometry = Geometry(stride=stride, padding=sides, groups=groups)
-    if act is None and not (own_backward and own_gradients(x, weight, **geometry)):
-        return conv2d(x if border is None else F.pad(x, border), weight, bias, **geometry)
-    return activated_conv2d(x, weight, bias, act=act, border=border, **geometry)
+    """Return the convolution of `act(x)`, padded as `pad_input` does.
+
+    Args:
+        x: B C H W.
+        weight: O C/groups H W.
+        bias: O, or None.
+        act: the activation; None is the identity. Where autograd records, its output is not saved.
+        stride: of rows and columns.
+        groups: of the convolution.
+        padding: "same" or "symmetric", see `pad_input`.
+    """
+    training = eager_training()
+    recompute = training and act is not None and act not in SAVED_ANYWAY
+    with torch.no_grad() if recompute else contextlib.nullcontext():
+        a = x if act is None else act(x)
+    border, sides = borders(a, weight.shape[-1], stride, padding=padding)
+    geometry = Geometry(stride, sides, groups)
+    backend = choose_backend(a, weight, bias, geometry)
+    if not recompute and (not training or backend is TORCH):
+        return backend.forward(a if border is None else F.pad(a, border), weight, bias, geometry)
+    source = x if recompute else a
+    with torch.no_grad():
+        a = _with_border(a, border)
+    y: Tensor = _Conv2d.apply(
+        source, a.detach(), weight, bias, act if recompute else None, border, backend, geometry
+    )
+    return y
+
+
+def _with_border(a: Tensor, border: Border | None) -> Tensor:
+    """Return `a` with `border` of zeros, without a gradient."""
+    if border is None:
+        return a
+    if a.device.type == "cpu" and a.is_contiguous(memory_format=torch.channels_last):
+        return zero_border(a.permute(0, 2, 3, 1), border).permute(0, 3, 1, 2)
+    return F.pad(a, border)
+
+
+class _Conv2d(torch.autograd.Function):
+    """Convolution of `a`, which is act(x) with its border and is not saved, as a function of x, weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        act: Activation | None,
+        border: Border | None,
+        backend: Backend,
+        geometry: Geometry,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.act, ctx.border, ctx.backend, ctx.geometry = act, border, backend, geometry
+        return backend.forward(a, weight, bias, geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        source = x.detach().requires_grad_(needs_x)
+        with torch.enable_grad():
+            activated = source if ctx.act is None else ctx.act(source)
+        a = _with_border(activated.detach(), ctx.border)
+        grad_a, grad_weight, grad_bias = gradients(
+            ctx.backend, grad, a, weight, ctx.geometry, (needs_x, needs_weight, needs_bias)
+        )
+        grad_x = None
+        if grad_a is not None:
+            if ctx.border is not None:
+                grad_a = without_border(grad_a, ctx.border).clone()
+            (grad_x,) = torch.autograd.grad(activated, source, grad_a.to(a.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_x, None, grad_weight, grad_bias, *(None,) * 4

@@ -1,95 +1,204 @@
-"""Which way a convolution is computed, forward and backward: the library's, unless one of ours is faster there.
+"""Backends of a convolution, each with the same four methods, and the one function that chooses between them.
 
-3x3 by fewer multiplications (`winograd`) and the gradients of
-other kernels as matrix products (`weight_gradient`) on CPUs. All give the same to rounding.
+PyTorch's own convolution (oneDNN on CPUs, cuDNN on GPUs) is the default. On CPUs two others are used where they were
+measured to be faster: Winograd's algorithm for 3x3 convolutions (`winograd`), and the gradient of the weight as matrix
+products (`weight_gradient`). All give the same results to rounding.
 """
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normfree.native.dispatch import can_bypass_dispatcher, eager_training, is_plain_cpu_tensor
 from normfree.ops import winograd
-from normfree.ops.weight_gradient import pays, weight_gradient
+from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_gradient
 
 
-class Geometry(TypedDict):
-    """Of a convolution, besides its kernel."""
+class Geometry(NamedTuple):
+    """Stride, zero padding (rows, columns) and groups of a convolution."""
 
     stride: int
     padding: tuple[int, int]
     groups: int
 
 
-def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: tuple[int, int], groups: int
-) -> Tensor:
-    """conv2d(x, weight, bias, stride, padding, 1, groups). Differentiable where gradients are enabled."""
-    geometry = Geometry(stride=stride, padding=padding, groups=groups)
-    if not torch.is_grad_enabled() and winograd.suits(x, weight, bias=bias, **geometry):
-        return winograd.conv2d(x, weight, bias, groups=groups)
-    return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+class Backend(Protocol):
+    """One way to compute a convolution and its gradients.
+
+    Shapes: x B I H W, weight O I/groups h w, bias O, result and its gradient `grad` B O H' W'.
+    """
+
+    bypasses_dispatcher: bool
+    """Whether it calls compiled kernels, which hooks into PyTorch's operations do not see."""
+
+    def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+        """Return True if the backend can compute this convolution, and is the faster way to do so."""
+        ...
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """Return the convolution of `x`."""
+        ...
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Return the gradient of `x`."""
+        ...
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of weight and bias; None for those that `needs` excludes."""
+        ...
 
 
-def own_gradients(x: Tensor, weight: Tensor, *, stride: int, padding: tuple[int, int], groups: int) -> bool:
-    """Whether `gradients`, or `conv2d` where autograd does not watch, has a faster way than the library."""
-    return pays(x, weight, groups=groups) or winograd.suits(
-        x, weight, stride=stride, padding=padding, groups=groups
-    )
+class TorchBackend:
+    """PyTorch's own convolution: every device and dtype. Only its `forward` is differentiable by autograd."""
+
+    bypasses_dispatcher = False
+
+    def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+        return True
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, 1, geometry.groups)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        found, _, _ = _convolution_backward(grad, x, weight, geometry, (True, False, False))
+        assert found is not None
+        return found
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        _, by_weight, by_bias = _convolution_backward(grad, x, weight, geometry, (False, *needs))
+        return by_weight, by_bias
+
+
+class WinogradBackend:
+    """3x3 convolutions of stride 1 by Winograd's algorithm: CPUs with AVX2, plain float32 channels_last tensors."""
+
+    bypasses_dispatcher = True
+
+    def supports(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        *,
+        has_planes: bool = False,
+    ) -> bool:
+        """See `Backend.supports`. `has_planes`: the planes of the filters have been computed already."""
+        tiles, groups = winograd.count_tiles, geometry.groups
+        return (
+            can_bypass_dispatcher()  # first: an export must not depend on sizes
+            and winograd.is_fast()
+            and tuple(weight.shape[2:]) == (3, 3)
+            and geometry[:2] == (1, (1, 1))
+            and all(
+                n >= winograd.LEAST_CHANNELS and n % winograd.PANEL == 0
+                for n in (weight.shape[1], len(weight) // groups)
+            )
+            and is_plain_cpu_tensor(x)
+            and is_plain_cpu_tensor(weight)
+            and (bias is None or is_plain_cpu_tensor(bias))
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and (
+                tiles(x) * groups >= winograd.LEAST_WITH_PLANES
+                if has_planes
+                else tiles(x) >= winograd.LEAST_TILES
+            )
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        return winograd.conv2d(x, weight, bias, groups=geometry.groups)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return winograd.input_gradient(grad, weight, groups=geometry.groups)
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        by_weight = winograd.weight_gradient(x, grad, groups=geometry.groups) if needs[0] else None
+        return by_weight, grad.sum((0, 2, 3)) if needs[1] else None
+
+
+class ProductBackend(TorchBackend):
+    """`TorchBackend`, but the weight gradient as matrix products: training on CPUs, float32 channels_last."""
+
+    def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+        return (
+            eager_training()
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and len(weight) // geometry.groups >= LEAST_FILTERS
+            and weight.shape[1] >= LEAST_CHANNELS
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        size = (weight.shape[2], weight.shape[3])
+        by_weight = weight_gradient(x, grad, kernel_size=size, **geometry._asdict()) if needs[0] else None
+        return by_weight, grad.sum((0, 2, 3)) if needs[1] else None
+
+
+TORCH, WINOGRAD, PRODUCTS = TorchBackend(), WinogradBackend(), ProductBackend()
+
+
+def choose_backend(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Backend:
+    """Return the fastest backend for this convolution."""
+    for backend in (WINOGRAD, PRODUCTS):
+        if backend.supports(x, weight, bias, geometry):
+            return backend
+    return TORCH
 
 
 def gradients(
+    backend: Backend,
     grad: Tensor,
-    a: Tensor,
+    x: Tensor,
     weight: Tensor,
-    bias_sizes: list[int] | None,
+    geometry: Geometry,
     needs: tuple[bool, bool, bool],
-    *,
-    stride: int,
-    padding: tuple[int, int],
-    groups: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of a convolution's input `a`, kernel and bias, from that of its result; None where not needed."""
-    needs_a, needs_weight, needs_bias = needs
-    # autocast computed in the type of `grad`, from copies of both in that type
-    typed_a, typed_weight = a.to(grad.dtype), weight.to(grad.dtype)
-    grad_a = grad_weight = grad_bias = None
-    geometry = Geometry(stride=stride, padding=padding, groups=groups)
-    if grad.dtype == a.dtype:
-        minimal = type(grad) is Tensor and winograd.suits(a, weight, **geometry)
-        if needs_weight and minimal:
-            grad_weight = winograd.weight_gradient(a, grad, groups=groups)
-        elif needs_weight and pays(a, weight, groups=groups):
-            size = (weight.shape[2], weight.shape[3])
-            grad_weight = weight_gradient(a, grad, kernel_size=size, **geometry)
-        if needs_a and minimal:
-            grad_a = winograd.input_gradient(grad, weight, groups=groups)
-        if needs_bias and grad_weight is not None:
-            grad_bias = grad.sum((0, 2, 3))
-    left = (
-        needs_a and grad_a is None,
-        needs_weight and grad_weight is None,
-        needs_bias and grad_bias is None,
+    """Return the gradients of input, weight and bias by `backend`; None for those that `needs` excludes.
+
+    PyTorch's own gradient is used in place of `backend` for a convolution under autocast, whose result has another
+    dtype than its input, and where something observes the backward pass that `backend` would bypass.
+    """
+    if grad.dtype != x.dtype:
+        backend, x, weight = TORCH, x.to(grad.dtype), weight.to(grad.dtype)
+    elif backend.bypasses_dispatcher and not (type(grad) is Tensor and can_bypass_dispatcher()):
+        backend = TORCH
+    by_weight = by_bias = None
+    if any(needs[1:]):
+        by_weight, by_bias = backend.weight_gradient(grad, x, weight, geometry, needs=needs[1:])
+    by_x = backend.input_gradient(grad, x, weight, geometry) if needs[0] else None
+    return by_x, by_weight, by_bias
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return PyTorch's gradients of input, weight and bias."""
+    stride, padding, groups = geometry
+    found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        [len(weight)],
+        [stride, stride],
+        padding,
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        needs,
     )
-    if any(left):
-        found = torch.ops.aten.convolution_backward(
-            grad,
-            typed_a,
-            typed_weight,
-            bias_sizes,
-            (stride, stride),
-            padding,
-            (1, 1),
-            False,
-            (0, 0),
-            groups,
-            left,
-        )
-        mine = grad_a, grad_weight, grad_bias
-        grad_a, grad_weight, grad_bias = (
-            new if missing else old for new, missing, old in zip(found, left, mine, strict=True)
-        )
-    return grad_a, grad_weight, grad_bias
+    return found

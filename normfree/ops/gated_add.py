@@ -1,4 +1,8 @@
-"""How a block's branch joins its shortcut, with gradients in as few passes over memory as there can be."""
+"""shortcut + gate · branch, the end of a residual block, and the branch computed only for the images that need it.
+
+Stochastic depth multiplies the branch of some images by 0. `kept_images` finds the others, `take_images` selects them
+before the branch is computed, and `gated_add` adds the result to them alone.
+"""
 
 from __future__ import annotations
 
@@ -9,87 +13,103 @@ from torch import Tensor
 
 from normfree.native.dispatch import eager_training
 
-#: Products computed at a time on a CPU, or one image's, so that they stay in the cache: 4 MB in float32, see
-#: `weight_gradient.PATCHES`.
+# Elements multiplied at a time on a CPU (at least one image's), so that they stay in the cache: 4 MB in float32, as
+# `weight_gradient.PATCHES`.
 PRODUCTS = 1 << 20
 
 
-def add_branch(shortcut: Tensor, branch: Tensor, gate: Tensor | float, *, kept: Tensor | None) -> Tensor:
-    """shortcut + gate · branch, B C H W.
+def gated_add(shortcut: Tensor, branch: Tensor, gate: Tensor | float, *, kept: Tensor | None) -> Tensor:
+    """Return shortcut + gate · branch, B C H W.
 
-    gate: a number, or a tensor that broadcasts against `branch`: 0-dim, B 1 1 1 or B C 1 1. kept: the images that
-    `branch` and `gate` are of; None: all.
+    Args:
+        shortcut: B C H W.
+        branch: B C H W, or only the images `kept` of it.
+        gate: a number, or a tensor that broadcasts against `branch`: 0-dim, B 1 1 1 or B C 1 1.
+        kept: indices of the images in `branch` and `gate`, from `kept_images`; None means all.
     """
     if not isinstance(gate, Tensor):
         return torch.add(shortcut, branch, alpha=gate)
     gate = gate.to(branch.dtype)
     if eager_training():
-        y: Tensor = _GatedSum.apply(shortcut, branch, gate, kept)
+        y: Tensor = _GatedAdd.apply(shortcut, branch, gate, kept)
         return y
-    return _gated_sum(shortcut, branch, gate, kept)
+    return _gated_add(shortcut, branch, gate, kept)
+
+
+def kept_images(mask: Tensor | None, *, independent: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mask of the images whose branch must be computed, and their indices; None means all.
+
+    At least one image is kept, so that the branch's parameters get gradients, which are then 0. All images are kept
+    without gradients or under a compiler, which need one shape; on a GPU, where reading the mask would make the host
+    wait; and for fake tensors, which have no values to read.
+
+    Args:
+        mask: B 1 1 1 from `StochasticDepth`, 0 for images without the branch; None if the branch is never dropped.
+        independent: False if images influence each other in the branch, as with batch norm: all are kept.
+    """
+    if type(mask) is not Tensor or mask.device.type != "cpu" or not independent or not eager_training():
+        return mask, None
+    kept = mask.flatten().nonzero().flatten()
+    if len(kept) == len(mask):
+        return mask, None
+    kept = kept if len(kept) else kept.new_zeros(1)
+    return mask[kept], kept
+
+
+def take_images(x: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the images `kept` of `x` B C H W, in channels_last; None means all of them, `x` itself."""
+    if kept is None:
+        return x
+    return x.permute(0, 2, 3, 1).index_select(0, kept).permute(0, 3, 1, 2)
+
+
+def add_images(x: Tensor, part: Tensor, kept: Tensor) -> Tensor:
+    """Return `x` B C H W with `part` added to its images `kept`."""
+    part = part.to(x.dtype).permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1).index_add(0, kept, part).permute(0, 3, 1, 2)
 
 
 def spatial_mean(x: Tensor) -> Tensor:
-    """B C H W -> B C, as `x.mean((2, 3))`; but the gradient of a sum is a view, that of a mean is written out."""
+    """Return the mean over H and W: B C H W -> B C.
+
+    In training it is a sum and a division: the gradient of a sum is a view, that of `x.mean((2, 3))` is a full map.
+    """
     if eager_training() and x.dtype in (torch.float32, torch.float64):
         return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
     return x.mean((2, 3))
 
 
-def _gated_sum(shortcut: Tensor, branch: Tensor, gate: Tensor, kept: Tensor | None) -> Tensor:
+def _gated_add(shortcut: Tensor, branch: Tensor, gate: Tensor, kept: Tensor | None) -> Tensor:
     if kept is None:
         return torch.addcmul(shortcut, branch, gate)
     return add_images(shortcut, branch * gate, kept)
 
 
-class _GatedSum(torch.autograd.Function):
-    """Autograd's own gradient of `addcmul` takes a pass more over the branch, for a factor that is 1."""
+class _GatedAdd(torch.autograd.Function):
+    """`_gated_add` with a backward pass that saves one pass over the branch: `addcmul` also scales by a factor of 1."""
 
     @staticmethod
     def forward(ctx: Any, shortcut: Tensor, branch: Tensor, gate: Tensor, kept: Tensor | None) -> Tensor:
         ctx.save_for_backward(branch, gate, kept)
-        ctx.kind = shortcut.dtype
-        return _gated_sum(shortcut, branch, gate, kept)
+        ctx.dtype = shortcut.dtype
+        return _gated_add(shortcut, branch, gate, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         branch, gate, kept = ctx.saved_tensors
         needs_shortcut, needs_branch, needs_gate, _ = ctx.needs_input_grad
-        by_shortcut = grad.to(ctx.kind) if needs_shortcut else None
-        if kept is not None:
-            grad = take_images(grad, kept)
-        grad = grad.to(branch.dtype)
+        by_shortcut = grad.to(ctx.dtype) if needs_shortcut else None
+        grad = take_images(grad, kept).to(branch.dtype)
         by_branch = grad * gate if needs_branch else None
-        by_gate = _products(grad, branch)[:, :, None, None] if needs_gate else None
-        return by_shortcut, by_branch, None if by_gate is None else by_gate.sum_to_size(gate.shape), None
+        by_gate = None
+        if needs_gate:
+            by_gate = _sum_of_products(grad, branch)[:, :, None, None].sum_to_size(gate.shape)
+        return by_shortcut, by_branch, by_gate, None
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Sums over pixels of a · b: B C H W -> B C."""
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum over H and W of a · b: B C H W -> B C."""
     if a.device.type != "cpu" or not len(a):
         return (a * b).sum((2, 3))
     at_once = max(1, PRODUCTS // a[0].numel())
     return torch.cat([(x * y).sum((2, 3)) for x, y in zip(a.split(at_once), b.split(at_once), strict=True)])
-
-
-def kept_images(mask: Tensor) -> Tensor | None:
-    """Where `mask` B 1 1 1 of `StochasticDepth` is not zero, so that a branch need not compute what is thrown away;
-    None if that is everywhere. At least one image, so that the branch's parameters have gradients, which are then 0.
-
-    Reads the mask, for which a host with a GPU would wait; and what is compiled or captured wants one shape.
-    """
-    kept = mask.flatten().nonzero().flatten()
-    if len(kept) == len(mask):
-        return None
-    return kept if len(kept) else kept.new_zeros(1)
-
-
-def take_images(x: Tensor, kept: Tensor) -> Tensor:
-    """The images `kept` of B C H W, channels_last."""
-    return x.permute(0, 2, 3, 1).index_select(0, kept).permute(0, 3, 1, 2)
-
-
-def add_images(x: Tensor, part: Tensor, kept: Tensor) -> Tensor:
-    """x B C H W with `part` added to the images `kept`."""
-    part = part.to(x.dtype).permute(0, 2, 3, 1)
-    return x.permute(0, 2, 3, 1).index_add(0, kept, part).permute(0, 3, 1, 2)

@@ -1,16 +1,14 @@
-"""Weight standardization of many convolutions at once, and once per optimizer step.
+"""Weight standardization of many weights as one op.
 
-`standardize_all` is `layers.standardize` for a list of weights, as one op: on CUDA devices with Triton one launch each
-way (two if some filters do not lie on 16-byte boundaries), on CPUs the compiled kernels of `normfree.native`, elsewhere
-plain torch with the gradient in closed form.
-`standardized_once` lets all micro-batches of a step share the result.
+`standardize_all` is `models.layers.standardize` for a list of weights. On CPUs it is one call of the compiled kernels
+of `normfree.native` in each direction; elsewhere plain PyTorch ops, with the gradient in closed form. The Triton
+kernels of `standardize_triton` were never measured on a GPU and run only on request.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -20,12 +18,13 @@ from normfree.native.dispatch import can_bypass_dispatcher, is_dense, is_plain_c
 from normfree.native.library import library, run
 from normfree.native.table import TableEntry, is_aligned, pointer_table, upload
 from normfree.ops.standardize_torch import constants, standardize_backward, standardize_forward
+from normfree.suggest import problem, unknown
 
-#: Elements that a program takes at a time, and its warps.
+# What computes: PyTorch ops, the compiled kernels for CPUs, or the Triton kernels for GPUs.
+Engine: TypeAlias = Literal["torch", "compiled", "triton"]
+
+# Elements that a Triton program reads at a time, and its number of warps.
 BLOCK, WARPS = 2048, 8
-
-
-# --- many at once ------------------------------------------------------------------------------------
 
 
 def standardize_all(
@@ -35,27 +34,73 @@ def standardize_all(
     *,
     eps: str = "floor",
     dtype: torch.dtype | None = None,
+    engine: Engine | None = None,
 ) -> list[Tensor]:
-    """`standardize(weight, gain, scale=scale, eps=eps)` of every weight, in the memory format of the weight.
+    """Return `standardize(weight, gain, scale=scale, eps=eps)` of every weight, in the memory format of the weight.
 
-    dtype: of the results; None is that of each weight. Gradients of first order flow to weights and gains; kept for
-    them are those themselves, and two numbers a filter.
+    First-order gradients flow to weights and gains. Only those and two numbers per filter are saved for them.
+
+    Args:
+        weights: O I H W each.
+        gains: O each.
+        scales: one number for each weight.
+        eps: "floor" or "add", see `standardize`.
+        dtype: of the results; None means the dtype of each weight.
+        engine: None chooses "compiled" where it can compute the results, and "torch" elsewhere.
+
+    Raises:
+        ValueError: the engine is unknown or cannot compute these results.
     """
-    return list(_Standardize.apply(tuple(scales), eps, dtype, *weights, *gains))
+    tensors = [*weights, *gains]
+    if engine is None:
+        engine = "compiled" if _supports("compiled", tensors, dtype) else "torch"
+    elif engine not in get_args(Engine):
+        raise ValueError(unknown("engine", engine, get_args(Engine)))
+    elif not _supports(engine, tensors, dtype):
+        raise ValueError(problem(f"engine={engine!r}", allowed=_NEEDS[engine], fix="pass engine=None"))
+    return list(_Standardize.apply(tuple(scales), eps, dtype, engine, *tensors))
+
+
+_NEEDS: dict[str, str] = {
+    "compiled": "plain float32 tensors on a CPU, float32 results, and the compiled kernels installed",
+    "triton": "dense float32 tensors, float32 or bfloat16 results, and Triton installed",
+}
+
+
+def _supports(engine: Engine, tensors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+    """Return True if `engine` can process these weights and gains into results of `dtype`.
+
+    Kernels need float32 without gaps in memory, dimension 0 outermost.
+    """
+    if engine == "compiled":
+        return (
+            can_bypass_dispatcher()
+            and all(map(is_plain_cpu_tensor, tensors))
+            and dtype in (None, torch.float32)
+            and library() is not None
+        )
+    if engine == "triton":
+        known = dtype in (None, torch.float32, torch.bfloat16)
+        return known and all(t.dtype == torch.float32 and is_dense(t) for t in tensors)
+    return True
 
 
 class _Standardize(torch.autograd.Function):
-    """Of all weights and gains, one list behind the other."""
+    """`tensors` are all weights, then all gains."""
 
     @staticmethod
     def forward(
-        ctx: Any, scales: tuple[float, ...], eps: str, dtype: torch.dtype | None, *tensors: Tensor
+        ctx: Any,
+        scales: tuple[float, ...],
+        eps: str,
+        dtype: torch.dtype | None,
+        engine: Engine,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.scales, ctx.eps, ctx.moments = scales, eps, None
+        ctx.scales, ctx.eps, ctx.engine, ctx.moments = scales, eps, engine, None
         weights, gains = tensors[: len(scales)], tensors[len(scales) :]
-        engine = _engine(tensors, dtype)
         if engine != "torch":
             outs = [torch.empty_like(w, dtype=dtype) for w in weights]
             _launch(engine, "forward", [weights, gains, outs], scales, eps)
@@ -65,20 +110,22 @@ class _Standardize(torch.autograd.Function):
             for w, g, scale in zip(weights, gains, scales, strict=True)
         ]
         ctx.moments = [moments for _, moments in made]
-        return tuple(kernel.to(dtype or w.dtype) for w, (kernel, _) in zip(weights, made, strict=True))
+        return tuple(result.to(dtype or w.dtype) for w, (result, _) in zip(weights, made, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """A kernel that was not used has no gradient, and its weight gets none."""
+        """A result that was not used has no gradient, and its weight gets none."""
         count = len(grads)
         found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         weights, gains = ([ctx.saved_tensors[i + shift] for i, _ in found] for shift in (0, count))
         scales = [ctx.scales[i] for i, _ in found]
         arrived = [laid_out_as(w, grad) for w, (_, grad) in zip(weights, found, strict=True)]
+        engine = ctx.engine
+        if engine == "compiled" and not can_bypass_dispatcher():
+            engine = "torch"
         results: list[Tensor | None] = [None] * (2 * count)
-        engine = _engine([*weights, *gains], arrived[0].dtype) if found else "torch"
-        if engine != "torch":
+        if found and engine != "torch":
             outs = [[torch.empty_like(t) for t in column] for column in (weights, gains)]
             _launch(engine, "backward", [weights, gains, arrived, *outs], scales, ctx.eps)
             pairs = list(zip(*outs, strict=True))
@@ -90,21 +137,15 @@ class _Standardize(torch.autograd.Function):
             ]
         for (i, _), (by_weight, by_gain) in zip(found, pairs, strict=True):
             results[i], results[count + i] = by_weight, by_gain
-        return None, None, None, *results
-
-
-def _engine(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> str:
-    """What computes on them. Kernels take float32 without gaps, dimension 0 outermost: "triton" on CUDA; "compiled", of
-    `normfree.native`, on CPUs, with results in float32; else "torch"."""
-    if can_bypass_dispatcher() and all(map(is_plain_cpu_tensor, tensors)):
-        return "compiled" if dtype in (None, torch.float32) and library() is not None else "torch"
-    fits = all(t.is_cuda and t.dtype == torch.float32 and is_dense(t) for t in tensors)
-    known = dtype in (None, torch.float32, torch.bfloat16)
-    return "triton" if fits and known and importlib.util.find_spec("triton") is not None else "torch"
+        return None, None, None, None, *results
 
 
 def _launch(
-    engine: str, direction: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str
+    engine: str,
+    direction: str,
+    columns: Sequence[Sequence[Tensor]],
+    scales: Sequence[float],
+    eps: str,
 ) -> None:
     """Run one kernel over all filters. `columns`: weights, gains, results or their gradients, then outputs."""
     weights, kind = columns[0], columns[2][0].dtype

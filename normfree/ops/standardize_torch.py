@@ -19,7 +19,7 @@ from normfree.native.dispatch import is_dense, laid_out_as
 PART = 1 << 21
 
 
-class Moments(NamedTuple):
+class FilterMoments(NamedTuple):
     """Per filter, O: the mean, and v·N with what is added to it."""
 
     mean: Tensor
@@ -34,7 +34,7 @@ def constants(weight: Tensor, eps: str) -> tuple[float, float]:
 @torch.no_grad()
 def standardize_forward(
     weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: str = "floor"
-) -> tuple[Tensor, Moments]:
+) -> tuple[Tensor, FilterMoments]:
     """`layers.standardize`, and what the backward pass needs of it.
 
     Computed, and returned, in float32 at least, in the memory format of `weight`.
@@ -42,7 +42,7 @@ def standardize_forward(
     weight, kind = _dense(weight), torch.promote_types(weight.dtype, torch.float32)
     added, floor = constants(weight, eps)
     result = torch.empty_like(weight, dtype=kind)
-    moments = Moments(*torch.empty(2, len(weight), dtype=kind, device=weight.device))
+    moments = FilterMoments(*torch.empty(2, len(weight), dtype=kind, device=weight.device))
     columns = (_rows(weight), _rows(result), gain.to(kind), *moments)
     for part in _parts(weight):
         w, out, g, mean, power = (column[part] for column in columns)
@@ -62,7 +62,7 @@ def standardize_backward(
     *,
     scale: float = 1.0,
     eps: str = "floor",
-    moments: Moments | None = None,
+    moments: FilterMoments | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and gain of `standardize` from that of its result.
 

@@ -24,17 +24,6 @@ LEAST_FILTERS, LEAST_CHANNELS = 64, 16
 PATCHES = 4 << 20
 
 
-def pays(x: Tensor, weight: Tensor, *, groups: int) -> bool:
-    """Whether products are the faster way to the gradient of `weight` for the input `x`."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and len(weight) // groups >= LEAST_FILTERS
-        and weight.shape[1] >= LEAST_CHANNELS
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
 def weight_gradient(
     x: Tensor,
     grad: Tensor,

@@ -23,7 +23,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor
 from normfree.native.library import library, run
 
 #: Of winograd.c: channels and filters of a group are multiples of the first, blocks of tiles of the second; the third
@@ -45,34 +44,7 @@ def is_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2" and library() is not None
 
 
-def suits(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    stride: int,
-    padding: tuple[int, int],
-    groups: int,
-    bias: Tensor | None = None,
-    has_planes: bool = False,
-) -> bool:
-    """Whether conv2d(x, weight, bias, stride, padding, 1, groups) is one to be computed so, and nothing has to see
-    torch's own operations. `has_planes`: those of the filters need not be computed."""
-    return (
-        can_bypass_dispatcher()  # first, since an export must not ask for sizes
-        and is_fast()
-        and tuple(weight.shape[2:]) == (3, 3)
-        and (stride, padding) == (1, (1, 1))
-        and all(n >= LEAST_CHANNELS and n % PANEL == 0 for n in (weight.shape[1], len(weight) // groups))
-        and is_plain_cpu_tensor(x)
-        and is_plain_cpu_tensor(weight)
-        and (bias is None or is_plain_cpu_tensor(bias))
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and (_tiles(x) * groups >= LEAST_WITH_PLANES if has_planes else _tiles(x) >= LEAST_TILES)
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _tiles(x: Tensor) -> int:
+def count_tiles(x: Tensor) -> int:
     """Of all images B C H W."""
     count, _, height, width = x.shape
     return int(count * -(-height // 2) * -(-width // 2))
@@ -103,7 +75,7 @@ def weight_gradient(x: Tensor, grad: Tensor, *, groups: int) -> Tensor:
     found = x.new_empty(outputs, 3, 3, own).permute(0, 3, 1, 2)
     run(
         "winograd_weight_gradient", x, grad, found, zeros, scratch, height, width, inputs, outputs, groups, parts,
-        _tiles(x), BLOCK, count=groups * parts, elements=grad.numel(),
+        count_tiles(x), BLOCK, count=groups * parts, elements=grad.numel(),
     )  # fmt: skip
     return found
 
@@ -131,7 +103,7 @@ def convolve(x: Tensor, planes: Tensor, bias: Tensor | None, *, groups: int) -> 
     images, inputs, height, width = x.shape
     outputs = groups * planes.shape[1]
     y = x.new_empty(images, height, width, outputs).permute(0, 3, 1, 2)
-    threads, tiles = torch.get_num_threads(), _tiles(x)
+    threads, tiles = torch.get_num_threads(), count_tiles(x)
     blocks = -(-tiles // BLOCK)
     if groups < threads:  # so that each has as much to do
         blocks = -(-blocks // threads) * threads

@@ -6,6 +6,7 @@ Nothing of the arithmetic changes, and without the profiler nothing is measured:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
@@ -82,26 +83,18 @@ def profiled(
 
 @contextlib.contextmanager
 def _marked(net: nn.Module | None) -> Iterator[None]:
-    """Turns spans on, and gives every weight standardization of `net` one."""
+    """Enable spans, and record the weight standardization of each layer of `net` as one."""
     global _on
     layers = [] if net is None else [m for m in net.modules() if isinstance(m, WSConv2d)]
-
-    def marked(original: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        def standardized_weight() -> torch.Tensor:
-            with span(STANDARDIZATION):
-                return original()
-
-        return standardized_weight
-
     try:
         _on = True
         for layer in layers:
-            layer.__dict__["standardized_weight"] = marked(layer.standardized_weight)
+            layer.marker = functools.partial(span, STANDARDIZATION)
         yield
     finally:
         _on = False
         for layer in layers:
-            layer.__dict__.pop("standardized_weight", None)
+            layer.marker = contextlib.nullcontext
 
 
 # --- the table ---------------------------------------------------------------------------------------

@@ -117,10 +117,16 @@ def test_a_function_of_ones_own_gets_its_gain():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: WSConv2d(1, 8, kernel_size=1), "WSConv2d(1, 8, kernel_size=1, groups=1): fan-in is 1, standardized "
-         "weights would all be zero. Use a larger kernel_size or fewer groups."),
-        (lambda: WSConv2d(8, 12, groups=3), "WSConv2d(8, 12, groups=3): groups must divide both channel counts; the "
-         "largest that does is 4."),
+        (
+            lambda: WSConv2d(1, 8, kernel_size=1),
+            "WSConv2d(1, 8, kernel_size=1, groups=1) has a fan-in of 1, so all standardized weights would be 0. "
+            "Allowed: a fan-in of 2 or more. Fix: use a larger kernel_size or fewer groups.",
+        ),
+        (
+            lambda: WSConv2d(8, 12, groups=3),
+            "WSConv2d(8, 12, kernel_size=3, groups=3). Allowed: groups that divide both channel counts. "
+            "Fix: use groups=4, the largest, or a divisor of it.",
+        ),
         (lambda: scaled_activation("swish"), "activation 'swish' is not known."),
         (lambda: gain_of(torch.zeros_like), "gain_of: the activation has variance 0.0 under N(0, 1); a gain needs a "
          "finite variance above 0."),

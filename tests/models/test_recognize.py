@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from normfree.models.net import Net
-from normfree.models.recognize import recognise, shapes_of
+from normfree.models.recognize import recognize, shapes_of
 from normfree.models.variants import VARIANTS
 from normfree.weights.names import haiku_from_state_dict, timm_from_state_dict
 
@@ -27,18 +27,18 @@ def same_weights(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_recognises_itself_and_no_other(name):
     state = meta_state(name)
-    assert recognise(state) == same_weights(name)
+    assert recognize(state) == same_weights(name)
     row = VARIANTS[name]
     if name.startswith("timm_"):
         theirs = timm_from_state_dict(state, attention_at=row.attention_at)
-        assert recognise(theirs) == same_weights(name)
+        assert recognize(theirs) == same_weights(name)
 
 
 @pytest.mark.parametrize("name", ["nf_resnet_nano", "nf_resnet26", "nf_regnet_b0", "nfnet_f0"])
 def test_haiku_trees_are_rows_of_the_reference(name):
     shapes = shapes_of(VARIANTS[name], num_classes=1, in_channels=3)
     state = {k: torch.zeros(s) for k, s in shapes.items()}
-    assert recognise(haiku_from_state_dict(state)) == [name]
+    assert recognize(haiku_from_state_dict(state)) == [name]
 
 
 def test_shapes_are_those_of_the_network():
@@ -50,7 +50,7 @@ def test_shapes_are_those_of_the_network():
 
 @pytest.mark.parametrize("num_classes", [0, 1, 1000])
 def test_classes_and_channels_are_read_off(num_classes):
-    assert recognise(meta_state("nf_resnet_nano", num_classes, 5)) == ["nf_resnet_nano"]
+    assert recognize(meta_state("nf_resnet_nano", num_classes, 5)) == ["nf_resnet_nano"]
 
 
 def test_what_is_not_recognised_names_the_closest_row_and_the_differences():
@@ -58,7 +58,7 @@ def test_what_is_not_recognised_names_the_closest_row_and_the_differences():
     state["stranger"] = state.pop("stem.conv0.gain")
     state["head.bias"] = torch.empty(9, device="meta")
     with pytest.raises(ValueError) as error:  # noqa: PT011  # compared below
-        recognise(state)
+        recognize(state)
     assert str(error.value) == (
         "84 tensors are of no network known here. Closest: nf_resnet_nano, but head.bias has shape (9,), "
         "expected (7,); stem.conv0.gain is missing; stranger is unknown. "
@@ -66,7 +66,7 @@ def test_what_is_not_recognised_names_the_closest_row_and_the_differences():
     )
     del state["stages.2.1.conv2.bias"], state["stages.2.1.conv2.gain"]
     with pytest.raises(ValueError, match=r"stages.2.1.conv2.bias is missing; .*; and 1 more\. Fix"):
-        recognise(state)
+        recognize(state)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_closest_row_is_of_the_same_family(name):
     with pytest.raises(
         ValueError, match=rf"Closest: {name}, but head.bias has shape \(9,\), expected \(7,\)\. Fix"
     ):
-        recognise(state)
+        recognize(state)
 
 
 @pytest.mark.parametrize("source", [{}, {"a": 3}, {"head.weight": np.zeros(3)}])
@@ -86,6 +86,6 @@ def test_what_is_no_state_dict(source):
     with pytest.raises(
         ValueError, match="a state dict or a haiku tree was expected, with at least one tensor"
     ):
-        recognise(source)
+        recognize(source)
     with pytest.raises(ValueError, match=r"1 tensors are of no network known here\. Closest: "):
-        recognise({"a": torch.zeros(3)})
+        recognize({"a": torch.zeros(3)})

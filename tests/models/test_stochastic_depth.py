@@ -43,7 +43,7 @@ def test_what_is_thrown_away_need_not_be_computed(name, layout, monkeypatch):
     images = torch.randn(6, 3, 40, 40, dtype=torch.float64).to(memory_format=LAYOUTS[layout])
     net = network(name, rate=0.6)
     found = results(net, images, seed=3)
-    monkeypatch.setattr("normfree.models.net.kept_images", lambda mask: None)
+    monkeypatch.setattr("normfree.models.net.kept_images", lambda mask, **options: (mask, None))
     wanted = results(net, images, seed=3)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -82,13 +82,24 @@ def test_evaluation_and_rate_zero_keep_all():
 
 def test_taking_and_adding():
     mask = torch.tensor([1.0, 0.0, 1.25]).view(3, 1, 1, 1)
-    kept = kept_images(mask)
+    some, kept = kept_images(mask, independent=True)
+    assert some is not None
     assert kept is not None
     assert kept.tolist() == [0, 2]
-    assert kept_images(torch.ones(3, 1, 1, 1)) is None
-    assert kept_images(torch.zeros(3, 1, 1, 1)).tolist() == [0]
+    assert some.flatten().tolist() == [1.0, 1.25]
+    ones = torch.ones(3, 1, 1, 1)
+    assert kept_images(ones, independent=True) == (ones, None)
+    none, first = kept_images(torch.zeros(3, 1, 1, 1), independent=True)
+    assert none is not None
+    assert first is not None
+    assert (none.flatten().tolist(), first.tolist()) == ([0.0], [0])
+    assert kept_images(mask, independent=False) == (mask, None)
+    assert kept_images(None, independent=True) == (None, None)
+    with torch.no_grad():
+        assert kept_images(mask, independent=True) == (mask, None)
     x = torch.randn(3, 4, 5, 6)
     assert torch.equal(take_images(x, kept), x[[0, 2]])
+    assert take_images(x, None) is x
     assert torch.equal(
         add_images(x, 2 * x[[0, 2]], kept), torch.stack([x[0] + 2 * x[0], x[1], x[2] + 2 * x[2]])
     )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.ops import gated_add
-from normfree.ops.gated_add import add_branch, add_images, spatial_mean
+from normfree.ops.gated_add import add_images, gated_add, spatial_mean
 
 B, C, H, W = 3, 4, 5, 6
 GATES = {"one number": (), "an image": (B, 1, 1, 1), "a channel": (B, C, 1, 1)}
@@ -24,7 +23,7 @@ def test_values_and_gradients_are_those_of_the_formula(shape, some):
     kept = torch.tensor([0, 2]) if some else None
     shortcut, branch = drawn(B, C, H, W), drawn(2 if some else B, C, H, W)
     gate = drawn(*((2, *shape[1:]) if some and shape else shape))
-    got = add_branch(shortcut, branch, gate, kept=kept)
+    got = gated_add(shortcut, branch, gate, kept=kept)
     wanted = add_images(shortcut, branch * gate, kept) if some else shortcut + branch * gate
     torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
     up, inputs = torch.randn_like(wanted), (shortcut, branch, gate)
@@ -37,7 +36,7 @@ def test_values_and_gradients_are_those_of_the_formula(shape, some):
 
 def test_second_derivatives():
     shortcut, branch, gate = drawn(2, 2, 3, 3), drawn(2, 2, 3, 3), drawn(2, 2, 1, 1)
-    assert torch.autograd.gradgradcheck(lambda *x: add_branch(*x, kept=None), (shortcut, branch, gate))
+    assert torch.autograd.gradgradcheck(lambda *x: gated_add(*x, kept=None), (shortcut, branch, gate))
 
 
 def test_only_the_gradients_that_are_wanted():
@@ -45,19 +44,19 @@ def test_only_the_gradients_that_are_wanted():
         inputs = [drawn(B, C, H, W), drawn(B, C, H, W), drawn(B, C, 1, 1)]
         for i, tensor in enumerate(inputs):
             tensor.requires_grad_(i == wanted)
-        add_branch(*inputs, kept=None).sum().backward()
+        gated_add(*inputs, kept=None).sum().backward()
         assert [t.grad is not None for t in inputs] == [i == wanted for i in range(3)]
 
 
 def test_types_that_differ_and_an_empty_batch():
     shortcut, branch = drawn(B, C, H, W, kind=torch.float32), drawn(B, C, H, W, kind=torch.bfloat16)
     gate = drawn(B, C, 1, 1, kind=torch.float32)
-    y = add_branch(shortcut, branch, gate, kept=None)
+    y = gated_add(shortcut, branch, gate, kept=None)
     y.sum().backward()
     assert y.dtype == torch.float32
     assert [t.grad.dtype for t in (shortcut, branch, gate)] == [torch.float32, torch.bfloat16, torch.float32]
     empty = drawn(0, C, H, W), drawn(0, C, H, W), drawn()
-    add_branch(*empty, kept=None).sum().backward()
+    gated_add(*empty, kept=None).sum().backward()
     assert float(empty[2].grad) == 0.0
 
 
@@ -80,11 +79,13 @@ class Full(TorchDispatchMode):
 
 
 def test_the_backward_pass_writes_the_map_twice_where_autograd_writes_it_five_times(monkeypatch):
-    monkeypatch.setattr(gated_add, "PRODUCTS", 1)  # as if the map were large: products of one image at a time
+    monkeypatch.setattr(
+        "normfree.ops.gated_add.PRODUCTS", 1
+    )  # as if the map were large: products of one image at a time
     x, y, gate = (drawn(*s, kind=torch.float32) for s in ((B, C, H, W), (B, C, H, W), (B, C, 1, 1)))
     passes = []
     for mean, join in (
-        (spatial_mean, lambda *a: add_branch(*a, kept=None)),
+        (spatial_mean, lambda *a: gated_add(*a, kept=None)),
         (lambda t: t.mean((2, 3)), torch.addcmul),
     ):
         out = join(x, y, gate * mean(y)[:, :, None, None])

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from normfree.models.layers import WSConv2d
 from normfree.ops import weight_gradient as module
-from normfree.ops.weight_gradient import pays, weight_gradient
+from normfree.ops.conv2d_backends import PRODUCTS, TORCH, Geometry
+from normfree.ops.weight_gradient import weight_gradient
 
 CASES = [  # channels, filters, size, kernel, stride, padding, groups
     (16, 64, (9, 7), (1, 1), 1, (0, 0), 1),
@@ -53,7 +54,7 @@ def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(trains, hal
     )
     for products in (True, False):
         if not products:
-            monkeypatch.setattr("normfree.ops.conv2d_backends.pays", lambda *args, **kwargs: False)
+            monkeypatch.setattr("normfree.ops.conv2d.choose_backend", lambda *args: TORCH)
         for act in (None, F.silu, F.relu):
             x = image.clone().requires_grad_(trains != "not the input")
             conv.zero_grad()
@@ -69,14 +70,19 @@ def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(trains, hal
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_it_pays_for_wide_groups_in_float32_on_a_cpu_in_channels_last():
+def test_it_supports_wide_groups_in_float32_on_a_cpu_in_channels_last():
+    def supports(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+        return PRODUCTS.supports(x, weight, None, Geometry(1, (1, 1), groups))
+
     x, weight = torch.empty(2, 64, 4, 4).to(memory_format=torch.channels_last), torch.empty(128, 32, 3, 3)
-    assert pays(x, weight, groups=2)
-    assert not pays(x, weight, groups=4)  # 32 filters a group
-    assert not pays(x.contiguous(), weight, groups=2)
-    assert not pays(x.double(), weight.double(), groups=2)
-    assert not pays(x.to("meta"), weight, groups=2)
-    assert not pays(x, torch.empty(64, 8, 3, 3), groups=1)
+    assert supports(x, weight, 2)
+    assert not supports(x, weight, 4)  # 32 filters in a group
+    assert not supports(x.contiguous(), weight, 2)
+    assert not supports(x.double(), weight.double(), 2)
+    assert not supports(x.to("meta"), weight, 2)
+    assert not supports(x, torch.empty(64, 8, 3, 3), 1)
+    with torch.no_grad():
+        assert not supports(x, weight, 2)
 
 
 def test_gradients_are_nearer_to_the_true_ones_than_a_long_float32_sum():

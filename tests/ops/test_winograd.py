@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.models.layers import WSConv2d
 from normfree.native.library import library
-from normfree.ops import conv2d_backends, winograd
+from normfree.ops import winograd
+from normfree.ops.conv2d import conv2d as padded_conv2d
+from normfree.ops.conv2d_backends import TORCH, WINOGRAD, Geometry, choose_backend
 from normfree.ops.winograd import (
     conv2d,
     filter_planes,
     input_gradient,
-    suits,
     weight_gradient,
 )
 
@@ -136,33 +139,34 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fast")
 def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
-    geometry = {"stride": 1, "padding": (1, 1), "groups": 1}
-    assert suits(x, weight, **geometry)
+    plain = Geometry(1, (1, 1), 1)
+    assert WINOGRAD.supports(x, weight, None, plain)
     refused = [
-        (x.contiguous(), weight, {}),
-        (x.double(), weight.double(), {}),
-        (x.to("meta"), weight.to("meta"), {}),
-        (x[:, :, :8, :8], weight, {}),  # not dense
-        (x[:1, :, :14, :14].contiguous(memory_format=torch.channels_last), weight, {}),  # 49 tiles
-        (x, weight[:, :, :1, :1], {}),
-        (x, weight, {"stride": 2}),
-        (x, weight, {"padding": (0, 0)}),
-        (x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24].contiguous(), {}),
-        (x, weight[:40], {}),
-        (x, weight[:, :16].contiguous(), {"groups": 4}),
+        (x.contiguous(), weight, plain),
+        (x.double(), weight.double(), plain),
+        (x.to("meta"), weight.to("meta"), plain),
+        (x[:, :, :8, :8], weight, plain),  # not dense
+        (x[:1, :, :14, :14].contiguous(memory_format=torch.channels_last), weight, plain),  # 49 tiles
+        (x, weight[:, :, :1, :1], plain),
+        (x, weight, Geometry(2, (1, 1), 1)),
+        (x, weight, Geometry(1, (0, 0), 1)),
+        (x[:, :24].contiguous(memory_format=torch.channels_last), weight[:, :24].contiguous(), plain),
+        (x, weight[:40], plain),
+        (x, weight[:, :16].contiguous(), Geometry(1, (1, 1), 4)),
     ]
-    for image, kernel, other in refused:
-        assert not suits(image, kernel, **{**geometry, **other})
-    assert suits(x, weight, bias=bias, **geometry)
-    assert not suits(x, weight, bias=bias.double(), **geometry)
+    for image, filters, geometry in refused:
+        assert not WINOGRAD.supports(image, filters, None, geometry)
+    assert WINOGRAD.supports(x, weight, bias, plain)
+    assert not WINOGRAD.supports(x, weight, bias.double(), plain)
     few = x[:1, :, :14, :14].contiguous(memory_format=torch.channels_last)
-    grouped = {**geometry, "groups": 2}
-    assert suits(few, weight[:, :32].contiguous(), has_planes=True, **grouped)
-    assert not suits(few, weight, has_planes=True, **geometry)
+    grouped = Geometry(1, (1, 1), 2)
+    assert WINOGRAD.supports(few, weight[:, :32].contiguous(), None, grouped, has_planes=True)
+    assert not WINOGRAD.supports(few, weight, None, plain, has_planes=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not suits(x, weight, **geometry)
+        assert not WINOGRAD.supports(x, weight, None, plain)
+    assert choose_backend(x, weight, bias, plain) is WINOGRAD
     monkeypatch.setattr(winograd, "is_fast", lambda: False)
-    assert not suits(x, weight, **geometry)
+    assert not WINOGRAD.supports(x, weight, None, plain)
 
 
 def test_it_is_for_avx2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +212,7 @@ def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(
         expected |= {"weight_gradient"} if trains[1] else set()
         assert set(calls) == expected
         with monkeypatch.context() as patch:
-            patch.setattr(winograd, "suits", lambda *a, **k: False)
+            patch.setattr("normfree.ops.conv2d.choose_backend", lambda *args: TORCH)
             plain = results(act)
         for one, two in zip(got, plain, strict=True):
             assert (one is None) == (two is None)
@@ -217,12 +221,28 @@ def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(
 
 
 @pytest.mark.usefixtures("fast")
-def test_it_stays_away_where_a_result_must_be_differentiated_by_autograd() -> None:
+def test_its_results_are_recorded_by_autograd_where_gradients_are_enabled() -> None:
     x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
     weight.requires_grad_()
-    y = conv2d_backends.conv2d(x, weight, bias, stride=1, padding=(1, 1), groups=1)
+    options = {"act": None, "stride": 1, "groups": 1, "padding": "same"}
+    y = padded_conv2d(x, weight, bias, **options)
     assert y.grad_fn is not None
     with torch.no_grad():
-        again = conv2d_backends.conv2d(x, weight, bias, stride=1, padding=(1, 1), groups=1)
+        again = padded_conv2d(x, weight, bias, **options)
     assert torch.equal(again, conv2d(x, weight.detach(), bias, groups=1))
-    torch.testing.assert_close(again, y.detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, y.detach())
+
+
+@pytest.mark.usefixtures("fast")
+def test_an_observed_backward_pass_uses_the_ops_of_torch() -> None:
+    """A dispatch mode sees the operations of a backward pass whose forward pass used the compiled kernels."""
+    x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
+    grads = []
+    for observed in (False, True):
+        leaf = weight.clone().requires_grad_()
+        y = padded_conv2d(x, leaf, bias, act=None, stride=1, groups=1, padding="same")
+        with FlopCounterMode(display=False) if observed else contextlib.nullcontext() as counter:
+            y.square().mean().backward()
+        grads.append(leaf.grad)
+    assert counter.get_total_flops() > 0
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from normfree.data.loader import Batch
-from normfree.models.net import Block, Net
+from normfree.models.layers import StochasticDepth
+from normfree.models.net import Block, Net, Region
 from normfree.models.shared_weights import standardized_once
 from normfree.models.zoo import create_model
 from normfree.training.compiled import LIMIT, CompiledBlocks
@@ -138,20 +139,23 @@ def test_without_shared_kernels_beta_would_be_compiled_in() -> None:
 
 def test_outside_the_network_is_as_it_was() -> None:
     net = made()
-    before = {name: type(module) for name, module in net.named_modules()}
     keys = set(net.state_dict())
     compiled = CompiledBlocks(net, backend="eager")
+    regions = [module for module in net.modules() if isinstance(module, Region)]
+    depths = [module for module in net.modules() if isinstance(module, StochasticDepth)]
 
     def stopped() -> None:
         with compiled.active():
-            assert {name: type(module) for name, module in net.named_modules()} != before
+            assert all(region.compiled_compute is not None for region in regions)
+            assert any(depth.rate_tensors is not None for depth in depths)
             assert set(net.state_dict()) == keys
             raise KeyError("stop")
 
     with pytest.raises(KeyError, match="stop"):
         stopped()
-    assert {name: type(module) for name, module in net.named_modules()} == before
-    assert all("forward" not in module.__dict__ for module in net.modules())
+    assert len(regions) == 1 + sum(DEPTHS)
+    assert all(region.compiled_compute is None for region in regions)
+    assert all(depth.rate_tensors is None for depth in depths)
     limit = torch._dynamo.config.recompile_limit
     with compiled.active():
         assert torch._dynamo.config.recompile_limit == max(limit, LIMIT)
@@ -167,7 +171,7 @@ def test_masks_of_a_rate_in_a_tensor_are_those_of_the_rate(rescale: bool, dtype:
     assert plain.rescale == rescale
     x = torch.zeros(1000, 1, 1, 1, dtype=dtype)
     with CompiledBlocks(net, backend="eager").active():
-        assert block.stochdepth is not plain
+        assert plain.rate_tensors is not None
         torch.manual_seed(0)
         got = block.stochdepth(x)
         net.eval()
