@@ -94,10 +94,10 @@ class WSConv2d(nn.Module):
     Source: [A] section 4; reference code, `WSConv2D`.
     """
 
-    shared_weight: Tensor | None = None
+    shared_weight: Tensor | None
     """The standardized weight, if `models.shared_weights.standardized_once` has computed it for a whole step."""
 
-    marker: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    marker: Callable[[], contextlib.AbstractContextManager[None]]
     """Makes the context manager in which the weight is standardized; `training.profile` sets it to record the time."""
 
     def __init__(
@@ -134,6 +134,7 @@ class WSConv2d(nn.Module):
             )
         self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
         self.input_scale, self.padding, self.eps = input_scale, padding, eps
+        self.shared_weight, self.marker = None, contextlib.nullcontext
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
@@ -257,13 +258,13 @@ class StochasticDepth(nn.Module):
     `StochDepth`), unless `rescale` is set (timm, `DropPath`).
     """
 
-    rate_tensors: tuple[Tensor, Tensor] | None = None
+    rate_tensors: tuple[Tensor, Tensor] | None
     """`rate` and 1 - `rate` as tensors, read instead of `rate` if set, so that one compiled graph serves blocks of
     different rates; `training.compiled` sets it."""
 
     def __init__(self, rate: float, *, rescale: bool = False) -> None:
         super().__init__()
-        self.rate, self.rescale = rate, rescale
+        self.rate, self.rescale, self.rate_tensors = rate, rescale, None
 
     def forward(self, x: Tensor) -> Tensor | None:
         if not self.training:

@@ -96,17 +96,21 @@ def run(net: Net, images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str,
     }
 
 
-def ours_of(module: str, tree: dict) -> str:
-    """Our module for a haiku module: translate the tree's names and look where a parameter went."""
-    name, marker = next(iter(tree.get(module, {"none": 0}))), {}
-    if module.endswith("squeeze_excite"):
-        return ours_of(module + "/~/linear", tree).removesuffix(".fc0")
-    marker = {
-        m: {n: np.full_like(a, m == module and n == name) for n, a in arrays.items()}
-        for m, arrays in tree.items()
+def module_names(tree: dict) -> dict[str, str]:
+    """Return our module name for every haiku module with parameters, in one translation of numbered arrays.
+
+    Translating the whole tree for every module took most of the time of these tests.
+    """
+    numbers = {(m, n): float(i) for i, (m, n) in enumerate((m, n) for m in tree for n in tree[m])}
+    numbered = {
+        m: {n: np.full_like(a, numbers[m, n]) for n, a in arrays.items()} for m, arrays in tree.items()
     }
-    key = next(k for k, v in state_dict_from_haiku(marker).items() if v.numel() and v.flatten()[0] == 1)
-    return key.rpartition(".")[0]
+    keys = {float(v.flatten()[0]): k for k, v in state_dict_from_haiku(numbered).items() if v.numel()}
+    names = {m: keys[number].rpartition(".")[0] for (m, _), number in numbers.items() if number in keys}
+    gates = {
+        m.removesuffix("/~/linear"): n for m, n in names.items() if m.endswith("squeeze_excite/~/linear")
+    }
+    return names | {m: n.removesuffix(".fc0") for m, n in gates.items()}
 
 
 def tiny() -> tuple[dict, dict]:
@@ -131,8 +135,9 @@ def test_tiny_net_agrees_everywhere():
     taps = [k for k in data if k.startswith("tap|")]
     grads = [k for k in data if k.startswith("grad|")]
     assert (len(taps), len(grads)) == (58, 131)
+    names = module_names(tree)
     for key in taps:
-        ours = got["taps"][ours_of(key[4:], tree)]
+        ours = got["taps"][names[key[4:]]]
         assert relative(ours, data[key]) < OUTPUT_TOLERANCE, key
     for key in grads:
         _, module, name = key.split("|")
@@ -167,10 +172,10 @@ def test_published_rows_agree_everywhere(fixture, name):
     grads = [k for k in data if k.startswith("fp:grad|")]
     assert len(grads) == sum(map(len, tree.values()))
     assert len(taps) >= sum(net.variant.depths) + 1
+    names = module_names(tree)
     for key in taps:
         module = key.removeprefix("fp:tap|")
-        owner = module if tree.get(module) else module + "/~/conv0"
-        ours = got["taps"][ours_of(owner, tree)]
+        ours = got["taps"][names.get(module) or names[module + "/~/conv0"]]
         assert relative(fingerprint(key[3:], ours), data[key]) < OUTPUT_TOLERANCE, key
     for key in grads:
         _, module, leaf = key.split("|")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 DEPTHS = (2, 4, 3, 3)
 OPEN = {"drop_rate": 0.3, "stochdepth_rate": 0.4, "skip_gain": 0.5}
-ROWS = {
+VARIANTS = {
     "nfnet_f0": {"widths": (8, 16, 24, 32), "depths": DEPTHS, "group_width": 4, "stem": "conv3", **OPEN},
     "nf_regnet_b0": {"widths": (16, 24, 32, 40), "depths": DEPTHS, **OPEN},
     "nf_resnet50": {"widths": (16, 32, 48, 64), "depths": DEPTHS, **OPEN},
@@ -46,7 +46,9 @@ def fresh() -> Iterator[None]:
 
 def made(name: str = "nfnet_f0", **changes: object) -> Net:
     torch.manual_seed(0)
-    net = create_model(name, num_classes=3, **(ROWS[name] | changes)).to(memory_format=torch.channels_last)
+    net = create_model(name, num_classes=3, **(VARIANTS[name] | changes)).to(
+        memory_format=torch.channels_last
+    )
     assert isinstance(net, Net)
     return net.train()
 
@@ -87,7 +89,13 @@ def assert_same_gradients(net: nn.Module, twin: nn.Module) -> None:
         assert p.ndim != 4 or p.grad.is_contiguous(memory_format=torch.channels_last), name
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nf_resnet50",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "nf_resnet50"),
+    ],
+)
 def test_training_has_one_graph_for_each_shape_of_a_block(name: str) -> None:
     """With dropout and stochastic depth of a rate that differs from block to block, as β does."""
     net, counter = made(name), CompileCounterWithBackend("eager")
