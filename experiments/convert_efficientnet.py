@@ -33,7 +33,7 @@ from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.groups import DEFAULT_RULES, Rule, parameter_groups
 from normfree.optim.schedule import warmup_cosine
 from normfree.optim.sgd import SGD
-from normfree.surgery import weight_standardization
+from normfree.surgery import weight_fit
 from normfree.surgery.convert import convert_batchnorm
 
 SIZE, BATCHES, CALIBRATION = 64, (2, 4, 16, 64), 128
@@ -202,11 +202,11 @@ def conversion() -> dict[str, Any]:
     out["lost_mean"] = {c.layer: c.lost_mean for c in done}
     out["unexplained"] = {c.layer: c.unexplained for c in done}
     net = copy.deepcopy(exact)
-    fits = weight_standardization.standardize_(net, [c.layer for c in report.layers], calibration)
+    fits = weight_fit.standardize_(net, [c.layer for c in report.layers], calibration)
     out["fitted_with_depthwise"] = relative(net, held_out)
     out["lost_mean_depthwise"] = {f.layer: f.lost_mean for f in fits if f.layer in depthwise}
-    longest = weight_standardization.LONGEST
-    weight_standardization.LONGEST = (
+    longest = weight_fit.LONGEST
+    weight_fit.LONGEST = (
         0  # no kernel is fitted: each loses its mean evenly, gain and bias restore the moments
     )
     for key, layers in (
@@ -215,12 +215,12 @@ def conversion() -> dict[str, Any]:
     ):
         net = copy.deepcopy(exact)
         names = [x.layer if hasattr(x, "layer") else x for x in layers]
-        weight_standardization.standardize_(net, names, calibration)
+        weight_fit.standardize_(net, names, calibration)
         out[key] = relative(net, held_out)
     net = copy.deepcopy(exact)
-    weight_standardization.standardize_(net, [c.layer for c in done], None)
+    weight_fit.standardize_(net, [c.layer for c in done], None)
     out["nothing_restored"] = relative(net, held_out)
-    weight_standardization.LONGEST = longest
+    weight_fit.LONGEST = longest
     return out
 
 

@@ -1,1 +1,1 @@
-"""Model in, model or file out."""
+"""Removal of batch norm from existing networks."""

@@ -1,5 +1,6 @@
-"""Batch norm with its running statistics is one multiplication and one addition per channel. Here they are found, and
-written into the convolution or linear layer before them, or into a module of their own.
+"""Folding of batch norm into the layer before it, or into a scale and shift per channel.
+
+In evaluation mode, batch norm is one multiplication and one addition per channel:
 
     y = (x - running_mean) / sqrt(running_var + eps) * weight + bias = x * factor + shift
 """
@@ -24,16 +25,17 @@ from normfree.surgery.trace import (
     trace,
 )
 
-#: A layer that scales with its weight: what a norm behind it can be written into.
+# Layers whose output is linear in the weight, so that a norm after them can be folded into the weight.
 Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-#: Relative error up to which a module that we do not know counts as computing what we think it does.
+# Two modules count as equal if the relative difference of their outputs on a probe is at most this.
 SAME = 1e-4
 
 
 class ScaleShift(nn.Module):
-    """x * gain + bias per channel (dimension 1): what stays of a batch norm that no layer can take in.
+    """x * gain + bias per channel (dimension 1), the replacement of a batch norm that cannot be folded into a layer.
 
-    Named like the gains and biases of a normalizer-free network, so `parameter_groups` clips it and does not decay it.
+    The parameters have the names of gains and biases of normalizer-free networks, so that `parameter_groups` clips
+    them and does not decay them.
     """
 
     def __init__(self, gain: Tensor, bias: Tensor) -> None:
@@ -47,7 +49,7 @@ class ScaleShift(nn.Module):
 
 @dataclass(frozen=True)
 class Folded:
-    """Where one batch norm went: into `layer`, or into a scale and shift of its own (`layer` is "")."""
+    """One folded batch norm: the name of the norm, and of the layer it was folded into ("" for a `ScaleShift`)."""
 
     norm: str
     layer: str
@@ -55,14 +57,18 @@ class Folded:
 
 @torch.no_grad()
 def fold_batchnorms_(model: nn.Module) -> list[Folded]:
-    """Replaces every batch norm of `model` in place, by name order of the norms. Outputs stay those of evaluation mode.
+    """Replace every batch norm of `model` in place and keep the outputs of evaluation mode.
 
-    A norm is folded where torch.fx shows that it alone reads a layer that is used once. Every other norm becomes a
-    `ScaleShift`, and so do all norms of a model that torch.fx cannot trace: that is as exact.
+    A norm is folded into a layer if torch.fx shows that the layer is used once and that only the norm reads its output.
+    Every other norm becomes a `ScaleShift`, which is equally exact, and so do all norms of a model that torch.fx cannot
+    trace.
+
+    Returns:
+        One entry per norm, in the order of `batchnorms`.
 
     Raises:
-        ValueError: a norm has no running statistics, computes something that we do not know, or is called as a
-            function, where no module holds it.
+        ValueError: a norm has no running statistics, is not a known kind of batch norm, or is called as a function
+            instead of as a module.
     """
     norms = split_fused_(model)
     pairs = _pairs(model)
@@ -82,7 +88,7 @@ def fold_batchnorms_(model: nn.Module) -> list[Folded]:
 
 
 def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of `model` that holds statistics of batches, by its first name."""
+    """Return all modules of `model` that hold batch statistics, by name. A shared module has its first name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -91,7 +97,7 @@ def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def other_norms(model: nn.Module) -> dict[str, str]:
-    """Name and class of the norms that do not look at a batch: they are nobody's business here, and stay."""
+    """Return names and types of norm layers that use no batch statistics; these are left unchanged."""
     known = set(batchnorms(model))
     return {
         name: type(module).__name__
@@ -101,8 +107,10 @@ def other_norms(model: nn.Module) -> dict[str, str]:
 
 
 def split_fused_(model: nn.Module) -> dict[str, nn.Module]:
-    """Takes apart, in place, modules that normalize and then activate (timm's `BatchNormAct2d`); returns the plain
-    batch norms by name.
+    """Split modules that contain a batch norm and an activation (timm's `BatchNormAct2d`) in place.
+
+    Returns:
+        All batch norms of the model by name, as `batchnorms` returns them.
 
     Raises:
         ValueError: a module with running statistics computes something else.
@@ -119,15 +127,18 @@ def split_fused_(model: nn.Module) -> dict[str, nn.Module]:
         whole = nn.Sequential(plain, *parts)
         if not _agree(module, whole):
             raise NotTraceableError(
-                name, f"{type(module).__name__} holds running statistics and is no batch norm that is known here. "
-                      "Replace it by torch.nn.BatchNorm2d, which loads its statistics."
-            )  # fmt: skip
+                name,
+                problem(
+                    f"{type(module).__name__} has running statistics and is not a known kind of batch norm",
+                    fix="replace it by torch.nn.BatchNorm2d and load its statistics",
+                ),
+            )
         replace_(model, module, whole)
     return batchnorms(model)
 
 
 def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` in the place of `old`, under every name that it has."""
+    """Replace the module `old` by `new` under all of its names."""
     new.train(old.training)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
@@ -164,11 +175,11 @@ def factor_and_shift(
     return factor, shift if not isinstance(bias, Tensor) else shift + bias.detach().to(dtype)
 
 
-# --- which layer stands before which norm ------------------------------------------------------------
+# --- the layer before each norm ------------------------------------------------------------
 
 
 def _pairs(model: nn.Module) -> dict[str, str]:
-    """Name of a norm -> name of the layer that it can go into."""
+    """Map the name of each norm that can be folded to the name of the layer before it."""
     try:
         graph = trace(model)
     except NotTraceableError:
@@ -178,9 +189,12 @@ def _pairs(model: nn.Module) -> dict[str, str]:
     for node in graph.nodes:
         if is_functional_batch_norm(node):
             raise NotTraceableError(
-                str(node.name), "torch.nn.functional.batch_norm is called outside of a module, which cannot be "
-                                "replaced. Use torch.nn.BatchNorm2d."
-            )  # fmt: skip
+                str(node.name),
+                problem(
+                    "torch.nn.functional.batch_norm is called without a module, so it cannot be replaced",
+                    fix="use torch.nn.BatchNorm2d",
+                ),
+            )
         norm = module_of(model, node)
         if norm is None or not (isinstance(norm, _BatchNorm) or _holds_statistics(norm)):
             continue
@@ -197,7 +211,7 @@ def _pairs(model: nn.Module) -> dict[str, str]:
 
 
 def _fold_into_(layer: nn.Module, factor: Tensor, shift: Tensor) -> bool:
-    """False, and the layer as it was, where scaling the weight does not scale the output."""
+    """Fold a norm into `layer`; return False and leave it unchanged if its output is not linear in its weight."""
     assert isinstance(layer, Weighted)
     if parametrize.is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return False
@@ -218,7 +232,7 @@ def _fold_into_(layer: nn.Module, factor: Tensor, shift: Tensor) -> bool:
     return False
 
 
-# --- modules that nobody here wrote ------------------------------------------------------------------
+# --- modules of other libraries ------------------------------------------------------------------
 
 
 def _holds_statistics(module: nn.Module) -> bool:
@@ -256,7 +270,8 @@ def _agree(one: nn.Module, other: nn.Module) -> bool:
     try:
         with torch.no_grad():
             return _close(other.eval()(probe), one.eval()(probe))
-    except Exception:  # whatever a module that nobody here wrote may raise: it is not what we take it for
+    # A module of another library may raise anything. Then it is not a plain batch norm.
+    except Exception:
         return False
     finally:
         for module, mode in modes.items():

@@ -1,8 +1,8 @@
-"""Batch norm out of networks that exist, in three ways, each with a report of what changed.
+"""Removal of batch norm from existing networks by one of three methods, each with a report of the changes.
 
-exact             folded into the layers before it; the function of evaluation mode stays
-normalizer_free   folded, then standardized kernels fitted to stand for the folded ones; the function nearly stays
-scratch           the architecture rewritten as a normalizer-free one ([A] section 3), with fresh weights
+exact             fold each norm into the layer before it; outputs in evaluation mode stay the same
+normalizer_free   fold, then replace weights by standardized weights fitted to them; outputs stay similar
+scratch           rewrite the architecture as a normalizer-free one ([A] section 3) with new random weights
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from normfree.suggest import problem, unknown
 from normfree.surgery.batchnorm import batchnorms, fold_batchnorms_, other_norms
 from normfree.surgery.conversion_report import ConvertReport, How, LayerChange
+from normfree.surgery.standardized_conv import can_be_standardized, scales_with_weight
 from normfree.surgery.trace import convolutions
-from normfree.surgery.weight_standardization import can_be_standardized, scales_with_weight, standardize_
+from normfree.surgery.weight_fit import standardize_
 
 
 class Converted(NamedTuple):
-    """A network without batch norm, and what was done to it."""
+    """A network without batch norm, and the report of its conversion."""
 
     model: nn.Module
     report: ConvertReport
@@ -36,45 +38,69 @@ def convert_batchnorm(
     alpha: float = 0.2,
     skip_gain: float = 0.0,
 ) -> Converted:
-    """A copy of any torch network, without batch norm, and a report. `model` stays as it is.
+    """Return a copy of a network without batch norm, and a report of the changes.
 
-    "exact" writes every batch norm with its running statistics into the layer before it, or into a scale and shift per
-    channel: outputs in evaluation mode stay, to rounding. What comes out trains like any network, with AGC in place of
-    the norm, and no example sees another.
+    "exact" folds every batch norm, with its running statistics, into the layer before it or into a scale and shift
+    per channel. Outputs in evaluation mode stay the same up to rounding. The result can be trained like any network,
+    with AGC instead of the norm, and no example depends on another.
 
-    "normalizer_free" does the same, then gives every convolution of maps with several input channels per filter a
-    standardized kernel (`Standardized`, the kernel of `WSConv2d`), which cannot have filter means. With images the
-    kernels are fitted so that each layer's output stays near the folded network's, and so that every channel keeps its
-    mean and variance. Meant to be trained further. Depthwise convolutions stay plain: their filters lose too much.
+    "normalizer_free" does the same and then gives every convolution of maps with several input channels per filter a
+    standardized weight (`Standardized`), whose filters have mean zero. With images, the weights are fitted so that
+    each layer's output stays close to that of the folded network, and every channel keeps its mean and variance. The
+    result is meant to be fine-tuned. Depthwise convolutions are not standardized, because their filters would lose
+    too much.
 
-    "scratch" rewrites the architecture ([A] section 3; [B] section 2): standardized kernels that hold γ and β from
-    tracking the variance over the traced graph, α and a skip gain on every residual branch, gates doubled, and fresh
-    weights. The result is a torch.fx.GraphModule.
+    "scratch" rewrites the architecture ([A] section 3; [B] section 2): standardized weights that include γ and β,
+    computed by tracking the variance over the traced graph, α and a skip gain on every residual branch, doubled gates
+    and new random weights. The result is a `torch.fx.GraphModule`.
 
-    The copy is in the model's mode and on its device. `parameter_groups` takes it; name the classifier's weight in a
-    rule of your own if it is not called "head".
+    The copy has the mode and the device of `model`, which is left unchanged. If the classifier is not called "head",
+    pass a rule for its weight to `parameter_groups`.
 
     Args:
-        model: images B C H W -> anything with one tensor.
-        images: some hundred of the user's images, prepared as the model wants them; they pass through at once, without
-            gradients. "exact" only compares on them; "normalizer_free" is fitted to them; "scratch" sets gains so that
-            each layer's variance on them is the predicted one.
-        alpha: how="scratch": what residual branches are multiplied by.
-        skip_gain: how="scratch": where the skip gains start; 0 starts every branch closed.
+        model: a module that takes images B C H W and returns one tensor.
+        images: a few hundred images B C H W, preprocessed for the model. They are evaluated as one batch, without
+            gradients. "exact" compares outputs on them, "normalizer_free" fits weights to them, and "scratch" sets
+            gains so that each layer has the predicted variance on them.
+        how: the method: "exact", "normalizer_free" or "scratch".
+        alpha: for "scratch", the constant α that multiplies each residual branch.
+        skip_gain: for "scratch", the initial value of the skip gains; with 0 all branches are closed at the start.
+
+    Returns:
+        `(model, report)`: the converted copy, and a `ConvertReport`, whose `str()` is a table.
 
     Raises:
-        ValueError: `how` is unknown; the model has no batch norm, or one that cannot be taken out (it is named); with
-            "exact", the outputs on the images would change by more than 1e-3. Otherwise also for what cannot be
-            traced, and from scratch for operations without a rule (`NotTraceableError`, a ValueError).
+        ValueError: `how` is unknown; the model has no batch norm, or one that cannot be removed (it is named); or with
+            "exact", the relative difference of the outputs on the images is above 1e-3.
+        NotTraceableError: (a ValueError) with the other methods, torch.fx cannot trace the model; with "scratch", the
+            model has an operation without a rule.
+
+    Example:
+        >>> import torch
+        >>> import normfree
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> converted, report = normfree.convert_batchnorm(net)
+        >>> print(report)
+        exact: 1 folded
+        layer  change  norm
+        0      folded  1
+        >>> images = torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(converted(images), net(images), atol=1e-5)
+        True
+
+    Source: [A] section 3 and [B] section 2 for "scratch"; the fit of "normalizer_free" is our own.
     """
     if how not in get_args(How):
-        raise ValueError(
-            f"how={how!r}. Allowed: {', '.join(get_args(How))}. Use 'exact', which keeps what the network computes."
-        )
+        raise ValueError(unknown("how", how, get_args(How)))
     if not batchnorms(model):
         others = Counter(other_norms(model).values())
-        listed = ", ".join(f"{n} {kind}" for kind, n in others.items()) or "no other norm either"
-        raise ValueError(f"{type(model).__name__} has no batch norm: nothing to convert. It has {listed}.")
+        listed = ", ".join(f"{n} {kind}" for kind, n in others.items()) or "none"
+        raise ValueError(
+            problem(
+                f"{type(model).__name__} has no batch norm: nothing to convert. Its other norms: {listed}",
+                allowed="networks with torch.nn.BatchNorm1d, 2d or 3d, or a module that behaves like one",
+            )
+        )
     if how == "scratch":
         from normfree.surgery.scratch import rewrite
 
@@ -83,7 +109,11 @@ def convert_batchnorm(
         return Converted(rewritten, ConvertReport(how, tuple(layers), kept, count, None))
     if (alpha, skip_gain) != (0.2, 0.0):
         raise ValueError(
-            f"alpha={alpha}, skip_gain={skip_gain} with how={how!r}: only how='scratch' has them."
+            problem(
+                f"alpha={alpha}, skip_gain={skip_gain} with how={how!r}",
+                allowed="alpha and skip_gain with how='scratch' only",
+                fix="leave them out",
+            )
         )
     return _fold(model, images, how)
 
@@ -96,7 +126,7 @@ def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
         LayerChange(f.layer, "folded", f.norm) if f.layer else LayerChange(f.norm, "scale and shift", f.norm)
         for f in folded
     ]
-    kept = {name: f"{kind} does not look at a batch" for name, kind in other_norms(converted).items()}
+    kept = {name: f"{kind} does not use batch statistics" for name, kind in other_norms(converted).items()}
     if how == "normalizer_free":
         layers = _standardize_(converted, images, layers, kept)
     error = None
@@ -105,8 +135,11 @@ def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
         error = float((got - expected).norm() / expected.norm())
         if how == "exact" and not error < 1e-3:
             raise ValueError(
-                f"{type(model).__name__}: folding would change its outputs by {error:.1e} of their norm, so a layer "
-                "or a norm of it does not compute what its class says. It cannot be folded safely."
+                problem(
+                    f"{type(model).__name__}: folding would change the outputs by {error:.1e} (relative L2 norm), so a "
+                    "layer or a norm does not compute what its class suggests",
+                    allowed="below 1e-3",
+                )
             )
     return Converted(
         converted, ConvertReport(how, tuple(layers), kept, 0 if images is None else len(images), error)
@@ -116,14 +149,14 @@ def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
 def _standardize_(
     folded: nn.Module, images: Tensor | None, layers: list[LayerChange], kept: dict[str, str]
 ) -> list[LayerChange]:
-    """Standardized kernels wherever several channels meet; says in `kept` where not."""
+    """Standardize all dense convolutions of maps; add the reason to `kept` for each other convolution."""
     maps, pooled = convolutions(folded)
     convs = {name: folded.get_submodule(name) for name in maps}
     able = {
         name: conv for name, conv in convs.items() if can_be_standardized(conv) and scales_with_weight(conv)
     }
     dense = [name for name, conv in able.items() if conv.weight.shape[1] > 1]  # type: ignore[index]
-    kept |= {name: "behind a global pooling: not standardized" for name in pooled}
+    kept |= {name: "after global pooling: not standardized" for name in pooled}
     kept |= {
         name: "one input channel per filter: not standardized"
         if name in able
@@ -150,7 +183,10 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
             module.training = mode
     if not isinstance(out, Tensor):
         raise ValueError(
-            f"{type(model).__name__} returns {type(out).__name__} in evaluation mode; one tensor is needed. "
-            "Wrap it in a module that returns the logits."
+            problem(
+                f"{type(model).__name__} returns {type(out).__name__} in evaluation mode",
+                allowed="one tensor",
+                fix="wrap it in a module that returns only the logits",
+            )
         )
     return out

@@ -1,7 +1,7 @@
-"""A module as a graph of layers: torch.fx, with layers as leaves whatever class they have.
+"""Tracing of a module to a graph of layers with torch.fx.
 
-Convolutions with padding of their own, batch norms with an activation inside and small modules without parameters stay
-whole, so that the graph speaks of layers and not of what they are made of. The model is traced as it evaluates.
+Convolutions with their own padding, batch norms that include an activation, and small modules without parameters are
+leaves, so that the nodes of the graph are layers instead of their parts. The model is traced in evaluation mode.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class NotTraceableError(ValueError):
-    """torch.fx cannot follow the model, or follows it to an operation that has no rule. `place` names it."""
+    """Raised for a model that torch.fx cannot trace, or that has an operation without a rule. `where` names it."""
 
-    def __init__(self, place: str, reason: str) -> None:
-        self.place = place
-        super().__init__(f"{place}: {reason}")
+    def __init__(self, where: str, reason: str) -> None:
+        self.where = where
+        super().__init__(f"{where}: {reason}")
 
 
 class _LayerTracer(fx.Tracer):
-    """Remembers in `failed` the innermost module that could not be traced."""
+    """Tracer with layers as leaves. `failed` is the name of the innermost module that could not be traced."""
 
     failed = ""
 
@@ -46,11 +46,12 @@ class _LayerTracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The graph of `model` in evaluation mode; `model` keeps its mode. Arguments of `forward` that have a default
-    take it.
+    """Return the graph of `model` in evaluation mode. `model` keeps its own mode.
+
+    Arguments of `forward` that have a default value are fixed to that value.
 
     Raises:
-        NotTraceableError: the model's Python depends on the values or the kind of its input.
+        NotTraceableError: the control flow of the model depends on the values or the type of its input.
     """
     tracer = _LayerTracer()
     modes = {module: module.training for module in model.modules()}
@@ -62,27 +63,29 @@ def trace(model: nn.Module) -> fx.Graph:
     try:
         return tracer.trace(model.eval(), concrete_args=defaults or None)
     except Exception as error:
-        place = type(model).__name__ + (f".{tracer.failed}" if tracer.failed else "")
+        where = type(model).__name__ + (f".{tracer.failed}" if tracer.failed else "")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise NotTraceableError(place, f"torch.fx cannot trace it ({first}).") from error
+        raise NotTraceableError(where, f"torch.fx cannot trace it ({first}).") from error
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, if it calls one."""
+    """Return the module that a node calls, or None if it calls none."""
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose results a node reads, each once, in order."""
+    """Return the input nodes of a node, without duplicates, in order."""
     return list(dict.fromkeys(node.all_input_nodes))
 
 
 def convolutions(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the convolutions that are called once: those that read maps, and those behind a global pooling, which
-    make a gate or are part of the head.
+    """Return the names of the convolutions that are called once, in two lists.
+
+    Returns:
+        Those that read maps, and those after a global pooling, which are part of a gate or of the head.
 
     Raises:
         NotTraceableError: see `trace`.
@@ -103,7 +106,8 @@ def _pools_globally(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None and not any(True for _ in module.parameters()):
         try:
             out = module(torch.zeros(2, 3, 4, 5))
-        except Exception:  # it wants something else than a map
+        # The module does not take a map.
+        except Exception:
             return False
         return isinstance(out, torch.Tensor) and out.shape in ((2, 3), (2, 3, 1, 1))
     over: Any = (*node.args[1:2], *node.kwargs.values(), None)[0]
@@ -122,5 +126,5 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 
 
 def is_functional_batch_norm(node: fx.Node) -> bool:
-    """Whether a node normalizes over a batch without a module to hold the statistics."""
+    """Return True if a node calls batch norm as a function, without a module that holds the statistics."""
     return node.op == "call_function" and node.target in (torch.nn.functional.batch_norm, torch.batch_norm)

@@ -1,14 +1,14 @@
-"""What a signal's variance will be along a traced graph whose convolutions are standardized: the bookkeeping of α, β
-and γ for architectures that nobody here wrote.
+"""Prediction of the variance of activations in networks of standardized convolutions.
 
-A map is represented by draws of its values: channels by places, each channel with a distribution of its own. A
-standardized convolution makes new, normal ones: channel means as far apart as its input's, and variance 1 in total
-after the constant that it carries. Activations, sums and products act on the draws themselves, so that γ is exact for
-any activation, and the ReLU on the residual stream of a post-activation network is followed, too ([A] section 3 has
-pre-activation networks, where this is 1 + kα²).
+It determines α, β and γ for the architectures of other libraries. A map is represented by samples of its values,
+channels x positions, where each channel has its own distribution. A standardized convolution gives new, normally
+distributed samples: their channel means vary as much as those of the input, and their total variance is 1 after the
+constant in the weight. Activations, sums and products are applied to the samples, so γ is exact for any activation, and
+the ReLU on the residual stream of post-activation networks is included. For the pre-activation networks of
+[A] section 3, the result is 1 + kα².
 
-Not followed: neighbouring places are taken as independent. Average pooling is taken to keep the variance, as [A] does;
-depthwise kernels with mean zero put out less than is said here where neighbours are alike.
+Limits: neighboring positions are assumed to be independent. Average pooling is assumed to keep the variance, as in [A].
+Depthwise filters of mean zero have a lower output variance than predicted where neighboring pixels are similar.
 """
 
 from __future__ import annotations
@@ -19,52 +19,62 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Channels and places of the draws: enough for a variance to 1 % and for the spread of channel means to a few.
-CHANNELS, PLACES = 128, 1024
+# Number of channels and positions of the samples. The variance is accurate to 1 %, and the variance of the channel
+# means to a few percent.
+CHANNELS, POSITIONS = 128, 1024
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Draws of a map's values, channels x places."""
+    """Samples of the values of a map, channels x positions."""
 
-    draws: Tensor
+    samples: Tensor
 
     @property
     def within(self) -> float:
-        """Average over channels of a channel's variance."""
-        return float(self.draws.var(dim=1, correction=0).mean())
+        """Average over channels of the variance within a channel."""
+        return float(self.samples.var(dim=1, correction=0).mean())
 
     @property
     def between(self) -> float:
         """Variance of the channel means."""
-        return float(self.draws.mean(dim=1).var(correction=0))
+        return float(self.samples.mean(dim=1).var(correction=0))
 
 
 class Tracker:
-    """Makes and changes signals. The draws are normal quantiles in random order, from a generator of its own."""
+    """Creates signals and applies layers to them.
+
+    The samples are quantiles of the normal distribution in random order, from a generator with a fixed seed.
+    """
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *, between: float = 0.0, within: float = 1.0) -> Signal:
-        """Channel means with variance `between`, places with variance `within`; independent of all other signals."""
-        z = torch.stack([self._quantiles(PLACES) for _ in range(CHANNELS)])
+        """Return a signal whose channel means have variance `between` and whose channels have variance `within`.
+
+        It is independent of all other signals.
+        """
+        z = torch.stack([self._quantiles(POSITIONS) for _ in range(CHANNELS)])
         means = self._quantiles(CHANNELS)[:, None]
         return Signal(means * math.sqrt(between) + z * math.sqrt(within))
 
     def convolved(self, signal: Signal, *, depthwise: bool) -> tuple[Signal, float]:
-        """The output of a standardized convolution and the constant that it carries (γβ): the output's variance,
-        channel means included, is 1. A depthwise filter of mean zero takes its channel's mean away."""
+        """Return the output of a standardized convolution, and the constant (γβ) by which its weight is multiplied.
+
+        The variance of the output, including that of the channel means, is 1. A depthwise filter of mean zero removes
+        the mean of its channel.
+        """
         between, within = (0.0 if depthwise else signal.between), signal.within
         total = between + within
         return self.normal(between=between / total, within=within / total), total**-0.5
 
     def largest(self, signal: Signal, count: int) -> Signal:
-        """The largest of `count` places, as max pooling has it."""
-        draws = [signal.draws]
+        """Return the maximum over windows of `count` positions, as max pooling computes it."""
+        samples = [signal.samples]
         for _ in range(count - 1):
-            draws.append(signal.draws[:, torch.randperm(PLACES, generator=self.generator)])
-        return Signal(torch.stack(draws).amax(dim=0))
+            samples.append(signal.samples[:, torch.randperm(POSITIONS, generator=self.generator)])
+        return Signal(torch.stack(samples).amax(dim=0))
 
     def _quantiles(self, count: int) -> Tensor:
         steps = (torch.arange(count, dtype=torch.float64) + 0.5) / count

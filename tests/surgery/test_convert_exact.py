@@ -1,21 +1,22 @@
-"""Batch norm folded into networks that nobody here wrote: the function of evaluation mode stays."""
+"""Folding of batch norm in networks of other libraries keeps the outputs of evaluation mode."""
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 from normfree.surgery.batchnorm import ScaleShift, batchnorms
+from normfree.surgery.conversion_report import How
 from normfree.surgery.convert import convert_batchnorm
 
 
-def lived_in(net):
-    """Weights and statistics that have moved; in evaluation mode."""
+def with_random_norms(net: nn.Module) -> nn.Module:
+    """Return `net` in evaluation mode, with random statistics, weights and biases in its batch norms."""
     torch.manual_seed(0)
     with torch.no_grad():
         for module in batchnorms(net).values():
@@ -27,12 +28,13 @@ def lived_in(net):
     return net.eval()
 
 
-def distance(a, b):
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return the relative L2 distance of `a` to `b`."""
     return ((a - b).norm() / b.norm()).item()
 
 
 class PreActivation(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))): the first norm has no layer before it that it could go into."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))): the first norm has no layer before it to be folded into."""
 
     def __init__(self):
         super().__init__()
@@ -59,8 +61,8 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_outputs_stay_and_batch_norm_is_gone(name, dtype, tolerance):
-    net = lived_in(NETWORKS[name]()).to(dtype)
+def test_outputs_stay_the_same_without_batch_norm(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    net = with_random_norms(NETWORKS[name]()).to(dtype)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     images = torch.randn(3, 3, 64, 64, dtype=dtype)
     converted, report = convert_batchnorm(net, images)
@@ -72,11 +74,11 @@ def test_outputs_stay_and_batch_norm_is_gone(name, dtype, tolerance):
     assert not list(converted.buffers())
     assert {c.norm.removesuffix(".0") for c in report.layers} == set(batchnorms(net))
     assert type(converted) is type(net)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the original is untouched
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_what_goes_where():
-    net = lived_in(PreActivation())
+def test_the_report_names_the_layer_that_each_norm_is_folded_into() -> None:
+    net = with_random_norms(PreActivation())
     converted, report = convert_batchnorm(net)
     assert [(c.norm, c.change, c.layer) for c in report.layers] == [
         ("norm0", "scale and shift", "norm0"),
@@ -97,7 +99,7 @@ def test_what_goes_where():
 
 
 class Tied(nn.Module):
-    """One convolution read twice, one called twice, one norm called twice: nothing may be folded."""
+    """One convolution is read twice, one is called twice, one norm is called twice: no norm may be folded."""
 
     def __init__(self):
         super().__init__()
@@ -112,15 +114,15 @@ class Tied(nn.Module):
         return self.norm2(self.norm2(self.other(x)))
 
 
-def test_shared_layers_and_norms_get_scales_of_their_own():
-    net, images = lived_in(Tied()).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+def test_norms_of_shared_layers_become_scale_and_shift() -> None:
+    net, images = with_random_norms(Tied()).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images)
     assert report.counts == {"scale and shift": 3}
     assert distance(converted(images), net(images)) < 1e-12
 
 
 class Branching(nn.Module):
-    """Python that torch.fx cannot follow."""
+    """Control flow that torch.fx cannot trace."""
 
     def __init__(self):
         super().__init__()
@@ -130,8 +132,8 @@ class Branching(nn.Module):
         return self.norm(self.conv(x if x.sum() > 0 else -x))
 
 
-def test_exact_needs_no_trace():
-    net, images = lived_in(Branching()).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+def test_exact_does_not_need_a_trace() -> None:
+    net, images = with_random_norms(Branching()).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images)
     assert isinstance(converted.norm, ScaleShift)
     assert report.counts == {"scale and shift": 1}
@@ -145,8 +147,8 @@ class Halved(nn.Conv2d):
         return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
 
 
-def test_a_convolution_that_changes_its_weight_keeps_it():
-    net = lived_in(nn.Sequential(Halved(3, 4, 3), nn.BatchNorm2d(4))).double()
+def test_a_convolution_that_normalizes_its_weight_is_not_folded_into() -> None:
+    net = with_random_norms(nn.Sequential(Halved(3, 4, 3), nn.BatchNorm2d(4))).double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images)
     assert report.counts == {"scale and shift": 1}
@@ -154,9 +156,13 @@ def test_a_convolution_that_changes_its_weight_keeps_it():
     assert distance(converted(images), net(images)) < 1e-12
 
 
-def test_the_batch_no_longer_matters_and_agc_trains():
-    """The gradients of two halves are the batch's together: no statistics of batches anywhere."""
-    net = lived_in(timm.create_model("test_efficientnet", num_classes=5, drop_rate=0.0)).double().train()
+def test_the_result_does_not_depend_on_the_batch_and_trains_with_agc() -> None:
+    """Without batch statistics, the gradients of two halves add up to the gradient of the whole batch."""
+    net = (
+        with_random_norms(timm.create_model("test_efficientnet", num_classes=5, drop_rate=0.0))
+        .double()
+        .train()
+    )
     images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
 
     def gradients(model, chosen):
@@ -164,14 +170,14 @@ def test_the_batch_no_longer_matters_and_agc_trains():
         F.cross_entropy(model(images[chosen]), labels[chosen], reduction="sum").backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    def depends_on_neighbours(model):
+    def difference(model: nn.Module) -> float:
         pairs = gradients(model, [0, 1]) + gradients(model, [2, 3])
         return distance(pairs, gradients(model, [0, 1, 2, 3]))
 
     converted = convert_batchnorm(net).model
     assert converted.training
-    assert depends_on_neighbours(converted) < 1e-12
-    assert depends_on_neighbours(net) > 0.1
+    assert difference(converted) < 1e-12
+    assert difference(net) > 0.1
     groups = parameter_groups(converted, weight_decay=2e-5, clipping=0.1)
     names = {name: group["name"] for group in groups for name in group["param_names"]}
     assert set(names) == {n for n, _ in converted.named_parameters()}
@@ -217,7 +223,7 @@ class Pair(nn.Module):
 
 
 class Late(nn.Conv2d):
-    """Seems linear on the probe and is not."""
+    """Linear on the probe of 16 pixels, but not for other sizes."""
 
     def forward(self, x):
         return super().forward(x) if x.shape[-1] == 16 else super().forward(x).clamp(min=0)
@@ -235,53 +241,55 @@ class Late(nn.Conv2d):
         (
             Functional(),
             "exact",
-            "batch_norm: torch.nn.functional.batch_norm is called outside of a module, which cannot be replaced. Use "
-            "torch.nn.BatchNorm2d.",
+            "batch_norm: torch.nn.functional.batch_norm is called without a module, so it cannot be replaced. "
+            "Fix: use torch.nn.BatchNorm2d.",
         ),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), Whitening()),
             "exact",
-            "1: Whitening holds running statistics and is no batch norm that is known here. Replace it by "
-            "torch.nn.BatchNorm2d, which loads its statistics.",
+            "1: Whitening has running statistics and is not a known kind of batch norm. Fix: replace it by "
+            "torch.nn.BatchNorm2d and load its statistics.",
         ),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
             "exact",
-            "Sequential has no batch norm: nothing to convert. It has 1 GroupNorm.",
+            "Sequential has no batch norm: nothing to convert. Its other norms: 1 GroupNorm. Allowed: networks with "
+            "torch.nn.BatchNorm1d, 2d or 3d, or a module that behaves like one.",
         ),
         (
             nn.BatchNorm2d(3),
             "folded",
-            "how='folded'. Allowed: exact, normalizer_free, scratch. Use 'exact', which keeps what the network "
-            "computes.",
+            "unknown how 'folded'. Allowed: 'exact', 'normalizer_free', 'scratch'.",
         ),
         (
             Pair(),
             "exact",
-            "Pair returns tuple in evaluation mode; one tensor is needed. Wrap it in a module that returns the logits.",
+            "Pair returns tuple in evaluation mode. Allowed: one tensor. Fix: wrap it in a module that returns only "
+            "the logits.",
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_folded_is_refused_by_name(net, how, message):
+def test_what_cannot_be_folded_is_refused_by_name(net: nn.Module, how: How, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         convert_batchnorm(net, torch.randn(1, 3, 8, 8), how=how)
     assert str(caught.value) == message
 
 
-def test_a_conversion_that_does_not_hold_on_the_images_is_refused():
-    net = lived_in(nn.Sequential(Late(3, 4, 3), nn.BatchNorm2d(4)))
+def test_a_conversion_that_changes_the_outputs_on_the_images_is_refused() -> None:
+    net = with_random_norms(nn.Sequential(Late(3, 4, 3), nn.BatchNorm2d(4)))
     with pytest.raises(
-        ValueError, match=r"^Sequential: folding would change its outputs by .* of their norm"
+        ValueError, match=r"^Sequential: folding would change the outputs by .* \(relative L2 norm\)"
     ):
         convert_batchnorm(net, torch.randn(1, 3, 8, 8))
 
 
-def test_other_norms_stay_and_are_named():
-    net = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)))
+def test_other_norms_stay_and_are_reported() -> None:
+    net = with_random_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)))
     converted, report = convert_batchnorm(net)
-    assert report.kept == {"2": "GroupNorm does not look at a batch"}
+    assert report.kept == {"2": "GroupNorm does not use batch statistics"}
     assert isinstance(converted[2], nn.GroupNorm)
     with pytest.raises(
-        ValueError, match=r"^alpha=0\.3, skip_gain=0\.0 with how='exact': only how='scratch' has them\.$"
+        ValueError,
+        match=r"^alpha=0\.3, skip_gain=0\.0 with how='exact'\. Allowed: .* with how='scratch' only\.",
     ):
         convert_batchnorm(net, alpha=0.3)

@@ -1,4 +1,4 @@
-"""Standardized kernels in place of folded ones: what the parametrisation allows stays, the rest is said."""
+"""Standardized weights fitted to folded ones: outputs stay as similar as possible, and the report measures the rest."""
 
 import pytest
 import timm
@@ -10,7 +10,8 @@ from normfree.models.layers import standardize
 from normfree.optim.groups import parameter_groups
 from normfree.surgery.batchnorm import batchnorms
 from normfree.surgery.convert import convert_batchnorm
-from normfree.surgery.weight_standardization import RIDGE, Standardized, _fitted, _some, _Wanted, standardize_
+from normfree.surgery.standardized_conv import Standardized
+from normfree.surgery.weight_fit import RIDGE, _fitted, _sample, _Target, standardize_
 
 
 def distance(a, b):
@@ -36,7 +37,7 @@ def outputs(model, names, images):
 
 
 def residual_net(dtype=torch.float64):
-    """A stem, a grouped, a dilated and a depthwise convolution, a shortcut; statistics that have moved."""
+    """A small ResNet of timm with random batch norm statistics, weights and biases, in evaluation mode."""
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=5).to(dtype)
     with torch.no_grad():
@@ -57,23 +58,22 @@ def residual_net(dtype=torch.float64):
         timm.layers.Conv2dSame(4, 6, 3, stride=2, bias=True),
     ],
 )
-def test_a_standardized_convolution_is_the_convolution_with_another_kernel(conv):
+def test_a_standardized_convolution_is_the_convolution_with_another_weight(conv: nn.Module) -> None:
     conv = conv.double()
     x = torch.randn((2, 4, 9, 11) if conv.weight.dim() == 4 else (2, 4, 11), dtype=torch.float64)
     module = Standardized(conv, input_scale=1.7)
     module.gain.data.uniform_(0.5, 2.0)
-    kernel = standardize(conv.weight, module.gain, scale=1.7)
+    weight = standardize(conv.weight, module.gain, scale=1.7)
     module(x).sum().backward()
-    assert (
-        conv.weight.grad.flatten(1).sum(1).abs().max() < 1e-10
-    )  # a constant added to a filter changes nothing
-    assert (conv.weight.grad * conv.weight).flatten(1).sum(1).abs().max() < 1e-10  # nor does its scale
+    # Neither a constant added to a filter nor the norm of a filter has an effect.
+    assert conv.weight.grad.flatten(1).sum(1).abs().max() < 1e-10
+    assert (conv.weight.grad * conv.weight).flatten(1).sum(1).abs().max() < 1e-10
     out = module(x)
-    conv.weight.data.copy_(kernel)
+    conv.weight.data.copy_(weight)
     torch.testing.assert_close(out, conv(x))
 
 
-def test_names_of_parameters_are_those_that_groups_know():
+def test_parameter_groups_know_the_names_of_the_parameters() -> None:
     net = Standardized(nn.Conv2d(4, 6, 3))
     assert [n for n, _ in net.named_parameters()] == ["gain", "conv.weight", "conv.bias"]
     by_name = {
@@ -83,14 +83,16 @@ def test_names_of_parameters_are_those_that_groups_know():
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(1, 1, 1), nn.Linear(2, 2), nn.ConvTranspose2d(2, 2, 3)])
-def test_what_cannot_be_standardized_is_refused(layer):
-    with pytest.raises(ValueError, match=r"^Standardized takes a convolution with a fan-in above 1, not "):
+def test_what_cannot_be_standardized_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"^conv is .* Allowed: convolutions, not transposed, with a fan-in above 1\.$"
+    ):
         Standardized(layer)
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_kernels_of_mean_zero_lose_nothing(with_images):
-    """Where the folded filters have mean zero already, the conversion is exact."""
+def test_filters_of_mean_zero_lose_nothing(with_images: bool) -> None:
+    """If all folded filters have mean zero, the conversion is exact."""
     net = residual_net()
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -101,7 +103,7 @@ def test_kernels_of_mean_zero_lose_nothing(with_images):
     assert distance(converted(images), net(images)) < 1e-12
 
 
-def test_every_channel_keeps_mean_and_variance_on_the_images():
+def test_every_channel_keeps_its_mean_and_variance_on_the_images() -> None:
     net, images = residual_net(), torch.rand(8, 3, 64, 64, dtype=torch.float64)
     exact = convert_batchnorm(net).model
     converted, report = convert_batchnorm(net, images, how="normalizer_free")
@@ -111,8 +113,8 @@ def test_every_channel_keeps_mean_and_variance_on_the_images():
     for name in done:
         for a, b in zip(moments(ours[name]), moments(theirs[name]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
-        kernel = converted.get_submodule(name).standardized_weight()
-        assert kernel.flatten(1).mean(1).abs().max() < 1e-12
+        weight = converted.get_submodule(name).standardized_weight()
+        assert weight.flatten(1).mean(1).abs().max() < 1e-12
     for change in report.layers:
         w = exact.get_submodule(change.layer).weight.detach().flatten(1)
         assert change.lost_mean == pytest.approx(
@@ -121,11 +123,12 @@ def test_every_channel_keeps_mean_and_variance_on_the_images():
     assert report.error == pytest.approx(distance(ours[""], theirs[""]), rel=1e-6)
 
 
-def test_unexplained_is_what_is_left_at_a_layer():
-    """On one convolution, recomputed from its definition; and fitting brings every channel nearer."""
+def test_unexplained_follows_its_definition_and_the_fit_improves_every_channel() -> None:
+    """The number is recomputed for one convolution; every channel correlates better after the fit than without."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double().eval()
-    net[0].weight.data += 0.2  # a mean that matters
+    # Give the filters means that matter.
+    net[0].weight.data += 0.2
     images = torch.rand(8, 3, 12, 12, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images, how="normalizer_free")
     wanted, got = net(images), converted(images)
@@ -133,7 +136,8 @@ def test_unexplained_is_what_is_left_at_a_layer():
         (got - wanted).square().mean() / wanted.transpose(0, 1).flatten(1).var(1, correction=0).mean()
     ).item()
     assert report.layers[0].unexplained == pytest.approx(left, rel=1e-6)
-    plain = convert_batchnorm(net, how="normalizer_free").model  # the mean dropped evenly
+    # Without images, the means of the filters are subtracted.
+    plain = convert_batchnorm(net, how="normalizer_free").model
     goal, before, after = (x.detach().transpose(0, 1).flatten(1) for x in (wanted, plain(images), got))
     fit = [
         torch.stack([torch.corrcoef(torch.stack(p))[0, 1] for p in zip(goal, x, strict=True)])
@@ -142,28 +146,28 @@ def test_unexplained_is_what_is_left_at_a_layer():
     assert (fit[1] > fit[0]).all()
 
 
-def test_a_fitted_kernel_is_the_best_of_mean_zero():
-    """No small change that keeps the filters' sums lowers the squared error plus the ridge."""
+def test_the_fitted_weight_is_optimal_among_those_of_mean_zero() -> None:
+    """No small change that keeps the sums of the filters lowers the squared error plus the ridge."""
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2).double()
     x, goal = torch.rand(5, 4, 8, 8, dtype=torch.float64), torch.randn(5, 6, 4, 4, dtype=torch.float64)
-    wanted = _Wanted(
-        goal, goal, torch.arange(5), torch.arange(16), _some(goal, torch.arange(5), torch.arange(16))
+    target = _Target(
+        goal, goal, torch.arange(5), torch.arange(16), _sample(goal, torch.arange(5), torch.arange(16))
     )
-    kernel = conv.weight.detach()
+    weight = conv.weight.detach()
     patches = F.unfold(x, 3, padding=1, stride=2).view(5, 2, 18, 16).permute(1, 2, 0, 3).flatten(2)
     patches = patches - patches.mean(2, keepdim=True)
     ridge = RIDGE * patches.square().mean((1, 2))[:, None, None]
-    rows = goal.transpose(0, 1).reshape(2, 3, 80)
-    rows = rows - rows.mean(2, keepdim=True)
+    goals = goal.transpose(0, 1).reshape(2, 3, 80)
+    goals = goals - goals.mean(2, keepdim=True)
 
     def cost(w):
-        w, start = w.reshape(2, 3, 18), kernel.reshape(2, 3, 18)
+        w, start = w.reshape(2, 3, 18), weight.reshape(2, 3, 18)
         return (
-            (rows - w @ patches).square().mean(2, keepdim=True) + ridge * (w - start).square().sum(2, True)
+            (goals - w @ patches).square().mean(2, keepdim=True) + ridge * (w - start).square().sum(2, True)
         ).sum()
 
-    best = _fitted(conv, kernel, x, wanted)
+    best = _fitted(conv, weight, x, target)
     assert best.flatten(1).sum(1).abs().max() < 1e-12
     for _ in range(5):
         step = torch.randn_like(best)
@@ -172,7 +176,7 @@ def test_a_fitted_kernel_is_the_best_of_mean_zero():
         assert cost(best - 1e-3 * step) > cost(best)
 
 
-def test_depthwise_convolutions_stay_folded_and_are_named():
+def test_depthwise_convolutions_stay_folded_and_are_reported() -> None:
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=5).eval()
     converted, report = convert_batchnorm(net, torch.randn(4, 3, 64, 64), how="normalizer_free")
@@ -180,7 +184,7 @@ def test_depthwise_convolutions_stay_folded_and_are_named():
     gates = [n for n, _ in net.named_modules() if n.endswith(("se.conv_reduce", "se.conv_expand"))]
     assert report.kept == {
         **dict.fromkeys(depthwise, "one input channel per filter: not standardized"),
-        **dict.fromkeys(gates, "behind a global pooling: not standardized"),
+        **dict.fromkeys(gates, "after global pooling: not standardized"),
     }
     assert all(type(converted.get_submodule(n)) is nn.Conv2d for n in depthwise)
     assert report.counts["folded"] == len(depthwise)
@@ -188,7 +192,7 @@ def test_depthwise_convolutions_stay_folded_and_are_named():
 
 
 class PreActivation(nn.Module):
-    """Convolutions that no norm follows, and a gate."""
+    """Convolutions without a norm after them, and a gate."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +209,7 @@ class PreActivation(nn.Module):
         return x + r * torch.sigmoid(self.gate(self.pool(r)))
 
 
-def test_convolutions_that_no_norm_follows_are_standardized_too_and_gates_are_not():
+def test_convolutions_without_a_norm_are_standardized_and_gates_are_not() -> None:
     net = PreActivation().double().eval()
     converted, report = convert_batchnorm(net, torch.randn(4, 3, 9, 9).double(), how="normalizer_free")
     assert [(c.layer, c.change, c.norm) for c in report.layers] == [
@@ -213,8 +217,9 @@ def test_convolutions_that_no_norm_follows_are_standardized_too_and_gates_are_no
         ("conv", "standardized", ""),
         ("norm", "scale and shift", "norm"),
     ]
-    assert report.kept == {"gate": "behind a global pooling: not standardized"}
-    assert converted.conv.conv.bias.abs().max() > 0  # it carries what the lost means put out on average
+    assert report.kept == {"gate": "after global pooling: not standardized"}
+    # The bias contains the average output of the means that the filters lost.
+    assert converted.conv.conv.bias.abs().max() > 0
 
 
 class Branching(nn.Module):
@@ -226,12 +231,12 @@ class Branching(nn.Module):
         return self.norm(self.conv(x if x.sum() > 0 else -x))
 
 
-def test_what_cannot_be_traced_is_refused():
+def test_what_cannot_be_traced_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^Branching: torch\.fx cannot trace it"):
         convert_batchnorm(Branching(), how="normalizer_free")
 
 
-def test_constant_images_and_dead_channels_give_finite_kernels():
+def test_constant_images_and_dead_channels_give_finite_weights() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
@@ -243,7 +248,7 @@ def test_constant_images_and_dead_channels_give_finite_kernels():
         assert converted(images).isfinite().all()
 
 
-def test_training_modes_come_back():
+def test_modes_are_kept() -> None:
     net = residual_net().train()
     net.layer1.eval()
     converted, _ = convert_batchnorm(net, torch.randn(2, 3, 32, 32).double(), how="normalizer_free")
@@ -253,8 +258,8 @@ def test_training_modes_come_back():
     assert not converted.layer1.training
 
 
-def test_the_fit_needs_no_batch():
-    """Fitting is one pass over all images; what comes out evaluates each image alone."""
+def test_the_fitted_network_does_not_depend_on_the_batch() -> None:
+    """Although the fit evaluates all images as one batch, the result treats each image separately."""
     net, images = residual_net(), torch.randn(4, 3, 64, 64, dtype=torch.float64)
     converted = convert_batchnorm(net, images, how="normalizer_free").model.train()
     whole = converted(images)

@@ -1,4 +1,4 @@
-"""Architectures rewritten as normalizer-free ones: the variance is where the bookkeeping says."""
+"""Architectures rewritten as normalizer-free ones have the predicted variances."""
 
 import contextlib
 import math
@@ -16,12 +16,12 @@ from normfree.optim.groups import parameter_groups
 from normfree.surgery.batchnorm import batchnorms
 from normfree.surgery.convert import convert_batchnorm
 from normfree.surgery.scratch import SkipGain
+from normfree.surgery.standardized_conv import Standardized
 from normfree.surgery.trace import NotTraceableError, trace
-from normfree.surgery.weight_standardization import Standardized
 
 
 class Block(nn.Module):
-    """A user's own: pre-activation or not, with a gate or not."""
+    """A residual block as a user may write it: pre-activation or post-activation, with or without a gate."""
 
     def __init__(self, width, out, *, stride=1, pre=True, gate=False, act=None):
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 def network(**kwargs):
-    """Two stages of three blocks."""
+    """Return a network with two stages of three blocks."""
     torch.manual_seed(0)
     blocks = [Block(32, 64, **kwargs), *(Block(64, 64, **kwargs) for _ in range(2))]
     blocks += [Block(64, 128, stride=2, **kwargs), *(Block(128, 128, **kwargs) for _ in range(2))]
@@ -62,7 +62,7 @@ def network(**kwargs):
 
 
 class Recorder(fx.Interpreter):
-    """Average channel variance of every convolution's output and after every skip gain's sum, by name."""
+    """Average channel variance, by name, of the output of every convolution and of every sum with a skip gain."""
 
     def __init__(self, module):
         super().__init__(module.eval())
@@ -101,9 +101,11 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_variance_follows_the_bookkeeping(name):
-    """Gaussian images, branches open: after every sum within 15 %, without having looked at any image. 25 % where maps
-    of 4 x 4 are a good part padding."""
+def test_the_variance_follows_the_prediction(name: str) -> None:
+    """With Gaussian images and open branches, the variance after every sum is within 15 % of the prediction.
+
+    The prediction uses no images. The tolerance for ResNet-18 is 25 %, because its 4 x 4 maps are largely padding.
+    """
     converted, report = convert_batchnorm(NETWORKS[name](), how="scratch", skip_gain=1.0)
     images = torch.randn(2, 3, *((128, 128) if name == "resnet18" else (32, 32)))
     assert worst(converted, report, images, "skip gain") < (0.25 if name == "resnet18" else 0.15)
@@ -113,23 +115,24 @@ def test_the_variance_follows_the_bookkeeping(name):
     assert report.counts["gate doubled"] == (6 if name == "gated" else 0)
 
 
-def test_images_set_the_gains_where_neighbours_are_alike():
-    """Depthwise filters of mean zero see little of what is alike; on the user's images every layer is set right."""
+def test_images_correct_the_gains_where_neighboring_pixels_are_similar() -> None:
+    """Depthwise filters of mean zero have a low output on smooth images; calibration corrects every layer."""
     torch.manual_seed(0)
     net = timm.create_model("test_efficientnet", num_classes=5)
-    images = F.avg_pool2d(torch.randn(8, 3, 70, 70), 7, stride=1)  # smooth
+    images = F.avg_pool2d(torch.randn(8, 3, 70, 70), 7, stride=1)
     smooth, report = convert_batchnorm(net, images, how="scratch", skip_gain=1.0)
     assert worst(smooth, report, images, "standardized") < 1e-4
     blind, report = convert_batchnorm(net, how="scratch", skip_gain=1.0)
     assert worst(blind, report, images, "standardized") > 0.5
 
 
-def test_constants_are_those_of_the_paper():
-    """A pre-activation network: gamma / sqrt(1 + k alpha^2) in what reads the stream, gamma inside the branch."""
+def test_the_constants_are_those_of_the_paper() -> None:
+    """In a pre-activation network they are γ / sqrt(1 + kα²) for layers that read the stream, and γ in the branch."""
     _, report = convert_batchnorm(network(), how="scratch", alpha=0.3)
     gamma = gain_of(F.relu)
     betas = [b for stage in expected_betas((3, 3), 0.3) for b in stage]
-    betas[0] = 1.0  # the stem's output
+    # The first block reads the output of the stem.
+    betas[0] = 1.0
     scales = {c.layer: c.input_scale for c in report.layers if c.change == "standardized"}
     assert scales["0"] == pytest.approx(1.0, rel=1e-6)
     for block, beta in enumerate(betas, start=1):
@@ -142,8 +145,8 @@ def test_constants_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("pre", [True, False])
-def test_it_computes_what_its_parts_say(pre):
-    """The rewritten block against the same written by hand from its parameters."""
+def test_the_rewritten_block_computes_the_formula(pre: bool) -> None:
+    """The rewritten block equals the formula computed by hand from its parameters."""
     torch.manual_seed(0)
     net = Block(8, 8, pre=pre, gate=True).double()
     converted, report = convert_batchnorm(net, how="scratch", alpha=0.5, skip_gain=0.7)
@@ -154,17 +157,18 @@ def test_it_computes_what_its_parts_say(pre):
     g = torch.sigmoid(converted.fc1(F.relu(converted.fc0(r.mean((2, 3))))))[:, :, None, None]
     expected = x + 0.5 * 0.7 * 2 * g * r
     torch.testing.assert_close(converted(x), expected if pre else F.relu(expected))
-    assert torch.equal(x, kept)  # activations in place had a norm before them
+    # The in-place activation, which had a norm before it, does not overwrite the input.
+    assert torch.equal(x, kept)
     assert [c.change for c in report.layers] == [
         "standardized", "standardized", "gate doubled", "skip gain", "removed", "removed",
     ]  # fmt: skip
     scale = converted.conv1.input_scale
-    kernel = conv1.standardized_weight().flatten(1)
-    torch.testing.assert_close(kernel.mean(1), torch.zeros(8, dtype=torch.float64))
-    torch.testing.assert_close(kernel.norm(dim=1), torch.full((8,), scale, dtype=torch.float64))
+    weight = conv1.standardized_weight().flatten(1)
+    torch.testing.assert_close(weight.mean(1), torch.zeros(8, dtype=torch.float64))
+    torch.testing.assert_close(weight.norm(dim=1), torch.full((8,), scale, dtype=torch.float64))
 
 
-def test_branches_start_closed_and_open_by_training():
+def test_branches_start_closed_and_their_skip_gains_get_gradients() -> None:
     net = network(gate=True)
     converted, _ = convert_batchnorm(net, how="scratch")
     images = torch.randn(2, 3, 16, 16)
@@ -180,7 +184,7 @@ def test_branches_start_closed_and_open_by_training():
     assert converted.training
 
 
-def test_weights_are_fresh_and_repeat_under_a_seed():
+def test_weights_are_new_and_deterministic_given_a_seed() -> None:
     net = network()
     one, two = [], []
     for kept in (one, two):
@@ -249,16 +253,16 @@ def plain(*layers):
     [
         (Stacked(), "Stacked.cat: cat has no rule."),
         (Shuffling(), "Shuffling.permute: permute has no rule."),
-        (Chunked(), "Chunked.chunk: chunk has no rule (it gives several maps)."),
+        (Chunked(), "Chunked.chunk: chunk has no rule (it returns several tensors)."),
         (
             nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4)),
-            "Sequential.3: batch norm of something that is no map.",
+            "Sequential.3: batch norm of a tensor that is not a map.",
         ),
         (Sliced(), "Sliced.getitem: getitem has no rule."),
         (Twice(), "Twice.conv: this convolution is called twice."),
         (
             Unsquashed(),
-            "Unsquashed.mul: a gate without a sigmoid: what it multiplies by is not known.",
+            "Unsquashed.mul: a gate without a sigmoid: its mean is not known.",
         ),
         (plain(nn.GroupNorm(2, 4)), "Sequential.2: GroupNorm has no rule."),
         (plain(nn.ConvTranspose2d(4, 4, 3)), "Sequential.2: ConvTranspose2d cannot be standardized."),
@@ -267,13 +271,13 @@ def plain(*layers):
         (plain(nn.Linear(30, 30)), "Sequential.2: Linear has no rule."),
     ],
 )
-def test_what_has_no_rule_is_refused_by_name(net, message):
+def test_what_has_no_rule_is_refused_by_name(net: nn.Module, message: str) -> None:
     with pytest.raises(NotTraceableError) as caught:
         convert_batchnorm(net, how="scratch")
     assert str(caught.value) == message
 
 
-def test_what_cannot_be_traced_is_refused_by_name():
+def test_what_cannot_be_traced_is_refused_by_name() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1), Deciding())
     with pytest.raises(
         NotTraceableError, match=r"^Sequential\.1: torch\.fx cannot trace it \(.*control flow.*\)\.$"
@@ -281,7 +285,7 @@ def test_what_cannot_be_traced_is_refused_by_name():
         convert_batchnorm(net, how="scratch")
 
 
-def test_tracing_leaves_modes_alone():
+def test_tracing_keeps_modes() -> None:
     for net in (network(), nn.Sequential(nn.ReLU(), Deciding())):
         net[1].eval()
         modes = [m.training for m in net.modules()]
@@ -290,7 +294,7 @@ def test_tracing_leaves_modes_alone():
         assert [m.training for m in net.modules()] == modes
 
 
-def test_a_norm_under_two_names_goes_from_both():
+def test_a_norm_with_two_names_is_removed_under_both() -> None:
     norm = nn.BatchNorm2d(4)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm)
     converted, report = convert_batchnorm(net, how="scratch")
@@ -298,7 +302,7 @@ def test_a_norm_under_two_names_goes_from_both():
     assert report.counts == {"standardized": 2, "removed": 1}
 
 
-def test_drops_stay_and_dropping_functions_are_named():
+def test_dropout_modules_stay_and_dropout_functions_are_reported() -> None:
     net = timm.create_model("test_resnet", num_classes=5, drop_path_rate=0.5)
     converted, _ = convert_batchnorm(net, how="scratch")
     assert sum(type(m).__name__ == "DropPath" for m in converted.modules()) == sum(
@@ -310,7 +314,7 @@ def test_drops_stay_and_dropping_functions_are_named():
             return F.dropout(self.norm(self.conv(x)), 0.5, self.training)
 
     _, report = convert_batchnorm(Dropping(), how="scratch")
-    assert report.kept == {"dropout": "dropout is called as a function: the traced network does not drop"}
+    assert report.kept == {"dropout": "dropout is called as a function: the traced network has no dropout"}
 
 
 SLOW = {
@@ -328,7 +332,7 @@ SLOW = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("library", "name"), [(lib, n) for lib, names in SLOW.items() for n in names])
-def test_published_architectures_follow_it_on_their_images(library, name):
+def test_published_architectures_follow_the_prediction_after_calibration(library: str, name: str) -> None:
     torch.manual_seed(0)
     net = torchvision.models.get_model(name) if library == "torchvision" else timm.create_model(name)
     images = torch.randn(4, 3, 128, 128)
