@@ -73,7 +73,7 @@ class PackedConv2d(Conv2d):
                 kernel = pack_onednn_weight(plain, x.shape, **geometry._asdict())
             self._packed = packed = _Packed(kernel, shape, plain, plain._version, minimal)
         if minimal:
-            return winograd.convolve(x, packed.kernel, self.bias, groups=self.groups)
+            return winograd.conv2d_with_planes(x, packed.kernel, self.bias, groups=self.groups)
         return onednn_conv2d(x, packed.kernel, self.bias, **geometry._asdict())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Networks: a table of variants and the one skeleton that builds every row of it."""
+"""Networks: a table of variants, and the one skeleton that builds each of them."""

@@ -1,4 +1,7 @@
-"""normfree.ops.gelu."""
+"""Activation functions by name, and their gains γ.
+
+Source: [A] arXiv 2101.08692, section 3, and the reference code.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 from normfree.ops.conv2d import Activation
 from normfree.ops.gelu import gelu_erf, gelu_tanh, silu
-from normfree.suggest import did_you_mean
+from normfree.suggest import problem, unknown
 
 
 def _glu(x: Tensor) -> Tensor:
@@ -21,7 +24,7 @@ def _log_softmax(x: Tensor) -> Tensor:
     return F.log_softmax(x, dim=1)
 
 
-#: Functions by the reference's names. Over channels (dimension 1) where the function mixes elements.
+# Functions by the names of the reference code. Those that mix elements do so over channels (dimension 1).
 ACTIVATIONS: dict[str, Activation] = {
     "identity": lambda x: x,
     "celu": F.celu,
@@ -43,15 +46,15 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-#: γ: what an activation of N(0, 1) is multiplied by to have unit variance. These are the reference code's
-#: constants: Monte-Carlo estimates in float32, about 5e-4 above the closed forms, and part of the released
-#: weights' function. `gain_of` computes the exact value.
+# γ by activation: the factor that gives act(z), z ~ N(0, 1), unit variance. These are the constants of the reference
+# code, which the released weights were trained with: Monte Carlo estimates in float32, about 5e-4 above the exact
+# values that `gain_of` computes.
 GAINS: dict[str, float] = {
     "identity": 1.0,
     "celu": 1.270926833152771,
     "elu": 1.2716004848480225,
     "gelu": 1.7015043497085571,
-    "gelu_erf": 1.7015043497085571,  # timm keeps the tanh form's
+    "gelu_erf": 1.7015043497085571,  # timm uses the gain of the tanh form
     "glu": 1.8484294414520264,
     "leaky_relu": 1.70590341091156,
     "log_sigmoid": 1.9193484783172607,
@@ -68,47 +71,62 @@ GAINS: dict[str, float] = {
 
 
 def activation(name: str) -> Activation:
-    """The unscaled activation function called `name` (a key of `ACTIVATIONS`).
+    """Return the activation function called `name`, a key of `ACTIVATIONS`, without its gain.
 
     Raises:
         ValueError: the name is unknown.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(
-            f"activation {name!r} is not known.{did_you_mean(name, ACTIVATIONS)} Known: {', '.join(ACTIVATIONS)}."
-        )
+        raise ValueError(unknown("activation", name, ACTIVATIONS))
     return ACTIVATIONS[name]
 
 
 def gain_of(fn: Activation) -> float:
-    """γ of any elementwise activation: Var[fn(z)] ** -0.5 for z ~ N(0, 1) ([A] section 3).
+    """Return γ of any elementwise activation: Var[fn(z)] ** -0.5 for z ~ N(0, 1).
 
-    Integrated in float64 by the trapezoidal rule on [-12, 12], which for smooth integrands converges faster
-    than any power of the step, and for a kink (ReLU at 0) is exact to 1e-9 because 0 is a grid point.
+    The integral is computed in float64 by the trapezoidal rule on [-12, 12], which converges faster than any power of
+    the step for smooth integrands, and is exact to 1e-9 for a kink at 0 (ReLU), because 0 is a grid point.
+
+    Args:
+        fn: maps a tensor of any shape to one of the same shape.
 
     Raises:
-        ValueError: `fn` is constant, not finite there, or does not act element by element.
+        ValueError: `fn` is constant, not finite on [-12, 12], or does not act element by element.
+
+    Example:
+        >>> import torch
+        >>> from normfree import gain_of
+        >>> round(gain_of(torch.relu), 4)
+        1.7129
+
+    Source: [A] section 3.
     """
     z = torch.linspace(-12.0, 12.0, 240_001, dtype=torch.float64)
     density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
     y = fn(z)
     if y.shape != z.shape:
         raise ValueError(
-            f"gain_of: the activation maps shape {tuple(z.shape)} to {tuple(y.shape)}; "
-            "it must act element by element."
+            problem(
+                f"the activation maps shape {tuple(z.shape)} to {tuple(y.shape)}",
+                allowed="functions that act element by element",
+                fix="pass the gain to ScaledActivation yourself",
+            )
         )
     mean = torch.trapezoid(y * density, z)
     variance = torch.trapezoid((y - mean) ** 2 * density, z).item()
     if not math.isfinite(variance) or variance < 1e-20:
         raise ValueError(
-            f"gain_of: the activation has variance {variance} under N(0, 1); "
-            "a gain needs a finite variance above 0."
+            problem(
+                f"the activation has variance {variance} for inputs from N(0, 1)",
+                allowed="a finite variance above 0",
+                fix="use an activation that is neither constant nor infinite on [-12, 12]",
+            )
         )
     return variance**-0.5
 
 
 class ScaledActivation(nn.Module):
-    """`act(x) * γ`: maps N(0, 1) to unit variance ([A] section 3). See `scaled_activation`."""
+    """fn(x) · gain: maps N(0, 1) to unit variance, see `scaled_activation`."""
 
     def __init__(self, fn: Activation, gain: float) -> None:
         super().__init__()
@@ -123,13 +141,25 @@ class ScaledActivation(nn.Module):
 
 
 def scaled_activation(name: str | Activation) -> ScaledActivation:
-    """An activation with unit variance on N(0, 1), as a module for networks of your own.
+    """Return a module fn(x) · γ that maps inputs from N(0, 1) to unit variance, for networks of your own.
 
-    `name` is a key of `GAINS` (the reference's constant is used) or any elementwise function (its γ is
-    computed by `gain_of`). Our own networks carry γ in the next convolution's weight instead.
+    The networks of this package multiply the next convolution's weight by γ instead (`WSConv2d.input_scale`).
+
+    Args:
+        name: a key of `GAINS`, whose constant is then used, or any elementwise function, whose γ `gain_of` computes.
 
     Raises:
         ValueError: the name is unknown, or no gain can be computed.
+
+    Example:
+        >>> import torch
+        >>> from normfree import scaled_activation
+        >>> scaled_activation("silu")
+        ScaledActivation(silu, gain=1.78813)
+        >>> round(float(scaled_activation(torch.tanh)(torch.randn(100_000)).var()), 1)
+        1.0
+
+    Source: [A] section 3.
     """
     if isinstance(name, str):
         fn = activation(name)

@@ -1,6 +1,6 @@
-"""What a row costs, by arithmetic alone: parameters and multiply-accumulates, in microseconds instead of seconds.
+"""Parameters and multiply-accumulates of a variant, by arithmetic alone: microseconds instead of seconds.
 
-The tests hold it against the network itself, built and run on the meta device, for every row of the table.
+The tests compare the results with the network itself, built and run on the meta device, for every variant.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from normfree.models.variant import STEMS, Variant, eca_kernel_size
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, and multiply-accumulates for one image (what [B] table 3 and others print as FLOPs)."""
+    """Parameters, and multiply-accumulates for one image (called FLOPs in [B] table 3)."""
 
     parameters: int
     macs: int
@@ -22,7 +22,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Conv:
-    """One convolution: channels, kernel, groups, and the side of its output map."""
+    """One convolution: channels, kernel size, groups, and the side of its output map in pixels."""
 
     inputs: int
     outputs: int
@@ -56,9 +56,15 @@ def _block(
 def count(
     variant: Variant, *, image_size: int | None = None, num_classes: int = 1000, in_channels: int = 3
 ) -> Cost:
-    """Parameters and multiply-accumulates of a row for square images of `image_size` (default: its test size).
+    """Return parameters and multiply-accumulates of a variant for one square image.
 
-    Convolutions and matrix products count, elementwise work does not, as in [B] table 3.
+    Convolutions and matrix products are counted, elementwise operations are not, as in [B] table 3.
+
+    Args:
+        variant: the network.
+        image_size: side in pixels; None is the variant's test size.
+        num_classes: of the classifier.
+        in_channels: of the image.
     """
     side = image_size or variant.test_size
     batch_norm = variant.norm == "batch"
@@ -82,7 +88,7 @@ def count(
             if variant.attention == "se":
                 hidden = variant.se_width(gated)
                 linears += 2 * gated * hidden
-                others += gated + hidden  # biases: parameters without multiplications
+                others += gated + hidden  # biases
             elif variant.attention == "eca":
                 others += eca_kernel_size(gated)
                 eca_macs += gated * eca_kernel_size(gated)
@@ -92,8 +98,7 @@ def count(
         convs.append(_Conv(channels, variant.head_width, 1, 1, side))
     norms += variant.head_width
     linears += variant.head_width * num_classes
-    per_channel = (
-        2 * norms if batch_norm else 2 * sum(c.outputs for c in convs)
-    )  # scale and shift, gain and bias
+    # scale and shift of a norm, or gain and bias of a convolution
+    per_channel = 2 * norms if batch_norm else 2 * sum(c.outputs for c in convs)
     parameters = sum(c.weights for c in convs) + per_channel + linears + others + num_classes
     return Cost(parameters, sum(c.weights * c.side**2 for c in convs) + linears + eca_macs)

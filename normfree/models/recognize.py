@@ -1,4 +1,4 @@
-"""Which network do these weights belong to? `recognize` tells from names and shapes alone."""
+"""`recognize`: find the variant that weights belong to, from their names and shapes alone."""
 
 from __future__ import annotations
 
@@ -14,48 +14,55 @@ from torch import Tensor
 from normfree.models.net import Net
 from normfree.models.variant import STEMS, Variant
 from normfree.models.variants import VARIANTS
+from normfree.suggest import problem
 from normfree.weights.names import naming_of, to_our_names
 
 Shapes = dict[str, tuple[int, ...]]
-#: timm's names of DeepMind's weights; the reference's row has the same tensors.
+# Prefix of timm's networks with DeepMind's weights; the reference's variant has the same tensors.
 _DEEPMIND = "timm_dm_"
 
 
 def recognize(source: Mapping[str, Any]) -> list[str]:
-    """Names of the rows of `VARIANTS` with exactly these names and shapes, in table order; the reference's before
-    timm's.
+    """Return the names of the variants with exactly these tensors, in the order of `VARIANTS`.
 
     Args:
-        source: a state dict in our names or timm's, or a haiku tree. Classes and image channels are read off it. A
-            haiku tree can be a row of the reference only; timm's names can be a `timm_` row, and, as DeepMind's
-            weights compute in two ways, for `timm_dm_nfnet_f0` also `nfnet_f0`.
+        source: a state dict with our names or timm's, or a haiku tree. Numbers of classes and image channels are taken
+            from its shapes. A haiku tree can only be a variant of the reference code. A state dict with timm's names
+            is a `timm_` variant; DeepMind's weights are listed for both networks that compute with them, for example
+            `nfnet_f0` and `timm_dm_nfnet_f0`.
 
     Raises:
-        ValueError: names are of no known kind, or no row fits; the message has the closest and the first differences.
+        ValueError: the naming is unknown, or no variant fits; the message has the closest one and the first
+            differences.
     """
     naming, state = naming_of(source), to_our_names(source)
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            "a state dict or a haiku tree was expected, with at least one tensor and nothing else in it."
+            problem(
+                f"{len(state)} entries that are not all tensors" if state else "no tensors",
+                allowed="a state dict or a haiku tree with at least one tensor and nothing else",
+                fix="pass the part of the checkpoint that has the weights",
+            )
         )
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     num_classes, in_channels = ends(state)
-    rows = [n for n in VARIANTS if _may_be(n, naming)]
+    candidates = [n for n in VARIANTS if _may_be(n, naming)]
+    # the distance is cheap to compute and leaves two or three variants to build
     found = {
         n
-        for n in rows
-        if _distance(VARIANTS[n], shapes) == 0  # cheap, and leaves two or three rows to build
+        for n in candidates
+        if _distance(VARIANTS[n], shapes) == 0
         and shapes_of(VARIANTS[n], num_classes=num_classes, in_channels=in_channels) == shapes
     }
     if naming == "timm":
         found |= {n.removeprefix(_DEEPMIND) for n in found if n.startswith(_DEEPMIND)}
     if not found:
-        raise ValueError(_no_row(rows, shapes, num_classes, in_channels))
+        raise ValueError(_no_match(candidates, shapes, num_classes, in_channels))
     return [n for n in VARIANTS if n in found]
 
 
 def ends(state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(num_classes, in_channels) of a state dict in our names; (0, 3) for what it does not have."""
+    """Return (num_classes, in_channels) of a state dict with our names; 0 and 3 without classifier and stem."""
     head = state.get("head.weight", state.get("head.bias"))
     stem = state.get("stem.conv0.weight")
     return (
@@ -66,7 +73,7 @@ def ends(state: Mapping[str, Tensor]) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)
 def shapes_of(variant: Variant, *, num_classes: int, in_channels: int) -> Shapes:
-    """Names and shapes of a row's state dict. Nothing is allocated; F6 takes a third of a second."""
+    """Return names and shapes of a variant's state dict, without allocating it; F6 takes a third of a second."""
     with torch.device("meta"):
         net = Net(variant, num_classes=num_classes, in_channels=in_channels)
     return {k: tuple(v.shape) for k, v in net.state_dict().items()}
@@ -91,12 +98,13 @@ def _widths(shapes: Shapes) -> tuple[int, ...]:
 
 
 def _distance(variant: Variant, shapes: Shapes) -> float:
-    """How far a row is from these shapes, judged by what is visible at a glance."""
+    """Return how much a variant differs from these shapes, by a few features that are cheap to compare."""
     depths, widths = _depths(shapes), _widths(shapes)
     if len(depths) != len(variant.depths):
         return 100.0 + abs(len(depths) - len(variant.depths))
     stem = [s for k, s in shapes.items() if re.fullmatch(r"stem\.conv\d\.weight", k)]
-    kernels = [kernel_size for kernel_size, _, _ in STEMS[variant.stem].convs]
+    stem_sizes = [kernel_size for kernel_size, _, _ in STEMS[variant.stem].convs]
+    other_stem = sorted(stem_sizes) != sorted(s[-1] for s in stem if s)
     traits = {
         "attention.fc0.weight": variant.attention == "se",
         "attention.conv.weight": variant.attention == "eca",
@@ -106,28 +114,23 @@ def _distance(variant: Variant, shapes: Shapes) -> float:
     }
     present = {k.split(".", 3)[-1] for k in shapes if k.startswith("stages.")}
     sizes = zip((*depths, *widths), (*variant.depths, *variant.widths), strict=True)
-    return (
-        sum(abs(math.log((a + 1) / (b + 1))) for a, b in sizes)
-        + 10.0
-        * (
-            sorted(kernels) != sorted(s[-1] for s in stem if s)
-        )  # another family is further than another width
-        + 10.0 * sum((name in present) != has for name, has in traits.items())
-    )
+    # another family is further away than another width
+    other_traits = sum((name in present) != has for name, has in traits.items())
+    return sum(abs(math.log((a + 1) / (b + 1))) for a, b in sizes) + 10.0 * (other_stem + other_traits)
 
 
-def _no_row(rows: list[str], shapes: Shapes, num_classes: int, in_channels: int) -> str:
-    """The message: which of the nearest three rows has the fewest differences, and the first of these."""
-    nearest = sorted(rows, key=lambda n: _distance(VARIANTS[n], shapes))[:3]
+def _no_match(candidates: list[str], shapes: Shapes, num_classes: int, in_channels: int) -> str:
+    """Return the error message: of the nearest three variants that with the fewest differences, and the first four."""
+    nearest = sorted(candidates, key=lambda n: _distance(VARIANTS[n], shapes))[:3]
     compared = [
         (n, _differences(shapes, shapes_of(VARIANTS[n], num_classes=num_classes, in_channels=in_channels)))
         for n in nearest
     ]
     name, differences = min(compared, key=lambda pair: len(pair[1]))
     more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-    return (
-        f"{len(shapes)} tensors are of no network known here. Closest: {name}, but {'; '.join(differences[:4])}{more}. "
-        f"Fix: load them into a changed row, create_model({name!r}, field=value)."
+    return problem(
+        f"no variant has these {len(shapes)} tensors; the closest is {name}, but {'; '.join(differences[:4])}{more}",
+        fix=f"make a changed variant with create_model({name!r}, field=value) and load them into it",
     )
 
 

@@ -1,4 +1,4 @@
-"""Every network by name: `VARIANTS`, made of the papers' tables, the reference code's and timm's.
+"""`VARIANTS`, every network by name, from the tables of the papers, of the reference code and of timm.
 
 Sources: [A] arXiv 2101.08692, [B] arXiv 2102.06171 (table 1, appendix C), and the reference code.
 """
@@ -25,9 +25,9 @@ def _nfnet() -> dict[str, Variant]:
         (448, 576, 0.5, "4x15"),
         (480, 608, 0.5, "4x15"),
     ]
-    rows: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for level, (train, test, drop, augment) in enumerate(sizes):
-        row = Variant(
+        variant = Variant(
             depths=tuple(d * (level + 1) for d in (1, 2, 6, 3)),
             widths=(256, 512, 1536, 1536),
             drop_rate=drop,
@@ -36,20 +36,20 @@ def _nfnet() -> dict[str, Variant]:
             test_size=test,
             randaugment=augment,
         )
-        rows[f"nfnet_f{level}"] = row
-        rows[f"nfnet_f{level}_plus"] = replace(row, widths=(384, 768, 2048, 2048))
-        if level <= 3:  # [B] table 6: batch-norm twins above F3 were unstable
-            rows[f"bn_nfnet_f{level}"] = replace(row, norm="batch")
-            # [B] table 6, from the NF SE-ResNeXt-D baseline (with the new depths) to the NFNet:
+        variants[f"nfnet_f{level}"] = variant
+        variants[f"nfnet_f{level}_plus"] = replace(variant, widths=(384, 768, 2048, 2048))
+        if level <= 3:  # [B] table 6: batch-norm twins larger than F3 were unstable
+            variants[f"bn_nfnet_f{level}"] = replace(variant, norm="batch")
+            # [B] table 6: steps from the NF SE-ResNeXt-D baseline, with the new depths, to the NFNet
             default_widths = (256, 512, 1024, 2048)
-            rows[f"nfnet_f{level}_baseline"] = replace(row, widths=default_widths, second_conv=False)
-            rows[f"nfnet_f{level}_width_pattern"] = replace(row, second_conv=False)
-            rows[f"nfnet_f{level}_default_width"] = replace(row, widths=default_widths)
-    return rows
+            variants[f"nfnet_f{level}_baseline"] = replace(variant, widths=default_widths, second_conv=False)
+            variants[f"nfnet_f{level}_width_pattern"] = replace(variant, second_conv=False)
+            variants[f"nfnet_f{level}_default_width"] = replace(variant, widths=default_widths)
+    return variants
 
 
 def _nf_resnet() -> dict[str, Variant]:
-    # Reference `nf_resnet.py`; 26 is timm's depth pattern, absent from the reference.
+    # Reference code, `nf_resnet.py`; 26 is timm's depth pattern, which the reference code does not have.
     depths = {
         26: (2, 2, 2, 2),
         50: (3, 4, 6, 3),
@@ -58,9 +58,9 @@ def _nf_resnet() -> dict[str, Variant]:
         200: (3, 24, 36, 3),
         288: (24, 24, 24, 24),
     }
-    rows: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for name, depth in depths.items():
-        row = Variant(
+        variant = Variant(
             depths=depth,
             widths=(256, 512, 1024, 2048),
             stem="conv7_pool",
@@ -73,13 +73,13 @@ def _nf_resnet() -> dict[str, Variant]:
             head_ratio=(0, 1),
             activation="relu",
         )
-        rows[f"nf_resnet{name}"] = row
-        # Reference `resnet.py`: pre-activation (v2), classifier at zero.
-        rows[f"resnet{name}"] = replace(row, norm="batch", classifier_std=0.0)
-    return rows
+        variants[f"nf_resnet{name}"] = variant
+        # Reference code, `resnet.py`: pre-activation (v2), classifier initialized to zero.
+        variants[f"resnet{name}"] = replace(variant, norm="batch", classifier_std=0.0)
+    return variants
 
 
-# Reference `nf_regnet.py`: base widths (scaled by 0.75), depths, train px, test px, dropout.
+# Reference code, `nf_regnet.py`: base widths (scaled by 0.75), depths, train px, test px, dropout.
 _REGNETS = (
     ((48, 104, 208, 440), (1, 3, 6, 6), 192, 224, 0.2),
     ((48, 104, 208, 440), (2, 4, 7, 7), 224, 256, 0.2),
@@ -118,16 +118,16 @@ def _nf_regnet() -> dict[str, Variant]:
 
 
 def _small() -> dict[str, Variant]:
-    # For 32 and 64 px images; ours, from no paper: an NF-ResNet body of a third to three million parameters with
-    # squeeze-excite, under CIFAR's 3x3 stem or ResNet's 7x7 one. Skip gains start at 1 because their runs are short.
+    # For images of 32 and 64 px, from no paper: NF-ResNets with squeeze-excite and a third to three million parameters,
+    # with CIFAR's 3x3 stem or ResNet's 7x7 stem. Skip gains start at 1 because training runs are short.
     shapes = {
         "nano": ((1, 2, 2), (64, 128, 256)),
         "micro": ((1, 2, 2), (128, 256, 512)),
         "mini": ((2, 4, 4), (128, 256, 512)),
     }
-    rows: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for name, (depths, widths) in shapes.items():
-        row = Variant(
+        variant = Variant(
             depths=depths,
             widths=widths,
             strides=(1, 2, 2),
@@ -142,17 +142,17 @@ def _small() -> dict[str, Variant]:
             test_size=32,
         )
         for suffix, sized in (
-            ("", row),
-            ("_64", replace(row, stem="conv7_pool", train_size=64, test_size=64)),
+            ("", variant),
+            ("_64", replace(variant, stem="conv7_pool", train_size=64, test_size=64)),
         ):
-            rows[f"nf_resnet_{name}{suffix}"] = sized
-            rows[f"resnet_{name}{suffix}"] = replace(sized, norm="batch")
-    return rows
+            variants[f"nf_resnet_{name}{suffix}"] = sized
+            variants[f"resnet_{name}{suffix}"] = replace(sized, norm="batch")
+    return variants
 
 
 def _timm() -> dict[str, Variant]:
-    # What timm 1.0.31 (`models/nfnet.py`) computes under the name behind the prefix. It differs from the reference
-    # in the columns set here; dm_* take the released weights.
+    # The networks of timm 1.0.31 (`models/nfnet.py`), named with the prefix timm_. They differ from the reference code
+    # in the fields set here; dm_* are for the released weights.
     common: dict[str, Any] = {
         "ws_eps": "add",
         "stochdepth": "rescaled",
@@ -163,26 +163,28 @@ def _timm() -> dict[str, Variant]:
         **common, "padding": "symmetric", "gamma_at": "convolution", "skipinit": "channel", "drop_rate": 0.0,
         "se_divisor": 8, "width_divisor": 8, "randaugment": "off", "classifier_std": 0.01,
     }  # fmt: skip
-    rows: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     nfnets = _nfnet()
     for level in range(8):
-        row = replace(nfnets[f"nfnet_f{level}"], activation="gelu_erf", **common)
+        variant = replace(nfnets[f"nfnet_f{level}"], activation="gelu_erf", **common)
         if level <= 6:
-            rows[f"dm_nfnet_f{level}"] = replace(row, drop_rate=0.0, randaugment="off")
-        rows[f"nfnet_f{level}"] = replace(row, **own)
-    light = replace(rows["nfnet_f0"], activation="silu", bottleneck_ratio=0.25, group_width=64, se_ratio=0.25)
-    rows["nfnet_l0"] = replace(light, head_ratio=(3, 2), train_size=224, test_size=288)
+            variants[f"dm_nfnet_f{level}"] = replace(variant, drop_rate=0.0, randaugment="off")
+        variants[f"nfnet_f{level}"] = replace(variant, **own)
+    light = replace(
+        variants["nfnet_f0"], activation="silu", bottleneck_ratio=0.25, group_width=64, se_ratio=0.25
+    )
+    variants["nfnet_l0"] = replace(light, head_ratio=(3, 2), train_size=224, test_size=288)
     for level, (train, test) in enumerate(((224, 288), (256, 320), (320, 384), (352, 448))):
-        rows[f"eca_nfnet_l{level}"] = replace(
+        variants[f"eca_nfnet_l{level}"] = replace(
             light,
-            depths=rows[f"nfnet_f{level}"].depths,
+            depths=variants[f"nfnet_f{level}"].depths,
             head_ratio=(2, 1) if level else (3, 2),
             attention="eca",
             train_size=train,
             test_size=test,
         )
-    rows["test_nfnet"] = replace(
-        rows["nfnet_l0"], depths=(1, 1, 1, 1), widths=(32, 64, 96, 128), group_width=8, stem="deep_128",
+    variants["test_nfnet"] = replace(
+        variants["nfnet_l0"], depths=(1, 1, 1, 1), widths=(32, 64, 96, 128), group_width=8, stem="deep_128",
         train_size=160, test_size=160,
     )  # fmt: skip
     sizes = {"nf_resnet50": (256, 288)}
@@ -191,7 +193,7 @@ def _timm() -> dict[str, Variant]:
         for depth in (26, 50, 101):
             name = f"nf_{infix}resnet{depth}"
             train, test = sizes.get(name, (224, 224))
-            rows[name] = replace(
+            variants[name] = replace(
                 _nf_resnet()[f"nf_resnet{depth}"], attention=attention, **{**own, "se_ratio": 1 / 16},
                 train_size=train, test_size=test,
             )  # fmt: skip
@@ -199,32 +201,41 @@ def _timm() -> dict[str, Variant]:
         name, base = f"nf_regnet_b{level}", _REGNETS[level][0]
         widths = tuple(rounded(0.75 * w, 8) for w in base)
         head = rounded(0.75 * (1280 * base[-1] // 440), 8)
-        rows[name] = replace(_nf_regnet()[name], widths=widths, head_ratio=(head, widths[-1]), **own)
-    rows["nf_regnet_b0"] = replace(rows["nf_regnet_b0"], test_size=256)
-    rows["nf_regnet_b1"] = replace(rows["nf_regnet_b1"], train_size=256, test_size=288)
-    return {f"timm_{name}": row for name, row in rows.items()}
+        variants[name] = replace(_nf_regnet()[name], widths=widths, head_ratio=(head, widths[-1]), **own)
+    variants["nf_regnet_b0"] = replace(variants["nf_regnet_b0"], test_size=256)
+    variants["nf_regnet_b1"] = replace(variants["nf_regnet_b1"], train_size=256, test_size=288)
+    return {f"timm_{name}": variant for name, variant in variants.items()}
 
 
-#: Every network by name.
+# Every network by name.
 VARIANTS: dict[str, Variant] = {**_nfnet(), **_nf_resnet(), **_nf_regnet(), **_small(), **_timm()}
 
 
 def variant_of(name: str) -> Variant:
-    """The row called `name`.
+    """Return the variant called `name`.
 
     Raises:
-        ValueError: there is none; the message has the nearest name.
+        ValueError: the name is unknown; the message has the nearest one.
     """
     if name not in VARIANTS:
         hint = did_you_mean(name, VARIANTS)
         if f"timm_{name}" in VARIANTS:
             hint = f" timm's network of that name is 'timm_{name}'"
             published = name.removeprefix("dm_")
-            hint += f"; computed as DeepMind's code does, it is {published!r}." if published != name else "."
+            hint += f"; {published!r} computes it as DeepMind's code does." if published != name else "."
         raise ValueError(f"unknown model {name!r}.{hint} All names: normfree list models")
     return VARIANTS[name]
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of all networks that match a shell pattern, in table order."""
+    """Return the names of all networks that match a shell pattern, in the order of `VARIANTS`.
+
+    Args:
+        pattern: with * for any characters and [ab] for one of some.
+
+    Example:
+        >>> from normfree import list_models
+        >>> list_models("nf_regnet_b[01]")
+        ['nf_regnet_b0', 'nf_regnet_b1']
+    """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]

@@ -1,4 +1,4 @@
-"""GELU and SiLU, of tensors of any shape, each as fast on a CPU as it can be."""
+"""GELU and SiLU of tensors of any shape, with faster implementations for CPUs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from normfree.native.library import library, run
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, as the reference's `jax.nn.gelu`.
+    """Return x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, as the reference code's `jax.nn.gelu`.
 
-    On a CPU by a compiled kernel, in half of the time of torch's or less, forward and backward (`docs/speed.md`).
+    On a CPU a compiled kernel takes at most half the time of PyTorch's, forward and backward (`docs/speed.md`).
     """
-    return _gated(x, "gelu") if _fits(x) else F.gelu(x, approximate="tanh")
+    return _gated(x, "gelu") if _has_kernel(x) else F.gelu(x, approximate="tanh")
 
 
 def gelu_erf(x: Tensor) -> Tensor:
-    """x (1 + erf(x / √2)) / 2: the exact form, which timm uses."""
-    # oneDNN's GELU, in a third of the time both ways, is for row-major float32 tensors; channels_last is one from
-    # another side. A graph that is compiled or exported keeps the plain function.
+    """Return x (1 + erf(x / √2)) / 2, the exact form, which timm uses."""
+    # oneDNN's GELU takes a third of the time in both directions, but needs contiguous float32 tensors; a permuted
+    # channels_last tensor is contiguous. Graphs that are compiled or exported keep the plain function.
     if (
         x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -36,12 +36,12 @@ def gelu_erf(x: Tensor) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """x / (1 + exp(-x)). On a CPU by a compiled kernel, in four fifths of the time of torch's."""
-    return _gated(x, "silu") if _fits(x) else F.silu(x)
+    """Return x / (1 + exp(-x)). On a CPU a compiled kernel takes four fifths of the time of PyTorch's."""
+    return _gated(x, "silu") if _has_kernel(x) else F.silu(x)
 
 
-def _fits(x: Tensor) -> bool:
-    # In this order: a compiler that traces it must not look further than the first.
+def _has_kernel(x: Tensor) -> bool:
+    # `can_bypass_dispatcher` comes first: a compiler that traces this must not evaluate the others
     return can_bypass_dispatcher() and is_plain_cpu_tensor(x) and library() is not None
 
 
@@ -51,12 +51,12 @@ def _gated(x: Tensor, name: str) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """By the kernels `name`_forward and `name`_backward of activations.c."""
+    """Calls the kernels `name`_forward and `name`_backward of activations.c."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.kind = name
+        ctx.function = name
         out = torch.empty_like(x)
         run(f"{name}_forward", x, out, count=x.numel(), elements=x.numel())
         return out
@@ -70,11 +70,11 @@ class _Gated(torch.autograd.Function):
             or grad.dtype != x.dtype
             or not can_bypass_dispatcher()
         ):
-            # a gradient that is differentiated again, among others
-            if ctx.kind == "gelu":
+            # for example when the gradient itself is differentiated
+            if ctx.function == "gelu":
                 return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), None
             gate = torch.sigmoid(x)
             return grad * gate * (1.0 + x * (1.0 - gate)), None
         out, grad = torch.empty_like(x), laid_out_as(x, grad)
-        run(f"{ctx.kind}_backward", x, grad, out, count=x.numel(), elements=x.numel())
+        run(f"{ctx.function}_backward", x, grad, out, count=x.numel(), elements=x.numel())
         return out, None

@@ -1,6 +1,6 @@
-"""What convolutions and pools see beyond the border: XLA's SAME rule and the symmetric one.
+"""Padding of convolutions and pools: XLA's SAME rule and the symmetric one.
 
-Shapes: B C H W, or B H W C where it is said. Source of the rule: the reference code, which runs under XLA.
+Shapes are B C H W unless B H W C is stated. Source of the SAME rule: the reference code, which runs under XLA.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Rows and columns to add: left, right, top, bottom.
+# Columns and rows to add: left, right, top, bottom.
 Border: TypeAlias = tuple[int, int, int, int]
 
 
 def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
-    """(low, high) of XLA's and TensorFlow's SAME rule: ceil(size / stride) outputs, odd padding at the end."""
+    """Return (low, high) of the SAME rule of XLA and TensorFlow: ceil(size / stride) outputs, odd padding at the end.
+
+    >>> same_padding(8, 3, 2)
+    (0, 1)
+    """
     total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
     return total // 2, total - total // 2
 
@@ -24,11 +28,11 @@ def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 def pad_input(
     x: Tensor, kernel_size: int, stride: int, *, padding: str = "same", value: float = 0.0
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Pads B C H W. Returns the tensor and the symmetric padding that the next op should add itself, so that
-    nothing is copied where both sides are equal and the fill is what the op would use.
+    """Return the padded input and the symmetric padding that the next op must add itself.
 
-    "same" is XLA's rule; "symmetric" is (k - 1) // 2 on every side, torch's and timm's custom. Both give
-    ceil(size / stride) outputs for odd kernels; at stride 2 they look at different places of even sizes.
+    Nothing is copied where both sides get equal padding, since the op can add that. "same" is XLA's rule; "symmetric"
+    is (k - 1) // 2 on every side, as in torch and timm. Both give ceil(size / stride) outputs for odd kernel sizes; at
+    stride 2 and even sizes their windows differ by one pixel.
     """
     border, sides = borders(x, kernel_size, stride, padding=padding)
     return (x if border is None else F.pad(x, border, value=value)), sides
@@ -37,7 +41,7 @@ def pad_input(
 def borders(
     x: Tensor, kernel_size: int, stride: int, *, padding: str
 ) -> tuple[Border | None, tuple[int, int]]:
-    """What `pad_input` adds to B C H W (None: nothing), and what the next op adds itself."""
+    """Return what `pad_input` adds to `x` (None: nothing), and what the next op must add itself."""
     if padding == "symmetric":
         side = (kernel_size - 1) // 2
         return None, (side, side)
@@ -49,7 +53,7 @@ def borders(
 
 
 def zero_border(x: Tensor, border: Border) -> Tensor:
-    """B H W C within `border` of zeros, without a gradient. `F.pad` writes zeros everywhere first."""
+    """Return `x` B H W C with `border` of zeros, without a gradient, faster than `F.pad`, which fills all with zeros first."""
     left, right, top, bottom = border
     count, height, width, channels = x.shape
     padded = x.new_empty(count, top + height + bottom, left + width + right, channels)
@@ -63,7 +67,7 @@ def zero_border(x: Tensor, border: Border) -> Tensor:
 
 
 def without_border(x: Tensor, border: Border) -> Tensor:
-    """The inside of B C H W, a view."""
+    """Return the view of `x` without its border."""
     left, right, top, bottom = border
     height, width = x.shape[-2:]
     return x[..., top : height - bottom, left : width - right]

@@ -1,7 +1,7 @@
-"""Weight standardization of one weight, forward and backward, for `normfree.ops.standardize`.
+"""Weight standardization of one weight in PyTorch ops, forward and backward, for `normfree.ops.standardize`.
 
-The PyTorch twin of the Triton kernels in `standardize_triton`, with as few passes over memory as
-possible. A filter is one row, in memory order, whatever the memory format.
+The equivalent of the kernels in `native/standardize.c` and `standardize_triton`, with as few passes over memory as
+possible. A filter is one row of a matrix, in memory order, for any memory format.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from torch import Tensor
 
 from normfree.native.dispatch import is_dense, laid_out_as
 
-#: Elements worked on at a time in the forward pass on a CPU, so that they stay in the cache from one operation to the
-#: next: 8 MB in float32. An eighth as many lose to calls what the cache saves (NFNet-F0's weights, two cores that share
-#: 32 MB).
+# Constants that keep standardization from dividing by zero. "floor": lower bound of variance · fan-in (reference code,
+# `WSConv2D`); "add": added to the variance (timm, `std_conv_eps`).
+WS_EPS = {"floor": 1e-4, "add": 1e-5}
+
+# Elements processed at a time in the forward pass on a CPU, so that they stay in the cache between operations: 8 MB in
+# float32. With an eighth of that, the overhead of calls outweighs the gain (measured with the weights of NFNet-F0 on
+# two cores that share 32 MB of cache).
 PART = 1 << 21
 
 
 class FilterMoments(NamedTuple):
-    """Per filter, O: the mean, and v·N with what is added to it."""
+    """Mean, and v·N plus the constant that is added to it, of each filter: O each."""
 
     mean: Tensor
     power: Tensor
 
 
 def constants(weight: Tensor, eps: str) -> tuple[float, float]:
-    """What is added to v·N and the floor under it; one of them is 0."""
+    """Return the constant added to v·N and the lower bound of v·N; one of them is 0."""
     return (0.0, WS_EPS["floor"]) if eps == "floor" else (WS_EPS["add"] * weight[0].numel(), 0.0)
 
 
@@ -35,9 +39,9 @@ def constants(weight: Tensor, eps: str) -> tuple[float, float]:
 def standardize_forward(
     weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: str = "floor"
 ) -> tuple[Tensor, FilterMoments]:
-    """`layers.standardize`, and what the backward pass needs of it.
+    """Return the result of `layers.standardize` and what the backward pass needs.
 
-    Computed, and returned, in float32 at least, in the memory format of `weight`.
+    Both are computed and returned in float32 or wider, in the memory format of `weight`.
     """
     weight, kind = _dense(weight), torch.promote_types(weight.dtype, torch.float32)
     added, floor = constants(weight, eps)
@@ -48,7 +52,7 @@ def standardize_forward(
         w, out, g, mean, power = (column[part] for column in columns)
         torch.mean(w.to(kind), 1, out=mean)
         torch.sub(w, mean[:, None], out=out)
-        torch.linalg.vector_norm(out, dim=1, out=power)  # a third of the time of a product and a sum
+        torch.linalg.vector_norm(out, dim=1, out=power)  # in a third of the time of square and sum
         power.square_().add_(added)
         out.mul_((g * torch.rsqrt(power.clamp(min=floor)) * scale)[:, None])
     return result, moments
@@ -64,11 +68,12 @@ def standardize_backward(
     eps: str = "floor",
     moments: FilterMoments | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and gain of `standardize` from that of its result.
+    """Return the gradients of weight and gain of `standardize` from `grad`, that of its result.
 
-    That of torch's batch norm, for which a filter is a channel of a batch of one: one pass over memory after one for
-    the sums. Filters at the floor or under it, which it does not know, are computed by the formula. In float32 at
-    least, returned in the types of weight and gain. moments: from `standardize_forward`; None: computed here.
+    It is the gradient of PyTorch's batch norm, for which a filter is a channel of a batch of one image: one pass over
+    memory after one for the sums. Batch norm has no lower bound, so filters at or below it use `closed_form`. The
+    gradients are computed in float32 or wider and returned in the dtypes of weight and gain. `moments` are those of
+    `standardize_forward`; None computes them here.
     """
     weight, kind = _dense(weight), torch.promote_types(weight.dtype, torch.float32)
     if moments is None:
@@ -82,18 +87,18 @@ def standardize_backward(
     )  # fmt: skip
     by_gain.mul_(scale / root)
     low = moments.power <= floor
-    if type(low) is Tensor and low.any():  # a tensor that only stands for one has no values to look at
+    if type(low) is Tensor and low.any():  # fake tensors have no values to read
         low = low.nonzero().flatten()
         by_weight[0, low], by_gain[low] = closed_form(rows[low], wide[low], back[low], scale=scale, eps=eps)
     return _from_rows(by_weight[0], weight).to(weight.dtype), by_gain.to(gain.dtype)
 
 
 def closed_form(rows: Tensor, gain: Tensor, grad: Tensor, *, scale: float, eps: str) -> tuple[Tensor, Tensor]:
-    """The same gradients for filters O x N, in closed form.
+    """Return the same gradients for filters O x N, in closed form.
 
     With d = w - μ, r = max(Σd², 1e-4) ** -0.5 and G the incoming gradient, per filter: ∂gain = scale·r·ΣGd and
-    ∂w = gain·scale·r·(G - mean(G) - h·d·r²·ΣGd). h is 1 above the floor, 1/2 at it and 0 below it, where r is
-    constant; with `eps="add"` it is 1.
+    ∂w = gain·scale·r·(G - mean(G) - h·d·r²·ΣGd). h is 1 if Σd² is above the lower bound 1e-4, 1/2 if it is equal and
+    0 if it is below, where r is constant; with `eps="add"` h is 1.
     """
     centered = rows - rows.mean(1, keepdim=True)
     added, floor = constants(rows, eps)
@@ -110,13 +115,13 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """O x elements of a filter, in the order of memory; a view."""
+    """Return a view O x N of the filters, in memory order."""
     in_order = tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)
     return in_order.view(len(tensor), -1)
 
 
 def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """Of what shape and memory format `like` is; the reverse of `_rows`."""
+    """Inverse of `_rows`: restore the shape and memory format of `like`."""
     if like.is_contiguous():
         return rows.view(like.shape)
     o, i, h, w = like.shape
@@ -126,8 +131,3 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
 def _parts(weight: Tensor) -> list[slice]:
     at_once = max(1, PART // weight[0].numel()) if weight.device.type == "cpu" else len(weight)
     return [slice(start, start + at_once) for start in range(0, len(weight), at_once)]
-
-
-#: How a standardized filter is kept from dividing by zero, and the constant. "floor": under variance * fan-in
-#: (reference code, `WSConv2D`); "add": to the variance (timm, `std_conv_eps`).
-WS_EPS = {"floor": 1e-4, "add": 1e-5}

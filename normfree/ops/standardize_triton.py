@@ -1,16 +1,16 @@
-"""Triton kernels of weight standardization: a program is a filter, whatever the number of convolutions.
+"""Triton kernels of weight standardization: one program per filter, one launch for all convolutions of a network.
 
-Imported by `normfree.ops.standardize` alone, and only where Triton is. Pointers come from a table, so that one
-launch serves a whole network:
+Only `normfree.ops.standardize` imports this file, when engine="triton" is requested: the kernels are tested in Triton's
+interpreter, but were never measured on a GPU. Pointers come from the tables of `normfree.native.table`:
 
-    table    int64 T x 8    per weight: addresses of weight, gain and two tensors of the kernel, elements in a filter,
-                            index of its first filter, address of the gain's gradient, nothing
-    owner    int32 U        which weight a filter belongs to
-    numbers  float32 T x 2  per weight: scale; elements in a filter times what is added to the variance
+    table    int64 T x 8    per weight: addresses of weight, gain, result (or its gradient) and the weight's gradient,
+                            elements in a filter, index of its first filter, address of the gain's gradient, 0
+    owner    int32 U        index of the weight that each filter belongs to
+    numbers  float32 T x 2  per weight: scale; the constant that is added to v·N
 
-A filter is one run of memory, which holds for contiguous weights and for channels_last ones. The hints of `ALIGNED`
-are what makes the compiler use 16-byte accesses; they are promises, so filters that cannot keep them have a launch of
-their own. In each kernel the first two loops find mean and power, the last one writes; the repeated reads are cached.
+A filter is one run of memory, as in contiguous and channels_last weights. The hints under `ALIGNED` make the compiler
+use 16-byte accesses. They are promises, so filters that cannot keep them get a launch of their own. In each kernel the
+first two loops compute mean and power, and the last one writes; the repeated reads are cached.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl  # type: ignore
 
 WIDTH = tl.constexpr(8)
 
-#: Types of the kernels that a program can write or read.
+# Dtypes of results that a program can write or read.
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
@@ -36,7 +36,7 @@ def forward(
     ALIGNED: tl.constexpr,
     OUT: tl.constexpr,
 ) -> None:
-    """Writes the standardized kernels, in the type `OUT`."""
+    """Write the standardized weights in the type `OUT`."""
     row = tl.program_id(0) + start
     which = tl.load(owner + row).to(tl.int64)
     entry = table + which * WIDTH
@@ -81,7 +81,7 @@ def backward(
     ALIGNED: tl.constexpr,
     OUT: tl.constexpr,
 ) -> None:
-    """Writes the gradients of weights and gains from those of the kernels, which are of the type `OUT`."""
+    """Write the gradients of weights and gains from those of the standardized weights, which have the type `OUT`."""
     row = tl.program_id(0) + start
     which = tl.load(owner + row).to(tl.int64)
     entry = table + which * WIDTH
@@ -115,9 +115,9 @@ def backward(
         total += d * d
         grad_total += d * tl.load(grads + at, mask=at < length, other=0.0).to(tl.float32)
     power = tl.sum(total, axis=0) + added
-    along = tl.sum(grad_total, axis=0)  # the part of the gradient that lies along the weights
+    along = tl.sum(grad_total, axis=0)  # component of the gradient along the weights
     inverse = 1.0 / tl.sqrt(tl.maximum(power, floor))
-    # Through the power all of it comes back above the floor, half at the floor, nothing below it.
+    # the gradient through the power: all of it above the lower bound, half at equality, none below
     open_ = tl.where(power > floor, 1.0, tl.where(power == floor, 0.5, 0.0))
     back = along * inverse * inverse * open_
     factor = gain * scale * inverse

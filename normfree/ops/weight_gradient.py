@@ -1,12 +1,12 @@
-"""The gradient of a convolution's kernel as matrix products, for CPUs.
+"""The gradient of a convolution's weight as matrix products, for CPUs.
 
-oneDNN's own, for channels_last tensors, reaches half of what its forward pass does: per filter and tap it walks over
-memory with the stride of a pixel. As products of the output's gradient (filters x pixels) with the input's patches
-(pixels x taps and channels) it takes a half to nine tenths of that time (docs/speed.md).
+For channels_last tensors, oneDNN computes this gradient at half the rate of its forward pass, because it reads memory
+with the stride of a pixel for each filter and tap. Products of the output's gradient (filters x pixels) with patches of
+the input (pixels x taps and channels) take 0.5 to 0.9 of that time (docs/speed.md).
 
-A patch is a view. Only the taps of one row are laid out side by side, for as many images as fit in the cache; with the
-images of a row of pixels behind one another, the patches of the next row of taps are the same matrix from a later row
-on. That writes a third of what whole patches of a 3x3 kernel would.
+A tap is one position in a filter. Patches hold only the taps of one row of the filter, for as many images as fit in the
+cache. Rows of pixels are ordered first and images second, so the patches for the next row of taps are the same matrix
+from a later row on. This writes a third of what whole patches of 3x3 filters would.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from normfree.ops.padding import zero_border
 
-#: Filters and input channels of a group below which oneDNN's way is as fast: measured from 8 to 1536.
+# Filters and input channels of a group below which oneDNN is as fast: measured from 8 to 1536.
 LEAST_FILTERS, LEAST_CHANNELS = 64, 16
 
-#: Bytes of patches laid out at a time: an eighth of the 32 MB that a server's cores share as last cache. From a fourth
-#: to twice as much is as fast for most layers, none is better for all (convolutions of NFNet-F0 and ResNet-50).
+# Bytes of patches written at a time: an eighth of the 32 MB of last-level cache that the cores of a server share.
+# A quarter of it to twice as much is as fast for most layers of NFNet-F0 and ResNet-50, and none is better for all.
 PATCHES = 4 << 20
 
 
@@ -33,9 +33,15 @@ def weight_gradient(
     padding: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """Gradient O I/groups H W of the kernel of `conv2d(x, kernel, None, stride, padding, 1, groups)`, channels_last.
+    """Return the gradient O I/groups h w of the weight of a convolution, in channels_last.
 
-    x: the input B I H W; grad: the gradient of the output. Any memory format; channels_last is not copied.
+    Args:
+        x: the input, B I H W; copied unless it is channels_last.
+        grad: the gradient of the output, B O H' W'; copied unless it is channels_last.
+        kernel_size: (h, w).
+        stride: of rows and columns.
+        padding: zeros added to (rows, columns).
+        groups: of the convolution.
     """
     x, grad = (t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1) for t in (x, grad))
     count, height, width, filters = grad.shape
@@ -52,7 +58,7 @@ def weight_gradient(
         by_output = grad[start : start + at_once].transpose(0, 1)
         images = by_output.shape[1]
         by_filter = by_output.reshape(height * images * width, groups, each).permute(1, 2, 0)
-        for phase in range(min(stride, rows)):  # rows of taps that meet the same rows of pixels
+        for phase in range(min(stride, rows)):  # rows of taps that read the same rows of pixels
             later = (rows - 1 - phase) // stride
             patches = x.as_strided(
                 (groups, height + later, images, width, columns, own),

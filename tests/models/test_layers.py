@@ -127,11 +127,15 @@ def test_a_function_of_ones_own_gets_its_gain():
             "WSConv2d(8, 12, kernel_size=3, groups=3). Allowed: groups that divide both channel counts. "
             "Fix: use groups=4, the largest, or a divisor of it.",
         ),
-        (lambda: scaled_activation("swish"), "activation 'swish' is not known."),
-        (lambda: gain_of(torch.zeros_like), "gain_of: the activation has variance 0.0 under N(0, 1); a gain needs a "
-         "finite variance above 0."),
-        (lambda: gain_of(lambda x: x.sum()), "gain_of: the activation maps shape (240001,) to (); it must act element "
-         "by element."),
+        (lambda: scaled_activation("sigmod"), "unknown activation 'sigmod'. Did you mean 'sigmoid'? Allowed: 'iden"),
+        (
+            lambda: gain_of(torch.zeros_like),
+            "the activation has variance 0.0 for inputs from N(0, 1). Allowed: a finite variance above 0. Fix: use ",
+        ),
+        (
+            lambda: gain_of(lambda x: x.sum()),
+            "the activation maps shape (240001,) to (). Allowed: functions that act element by element. Fix: pass ",
+        ),
     ],
 )  # fmt: skip
 def test_errors(call, message):

@@ -100,7 +100,10 @@ def test_feature_info_of_the_f0():
             "out_indices=(9,). Allowed: indices from 0 (the stem) to 4 (the last stage), or negative ones counted from "
             "the end. Fix: use out_indices=(0, 1, 2, 3, 4) for all maps, or a part of it.",
         ),
-        ({"out_indices": (1,)}, "out_indices=(1,) needs features_only=True."),
+        (
+            {"out_indices": (1,)},
+            "out_indices=(1,) without features_only. Allowed: features_only=True. Fix: add it, or drop out_indices.",
+        ),
     ],
 )  # fmt: skip
 def test_feature_errors(arguments, message):

@@ -1,4 +1,4 @@
-"""Every row is recognised by its names and shapes, in each naming that it has; nothing else is."""
+"""Every variant is recognized by its names and shapes, in each of its namings; nothing else is."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from normfree.models.recognize import recognize, shapes_of
 from normfree.models.variants import VARIANTS
 from normfree.weights.names import haiku_from_state_dict, timm_from_state_dict
 
-#: Rows up to the depth of F2 by default; the others are as different from each other, and slow.
-ROWS = [pytest.param(n, marks=[pytest.mark.slow] if sum(v.depths) > 36 else []) for n, v in VARIANTS.items()]
+# Variants up to the depth of F2 by default; the others are as different from each other, but slow.
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if sum(v.depths) > 36 else []) for n, v in VARIANTS.items()]
 
 
 def meta_state(name: str, num_classes: int = 7, in_channels: int = 2) -> dict[str, torch.Tensor]:
@@ -19,23 +19,22 @@ def meta_state(name: str, num_classes: int = 7, in_channels: int = 2) -> dict[st
 
 
 def same_weights(name: str) -> list[str]:
-    """Rows that share their tensors: DeepMind's, which timm computes in another way."""
+    """Return the variants with the same tensors: DeepMind's, which timm computes in another way."""
     bare = name.removeprefix("timm_dm_")
     return [n for n in (bare, f"timm_dm_{bare}") if n in VARIANTS]
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_every_row_recognises_itself_and_no_other(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_is_recognized_and_no_other(name):
     state = meta_state(name)
     assert recognize(state) == same_weights(name)
-    row = VARIANTS[name]
     if name.startswith("timm_"):
-        theirs = timm_from_state_dict(state, attention_at=row.attention_at)
+        theirs = timm_from_state_dict(state, attention_at=VARIANTS[name].attention_at)
         assert recognize(theirs) == same_weights(name)
 
 
 @pytest.mark.parametrize("name", ["nf_resnet_nano", "nf_resnet26", "nf_regnet_b0", "nfnet_f0"])
-def test_haiku_trees_are_rows_of_the_reference(name):
+def test_haiku_trees_are_variants_of_the_reference(name):
     shapes = shapes_of(VARIANTS[name], num_classes=1, in_channels=3)
     state = {k: torch.zeros(s) for k, s in shapes.items()}
     assert recognize(haiku_from_state_dict(state)) == [name]
@@ -49,20 +48,20 @@ def test_shapes_are_those_of_the_network():
 
 
 @pytest.mark.parametrize("num_classes", [0, 1, 1000])
-def test_classes_and_channels_are_read_off(num_classes):
+def test_any_number_of_classes_and_channels(num_classes):
     assert recognize(meta_state("nf_resnet_nano", num_classes, 5)) == ["nf_resnet_nano"]
 
 
-def test_what_is_not_recognised_names_the_closest_row_and_the_differences():
+def test_the_error_names_the_closest_variant_and_the_differences():
     state = meta_state("nf_resnet_nano")
     state["stranger"] = state.pop("stem.conv0.gain")
     state["head.bias"] = torch.empty(9, device="meta")
     with pytest.raises(ValueError) as error:  # noqa: PT011  # compared below
         recognize(state)
     assert str(error.value) == (
-        "84 tensors are of no network known here. Closest: nf_resnet_nano, but head.bias has shape (9,), "
+        "no variant has these 84 tensors; the closest is nf_resnet_nano, but head.bias has shape (9,), "
         "expected (7,); stem.conv0.gain is missing; stranger is unknown. "
-        "Fix: load them into a changed row, create_model('nf_resnet_nano', field=value)."
+        "Fix: make a changed variant with create_model('nf_resnet_nano', field=value) and load them into it."
     )
     del state["stages.2.1.conv2.bias"], state["stages.2.1.conv2.gain"]
     with pytest.raises(ValueError, match=r"stages.2.1.conv2.bias is missing; .*; and 1 more\. Fix"):
@@ -72,20 +71,18 @@ def test_what_is_not_recognised_names_the_closest_row_and_the_differences():
 @pytest.mark.parametrize(
     "name", ["nfnet_f0", "bn_nfnet_f0", "nf_resnet50", "nf_regnet_b1", "timm_eca_nfnet_l0"]
 )
-def test_the_closest_row_is_of_the_same_family(name):
+def test_the_closest_variant_is_of_the_same_family(name):
     state = meta_state(name)
     state["head.bias"] = torch.empty(9, device="meta")
     with pytest.raises(
-        ValueError, match=rf"Closest: {name}, but head.bias has shape \(9,\), expected \(7,\)\. Fix"
+        ValueError, match=rf"closest is {name}, but head.bias has shape \(9,\), expected \(7,\)\. Fix"
     ):
         recognize(state)
 
 
 @pytest.mark.parametrize("source", [{}, {"a": 3}, {"head.weight": np.zeros(3)}])
-def test_what_is_no_state_dict(source):
-    with pytest.raises(
-        ValueError, match="a state dict or a haiku tree was expected, with at least one tensor"
-    ):
+def test_other_objects_are_refused(source):
+    with pytest.raises(ValueError, match="Allowed: a state dict or a haiku tree with at least one tensor"):
         recognize(source)
-    with pytest.raises(ValueError, match=r"1 tensors are of no network known here\. Closest: "):
+    with pytest.raises(ValueError, match="no variant has these 1 tensors; the closest is "):
         recognize({"a": torch.zeros(3)})

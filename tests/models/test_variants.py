@@ -1,4 +1,4 @@
-"""Parameter counts and multiply-accumulates against the papers' tables and the reference code's own counts."""
+"""Parameters and multiply-accumulates against the tables of the papers and the counts of the reference code."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_nf_resnets_with_squeeze_excite(name):
 
 
 @pytest.mark.parametrize("level", range(8))
-def test_plus_rows_with_an_unfloored_bottleneck(level):
+def test_plus_variants_with_an_unfloored_bottleneck(level):
     cost = count(variant_of(f"nfnet_f{level}_plus").with_overrides({"floor_bottleneck": False}))
     parameters, macs = UNFLOORED_PLUS[level]
     assert (cost.parameters, giga(cost.macs, macs)) == (parameters, macs)
@@ -97,8 +97,8 @@ def test_plus_rows_with_an_unfloored_bottleneck(level):
 
 @pytest.mark.parametrize("level", range(8))
 def test_macs_at_the_training_size(level):
-    row = variant_of(f"nfnet_f{level}")
-    assert giga(count(row, image_size=row.train_size).macs, TRAIN_MACS[level]) == TRAIN_MACS[level]
+    variant = variant_of(f"nfnet_f{level}")
+    assert giga(count(variant, image_size=variant.train_size).macs, TRAIN_MACS[level]) == TRAIN_MACS[level]
 
 
 @pytest.mark.parametrize(
@@ -106,26 +106,26 @@ def test_macs_at_the_training_size(level):
     [(2, "1.0995", "1.1451"), (5, "10.561", "11.098"), (6, "19.687", "20.137"), (7, "37.448", "38.161")],
 )
 def test_regnets_whose_test_size_is_no_multiple_of_32(level, printed, computed, monkeypatch):
-    """The reference's counting code halves 17 to 8.5, the network (SAME padding) to 9: both are computed."""
-    row = variant_of(f"nf_regnet_b{level}")
-    assert giga(count(row).macs, computed) == computed
+    """The reference code counts with 17 / 2 = 8.5, its network (SAME padding) has 9: both are computed here."""
+    variant = variant_of(f"nf_regnet_b{level}")
+    assert giga(count(variant).macs, computed) == computed
     monkeypatch.setattr(math, "ceil", lambda fraction: fraction)
-    assert giga(count(row).macs, printed) == printed
+    assert giga(count(variant).macs, printed) == printed
 
 
 @pytest.mark.parametrize("name", [n for n in list_models() if count(variant_of(n)).parameters < 80e6])
 def test_arithmetic_equals_the_network_on_the_meta_device(name):
-    row = variant_of(name)
-    cost = count(row)
-    assert (cost.parameters, cost.macs) == on_meta(row, row.test_size)
+    variant = variant_of(name)
+    cost = count(variant)
+    assert (cost.parameters, cost.macs) == on_meta(variant, variant.test_size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in list_models() if count(variant_of(n)).parameters >= 80e6])
 def test_arithmetic_equals_the_large_networks_on_the_meta_device(name):
-    row = variant_of(name)
-    cost = count(row)
-    assert (cost.parameters, cost.macs) == on_meta(row, row.test_size)
+    variant = variant_of(name)
+    cost = count(variant)
+    assert (cost.parameters, cost.macs) == on_meta(variant, variant.test_size)
 
 
 def test_resnet50_twin_has_the_size_of_a_resnet50_v2():
@@ -139,27 +139,27 @@ def test_depths_are_multiples_of_f0():
 
 
 @pytest.mark.parametrize("level", range(4))
-def test_ablation_rows_lead_from_the_baseline_to_the_nfnet(level):
+def test_ablation_variants_lead_from_the_baseline_to_the_nfnet(level):
     baseline, width, final = (variant_of(f"nfnet_f{level}{s}") for s in ("_baseline", "_width_pattern", ""))
     assert baseline.with_overrides({"widths": final.widths}) == width
     assert width.with_overrides({"second_conv": True}) == final
     assert variant_of(f"nfnet_f{level}_default_width").with_overrides({"widths": final.widths}) == final
 
 
-def test_every_twin_differs_in_the_norm_alone():
+def test_every_twin_differs_only_in_the_norm():
     twins = {f"bn_nfnet_f{i}": f"nfnet_f{i}" for i in range(4)}
     twins |= {n: f"nf_{n}" for n in list_models("resnet*")}
     assert len(twins) == 4 + 6 + len(list_models("nf_resnet_*"))
-    for twin, row in twins.items():
-        same = {"norm": "none", "classifier_std": VARIANTS[row].classifier_std}
-        assert VARIANTS[twin].with_overrides(same) == VARIANTS[row]
+    for twin, name in twins.items():
+        same = {"norm": "none", "classifier_std": VARIANTS[name].classifier_std}
+        assert VARIANTS[twin].with_overrides(same) == VARIANTS[name]
 
 
-def test_small_rows_have_a_third_to_three_million_parameters():
+def test_small_variants_have_a_third_to_three_million_parameters():
     for name in list_models("nf_resnet_*"):
-        row = variant_of(name)
-        assert row.train_size <= 64
-        assert 0.3e6 < count(row, num_classes=10).parameters < 3.2e6
+        variant = variant_of(name)
+        assert variant.train_size <= 64
+        assert 0.3e6 < count(variant, num_classes=10).parameters < 3.2e6
 
 
 def test_list_models_matches_patterns_in_table_order():
@@ -171,33 +171,34 @@ def test_list_models_matches_patterns_in_table_order():
     ("name", "fields", "message"),
     [
         ("nfnet-f0", {}, "unknown model 'nfnet-f0'. Did you mean 'nfnet_f0'? All names: normfree list models"),
-        ("nfnet_f0", {"width": (1,)}, "unknown model field 'width'. Did you mean 'widths'? Fields: depths, "),
-        ("nfnet_f0", {"activation": "swish"}, "activation 'swish' is not known."),
-        ("nfnet_f0", {"activation": "glu"}, "activation='glu' halves the channels, so no row can use it; "
-         "nearest is 'silu'."),
-        ("nfnet_f0", {"depths": (1, 2)}, "depths=(1, 2), widths=(256, 512, 1536, 1536), strides=(1, 2, 2, 2): "
-         "depths, widths and strides need one entry per stage; give strides=(1, 2) too."),
-        ("nfnet_f0", {"widths": (64, 128, 128, 128)}, "group_width=128 is wider than a branch of 32 channels; "
-         "group_width=32 or less fits."),
-        ("nfnet_f0", {"drop_rate": 1.0}, "drop_rate=1.0: expected a number in [0, 1)."),
-        ("nfnet_f0", {"depths": (0, 1, 1, 1)}, "depths=(0, 1, 1, 1), widths=(256, 512, 1536, 1536): every stage "
-         "needs at least one block and one channel."),
+        ("nfnet_f0", {"width": (1,)}, "unknown model field 'width'. Did you mean 'widths'? Allowed: 'depths', "),
+        ("nfnet_f0", {"activation": "sil"}, "unknown activation 'sil'. Did you mean 'silu'? Allowed: 'identity', "),
+        ("nfnet_f0", {"activation": "glu"}, "activation='glu' halves the channels. Allowed: activations that keep the "
+         "shape. Fix: use the similar 'silu'."),
+        ("nfnet_f0", {"depths": (1, 2)}, "depths=(1, 2), widths=(256, 512, 1536, 1536), strides=(1, 2, 2, 2). "
+         "Allowed: one entry per stage. Fix: pass strides=(1, 2) too."),
+        ("nfnet_f0", {"widths": (64, 128, 128, 128)}, "group_width=128 is wider than a branch of 32 channels. "
+         "Allowed: 1 to 32, or 0 for no groups. Fix: use group_width=32."),
+        ("nfnet_f0", {"drop_rate": 1.0}, "drop_rate=1.0. Allowed: 0 or more, and less than 1. Fix: use 0.0 for none."),
+        ("nfnet_f0", {"depths": (0, 1, 1, 1)}, "depths=(0, 1, 1, 1), widths=(256, 512, 1536, 1536). Allowed: at least "
+         "one block and one channel per stage. Fix: use 1 or more."),
         ("nfnet_f0", {"stem": "conv"}, "stem='conv'. Did you mean 'conv3'? Allowed: deep, deep_128, conv7_pool, "),
         ("nfnet_f0", {"attention": "ecs"}, "attention='ecs'. Did you mean 'eca'? Allowed: se, eca, none."),
-        ("nfnet_f0", {"drop_rate": "high"}, "drop_rate='high': expected a number."),
-        ("nfnet_f0", {"second_conv": 1}, "second_conv=1: expected True or False."),
-        ("nfnet_f0", {"train_size": True}, "train_size=True: expected a whole number."),
-        ("nfnet_f0", {"depths": 3}, "depths=3: expected whole numbers, one for each stage or part."),
-        ("nfnet_f0", {"num_classes": -1}, "num_classes=-1: expected a count, or 0 for pooled features."),
+        ("nfnet_f0", {"drop_rate": "high"}, "drop_rate='high'. Allowed: a number."),
+        ("nfnet_f0", {"second_conv": 1}, "second_conv=1. Allowed: True or False."),
+        ("nfnet_f0", {"train_size": True}, "train_size=True. Allowed: an integer."),
+        ("nfnet_f0", {"depths": 3}, "depths=3. Allowed: a tuple of integers."),
+        ("nfnet_f0", {"num_classes": -1}, "num_classes=-1. Allowed: a count, or 0 for pooled features."),
     ],
 )  # fmt: skip
-def test_errors_say_what_is_allowed(name, fields, message):
+def test_errors_name_the_allowed_values(name, fields, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is compared below
         create_model(name, **fields)
     assert str(error.value).startswith(message)
 
 
-def test_a_row_built_from_its_own_fields_is_the_row():
-    row = variant_of("nf_regnet_b2")
-    assert row.with_overrides({"depths": list(row.depths), "widths": list(row.widths)}) == row
+def test_a_variant_built_from_its_own_fields_is_equal():
+    variant = variant_of("nf_regnet_b2")
+    fields = {"depths": list(variant.depths), "widths": list(variant.widths)}
+    assert variant.with_overrides(fields) == variant
     assert set(STEMS) >= {v.stem for v in VARIANTS.values()}

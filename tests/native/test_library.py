@@ -75,7 +75,7 @@ def all_results() -> list[Tensor]:
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
     assert 0.0 < float(report) < 1.0
     kernel = torch.randn(32, 48, 3, 3)
-    found += [filter_planes(kernel, groups=2, turned=turned) for turned in (False, True)]
+    found += [filter_planes(kernel, groups=2, rotated=rotated) for rotated in (False, True)]
     found += [report.grad_norm, *(p.grad for p in net.parameters()), *net.parameters()]
     found += [*optimizer.named_state().values(), *ema.module.state_dict().values()]
     return [t.detach().clone() for t in found]

@@ -96,10 +96,10 @@ def test_the_error_is_that_of_rounding(case: tuple[int, ...]) -> None:
         assert float((got - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_turned_planes_are_those_of_turned_filters() -> None:
+def test_planes_of_rotated_filters_equal_rotated_planes() -> None:
     """And the matrices are the transposed ones: N and K change places."""
     weight = torch.randn(32, 48, 3, 3)
-    planes = filter_planes(weight, groups=1, turned=True)
+    planes = filter_planes(weight, groups=1, rotated=True)
     other = filter_planes(weight.flip(2, 3).transpose(0, 1), groups=1)
     assert planes.shape == other.shape == (16, 48, 32)
     torch.testing.assert_close(planes, other, rtol=1e-6, atol=1e-6)
