@@ -1,6 +1,6 @@
-"""The one thing that pyproject.toml cannot say in a way that lasts: loops for CPUs, in C.
+"""Builds the compiled kernels, which pyproject.toml cannot describe in a stable way.
 
-A machine without a compiler, or without OpenMP, gets the package without them.
+On a machine without a compiler or without OpenMP the package is installed without them.
 """
 
 from setuptools import Extension, setup
@@ -16,7 +16,7 @@ setup(
                 "normfree/native/activations.c",
             ],
             depends=["normfree/native/share.h"],
-            # -ffp-contract=off is what share.h promises; the two before it let loops with a choice become vectors.
+            # -ffp-contract=off keeps the promise of share.h; the two flags before it let conditional loops vectorize
             extra_compile_args=[
                 "-O3",
                 "-funroll-loops",

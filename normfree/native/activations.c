@@ -1,7 +1,7 @@
-/* Activations x g(x), and their gradients: GELU in its form with tanh, and SiLU. Called by `normfree.ops.gelu`.
+/* Activations x g(x) and their gradients: GELU in its tanh form, and SiLU. Called by `normfree.ops.gelu`.
  *
- * One pass over memory, without branches, so that the compiler makes vectors of it. Both gates are the logistic function,
- * from exp of a number that is not above 0, with a small relative error in either tail. */
+ * One pass over memory, without branches, so that the compiler vectorizes it. Both gates g are the logistic function,
+ * computed from exp of a number that is at most 0, so the relative error is small in both tails. */
 
 #include <string.h>
 
@@ -14,13 +14,13 @@ typedef struct {
     float *out;
 } Work;
 
-/* g(x), and the derivative of x g(x). */
+/* g(x) and the derivative of x g(x). */
 typedef struct {
     float value, slope;
 } Pair;
 
-/* exp(x) for x <= 0, and 0 for what would not be a normal number. 2^k exp(r), |r| <= ln 2 / 2; coefficients: least
- * largest relative error, 3e-9, of 1 + r + r² q(r) with q of degree 4. */
+/* exp(x) for x <= 0; 0 where the result would be subnormal. It is 2^k exp(r), |r| <= ln 2 / 2, with the minimax
+ * polynomial 1 + r + r² q(r), q of degree 4, whose relative error is at most 3e-9. */
 INLINE float exp_of(float x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it leaves a whole number in the low bits */
     float near = x < -87.0f ? -87.0f : x;
@@ -40,7 +40,7 @@ INLINE float exp_of(float x) {
     return x < -87.0f ? 0.0f : value;
 }
 
-/* The logistic function 1 / (1 + exp(-u)), and with `by_x` = du/dx what it gives. */
+/* Value of the logistic function 1 / (1 + exp(-u)), and slope of x times it, where `by_x` is du/dx. */
 INLINE Pair logistic(float x, float u, float by_x) {
     float e = exp_of(-fabsf(u)), s = 1.0f / (1.0f + e), value = u < 0.0f ? e * s : s;
     return (Pair){value, value + x * e * s * s * by_x};

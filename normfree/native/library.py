@@ -1,7 +1,7 @@
-"""The compiled kernels: loops over float32 tensors on a CPU that torch has no single operation for.
+"""The compiled kernels: loops over float32 tensors on a CPU for which PyTorch has no single operation.
 
-pip compiles them where it finds a C compiler with OpenMP. Elsewhere torch's own operations do the same in more passes
-over memory; so they do for other types, other devices, and whatever watches operations. Nobody has to know.
+pip compiles them if it finds a C compiler with OpenMP. Without them, and for other dtypes, devices or under tracing, we
+fall back to equivalent PyTorch ops, which make more passes over memory.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-#: `native_version` in update.c: changes with any signature of these.
+from normfree.suggest import problem
+
+# `native_version` in update.c; increase both with any change of a signature below.
 VERSION = 2
 
-#: Elements below which one thread is faster than several.
+# Elements below which one thread is faster than several.
 SMALL = 2**16
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -40,9 +42,10 @@ _SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None: no compiler was found when the package was installed.
+    """Return the compiled kernels, or None if no compiler was found when the package was installed.
 
-    Raises ImportError if they were compiled from another version of the package.
+    Raises:
+        ImportError: they were compiled from another version of the package.
     """
     spec = importlib.util.find_spec("normfree.native._compiled")
     if spec is None or spec.origin is None:
@@ -51,8 +54,11 @@ def library() -> ctypes.CDLL | None:
     version = ctypes.c_int.in_dll(found, "native_version").value
     if version != VERSION:
         raise ImportError(
-            f"{spec.origin} was compiled from version {version} of its source. This package needs version {VERSION}. "
-            "Install it again, in a checkout by: pip install --editable ."
+            problem(
+                f"{spec.origin} was compiled from version {version} of its source",
+                allowed=f"version {VERSION}",
+                fix="install the package again, in a checkout with: pip install --editable .",
+            )
         )
     for name, types in _SIGNATURES.items():
         function = getattr(found, name)
@@ -61,8 +67,14 @@ def library() -> ctypes.CDLL | None:
 
 
 def run(name: str, *arguments: Tensor | float, count: int, elements: int) -> None:
-    """Calls kernel `name` with `arguments`, tensors as their addresses, for `count` items of so many elements in all,
-    by as many threads as torch uses."""
+    """Call a kernel, with as many threads as PyTorch uses, or one if there is little work.
+
+    Args:
+        name: of the C function.
+        *arguments: its arguments before the last two; tensors are passed as their addresses.
+        count: items to process, its last argument but one.
+        elements: in all items together.
+    """
     threads = torch.get_num_threads() if elements >= SMALL else 1
     plain = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
     getattr(library(), name)(*plain, count, threads)

@@ -1,12 +1,12 @@
-/* Weight standardization, filter by filter: the twin in C of `normfree.ops.standardize_triton`, which says what `table`, `owner`
- * and `numbers` hold. Called by `normfree.ops.standardize`. */
+/* Weight standardization, one filter at a time. `normfree.ops.standardize` calls it; `normfree.ops.standardize_triton`
+ * is the same in Triton and describes `table`, `owner` and `numbers`. `floor` is the lower bound of v·N. */
 
 #include "share.h"
 
-enum { CHUNK = 32 }; /* filters at a time: some 100 KB */
+enum { CHUNK = 32 }; /* filters at a time: about 100 KB */
 
 typedef struct {
-    int64_t weights, gain, kernel, by_weight; /* addresses; `kernel` is the gradient's on the way back */
+    int64_t weights, gain, result, by_weight; /* addresses; backward, `result` is that of the result's gradient */
     int64_t length, first, by_gain, nothing;
 } Row;
 
@@ -22,13 +22,13 @@ INLINE float sum(const float *restrict x, int64_t length) {
     return (float)total;
 }
 
-/* Sum of (x - mean) * (y - mean of y), for which one of both means is enough. */
+/* Sum of (x - mean) * (y - shift). If `mean` is the mean of x, the result does not depend on `shift`. */
 INLINE float sum_of_products(const float *restrict x, float mean, const float *restrict y, float shift, int64_t length) {
     SUM(total, length, (x[i] - mean) * (y[i] - shift))
     return (float)total;
 }
 
-/* One filter of the table: where it lies, and what both ways need of it. */
+/* One filter of the table: its position, and what forward and backward need. */
 typedef struct {
     const Row *row;
     const float *w;
@@ -51,7 +51,7 @@ WIDE void standardize_forward_between(const void *given, int64_t start, int64_t 
     for (int64_t number = start; number < stop; number++) {
         Filter f = find(work, number);
         const float *restrict w = f.w;
-        float *restrict out = at(f.row->kernel, f.offset);
+        float *restrict out = at(f.row->result, f.offset);
         float factor = f.gain * f.scale / sqrtf(fmaxf(f.power, work->floor));
         for (int64_t i = 0; i < f.row->length; i++) out[i] = (w[i] - f.mean) * factor;
     }
@@ -62,12 +62,12 @@ WIDE void standardize_backward_between(const void *given, int64_t start, int64_t
     for (int64_t number = start; number < stop; number++) {
         Filter f = find(work, number);
         int64_t length = f.row->length;
-        const float *restrict w = f.w, *restrict g = at(f.row->kernel, f.offset);
+        const float *restrict w = f.w, *restrict g = at(f.row->result, f.offset);
         float *restrict out = at(f.row->by_weight, f.offset);
         float grad_mean = sum(g, length) / (float)length;
         float along = sum_of_products(w, f.mean, g, 0.0f, length);
         float inverse = 1.0f / sqrtf(fmaxf(f.power, work->floor));
-        /* Through the power all of it comes back above the floor, half at the floor, nothing below it. */
+        /* the gradient through the power: all of it above the lower bound, half at equality, none below */
         float part = f.power > work->floor ? 1.0f : f.power == work->floor ? 0.5f : 0.0f;
         float back = along * inverse * inverse * part, factor = f.gain * f.scale * inverse;
         for (int64_t i = 0; i < length; i++) out[i] = factor * (g[i] - grad_mean - (w[i] - f.mean) * back);
@@ -75,13 +75,13 @@ WIDE void standardize_backward_between(const void *given, int64_t start, int64_t
     }
 }
 
-/* Writes the standardized kernels. */
+/* Write the standardized weights. */
 void standardize_forward(
     const Row *table, const int32_t *owner, const float *numbers, float floor, int64_t filters, int threads) {
     share(standardize_forward_between, &(Work){table, owner, numbers, floor}, filters, CHUNK, threads);
 }
 
-/* Writes the gradients of weights and gains from those of the kernels. */
+/* Write the gradients of weights and gains from those of the standardized weights. */
 void standardize_backward(
     const Row *table, const int32_t *owner, const float *numbers, float floor, int64_t filters, int threads) {
     share(standardize_backward_between, &(Work){table, owner, numbers, floor}, filters, CHUNK, threads);

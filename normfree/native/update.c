@@ -1,12 +1,12 @@
-/* One optimizer step, unit by unit of AGC: the twin in C of `normfree.optim.fused_triton`, which says what `table`, `owner` and
- * `numbers` hold. Called by `normfree.optim.units` and `normfree.optim.fused`. */
+/* One optimizer step, one unit of AGC at a time. `normfree.optim.units` and `normfree.optim.fused` call it;
+ * `normfree.optim.fused_triton` is the same in Triton and describes `table`, `owner` and `numbers`. */
 
 #include "share.h"
 
-/* VERSION of normfree.native.library: changes with any signature in this room. */
+/* VERSION of normfree.native.library: increase both with any change of a signature in this folder. */
 const int native_version = 2;
 
-enum { CHUNK = 32 };  /* units at a time: some 100 KB */
+enum { CHUNK = 32 };  /* units at a time: about 100 KB */
 #define FLOOR 1e-6f   /* GRADIENT_FLOOR of normfree.optim.agc */
 
 typedef struct {
@@ -50,7 +50,7 @@ WIDE void scale_between(const void *given, int64_t start, int64_t stop) {
     }
 }
 
-/* Decay, momentum, step and average of one unit; compiled for each pair of `nesterov` and `average`. */
+/* Decay, momentum, step and average of one unit, compiled for each combination of `nesterov` and `average`. */
 INLINE void step(
     float *restrict p, const float *restrict g, float *restrict m, float *restrict e, int64_t length, float scale,
     const float *group, float weight, int nesterov, int average) {
@@ -64,7 +64,7 @@ INLINE void step(
         p[i] = next;
         if (average) {
             float gap = next - e[i];
-            /* torch.lerp's two forms: each is exact at its end of [0, 1]. */
+            /* the two forms of torch.lerp, each exact at its end of [0, 1] */
             e[i] = near ? e[i] + weight * gap : next - gap * (1.0f - weight);
         }
     }
@@ -94,17 +94,17 @@ WIDE void update_between(const void *given, int64_t start, int64_t stop) {
     }
 }
 
-/* squares[unit] = sum of g² over the unit. */
+/* squares[unit] = sum of g² over the unit */
 void unit_squares(const Row *table, const int32_t *owner, float *squares, int64_t units, int threads) {
     share(squares_between, &(Work){.table = table, .owner = owner, .values = squares}, units, CHUNK, threads);
 }
 
-/* g *= factors[unit] over the unit; where that is 1, g is not touched. */
+/* g *= factors[unit] over the unit; units with a factor of 1 are not accessed */
 void scale_units(const Row *table, const int32_t *owner, float *factors, int64_t units, int threads) {
     share(scale_between, &(Work){.table = table, .owner = owner, .values = factors}, units, CHUNK, threads);
 }
 
-/* Clipping, decay, momentum, step and average; clipped[unit] says who was over. Gradients are only read. */
+/* Clipping, decay, momentum, step and average; clipped[unit] = 1 if the unit was clipped. Gradients are only read. */
 void update(
     const Row *table, const int32_t *owner, const float *numbers, float *squares, int8_t *clipped, float eps,
     int average, int64_t units, int threads) {

@@ -1,7 +1,7 @@
 /* 3x3 convolutions by F(2 x 2, 3 x 3), which `normfree.ops.winograd` explains and calls.
  *
- * A map is B H W C. It has a tile for every 2 x 2 outputs, in the order of memory; the last ones may reach beyond it.
- * Its planes are 16 matrices tiles x channels, one for each place in a tile of 4 x 4. Filters and their gradients are
+ * A map is B H W C. It has a tile for every 2 x 2 outputs, in memory order; the last ones may extend beyond its border.
+ * Its planes are 16 matrices tiles x channels, one for each position in a tile of 4 x 4. Filters and their gradients are
  * O 3 3 I/groups. Channels and filters of a group are multiples of PANEL. */
 
 #include <string.h>
@@ -9,29 +9,29 @@
 #include "share.h"
 
 enum { EIGHT = 8, PANEL = 16, ROWS = 6 }; /* lanes of a register; columns and rows of a small product */
-enum { PAD = 16 }; /* numbers between planes: a power of two apart, they would share one set of the cache */
+enum { PAD = 16 }; /* numbers between planes: a distance of a power of two would map all to one set of the cache */
 
 #define EACH(lane, count) for (int lane = 0; lane < (count); lane++)
 
-/* A map, and planes of some of its tiles and channels. */
+/* A map, and the planes of some of its tiles and channels. */
 typedef struct {
     float *map, *planes;
-    const float *border; /* a pixel: of zeros, or, where outputs are written, what is added to each */
+    const float *border; /* a pixel of zeros outside the map; for outputs, a pixel that is added to each (the bias) */
     int64_t height, width, channels; /* of the map */
-    int64_t from, to, each;          /* channels that the planes have; 16 planes for each so many of them */
-    int64_t first, plane;            /* tile that the planes begin with; from plane to plane */
+    int64_t from, to, each;          /* range of channels of the planes; every `each` channels have 16 planes */
+    int64_t first, plane;            /* first tile of the planes; distance from plane to plane */
 } Maps;
 
-/* Where a tile lies: its image and the first of its outputs. */
+/* The image of a tile, and the row and column of its first output. */
 typedef struct {
     int64_t image, top, left;
-} Place;
+} Corner;
 
-INLINE Place place(const Maps *k, int64_t tile) {
+INLINE Corner corner_of(const Maps *k, int64_t tile) {
     int64_t tall = (k->height + 1) / 2, wide = (k->width + 1) / 2;
     tile += k->first;
     int64_t inside = tile % (tall * wide);
-    return (Place){tile / (tall * wide), inside / wide * 2, inside % wide * 2};
+    return (Corner){tile / (tall * wide), inside / wide * 2, inside % wide * 2};
 }
 
 INLINE float *pixel(const Maps *k, int64_t image, int64_t y, int64_t x) {
@@ -39,18 +39,18 @@ INLINE float *pixel(const Maps *k, int64_t image, int64_t y, int64_t x) {
     return inside ? k->map + ((image * k->height + y) * k->width + x) * k->channels : (float *)k->border;
 }
 
-/* The first number of `tile` and `channel` on the first plane. */
+/* Address of `tile` and `channel` in the first plane. */
 INLINE float *on_plane(const Maps *k, int64_t tile, int64_t channel) {
     int64_t inside = channel - k->from;
     return k->planes + inside / k->each * 16 * k->plane + tile * k->each + inside % k->each;
 }
 
-/* planes = Bᵀ d B of the 4 x 4 pixels d around the tile. */
+/* planes = Bᵀ d B of the 4 x 4 pixels d around the tile */
 INLINE void input_tile(const Maps *k, int64_t tile) {
     int64_t plane = k->plane;
-    Place here = place(k, tile);
+    Corner corner = corner_of(k, tile);
     const float *from[16];
-    for (int i = 0; i < 16; i++) from[i] = pixel(k, here.image, here.top - 1 + i / 4, here.left - 1 + i % 4);
+    for (int i = 0; i < 16; i++) from[i] = pixel(k, corner.image, corner.top - 1 + i / 4, corner.left - 1 + i % 4);
     for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
         float *restrict to = on_plane(k, tile, channel);
         float d[16][EIGHT], e[16][EIGHT];
@@ -73,9 +73,9 @@ INLINE void input_tile(const Maps *k, int64_t tile) {
 /* map = Aᵀ m A + border of the 4 x 4 numbers m of the tile. */
 INLINE void output_tile(const Maps *k, int64_t tile) {
     int64_t plane = k->plane, row = k->width * k->channels, next = k->channels;
-    Place here = place(k, tile);
-    int down = here.top + 1 < k->height, right = here.left + 1 < k->width;
-    float *pixels = pixel(k, here.image, here.top, here.left);
+    Corner corner = corner_of(k, tile);
+    int down = corner.top + 1 < k->height, right = corner.left + 1 < k->width;
+    float *pixels = pixel(k, corner.image, corner.top, corner.left);
     for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
         const float *from = on_plane(k, tile, channel), *added = k->border + channel;
         float *restrict to = pixels + channel;
@@ -95,9 +95,9 @@ INLINE void output_tile(const Maps *k, int64_t tile) {
 /* planes = A g Aᵀ of the 2 x 2 gradients g of the tile. */
 INLINE void gradient_tile(const Maps *k, int64_t tile) {
     int64_t plane = k->plane;
-    Place here = place(k, tile);
+    Corner corner = corner_of(k, tile);
     const float *from[4];
-    for (int i = 0; i < 4; i++) from[i] = pixel(k, here.image, here.top + i / 2, here.left + i % 2);
+    for (int i = 0; i < 4; i++) from[i] = pixel(k, corner.image, corner.top + i / 2, corner.left + i % 2);
     for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
         float *restrict to = on_plane(k, tile, channel);
         float e[8][EIGHT];
@@ -120,13 +120,13 @@ INLINE void gradient_tile(const Maps *k, int64_t tile) {
 
 typedef struct {
     float *filters, *planes;
-    int64_t inputs, each, plane; /* of a filter; filters of a group; from plane to plane */
-    int turned;
+    int64_t inputs, each, plane; /* channels of a filter; filters of a group; distance from plane to plane */
+    int rotated;
 } Filters;
 
-/* out = G f Gᵀ of the 3 x 3 numbers f of PANEL inputs: place i of lane l at out[i·PANEL² + l·step]. Turning a filter by
- * half a circle exchanges the first and the last row, and column, of that. */
-INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, int64_t step, int turned) {
+/* out = G f Gᵀ of the 3 x 3 numbers f of PANEL inputs, with position i of lane l at out[i·PANEL² + l·step]. Rotating a
+ * filter by 180 degrees exchanges the first and last rows, and the first and last columns, of the result. */
+INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, int64_t step, int rotated) {
     float e[12][PANEL];
     for (int i = 0; i < 3; i++) EACH(l, PANEL) {
         float a = f[i * inputs + l], b = f[(3 + i) * inputs + l], c = f[(6 + i) * inputs + l];
@@ -136,19 +136,19 @@ INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, i
         e[9 + i][l] = c;
     }
     for (int i = 0; i < 4; i++) {
-        float *restrict to = out + 4 * (turned && i % 3 == 0 ? 3 - i : i) * PANEL * PANEL;
+        float *restrict to = out + 4 * (rotated && i % 3 == 0 ? 3 - i : i) * PANEL * PANEL;
         EACH(l, PANEL) {
             float a = e[3 * i][l], b = e[3 * i + 1][l], c = e[3 * i + 2][l];
-            to[l * step] = turned ? c : a;
+            to[l * step] = rotated ? c : a;
             to[PANEL * PANEL + l * step] = 0.5f * (a + b + c);
             to[2 * PANEL * PANEL + l * step] = 0.5f * (a - b + c);
-            to[3 * PANEL * PANEL + l * step] = turned ? a : c;
+            to[3 * PANEL * PANEL + l * step] = rotated ? a : c;
         }
     }
 }
 
-/* Planes of the filters PANEL·start to PANEL·stop, as the products want them: groups x 16 x N/PANEL x K x PANEL. The
- * convolution sums over inputs, K, and gives filters, N; its gradient, of turned filters, the other way round. */
+/* Planes of the filters PANEL·start to PANEL·stop, in the layout of the products: groups x 16 x N/PANEL x K x PANEL. The
+ * convolution sums over K inputs for N filters; its gradient uses rotated filters and sums over the filters. */
 WIDE void winograd_filters_between(const void *given, int64_t start, int64_t stop) {
     const Filters *k = given;
     for (int64_t filter = PANEL * start; filter < PANEL * stop; filter += PANEL) {
@@ -157,24 +157,24 @@ WIDE void winograd_filters_between(const void *given, int64_t start, int64_t sto
         for (int64_t input = 0; input < k->inputs; input += PANEL) {
             for (int64_t one = 0; one < PANEL; one++) {
                 const float *from = k->filters + (filter + one) * 9 * k->inputs + input;
-                if (k->turned) filter_planes(from, k->inputs, square[0] + one * PANEL, 1, 1);
+                if (k->rotated) filter_planes(from, k->inputs, square[0] + one * PANEL, 1, 1);
                 else filter_planes(from, k->inputs, square[0] + one, PANEL, 0);
             }
-            int64_t to = k->turned ? input * k->each + inside * PANEL : inside * k->inputs + input * PANEL;
-            for (int place = 0; place < 16; place++)
-                memcpy(planes + place * k->plane + to, square[place], sizeof square[place]);
+            int64_t to = k->rotated ? input * k->each + inside * PANEL : inside * k->inputs + input * PANEL;
+            for (int position = 0; position < 16; position++)
+                memcpy(planes + position * k->plane + to, square[position], sizeof square[position]);
         }
     }
 }
 
-/* Planes of `panels` times PANEL filters with so many inputs each, `each` to a group. */
+/* Compute the planes of panels·PANEL filters with `inputs` channels each; a group has `each` filters. */
 void winograd_filters(
-    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int turned, int64_t panels,
+    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int rotated, int64_t panels,
     int threads) {
-    share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, turned}, panels, 1, threads);
+    share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, rotated}, panels, 1, threads);
 }
 
-/* Small products, the one place where a product may be fused with an addition: on x86 with AVX2, elsewhere unfused. */
+/* Small matrix products. Only here are products fused with additions: on x86 with AVX2, not elsewhere. */
 typedef float Lanes __attribute__((vector_size(4 * EIGHT), aligned(4)));
 
 #if defined(__x86_64__)
@@ -186,8 +186,8 @@ typedef float Lanes __attribute__((vector_size(4 * EIGHT), aligned(4)));
 #define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* c = a b of ROWS x depth and depth x PANEL, or c += a b if `more`. Number k of row r of `a` is a[r·next_row + k·next];
- * `c` has rows of `width` numbers. */
+/* c = a b of ROWS x depth and depth x PANEL, or c += a b if `more`. Element k of row r of `a` is a[r·next_row + k·next];
+ * rows of `c` are `width` numbers apart. */
 FUSED INLINE void product(
     const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
     Lanes sums[ROWS][2];
@@ -220,11 +220,11 @@ typedef struct {
     int64_t height, width, inputs, outputs, groups, plane, tiles, block;
 } Convolution;
 
-/* Item i is block i % blocks of the tiles, of group i / blocks. */
+/* Item i is block i % blocks of tiles in group i / blocks. */
 FUSED void winograd_convolve_between(const void *given, int64_t start, int64_t stop) {
     const Convolution *k = given;
     int64_t own = k->inputs / k->groups, each = k->outputs / k->groups, blocks = (k->tiles + k->block - 1) / k->block;
-    int64_t before = k->block * own + PAD, after = k->block * each + PAD; /* from plane to plane */
+    int64_t before = k->block * own + PAD, after = k->block * each + PAD; /* distances from plane to plane */
     float *planes = k->scratch + thread() * 16 * (before + after), *products = planes + 16 * before;
     for (int64_t item = start; item < stop; item++) {
         int64_t group = item / blocks, first = item % blocks * k->block;
@@ -235,18 +235,18 @@ FUSED void winograd_convolve_between(const void *given, int64_t start, int64_t s
         Maps out = {k->y, products, k->bias, k->height, k->width, k->outputs, group * each, (group + 1) * each, each,
                     first, after};
         for (int64_t tile = 0; tile < tiles; tile++) input_tile(&in, tile);
-        for (int place = 0; place < 16; place++)
+        for (int position = 0; position < 16; position++)
             for (int64_t panel = 0; panel < each; panel += PANEL)
                 for (int64_t tile = 0; tile < tiles; tile += ROWS)
                     product(
-                        planes + place * before + tile * own, own, 1, filters + place * k->plane + panel * own,
-                        products + place * after + tile * each + panel, own, each, 0);
+                        planes + position * before + tile * own, own, 1, filters + position * k->plane + panel * own,
+                        products + position * after + tile * each + panel, own, each, 0);
         for (int64_t tile = 0; tile < tiles; tile++) output_tile(&out, tile);
     }
 }
 
-/* y = conv(x) + bias. `filters`: their planes, one every `plane` numbers; `scratch`: for each thread 32 x PAD and
- * 16 x block x channels of a group of both maps. `block`, a multiple of ROWS: tiles at a time. */
+/* y = conv(x) + bias. `filters`: their planes, `plane` numbers apart. `scratch`: for each thread 32 x PAD numbers, and
+ * 16 x block x channels of a group of both maps. `block`: tiles at a time, a multiple of ROWS. */
 void winograd_convolve(
     float *x, float *y, const float *filters, const float *zeros, const float *bias, float *scratch, int64_t height,
     int64_t width, int64_t inputs, int64_t outputs, int64_t groups, int64_t plane, int64_t tiles, int64_t block,
@@ -256,7 +256,7 @@ void winograd_convolve(
     share(winograd_convolve_between, &all, items, 1, threads);
 }
 
-/* filter = Gᵀ u G of the 4 x 4 numbers u of each input. */
+/* filter = Gᵀ u G of the 4 x 4 numbers u of each input */
 INLINE void filter_of_planes(float *filter, const float *planes, int64_t inputs, int64_t plane) {
     for (int64_t input = 0; input < inputs; input += EIGHT) {
         float *restrict to = filter + input;
@@ -284,12 +284,12 @@ typedef struct {
     int64_t height, width, inputs, outputs, groups, parts, tiles, block;
 } WeightGradient;
 
-/* Item i is part i % parts of the filters of group i / parts. */
+/* Item i is part i % parts of the filters in group i / parts. */
 FUSED void winograd_weight_gradient_between(const void *given, int64_t start, int64_t stop) {
     const WeightGradient *k = given;
     int64_t own = k->inputs / k->groups, each = k->outputs / k->groups / k->parts;
     int64_t rows = (each + ROWS - 1) / ROWS * ROWS, plane = rows * own + PAD; /* of sums */
-    int64_t before = k->block * PANEL + PAD, after = k->block * each + PAD;  /* from plane to plane */
+    int64_t before = k->block * PANEL + PAD, after = k->block * each + PAD;  /* distances from plane to plane */
     int64_t panels = own * (k->block + 1) * 16, gradients = 16 * after + PANEL;
     float *sums = k->scratch + thread() * (16 * plane + panels + gradients);
     float *planes = sums + 16 * plane, *by_output = planes + panels;
@@ -305,21 +305,22 @@ FUSED void winograd_weight_gradient_between(const void *given, int64_t start, in
                 input_tile(&in, tile);
                 gradient_tile(&out, tile);
             }
-            for (int place = 0; place < 16; place++)
+            for (int position = 0; position < 16; position++)
                 for (int64_t panel = 0; panel < own; panel += PANEL)
                     for (int64_t row = 0; row < each; row += ROWS)
                         product(
-                            by_output + place * after + row, 1, each, planes + (panel + place) * before,
-                            sums + place * plane + row * own + panel, tiles, own, first > 0);
+                            by_output + position * after + row, 1, each, planes + (panel + position) * before,
+                            sums + position * plane + row * own + panel, tiles, own, first > 0);
         }
         for (int64_t row = 0; row < each; row++)
             filter_of_planes(k->filters + (filter + row) * 9 * own, sums + row * own, own, plane);
     }
 }
 
-/* Gradients of the filters from those of the outputs. `scratch`, for each thread: 16 x (rows x own + PAD) sums, where
- * rows is the number of filters of a part rounded up to ROWS and own the inputs of a group; own x 16 x (block + 1); and
- * 16 x (block x filters of a part + PAD) + PANEL. `block`: tiles at a time. */
+/* Gradients of the filters from those of the outputs. `block`: tiles at a time. `scratch`: for each thread
+ * 16 x (rows x own + PAD) sums, where rows is the number of filters of a part rounded up to ROWS and own the number of
+ * inputs of a group; 16 x own x (block + 1) for planes of the input; and 16 x (block x filters of a part + PAD) + PANEL
+ * for planes of the outputs' gradients. */
 void winograd_weight_gradient(
     float *x, float *grad, float *filters, const float *zeros, float *scratch, int64_t height, int64_t width,
     int64_t inputs, int64_t outputs, int64_t groups, int64_t parts, int64_t tiles, int64_t block, int64_t items,

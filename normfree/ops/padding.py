@@ -53,7 +53,7 @@ def borders(
 
 
 def zero_border(x: Tensor, border: Border) -> Tensor:
-    """Return `x` B H W C with `border` of zeros, without a gradient, faster than `F.pad`, which fills all with zeros first."""
+    """Return `x` B H W C with `border` of zeros, without a gradient; `F.pad` would fill the whole result first."""
     left, right, top, bottom = border
     count, height, width, channels = x.shape
     padded = x.new_empty(count, top + height + bottom, left + width + right, channels)

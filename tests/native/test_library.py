@@ -1,4 +1,4 @@
-"""The compiled kernels are found where a compiler was, and stay away where they are not wanted."""
+"""The compiled kernels are found if they were compiled, and give the same bits on every x86 processor."""
 
 from __future__ import annotations
 
@@ -27,39 +27,43 @@ from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 
 compiled = pytest.mark.skipif(
-    library() is None, reason="no C compiler was there when the package was installed"
+    library() is None, reason="no C compiler was found when the package was installed"
 )
 
 
 @pytest.fixture
-def forgotten() -> Iterator[None]:
-    """Looks for the library anew, now and after the test."""
+def searched_again() -> Iterator[None]:
+    """Search for the library again, now and after the test."""
     library.cache_clear()
     yield
     library.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_where_a_compiler_is_the_kernels_are() -> None:
+def test_the_kernels_exist_if_a_compiler_does() -> None:
     assert library() is not None
 
 
 @compiled
-def test_a_library_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
-    message = f"was compiled from version {library_file.VERSION} of its source. "
+def test_a_library_of_another_version_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, searched_again: None
+) -> None:
+    message = f"was compiled from version {library_file.VERSION} of its source. Allowed: version 99. "
     monkeypatch.setattr(library_file, "VERSION", 99)
-    message += "This package needs version 99. Install it again"
+    message += "Fix: install the package again"
     with pytest.raises(ImportError, match=re.escape(message)):
         library()
 
 
-def test_without_a_library_there_is_none(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+def test_the_library_is_none_if_it_was_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, searched_again: None
+) -> None:
     monkeypatch.setattr(library_file.importlib.util, "find_spec", lambda name: None)
     assert library() is None
 
 
 def all_results() -> list[Tensor]:
-    """Of every kernel, on numbers of any size and rows of odd lengths."""
+    """Return the results of every kernel, on numbers of all magnitudes and units of odd lengths."""
     torch.manual_seed(3)
     sizes = [(9, 40, 3), (5, 40, 1), (37, 70, 1)]
     net = nn.ModuleList(WSConv2d(i, o, kernel_size=k, bias=False) for i, o, k in sizes)
@@ -84,19 +88,19 @@ def all_results() -> list[Tensor]:
 @compiled
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 def test_bits_do_not_depend_on_the_width_of_registers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgotten: None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, searched_again: None
 ) -> None:
-    """The same sources with the same switches, but for the narrowest registers alone."""
+    """The same sources are compiled with the same flags, but only for the narrowest registers."""
     wide = all_results()
     root = Path(library_file.__file__).parents[2]
     calls = [
         node for node in ast.walk(ast.parse((root / "setup.py").read_text())) if isinstance(node, ast.Call)
     ]
     (extension,) = [call for call in calls if getattr(call.func, "id", "") == "Extension"]
-    module = {word.arg: ast.literal_eval(word.value) for word in extension.keywords}
+    module = {keyword.arg: ast.literal_eval(keyword.value) for keyword in extension.keywords}
     other = tmp_path / "other.so"
-    switches = [*module["extra_compile_args"], "-DNARROW", "-shared", "-fPIC", "-o", str(other)]
-    subprocess.run(["gcc", *switches, *(root / source for source in module["sources"])], check=True)
+    flags = [*module["extra_compile_args"], "-DNARROW", "-shared", "-fPIC", "-o", str(other)]
+    subprocess.run(["gcc", *flags, *(root / source for source in module["sources"])], check=True)
     with monkeypatch.context() as patch:
         patch.setattr(
             library_file.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(other))
