@@ -151,7 +151,10 @@ def test_list_and_show(trained, capsys):
         ),
         ("list vgg*", "no model matches 'vgg*'. All names: normfree list models"),
         ("show vgg", "unknown model 'vgg'."),
-        ("predict nowhere x.png", "'nowhere' is no model folder: it needs config.json and model.safetensors"),
+        (
+            "predict nowhere x.png",
+            "'nowhere' is not a model folder. Allowed: a folder with config.json and model.safetensors",
+        ),
         ("train --out", "--out: a value is missing."),
         ("train --out --optim.lr 1", "--out: a value is missing."),
         (
@@ -161,9 +164,12 @@ def test_list_and_show(trained, capsys):
         ("train --data synthetic --model nf_resnet_nano --device gpu", "device 'gpu' cannot be used here: "),
         (
             "train --data synthetic --model nf_resnet_nano --weights nowhere",
-            "'nowhere' is no model folder: it needs config.json and model.safetensors",
+            "'nowhere' is not a model folder. Allowed: a folder with config.json and model.safetensors",
         ),
-        ("eval nowhere emoji", "'nowhere' is no model folder: it needs config.json and model.safetensors"),
+        (
+            "eval nowhere emoji",
+            "'nowhere' is not a model folder. Allowed: a folder with config.json and model.safetensors",
+        ),
         ("train missing.toml", "missing.toml cannot be read as TOML: "),
     ],
 )
@@ -333,7 +339,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         ("preprocessing", None, "config.json does not describe a network: "),
         ("num_classes", 4, "config.json names 3 classes, the network has 4."),
         ("model_args", None, "config.json does not describe a network: "),
-        ("model_args", {"weights": "x"}, "'x' does not exist. Give a file or folder of weights."),
+        ("model_args", {"weights": "x"}, "'x' does not exist. Fix: give a file or folder of weights."),
         ("model_args", {"features_only": True}, "does not describe a network: 'features_only' in model_args."),
         ("model_args", {"wdths": [1]}, "wdths"),
         ("label_names", 3, "config.json does not describe a network: 'int' object is not iterable."),

@@ -159,7 +159,10 @@ def test_configs_that_contradict_themselves(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"cannot be read as a model's config: "):
         from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is no model folder: it needs config\.json and model\.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"is not a model folder\. Allowed: a folder with config\.json and model\.safetensors",
+    ):
         from_pretrained(tmp_path / "nowhere")
 
 
@@ -204,7 +207,9 @@ def test_a_hub_is_asked_only_when_told_to(hub, tmp_path):
         lambda: from_pretrained("timm/test_nfnet.r160_in1k"),
         lambda: create_model("timm_test_nfnet", num_classes=3, weights="test_nfnet.r160_in1k"),
     ):
-        with pytest.raises(ValueError, match=r"test_nfnet\.r160_in1k'? ?(is no model folder|does not exist)"):
+        with pytest.raises(
+            ValueError, match=r"test_nfnet\.r160_in1k'? ?(is not a model folder|does not exist)"
+        ):
             call()
     assert hub == []
     for word in ("hf-hub:timm/test_nfnet.r160_in1k", "hf-hub:test_nfnet.r160_in1k"):
@@ -220,7 +225,7 @@ def test_downloads_that_fail_say_so_in_one_line(hub, monkeypatch):
     with pytest.raises(ValueError, match=r"^hf-hub:a/b could not be downloaded: 404 a/b/config\.json$"):
         from_pretrained("hf-hub:a/b")
     for word in ("hf-hub:", "hf-hub:a/b/c", "a/b"):
-        with pytest.raises(ValueError, match=r"expected hf-hub:OWNER/NAME, for example"):
+        with pytest.raises(ValueError, match=r"Allowed: hf-hub:OWNER/NAME\. Fix: for example"):
             fetch(word)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs huggingface_hub: pip install 'normfree\[hub\]'$"):
@@ -232,7 +237,7 @@ def test_push(hub, tmp_path):
     assert push_to_hub(tmp_path / "run", "me/x", private=True) == "https://hub/me/x"
     assert hub[0] == ("me/x", {"private": True, "exist_ok": True})
     assert hub[1]["folder_path"] == tmp_path / "run" / "model"
-    with pytest.raises(ValueError, match="is no model folder"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         push_to_hub(tmp_path, "me/x")
 
 

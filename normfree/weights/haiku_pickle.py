@@ -1,7 +1,8 @@
-"""A pickle of arrays in mappings as data: an interpreter of its own for the instructions that such a pickle needs.
+"""An interpreter for pickles of arrays in mappings, restricted to the instructions that such a pickle needs.
 
-Names in the file select one of eight rebuilding rules; nothing is imported, called or evaluated, and nothing is
-allocated before the whole file has been understood. What a hostile file can reach is in tests/models/test_haiku.py.
+Names in the file select one of eight rules for rebuilding arrays. Nothing is imported, called or evaluated, and no
+array is allocated before the whole file has been interpreted. tests/weights/test_haiku_hostile.py has the attacks that
+are tested.
 """
 
 from __future__ import annotations
@@ -16,54 +17,53 @@ from typing import Any
 
 import numpy as np
 
-#: Array types: floats and whole numbers. Objects, records, text and dates are not among them.
+# Allowed array types: floats and integers; no objects, records, text or dates.
 DTYPES = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"))
-#: Bounds of ours, all far above F6 (598 modules, 1,457 arrays, about 49,000 instructions).
+# Our limits, all far above NFNet-F6 (598 modules, 1,457 arrays, about 49,000 instructions).
 MAX_ARRAYS, MAX_INSTRUCTIONS, MAX_DIMENSIONS = 100_000, 500_000, 8
-#: Bytes by which the arrays may exceed the file; those of an honest one never do.
+# Bytes by which the arrays may exceed the file; those of a valid file never do.
 SLACK = 1 << 20
 
-# whose names these are is judged by the name maps
+# Which naming the names belong to is checked in `names`.
 MODULE = re.compile(r"(?=.{1,200}$)\w+(/(~|\w+))*", re.ASCII)
 NAME = re.compile(r"\w{1,64}", re.ASCII)
 
 
-class Refused(Exception):
-    """Why a file is not read; becomes the one line of a ValueError."""
+class HaikuFileError(Exception):
+    """A file cannot be read. The message is the reason; `read_haiku` makes it part of a one-line ValueError."""
 
 
 def check_names(module: object, name: object) -> None:
-    """Refuses words that can be neither module nor parameter."""
-    for kind, word in ((MODULE, module), (NAME, name)):
-        if not isinstance(word, str) or not kind.fullmatch(word):
-            raise Refused(
-                f"it has an entry called {word[:60] if isinstance(word, str) else type(word).__name__!a}"
-            )
+    """Raise HaikuFileError unless both are strings that can name a module and a parameter."""
+    for pattern, value in ((MODULE, module), (NAME, name)):
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            title = value[:60] if isinstance(value, str) else type(value).__name__
+            raise HaikuFileError(f"it has an entry called {title!a}")
 
 
 def checked_shape(shape: object, itemsize: int, size: int) -> tuple[int, ...]:
-    """`shape`, if it is one and its array fits into `size` bytes."""
+    """Return `shape` if it is a valid shape whose array fits into `size` bytes, else raise HaikuFileError."""
     if (
         not isinstance(shape, tuple)
         or len(shape) > MAX_DIMENSIONS
         or not all(type(n) is int and n > 0 for n in shape)
     ):
-        raise Refused("it has an array without a shape")
+        raise HaikuFileError("it has an array without a valid shape")
     if max(shape, default=1) > size or math.prod(shape) * itemsize > size:
-        raise Refused("it announces an array larger than the file")
+        raise HaikuFileError("it announces an array larger than the file")
     return shape
 
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name in the file that has a rule; `rule` is its key in `PickledArrays._call`."""
+    """A name in the file for which there is a rule; `rule` selects it in `PickledArrays._call`."""
 
     rule: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Bytes of the file, or with `coding` text that is kept undecoded because of its length."""
+    """A range of bytes of the file; with `coding`, text that is not decoded yet because it is long."""
 
     start: int
     stop: int
@@ -78,7 +78,7 @@ class _Dtype:
 
 @dataclass(slots=True)
 class _Array:
-    """An array to be: nothing is allocated before the whole file has been understood."""
+    """The description of an array, which is allocated after the whole file has been interpreted."""
 
     shape: tuple[int, ...] = ()
     dtype: _Dtype | None = None
@@ -88,15 +88,16 @@ class _Array:
 
 
 class _Mark:
-    """Where a tuple or a group of items begins on the stack."""
+    """The start of a tuple or a group of items on the stack."""
 
 
 _MARK = _Mark()
 
 
 def _globals() -> dict[tuple[str, str], _Global]:
-    # numpy's module is `core` up to 1.26 and `_core` since 2.0; dill's was dill.dill before 0.3.2; a JAX array is a
-    # numpy one with a remark on its type. Haiku returned FlatMapping in 2021, and frozendict and FlatMap before.
+    """Return the rules by module and name, in the spellings of all versions of the libraries that wrote such files."""
+    # numpy's module is `core` up to 1.26 and `_core` since 2.0; dill's was dill.dill before 0.3.2. A JAX array is
+    # pickled as a numpy array with a note on its type. Haiku has FlatMapping since 2021, before frozendict and FlatMap.
     cores = ("numpy.core", "numpy._core")
     rules: dict[tuple[str, str], str] = {(f"{c}.multiarray", "_reconstruct"): "reconstruct" for c in cores}
     rules |= {(f"{c}.multiarray", "scalar"): "scalar" for c in cores}
@@ -123,11 +124,15 @@ _PUT = {ord("q"): "<B", ord("r"): "<I"}
 _GET = {ord("h"): "<B", ord("j"): "<I"}
 _TUPLES = {ord(")"): 0, 0x85: 1, 0x86: 2, 0x87: 3}
 _INSTRUCTIONS = {ord(op.code): op.name for op in pickletools.opcodes}
-_LONG_TEXT = 256  # names are shorter; arrays in protocols 0 to 2 are text, and longer
+# Characters from which on text is not decoded at once. Names are shorter; arrays in protocols 0 to 2 are longer text.
+_LONG_TEXT = 256
 
 
 class PickledArrays:
-    """One pickle, protocols 0 to 5. `tree()` runs it and returns {module: {name: array}}, or raises `Refused`."""
+    """The arrays of one pickle of protocol 0 to 5.
+
+    `tree()` interprets it and returns `{module: {name: array}}`, or raises HaikuFileError.
+    """
 
     def __init__(self, data: bytes) -> None:
         self.data, self.view, self.at = data, memoryview(data), 0
@@ -143,26 +148,24 @@ class PickledArrays:
             ord("g"): lambda: self._get(self._digits(self._line())), 0x94: lambda: self._put(len(self.memo)),
         }  # fmt: skip
 
-    # the whole
-
     def tree(self) -> dict[str, dict[str, np.ndarray]]:
         modules = self._run()
         if not isinstance(modules, dict) or not modules:
-            raise Refused("it holds no mapping of modules" if self.data else "it is empty")
+            raise HaikuFileError("it has no mapping of modules" if self.data else "it is empty")
         tree: dict[str, dict[str, np.ndarray]] = {}
         count = used = 0
         for module, arrays in modules.items():
             if not isinstance(arrays, dict):
-                raise Refused("it has a module that is no mapping")
+                raise HaikuFileError("it has a module that is not a mapping")
             if not arrays:
-                raise Refused("it has a module without arrays")
+                raise HaikuFileError("it has a module without arrays")
             for name, token in arrays.items():
                 check_names(module, name)
                 if not isinstance(token, _Array) or token.dtype is None:
-                    raise Refused(f"it has no array at {module}, {name}")
+                    raise HaikuFileError(f"it has no array at {module}, {name}")
                 count, used = count + 1, used + math.prod(token.shape) * int(token.dtype.code[1])
                 if count > MAX_ARRAYS or used > len(self.data) + SLACK:
-                    raise Refused("its arrays stand for more than the file holds")
+                    raise HaikuFileError("its arrays are larger than the file")
                 tree.setdefault(module, {})[name] = self._make(token, token.dtype)
         return tree
 
@@ -173,9 +176,9 @@ class PickledArrays:
                 break
             self._step(op)
         else:
-            raise Refused(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+            raise HaikuFileError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
         if self.at != len(self.data) or len(self.stack) != 1:
-            raise Refused("it goes on after its end, or leaves something over")
+            raise HaikuFileError("it continues after its end, or leaves objects on the stack")
         return self.stack.pop()
 
     def _step(self, op: int) -> None:
@@ -196,18 +199,18 @@ class PickledArrays:
             self.stack.append(_CONSTANTS[op])
         elif op == 0x80:  # protocol
             if self._take(1)[0] > 5:
-                raise Refused("it is a pickle of a protocol above 5")
+                raise HaikuFileError("its pickle protocol is above 5")
         elif op == 0x95:  # frame: a hint for reading, which a file in memory does not need
             self._number("<Q")
         else:
             name = _INSTRUCTIONS.get(op)
-            raise Refused(f"it uses the pickle instruction {name}" if name else "it is no pickle")
+            raise HaikuFileError(f"it uses the pickle instruction {name}" if name else "it is not a pickle")
 
     # reading
 
     def _take(self, count: int) -> memoryview:
         if count > len(self.data) - self.at:
-            raise Refused("it ends early" if self.data else "it is empty")
+            raise HaikuFileError("it ends early" if self.data else "it is empty")
         self.at += count
         return self.view[self.at - count : self.at]
 
@@ -217,13 +220,13 @@ class PickledArrays:
     def _line(self, limit: int = 200) -> str:
         end = self.data.find(b"\n", self.at, self.at + limit)
         if end < 0:
-            raise Refused("it is no pickle" if not self.memo else "it ends early")
+            raise HaikuFileError("it is not a pickle" if not self.memo else "it ends early")
         line, self.at = self.data[self.at : end], end + 1
         return line.decode("latin-1")
 
     def _digits(self, text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,18}", text):
-            raise Refused("it is no pickle")
+            raise HaikuFileError("it is not a pickle")
         return int(text)
 
     def _int_line(self) -> None:
@@ -233,7 +236,7 @@ class PickledArrays:
     def _unicode_line(self) -> None:
         end = self.data.find(b"\n", self.at)
         if end < 0:
-            raise Refused("it ends early")
+            raise HaikuFileError("it ends early")
         self._span(end - self.at, "raw-unicode-escape")
         self.at = end + 1
 
@@ -246,13 +249,13 @@ class PickledArrays:
         try:
             return str(self.view[span.start : span.stop], span.coding)
         except UnicodeError:
-            raise Refused("it has text that is none") from None
+            raise HaikuFileError("it has text that cannot be decoded") from None
 
     # stack and memo
 
     def _pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
-            raise Refused("it is no pickle")
+            raise HaikuFileError("it is not a pickle")
         return self.stack.pop()
 
     def _to_mark(self) -> list[Any]:
@@ -260,7 +263,7 @@ class PickledArrays:
         while self.stack and self.stack[-1] is not _MARK:
             items.append(self.stack.pop())
         if not self.stack:
-            raise Refused("it is no pickle")
+            raise HaikuFileError("it is not a pickle")
         self.stack.pop()
         return items[::-1]
 
@@ -270,16 +273,16 @@ class PickledArrays:
 
     def _get(self, index: int) -> None:
         if index not in self.memo:
-            raise Refused("it is no pickle")
+            raise HaikuFileError("it is not a pickle")
         self.stack.append(self.memo[index])
 
     def _fill(self, items: list[Any]) -> dict[str, Any]:
         target = self._pop()
         if not isinstance(target, dict) or len(items) % 2:
-            raise Refused("it is no pickle")
+            raise HaikuFileError("it is not a pickle")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str or key in target:  # hashing nested tuples can take forever
-                raise Refused("it has a mapping with a key that is no name, or comes twice")
+                raise HaikuFileError("it has a mapping with a key that is not text or is a duplicate")
             target[key] = value
         return target
 
@@ -301,18 +304,18 @@ class PickledArrays:
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()
         if type(name) is not str or type(module) is not str:
-            raise Refused("it is no pickle")
+            raise HaikuFileError("it is not a pickle")
         self._global(module, name)
 
     def _global(self, module: str, name: str) -> None:
         if (module, name) not in GLOBALS:
-            raise Refused(f"it asks for {f'{module[:60]}.{name[:60]}'!a}")
+            raise HaikuFileError(f"it asks for {f'{module[:60]}.{name[:60]}'!a}")
         self.stack.append(GLOBALS[module, name])
 
     def _reduce(self) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise Refused("it calls something that is no rule of arrays")
+            raise HaikuFileError("it calls something that does not build arrays")
         self.stack.append(self._call(function.rule, arguments))
 
     def _call(self, rule: str, arguments: tuple[Any, ...]) -> Any:
@@ -333,15 +336,15 @@ class PickledArrays:
                 return self._fill_array(_Array(), (1, shape, dtype, order == "F", raw))
             case "frombuffer", (raw, _Dtype() as dtype, tuple() as shape, "K", tuple() as axes):
                 if not all(type(a) is int for a in axes) or sorted(axes) != list(range(len(shape))):
-                    raise Refused("it has an array without a shape")
+                    raise HaikuFileError("it has an array without a valid shape")
                 array = self._fill_array(_Array(), (1, shape, dtype, False, raw))
                 array.axes = axes
                 return array
             case "encode", (str() as text, "latin1" | "latin-1"):
                 return self._latin(text)
             case "encode", (_Span(_, _, coding) as span, "latin1" | "latin-1") if coding:
-                return span  # decoded when its array is made
-        raise Refused(f"it misuses the rule {rule!r} of arrays")
+                return span  # decoded when its array is allocated
+        raise HaikuFileError(f"it calls the rule {rule!r} with wrong arguments")
 
     def _build(self) -> None:
         state, target = self._pop(), self._pop()
@@ -351,7 +354,7 @@ class PickledArrays:
             case _Dtype(order=""), (3, "<" | ">" | "|" | "=" as order, None, None, None, -1, -1, 0):
                 target.order = order
             case _:
-                raise Refused("it sets the state of something that is no array, or no array of numbers")
+                raise HaikuFileError("it sets the state of an object that is not an array of numbers")
         self.stack.append(target)
 
     def _fill_array(self, array: _Array, state: object) -> _Array:
@@ -362,13 +365,13 @@ class PickledArrays:
                 array.shape = checked_shape(shape, int(dtype.code[1]), len(self.data))
                 array.dtype, array.order, array.raw = dtype, "F" if fortran else "C", raw
                 return array
-        raise Refused("it has an array that holds no numbers")
+        raise HaikuFileError("it has an array that does not contain numbers")
 
     def _latin(self, text: str) -> bytes:
         try:
             return text.encode("latin-1")
         except UnicodeError:
-            raise Refused("it has an array that holds no numbers") from None
+            raise HaikuFileError("it has an array that does not contain numbers") from None
 
     def _make(self, token: _Array, dtype: _Dtype) -> np.ndarray:
         raw: bytes | memoryview
@@ -379,7 +382,7 @@ class PickledArrays:
         else:
             raw = self.view[token.raw.start : token.raw.stop]
         if len(raw) != math.prod(token.shape) * int(dtype.code[1]):
-            raise Refused(f"it has an array of {token.shape} made of {len(raw)} bytes")
+            raise HaikuFileError(f"it has an array of shape {token.shape} with {len(raw)} bytes")
         order = dtype.order.replace("|", "") + dtype.code
         flat = np.frombuffer(raw, np.dtype(order))
         array = flat.reshape(token.shape, order="F" if token.order == "F" else "C")

@@ -1,17 +1,18 @@
-"""The Hugging Face hub: which published weights belong to which row, and the one place that downloads.
+"""The Hugging Face hub: repositories with published weights for our variants, downloads and uploads.
 
-Nothing is fetched unless the word says so: `hf-hub:OWNER/NAME`, or `weights="download"`.
+Nothing is downloaded unless the caller asks for it: by `hf-hub:OWNER/NAME`, or by `weights="download"`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
-from normfree.suggest import did_you_mean
+from normfree.suggest import did_you_mean, problem
 
 PREFIX = "hf-hub:"
 
-#: timm's published weights (timm 1.0.31, `default_cfgs`): its architecture -> the tag behind the dot.
+# Weights published by timm (timm 1.0.31, `default_cfgs`): tag by architecture.
 TAGS: dict[str, str] = {
     **{f"dm_nfnet_f{level}": "dm_in1k" for level in range(7)},
     "nfnet_l0": "ra2_in1k",
@@ -25,34 +26,44 @@ TAGS: dict[str, str] = {
 
 
 def repository_of(name: str) -> str:
-    """The hub repository that holds published weights for a row: `nfnet_f0` and `timm_dm_nfnet_f0` both have
-    DeepMind's, as converted by timm.
+    """Return the hub repository with published weights for a variant.
+
+    `nfnet_f0` and `timm_dm_nfnet_f0` both have DeepMind's weights, as converted by timm.
 
     Raises:
-        ValueError: none are published for this row.
+        ValueError: no weights are published for this variant.
     """
     timm_name = name.removeprefix("timm_") if name.startswith("timm_") else f"dm_{name}"
     if timm_name not in TAGS:
-        rows = [f"timm_{n}" for n in TAGS] + [n.removeprefix("dm_") for n in TAGS if n.startswith("dm_")]
+        known = [f"timm_{n}" for n in TAGS] + [n.removeprefix("dm_") for n in TAGS if n.startswith("dm_")]
         raise ValueError(
-            f"no published weights are known for {name!r}.{did_you_mean(name, rows)} Rows that have them: "
-            f"{', '.join(sorted(rows))}. Others: weights='{PREFIX}OWNER/NAME'."
+            problem(
+                f"no published weights are known for {name!r}.{did_you_mean(name, known)}",
+                allowed=", ".join(sorted(known)),
+                fix=f"for weights from another repository pass weights='{PREFIX}OWNER/NAME'",
+            )
         )
     return f"timm/{timm_name}.{TAGS[timm_name]}"
 
 
-def fetch(word: str) -> Path:
-    """Downloads `config.json` and `model.safetensors` of `hf-hub:OWNER/NAME[@REVISION]` into the hub's own cache
-    and returns the folder. `hf-hub:dm_nfnet_f0.dm_in1k`, without an owner, means timm's.
+def fetch(address: str) -> Path:
+    """Download `config.json` and `model.safetensors` into the cache of the hub library and return their folder.
+
+    Args:
+        address: `hf-hub:OWNER/NAME[@REVISION]`; without an owner, as in `hf-hub:dm_nfnet_f0.dm_in1k`, timm's.
 
     Raises:
-        ValueError: the word is none, the repository cannot be reached, or it lacks one of the files.
-        ModuleNotFoundError: huggingface_hub is missing.
+        ValueError: the address is invalid, the repository cannot be reached, or it lacks one of the files.
+        ModuleNotFoundError: huggingface_hub is not installed.
     """
-    repository, _, revision = word.removeprefix(PREFIX).partition("@")
-    if not word.startswith(PREFIX) or not repository or repository.count("/") > 1:
+    repository, _, revision = address.removeprefix(PREFIX).partition("@")
+    if not address.startswith(PREFIX) or not repository or repository.count("/") > 1:
         raise ValueError(
-            f"{word!r}: expected {PREFIX}OWNER/NAME, for example {PREFIX}timm/dm_nfnet_f0.dm_in1k."
+            problem(
+                f"{address!r} is not the address of a repository",
+                allowed=f"{PREFIX}OWNER/NAME",
+                fix=f"for example {PREFIX}timm/dm_nfnet_f0.dm_in1k",
+            )
         )
     if "/" not in repository:
         repository = f"timm/{repository}"
@@ -62,18 +73,18 @@ def fetch(word: str) -> Path:
             hub.hf_hub_download(repository, name, revision=revision or None)
             for name in ("config.json", "model.safetensors")
         ]
-    except Exception as error:  # every transport has errors of its own; the word names what was asked for
+    except Exception as error:  # each transport raises its own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{word} could not be downloaded: {reason}") from None
+        raise ValueError(f"{address} could not be downloaded: {reason}") from None
     return Path(files[0]).parent
 
 
 def upload(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Creates `OWNER/NAME` on the hub if needed, uploads the three files of a model folder, returns the address.
+    """Create `OWNER/NAME` on the hub if needed, upload the three files of a model folder, and return the address.
 
     Raises:
-        ValueError: the hub refused; the message says why.
-        ModuleNotFoundError: huggingface_hub is missing.
+        ValueError: the hub refused; the message has its reason.
+        ModuleNotFoundError: huggingface_hub is not installed.
     """
     hub = _hub()
     try:
@@ -90,7 +101,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
     return str(address)
 
 
-def _hub():  # type: ignore[no-untyped-def]  # a module
+def _hub() -> ModuleType:
     try:
         import huggingface_hub
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Weights into networks: from a file or a mapping, in our names, the released ones or timm's; whole or not at all."""
+"""Load weights into a network from a file or a mapping, in our names, the released ones or timm's; all or nothing."""
 
 from __future__ import annotations
 
@@ -7,45 +7,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from normfree.models.net import Net
+from normfree.suggest import problem
 from normfree.weights.haiku import read_haiku
 from normfree.weights.names import to_our_names
 
 MODEL_FILE = "model.safetensors"
-#: Files that torch and others write as pickles; only `normfree convert` reads them, in a process of its own.
+# Suffixes of files that torch and others write as pickles; only `normfree convert` reads them, in a separate process.
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-#: A safetensors header is parsed whole; 2,000 tensors take 250 kB, the library itself allows 100 MB.
+# Largest safetensors header that is parsed, in bytes. 2,000 tensors take 250 kB; the library itself allows 100 MB.
 MAX_HEADER = 8 << 20
+# Names of the classifier's parameters begin with this.
+_CLASSIFIER = "head."
 
 
-def load_weights(net: Net, source: str | Path | Mapping[str, Any], *, head: bool = True) -> None:
-    """Fills `net` with weights, strictly: every name and shape must agree, or nothing is loaded.
+def load_weights(net: nn.Module, source: str | Path | Mapping[str, Any], *, head: bool = True) -> None:
+    """Load weights into a network. Every name and shape must match, otherwise nothing is loaded.
+
+    The network keeps its own numerics: with timm's `dm_nfnet_f0` weights, `nfnet_f0` computes as the reference code
+    does and `timm_dm_nfnet_f0` as timm does.
 
     Args:
-        net: any network of ours. Its own numerics stay: timm's `dm_nfnet_f0` weights make `nfnet_f0` compute as
-            the reference does, and `timm_dm_nfnet_f0` as timm does.
-        source: a `.safetensors` file, a released `.npz` file, a model or run folder, or a state dict or haiku tree.
-            Whose names they are is told from the names. With `num_classes=0` a classifier is passed over.
-        head: load the classifier too; False leaves the network's own as it is, for other classes.
+        net: a network with the parameter names of this package, as `create_model` returns.
+        source: a `.safetensors` file, a released `.npz` file, a model folder or run folder, a state dict, or a haiku
+            tree `{module: {name: array}}`. Our names, the released ones and timm's are recognized. If the network has
+            no classifier (`num_classes=0`), a classifier in the source is ignored.
+        head: load the classifier too. False keeps the network's own, for other classes.
 
     Raises:
         ValueError: the source cannot be read, names are missing or unknown, shapes differ, or a value is not finite.
+
+    Example:
+        >>> trained = normfree.create_model("nf_resnet_nano", num_classes=3)
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=5)
+        >>> normfree.load_weights(net, trained.state_dict(), head=False)
+        >>> (net.stem.conv0.weight == trained.stem.conv0.weight).all().item()
+        True
     """
-    said = "the state dict" if isinstance(source, Mapping) else str(source)
+    title = "the state dict" if isinstance(source, Mapping) else str(source)
     state = to_our_names(source if isinstance(source, Mapping) else read_weights(Path(source)))
     if not head:
-        own = {k: v for k, v in net.state_dict().items() if k.startswith("head.")}
-        state = {k: v for k, v in state.items() if not k.startswith("head.")} | own
-    load_state_dict_(net, state, source=said)
+        own = {k: v for k, v in net.state_dict().items() if k.startswith(_CLASSIFIER)}
+        state = {k: v for k, v in state.items() if not k.startswith(_CLASSIFIER)} | own
+    load_state_dict_(net, state, source=title)
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """What a weights file holds, under the names it has there: a state dict, or a haiku tree for `.npz`.
+    """Read a weights file and return its tensors under their own names: a state dict, or a haiku tree for `.npz`.
+
+    Args:
+        path: a `.safetensors` or `.npz` file, a model folder or a run folder.
 
     Raises:
-        ValueError: the file is of no kind that is read here, or broken.
+        ValueError: the file is broken or of another kind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -53,15 +68,20 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         path = model_folder(path) / MODEL_FILE
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} does not exist. Give a file or folder of weights.")
+        raise ValueError(problem(f"{str(path)!r} does not exist", fix="give a file or folder of weights"))
     if path.suffix == ".npz":
         return read_haiku(path)
+    kinds = ".safetensors, .npz or a model folder"
     if path.suffix in PICKLED:
         raise ValueError(
-            f"{path} is a pickle, which may run code. Convert it first: normfree convert {path} FOLDER"
+            problem(
+                f"{path} is a pickle, which may run code",
+                allowed=kinds,
+                fix=f"convert it first with normfree convert {path} FOLDER",
+            )
         )
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected .safetensors, .npz or a model folder.")
+        raise ValueError(problem(f"{path} is of an unknown kind", allowed=kinds))
     try:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
@@ -74,30 +94,39 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def model_folder(path: Path) -> Path:
-    """`path` itself if it holds a model, or the `model/` folder of a run.
+    """Return `path` if it is a model folder, or the model folder `path/model` of a run.
 
     Raises:
-        ValueError: neither holds a `config.json` with a `model.safetensors`.
+        ValueError: neither contains both `config.json` and `model.safetensors`.
     """
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file() and (folder / MODEL_FILE).is_file():
             return folder
     raise ValueError(
-        f"{str(path)!r} is no model folder: it needs config.json and model.safetensors, or a model/ "
-        "folder with both, which a finished run has."
+        problem(
+            f"{str(path)!r} is not a model folder",
+            allowed=f"a folder with config.json and {MODEL_FILE}, or a run folder whose model/ has both",
+            fix="give the folder of a finished run, or one that save_pretrained wrote",
+        )
     )
 
 
-def load_state_dict_(net: Net, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
-    """Like `net.load_state_dict`, but complete or not at all, and every difference is named.
+def load_state_dict_(net: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
+    """Load a state dict like `net.load_state_dict`, but all or nothing, and report every difference.
 
-    With `num_classes=0` the classifier in `state` is passed over.
+    A classifier in `state` is ignored if the network has none.
+
+    Args:
+        net: a network with the parameter names of this package.
+        state: tensors by our names.
+        source: what error messages call the state.
 
     Raises:
-        ValueError: names are missing or unknown, shapes differ, or a value is not finite.
+        ValueError: names are missing or unknown, shapes differ, or a value is not finite; nothing was changed.
     """
     own = net.state_dict()
-    state = {k: v for k, v in state.items() if net.num_classes or not k.startswith("head.")}
+    if not any(key.startswith(_CLASSIFIER) for key in own):
+        state = {k: v for k, v in state.items() if not k.startswith(_CLASSIFIER)}
     problems = [f"{k} is missing" for k in own.keys() - state.keys()]
     problems += [f"{k} is unknown" for k in state.keys() - own.keys()]
     for key in own.keys() & state.keys():
@@ -107,8 +136,13 @@ def load_state_dict_(net: Net, state: Mapping[str, Tensor], *, source: str = "th
             problems.append(f"{key} has values that are not finite")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"{source} does not fit {net.name} with {net.num_classes} classes: "
-            f"{'; '.join(sorted(problems)[:8])}{more}."
-        )
+        listed = "; ".join(sorted(problems)[:8])
+        raise ValueError(f"{source} does not fit {_title(net)}: {listed}{more}.")
     net.load_state_dict(dict(state))
+
+
+def _title(net: nn.Module) -> str:
+    """Return what error messages call a network: its name and number of classes if it has them, else its class."""
+    name = getattr(net, "name", "") or type(net).__name__
+    classes = getattr(net, "num_classes", None)
+    return f"{name} with {classes} classes" if isinstance(classes, int) else str(name)

@@ -1,7 +1,7 @@
-"""Name maps between state dicts: ours, the released haiku trees, and timm's. Maps are bijections, so that
-translating there and back is exact.
+"""Maps between the names of our state dicts, of the released haiku trees, and of timm's state dicts.
 
-A haiku tree is `{module: {name: array}}` with kernels H W I O and linear weights I O.
+The maps are bijections, so translating back and forth is exact. A haiku tree is `{module: {name: array}}` with
+convolution weights H W I O and linear weights I O.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.suggest import problem
+
 HaikuTree = dict[str, dict[str, np.ndarray]]
 
 # --- haiku <-> ours ----------------------------------------------------------------------------------
 
-#: Our module name (with `.` for levels) -> the released one, in order; `{b}` is a block's flat name.
+# Names in the released trees, by family: of the stem, of a block, and of the linear layers of squeeze-excite.
 _STEM = {"NFNet": r"stem_conv\1", "NF_ResNet": "initial_conv", "NF_RegNet": "initial_conv"}
 _BLOCK = {"NFNet": "nf_block", "NF_ResNet": "nf_res_block", "NF_RegNet": "nf_block"}
 _SE_TO_HAIKU = {"attention.fc0": "squeeze_excite/~/linear", "attention.fc1": "squeeze_excite/~/linear_1"}
@@ -26,46 +28,48 @@ _SE_FROM_HAIKU = {v: k for k, v in _SE_TO_HAIKU.items()}
 
 
 def state_dict_from_haiku(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A released parameter tree (NFNet, NF-ResNet or NF-RegNet) as our state dict, exactly.
+    """Convert a released parameter tree (NFNet, NF-ResNet or NF-RegNet) to our state dict, exactly.
 
-    Stages are found from the tree itself: a stage's first block is the one with a `conv_shortcut`.
+    The stages follow from the tree itself: the first block of each stage is the one with a `conv_shortcut`.
 
     Raises:
-        ValueError: a module or parameter name is not of the released kind (all such names are listed), or two of
-            them mean the same parameter.
+        ValueError: names are not those of the released code (the message lists them), or two names stand for the same
+            parameter.
     """
     families = {module.split("/")[0] for module in tree}
     if len(families) != 1 or not families <= set(_BLOCK):
         raise ValueError(
-            f"haiku tree with modules of {sorted(families)}: expected one of {', '.join(_BLOCK)}."
+            problem(
+                f"the haiku tree has modules of {sorted(families)}", allowed=f"one of {', '.join(_BLOCK)}"
+            )
         )
     family = families.pop()
     modules = {module.split("/~/", 1)[1]: arrays for module, arrays in tree.items() if "/~/" in module}
-    places = _places(modules, _BLOCK[family])
+    blocks = _block_names(modules, _BLOCK[family])
     state: dict[str, Tensor] = {}
     unknown: list[str] = [module for module in tree if "/~/" not in module]
     for module, arrays in modules.items():
-        ours = _module_from_haiku(module, places)
+        ours = _module_from_haiku(module, blocks)
         for name, array in arrays.items():
             key = _parameter_from_haiku(ours, name)
             if ours is None or key is None:
                 unknown.append(f"{family}/~/{module}:{name}")
                 continue
-            _refuse_twice(key, state)
+            _check_new(key, state)
             state[key] = _to_tensor(np.asarray(array))
     if unknown:
         raise ValueError(
-            f"{len(unknown)} names in the haiku tree are not of the released {family}: "
+            f"{len(unknown)} names in the haiku tree are not those of the released {family}: "
             f"{', '.join(sorted(unknown)[:10])}."
         )
     return state
 
 
 def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
-    """Our state dict as a tree in the released naming; the inverse of `state_dict_from_haiku`.
+    """Convert our state dict to a tree with the released names; the inverse of `state_dict_from_haiku`.
 
     Raises:
-        ValueError: a name has no released counterpart (batch-norm twins have none); all such are listed.
+        ValueError: names have no released counterpart, such as those of batch-norm twins; the message lists them.
     """
     family = (
         "NFNet"
@@ -77,7 +81,7 @@ def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
     block_names = sorted(
         {tuple(map(int, m.groups())) for k in state if (m := re.match(r"stages\.(\d+)\.(\d+)\.", k))}
     )
-    flat = {place: i for i, place in enumerate(block_names)}
+    flat = {name: i for i, name in enumerate(block_names)}
     tree: HaikuTree = {}
     unknown: list[str] = []
     for key, tensor in state.items():
@@ -93,35 +97,35 @@ def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
     return tree
 
 
-def _places(modules: Mapping[str, Any], block: str) -> dict[str, str]:
-    """Flat block name ("nf_block_3") -> ours ("stages.1.0")."""
+def _block_names(modules: Mapping[str, Any], block: str) -> dict[str, str]:
+    """Return our block names ("stages.1.0") by the flat released ones ("nf_block_3")."""
     indices = {int(m[1] or 0) for name in modules if (m := re.match(rf"{block}(?:_(\d+))?(?:/|$)", name))}
-    places, stage, within = {}, -1, 0
+    names, stage, within = {}, -1, 0
     for index in sorted(indices):
         name = f"{block}_{index}" if index else block
         if f"{name}/~/conv_shortcut" in modules:
             stage, within = stage + 1, 0
-        places[name] = f"stages.{stage}.{within}"
+        names[name] = f"stages.{stage}.{within}"
         within += 1
-    return places
+    return names
 
 
-def _module_from_haiku(module: str, places: Mapping[str, str]) -> str | None:
+def _module_from_haiku(module: str, blocks: Mapping[str, str]) -> str | None:
     if m := re.fullmatch(r"stem_conv(\d)", module):
         return f"stem.conv{m[1]}"
     fixed = {"initial_conv": "stem.conv0", "final_conv": "final_conv", "linear": "head"}
     if module in fixed:
         return fixed[module]
     block, _, rest = module.partition("/~/")
-    if block not in places:
+    if block not in blocks:
         return None
     if rest in ("", "conv0", "conv1", "conv1b", "conv2", "conv_shortcut"):
-        return f"{places[block]}.{rest}".rstrip(".")
-    return f"{places[block]}.{_SE_FROM_HAIKU[rest]}" if rest in _SE_FROM_HAIKU else None
+        return f"{blocks[block]}.{rest}".rstrip(".")
+    return f"{blocks[block]}.{_SE_FROM_HAIKU[rest]}" if rest in _SE_FROM_HAIKU else None
 
 
 def _parameter_from_haiku(module: str | None, name: str) -> str | None:
-    # convolutions say w, gain, bias; linears w, b; a block has skip_gain
+    # Convolutions have w, gain and bias, linear layers w and b, blocks skip_gain.
     leaf = {"w": "weight", "b": "bias", "bias": "bias", "gain": "gain", "skip_gain": "skip_gain"}.get(name)
     return f"{module}.{leaf}" if module is not None and leaf is not None else None
 
@@ -149,7 +153,7 @@ def _module_to_haiku(key: str, family: str, flat: Mapping[tuple[int, ...], int])
 
 def _to_tensor(array: np.ndarray) -> Tensor:
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)  # HWIO -> OIHW, IO -> OI
-    # ascontiguousarray makes a 0-d array 1-d, so scalars (skip gains) keep their shape by reshape
+    # ascontiguousarray turns 0-d arrays (skip gains) into 1-d ones; reshape restores the shape.
     moved = array.transpose(axes) if axes else array
     return torch.from_numpy(np.ascontiguousarray(moved).reshape(moved.shape).copy())
 
@@ -171,12 +175,12 @@ _OURS_GATE = {v: k for k, v in _TIMM_GATE.items()}
 
 
 def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of timm's `NormFreeNet` (1.0.31) under our names and shapes.
+    """Convert a state dict of timm's `NormFreeNet` (timm 1.0.31) to our names and shapes.
 
-    timm keeps gains as (O, 1, 1, 1) and the linears of squeeze-excite as 1x1 convolutions.
+    timm stores gains as (O, 1, 1, 1) and the linear layers of squeeze-excite as 1x1 convolutions.
 
     Raises:
-        ValueError: a name is not timm's (all such names are listed), or two of them mean the same parameter.
+        ValueError: names are not timm's (the message lists them), or two names stand for the same parameter.
     """
     ours: dict[str, Tensor] = {}
     unknown = []
@@ -186,7 +190,7 @@ def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name is None:
             unknown.append(key)
             continue
-        _refuse_twice(f"{name}.{leaf}".replace("skipinit_gain", "skip_gain"), ours)
+        _check_new(f"{name}.{leaf}".replace("skipinit_gain", "skip_gain"), ours)
         if leaf == "skipinit_gain":
             ours[f"{name}.skip_gain"] = tensor
         else:
@@ -196,18 +200,21 @@ def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
     if unknown:
         raise ValueError(
-            f"{len(unknown)} names are not of timm's NormFreeNet: {', '.join(sorted(unknown)[:10])}."
+            f"{len(unknown)} names are not those of timm's NormFreeNet: {', '.join(sorted(unknown)[:10])}."
         )
     return ours
 
 
 def timm_from_state_dict(state: Mapping[str, Tensor], *, attention_at: str = "end") -> dict[str, Tensor]:
-    """Our state dict under timm's names and shapes; the inverse of `state_dict_from_timm`.
+    """Convert our state dict to timm's names and shapes; the inverse of `state_dict_from_timm`.
 
-    `attention_at` is the row's: timm calls the gate `attn_last` at the end of a branch, `attn` in its middle.
+    Args:
+        state: tensors by our names.
+        attention_at: that of the variant. timm calls the attention `attn_last` at the "end" of a branch and `attn` in
+            its "middle".
 
     Raises:
-        ValueError: a name has no counterpart there (batch-norm twins have none); all such are listed.
+        ValueError: names have no counterpart in timm, such as those of batch-norm twins; the message lists them.
     """
     deep = "stem.conv1.weight" in state
     theirs: dict[str, Tensor] = {}
@@ -228,10 +235,10 @@ def timm_from_state_dict(state: Mapping[str, Tensor], *, attention_at: str = "en
     return theirs
 
 
-def _refuse_twice(key: str, state: Mapping[str, Any]) -> None:
-    """Two foreign names may stand for one of ours (`stem.conv`, `stem.conv1`); a network has only one of them."""
+def _check_new(key: str, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if two foreign names, such as `stem.conv` and `stem.conv1`, stand for our name `key`."""
     if key in state:
-        raise ValueError(f"two of the names stand for {key!r}; a file of one network has only one.")
+        raise ValueError(problem(f"two names stand for {key!r}", allowed="one name for each parameter"))
 
 
 def _module_from_timm(module: str) -> str | None:
@@ -266,11 +273,11 @@ def _module_to_timm(module: str, *, deep: bool, gate: str) -> str | None:
     return f"{m[1]}.{gate}.{_OURS_GATE[part]}" if part in _OURS_GATE else None
 
 
-# --- whose names are these? --------------------------------------------------------------------------
+# --- any naming --------------------------------------------------------------------------------------
 
 
 def naming_of(state: Mapping[str, Any]) -> str:
-    """ "haiku", "timm" or "ours", told from the names alone."""
+    """Return "haiku", "timm" or "ours", judged by the names alone."""
     if state and all(isinstance(value, Mapping) for value in state.values()):
         return "haiku"
     timm = re.compile(
@@ -280,10 +287,10 @@ def naming_of(state: Mapping[str, Any]) -> str:
 
 
 def to_our_names(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict or haiku tree in any of the three namings as our state dict.
+    """Convert a state dict or haiku tree with our, the released or timm's names to our state dict.
 
     Raises:
-        ValueError: a name belongs to none of them; the message lists such names.
+        ValueError: names belong to none of the three namings; the message lists them.
     """
     naming = naming_of(state)
     if naming == "haiku":

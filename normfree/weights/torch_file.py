@@ -1,8 +1,9 @@
-"""PyTorch's own files (.pth, .pt, .bin), read where they can do no harm: `read_torch_file`.
+"""Read PyTorch's files (.pth, .pt, .bin) in a child process, where a malicious file can do no harm.
 
-Such a file is a pickle. torch's restricted reader (`weights_only`) had two holes through which files ran code
-(CVE-2025-32434, CVE-2026-24747; both closed in every torch this package runs with), so it works in a child process
-with limits on memory, time and files, and what comes back is safetensors. This file is also that child's program.
+Such a file is a pickle. PyTorch's restricted reader (`weights_only`) had two vulnerabilities through which files ran
+code (CVE-2025-32434, CVE-2026-24747; both fixed in every torch that this package supports). It therefore runs in a
+child process with limits on memory, time and file size, which returns safetensors. This file is also the program of the
+child, so it imports torch and safetensors only in functions, and no other module of this package.
 """
 
 from __future__ import annotations
@@ -11,43 +12,47 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Keys under which training programs keep a state dict: most, timm's and others' averaged weights.
+# Keys under which training programs store a state dict; `state_dict_ema` has the averaged weights in timm and others.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
-#: Limits of the child beyond what an idle one takes: memory, and seconds at 50 MB/s.
+# Limits of the child: memory in bytes beyond that of an idle one, and processor time, 60 s plus 1 s for each 50 MB.
 MEMORY_SLACK, SECONDS, BYTES_PER_SECOND = 400 << 20, 60, 50_000_000
-#: Bytes by which the tensors may exceed the file: they never do, unless views make much of little.
+# Bytes by which the tensors may exceed the file. Only expanded views would exceed it.
 SLACK = 1 << 20
-_REFUSED = 3  # the child's exit code when its one line of output says why
+# Exit code of the child if its one line of output has the reason why it refused the file.
+_REFUSED = 3
 
 
 def read_torch_file(path: str | Path, *, key: str = "") -> dict[str, Any]:
-    """The state dict in a file of torch's, on the CPU; a `module.` before every name is taken off.
+    """Read the state dict in a PyTorch file. A prefix `module.` of all names (`DataParallel`) is removed.
 
     Args:
-        path: a file that `torch.save` wrote: a state dict, or a mapping with one under `WRAPPERS`.
-        key: which entry of the mapping holds it, when several might.
+        path: a file that `torch.save` wrote: a state dict, or a mapping with a state dict under one of `WRAPPERS`.
+        key: the entry of the mapping that has the state dict; needed if several could.
+
+    Returns:
+        The tensors by name, on the CPU.
 
     Raises:
-        ValueError: the file is broken, holds anything but dense tensors of numbers, has several state dicts, or reading
-            it took more memory or time than an honest file of its size does.
+        ValueError: the file is broken, contains anything except dense tensors of numbers, has several state dicts, or
+            reading it took more memory or time than a valid file of its size needs.
     """
     from safetensors.torch import load_file
 
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{str(path)!r} does not exist. Give a file that torch.save wrote.")
+        raise ValueError(f"{str(path)!r} does not exist. Fix: give a file that torch.save wrote.")
     size = path.stat().st_size
     with tempfile.TemporaryDirectory(prefix="normfree-") as folder:
         out = Path(folder, "weights.safetensors")
-        # -P: nothing is imported from this file's folder. The child needs torch and safetensors, none of our modules.
-        words = [sys.executable, "-P", __file__, str(path.resolve()), str(out), key]
+        # -P: nothing is imported from the folder of this file.
+        command = [sys.executable, "-P", __file__, str(path.resolve()), str(out), key]
         try:
             done = subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, timeout=2 * _seconds(size) + 60, check=False
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=2 * _seconds(size) + 60, check=False
             )  # fmt: skip
             code, line = done.returncode, done.stdout.decode(errors="replace").strip()
         except subprocess.TimeoutExpired:
@@ -69,14 +74,14 @@ def _seconds(size: int) -> int:
 
 
 def _limit(size: int) -> None:
-    """Bounds this process for a file of `size` bytes. Where the system knows no such limits, there are none."""
+    """Limit this process for a file of `size` bytes. Systems without such limits (Windows) have none."""
     try:
         import resource
 
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return
-    # the tensors, and once more while they are written
+    # Twice the file: the tensors, and a copy while they are written.
     limits = {
         resource.RLIMIT_AS: mapped + 2 * size + MEMORY_SLACK,
         resource.RLIMIT_CPU: _seconds(size),
@@ -90,39 +95,45 @@ def _limit(size: int) -> None:
 
 
 def state_dict_in(content: object, *, key: str = "") -> Mapping[str, Any]:
-    """The state dict in what torch.load returned: itself, or its one entry that is one.
+    """Return the state dict in the result of `torch.load`: the result itself, or its one entry that is a state dict.
 
     Raises:
-        ValueError: there is none, or several and no `key`.
+        ValueError: there is none, or there are several and no `key` is given.
     """
     from torch import Tensor
 
     if not isinstance(content, Mapping):
         raise ValueError(
-            f"it holds a {type(content).__name__}. Allowed: a state dict. Fix: torch.save(net.state_dict())"
+            f"it has a {type(content).__name__}. Allowed: a state dict. Fix: torch.save(net.state_dict(), path)."
         )
     if key:
         if not isinstance(content.get(key), Mapping):
             known = [k for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)]
-            raise ValueError(f"there is no state dict under {key!r}. Allowed: {_words(known) or 'none'}.")
+            raise ValueError(f"there is no state dict under {key!r}. Allowed: {_names(known) or 'none'}.")
         return content[key]
     if content and all(isinstance(v, Tensor) for v in content.values()):
         return content
     found = [k for k in WRAPPERS if isinstance(content.get(k), Mapping)]
     if len(found) > 1:
-        raise ValueError(f"it has several state dicts: {', '.join(found)}. Choose one: --key {found[-1]}")
+        raise ValueError(
+            f"it has several state dicts: {', '.join(found)}. Fix: choose one, for example --key {found[-1]}."
+        )
     if not found:
         raise ValueError(
-            f"it has {_words(content) or 'nothing'}. Allowed: tensors, or one of {', '.join(WRAPPERS)}."
+            f"it has {_names(content) or 'nothing'}. Allowed: tensors, or one of {', '.join(WRAPPERS)}."
         )
     return content[found[0]]
 
 
 def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
-    """The tensors of a state dict, each in memory of its own, without a `module.` that all names begin with.
+    """Return the tensors of a state dict, each with its own memory, without a common prefix `module.` of the names.
+
+    Args:
+        state: tensors by name.
+        size: bytes of the file.
 
     Raises:
-        ValueError: an entry is no dense tensor of numbers, or all together exceed `size` bytes.
+        ValueError: an entry is not a dense tensor of numbers, or the tensors exceed `size` by more than `SLACK` bytes.
     """
     import torch
 
@@ -142,17 +153,17 @@ def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
     ]
     if wrong or not names:
         raise ValueError(
-            f"{len(wrong)} entries are no dense tensors of numbers: {_words(wrong) or 'it is empty'}."
+            f"{len(wrong)} entries are not dense tensors of numbers: {_names(wrong) or 'it is empty'}."
         )
     if sum(v.numel() * v.element_size() for v in state.values()) > size + SLACK:
-        raise ValueError(f"its tensors stand for more than the {size:,} bytes of the file.")
-    prefix = "module." if all(k.startswith("module.") for k in names) else ""  # DataParallel's
+        raise ValueError(f"its tensors are larger than the {size:,} bytes of the file.")
+    prefix = "module." if all(k.startswith("module.") for k in names) else ""
     own: dict[str, Any] = {}
     seen: set[int] = set()
     for name, value in state.items():
         tensor = value.detach()
         storage = tensor.untyped_storage()
-        # views and tied weights are copied apart, all others stay where they are
+        # Views and tied weights are copied; the memory of all others is kept.
         if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in seen:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         seen.add(tensor.untyped_storage().data_ptr())
@@ -160,40 +171,41 @@ def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
     return own
 
 
-def _words(keys: Any) -> str:
+def _names(keys: Iterable[object]) -> str:
+    """Return the first 8 keys, at most 60 characters of each, or the type of a key that is not a string or integer."""
     return ", ".join(str(k)[:60] if isinstance(k, str | int) else type(k).__name__ for k in list(keys)[:8])
 
 
 def _child(path: Path, out: Path, key: str) -> None:
+    """Read `path` within limits and write its state dict to `out` as safetensors."""
     import warnings
 
     import torch
     from safetensors.torch import save_file
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)  # more would count as memory
+    torch.set_num_threads(1)  # the stacks of more threads would count as memory
     size = path.stat().st_size
     _limit(size)
     content = torch.load(path, map_location="cpu", weights_only=True)
     save_file(plain_tensors(state_dict_in(content, key=key), size=size), out)
 
 
-def _main(words: list[str]) -> int:
+def _main(args: list[str]) -> int:
+    """Run `_child`. Print the reason and return `_REFUSED` if it refused the file, return 1 if memory ran out."""
     try:
-        _child(Path(words[0]), Path(words[1]), words[2])
+        _child(Path(args[0]), Path(args[1]), args[2])
     except MemoryError:
         return 1
-    except BaseException as error:  # whatever the file made torch say becomes one line
+    except BaseException as error:  # any error that the file causes in torch becomes one line
         text = " ".join(str(error).split())
         if isinstance(error, RuntimeError) and ("allocate" in text or "bad_alloc" in text):
             return 1
         if not isinstance(error, ValueError):
-            # torch's own words go on to recommend reading it without protection
+            # The message of torch goes on to recommend reading the file without protection.
             asked = re.search(r"GLOBAL (\S+)", text)
-            what = f"it asks for {asked[1]}" if asked else "it is broken, or no file of torch.save"
-            text = (
-                f"{what}. Allowed: tensors in mappings. Fix: torch.save(net.state_dict()) where it was made."
-            )
+            what = f"it asks for {asked[1]}" if asked else "it is broken, or not a file of torch.save"
+            text = f"{what}. Allowed: tensors in mappings. Fix: save only weights, with torch.save(net.state_dict(), path)."
         printable = "".join(c if c.isprintable() else "?" for c in text)
         print(printable if len(printable) < 400 else f"{printable[:400]} ...", flush=True)
         return _REFUSED

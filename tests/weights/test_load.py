@@ -53,11 +53,14 @@ def test_any_source_and_any_naming_fill_the_same_network(tmp_path):
 def test_sources_that_are_none(tmp_path):
     net = create_model("nf_resnet_nano", num_classes=3)
     with pytest.raises(
-        ValueError, match=r"no\.safetensors' does not exist\. Give a file or folder of weights\."
+        ValueError, match=r"no\.safetensors' does not exist\. Fix: give a file or folder of weights\."
     ):
         load_weights(net, tmp_path / "no.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match=r"bad\.safetensors is not a readable safetensors file: "):
         load_weights(net, tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match=r"is no model folder: it needs config\.json and model\.safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"is not a model folder\. Allowed: a folder with config\.json and model\.safetensors",
+    ):
         read_weights(tmp_path)

@@ -1,4 +1,4 @@
-"""Name maps are bijections."""
+"""Tests of the name maps: they are bijections, and report names that they do not know."""
 
 import numpy as np
 import pytest
@@ -15,30 +15,30 @@ from normfree.weights.names import (
     to_our_names,
 )
 
-# modules and tensors of the released trees, from the reference code
+# Number of modules and tensors in the released trees, from the reference code.
 RELEASED = {
     "nfnet_f0": (94, 233), "nfnet_f1": (178, 437), "nfnet_f2": (262, 641), "nfnet_f3": (346, 845),
     "nfnet_f4": (430, 1049), "nfnet_f5": (514, 1253), "nfnet_f6": (598, 1457), "nfnet_f7": (682, 1661),
     "nf_resnet50": (70, 177), "nf_regnet_b0": (103, 244),
 }  # fmt: skip
-HAIKU_ROWS = [n for n in list_models("nf*") if not n.startswith("nf_resnet_")]
+HAIKU_VARIANTS = [n for n in list_models("nf*") if not n.startswith("nf_resnet_")]
 
 
 def narrow(name):
-    """The row's depths at a small width, so that the deepest takes little memory."""
+    """Return a network with the depths of the variant and small widths, so that the deepest one fits in memory."""
     stages = len(variant_of(name).widths)
     return create_model(name, num_classes=3, widths=(16,) * (stages - 1) + (32,), group_width=4)
 
 
-def shaken(net):
+def randomized(net):
     state = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in net.state_dict().items()}
     net.load_state_dict(state)
     return net
 
 
-@pytest.mark.parametrize("name", HAIKU_ROWS)
+@pytest.mark.parametrize("name", HAIKU_VARIANTS)
 def test_round_trip_through_the_released_naming_is_exact(name):
-    state = shaken(narrow(name)).state_dict()
+    state = randomized(narrow(name)).state_dict()
     tree = haiku_from_state_dict(state)
     back = state_dict_from_haiku(tree)
     assert back.keys() == state.keys()
@@ -52,7 +52,7 @@ def test_round_trip_through_the_released_naming_is_exact(name):
 
 
 def test_layouts_are_hwio_and_io():
-    net = shaken(create_model("nf_regnet_b0", num_classes=3))
+    net = randomized(create_model("nf_regnet_b0", num_classes=3))
     tree = haiku_from_state_dict(net.state_dict())
     conv = net.stages[2][1].conv1.weight.detach().numpy()
     assert np.array_equal(tree["NF_RegNet/~/nf_block_5/~/conv1"]["w"], conv.transpose(2, 3, 1, 0))
@@ -60,14 +60,14 @@ def test_layouts_are_hwio_and_io():
     assert tree["NF_RegNet/~/nf_block"]["skip_gain"].shape == ()
 
 
-def test_names_that_are_not_released_ones_are_listed():
+def test_names_unknown_to_the_released_code_are_listed():
     tree = haiku_from_state_dict(create_model("nf_resnet26", num_classes=3).state_dict())
     tree["NF_ResNet/~/mystery"] = {"w": np.zeros(3, np.float32)}
     tree["NF_ResNet/~/linear"]["extra"] = np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match=r"2 names in the haiku tree are not of the released NF_ResNet: "
+    with pytest.raises(ValueError, match=r"2 names in the haiku tree are not those of the released NF_ResNet: "
                                          r"NF_ResNet/~/linear:extra, NF_ResNet/~/mystery:w"):  # fmt: skip
         state_dict_from_haiku(tree)
-    with pytest.raises(ValueError, match=r"haiku tree with modules of \['VGG'\]: expected one of NFNet"):
+    with pytest.raises(ValueError, match=r"the haiku tree has modules of \['VGG'\]\. Allowed: one of NFNet"):
         state_dict_from_haiku({"VGG/~/conv": {}})
     with pytest.raises(
         ValueError, match=r"names have no counterpart in the released NF_ResNet: stages.0.0.norm0"
@@ -75,11 +75,13 @@ def test_names_that_are_not_released_ones_are_listed():
         haiku_from_state_dict(create_model("resnet26", num_classes=3).state_dict())
 
 
-TIMM_ROWS = [name for name in list_models("timm_*") if variant_of(name).depths[0] == 1 or "nfnet" not in name]
+TIMM_VARIANTS = [
+    name for name in list_models("timm_*") if variant_of(name).depths[0] == 1 or "nfnet" not in name
+]
 
 
-@pytest.mark.parametrize("name", [*TIMM_ROWS, "nfnet_f0"])
-def test_timm_names_there_and_back(name):
+@pytest.mark.parametrize("name", [*TIMM_VARIANTS, "nfnet_f0"])
+def test_round_trip_through_the_names_of_timm_is_exact(name):
     with torch.device("meta"):
         net = create_model(name, num_classes=7, in_channels=4)
     state = net.state_dict()
@@ -90,7 +92,7 @@ def test_timm_names_there_and_back(name):
     assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in state.items()}
 
 
-def test_whose_names_they_are():
+def test_the_naming_is_recognized():
     for name in (
         "nfnet_f0",
         "timm_nf_regnet_b0",
@@ -98,7 +100,7 @@ def test_whose_names_they_are():
         "timm_nf_resnet26",
         "timm_nf_seresnet26",
     ):
-        state = shaken(create_model(name, num_classes=3)).state_dict()
+        state = randomized(create_model(name, num_classes=3)).state_dict()
         theirs = timm_from_state_dict(state, attention_at=variant_of(name).attention_at)
         assert (naming_of(state), naming_of(theirs)) == ("ours", "timm")
         headless = {k: v for k, v in theirs.items() if not k.startswith("head")}
@@ -109,10 +111,10 @@ def test_whose_names_they_are():
     assert naming_of(tree) == "haiku"
 
 
-def test_names_that_are_not_timms_are_listed():
+def test_names_unknown_to_timm_are_listed():
     theirs = timm_from_state_dict(create_model("timm_test_nfnet", num_classes=3).state_dict())
     theirs["stages.0.0.bn1.weight"] = theirs["head.fc.extra"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"^2 names are not of timm's NormFreeNet: head\.fc\.extra, "
+    with pytest.raises(ValueError, match=r"^2 names are not those of timm's NormFreeNet: head\.fc\.extra, "
                                          r"stages\.0\.0\.bn1\.weight\.$"):  # fmt: skip
         state_dict_from_timm(theirs)
     with pytest.raises(ValueError, match=r"names have no counterpart in timm: stages\.0\.0\.norm0\.weight"):
@@ -122,9 +124,11 @@ def test_names_that_are_not_timms_are_listed():
 def test_two_names_for_one_parameter_are_refused():
     tree = haiku_from_state_dict(create_model("nf_resnet26", num_classes=3).state_dict())
     tree["NF_ResNet/~/linear"]["bias"] = tree["NF_ResNet/~/linear"]["b"] + 1
-    with pytest.raises(ValueError, match=r"^two of the names stand for 'head\.bias'; a file of one network"):
+    with pytest.raises(
+        ValueError, match=r"^two names stand for 'head\.bias'\. Allowed: one name for each parameter\.$"
+    ):
         state_dict_from_haiku(tree)
     theirs = timm_from_state_dict(create_model("timm_nf_resnet26", num_classes=3).state_dict())
     theirs["stem.conv1.gain"] = theirs["stem.conv.gain"] + 1
-    with pytest.raises(ValueError, match=r"^two of the names stand for 'stem\.conv0\.gain'"):
+    with pytest.raises(ValueError, match=r"^two names stand for 'stem\.conv0\.gain'"):
         state_dict_from_timm(theirs)

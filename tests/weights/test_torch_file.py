@@ -1,4 +1,4 @@
-"""PyTorch's files: read in a child process, as dense tensors; whatever else is in them is refused and does nothing."""
+"""Tests of reading PyTorch's files: dense tensors are read exactly, everything else is refused and runs no code."""
 
 import os
 import pickle
@@ -16,6 +16,8 @@ STATE = OrderedDict(
 
 
 class Call:
+    """An object whose pickle calls `function`."""
+
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
 
@@ -40,14 +42,14 @@ def test_code_in_a_file_does_not_run(tmp_path):
         read_torch_file(path)
     assert str(error.value) == (
         f"{path}: it asks for posix.system. Allowed: tensors in mappings. "
-        "Fix: torch.save(net.state_dict()) where it was made."
+        "Fix: save only weights, with torch.save(net.state_dict(), path)."
     )
     assert not sentinel.exists()
-    torch.load(path, weights_only=False)  # the payload is live
+    torch.load(path, weights_only=False)  # the payload works when it is loaded
     assert sentinel.exists()
 
 
-def test_a_plain_pickle_is_no_torch_file(tmp_path):
+def test_a_plain_pickle_is_refused(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(pickle.dumps(Call(os.system, f"touch {tmp_path / 'ran'}"), 2))
     with pytest.raises(
@@ -57,12 +59,12 @@ def test_a_plain_pickle_is_no_torch_file(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_bomb_ends_at_the_limit_of_memory(tmp_path):
-    """A few kilobytes that unpack to a gigabyte; the child may take 400 MB more than idle."""
-    honest, bomb, count = tmp_path / "a.pth", tmp_path / "b.pth", 1 << 18
-    torch.save({"w": torch.zeros(count)}, honest)
+def test_a_decompression_bomb_stops_at_the_memory_limit(tmp_path):
+    """A few megabytes decompress to a gigabyte; the child may take 400 MB more than an idle one."""
+    valid, bomb, count = tmp_path / "a.pth", tmp_path / "b.pth", 1 << 18
+    torch.save({"w": torch.zeros(count)}, valid)
     with (
-        zipfile.ZipFile(honest) as source,
+        zipfile.ZipFile(valid) as source,
         zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out,
     ):
         for member in source.namelist():
@@ -87,14 +89,14 @@ def test_a_bomb_ends_at_the_limit_of_memory(tmp_path):
     ({"state_dict": {}, "state_dict_ema": STATE}, "state_dict_ema", STATE),
     ({"weights": STATE}, "weights", STATE),
 ])  # fmt: skip
-def test_where_the_state_dict_is(content, key, found):
+def test_the_state_dict_is_found(content, key, found):
     assert state_dict_in(content, key=key) is found
 
 
 @pytest.mark.parametrize(("content", "key", "message"), [
-    ([1], "", "it holds a list. Allowed: a state dict. Fix: torch.save(net.state_dict())"),
+    ([1], "", "it has a list. Allowed: a state dict. Fix: torch.save(net.state_dict(), path)."),
     ({"state_dict": STATE, "state_dict_ema": STATE}, "",
-     "it has several state dicts: state_dict, state_dict_ema. Choose one: --key state_dict_ema"),
+     "it has several state dicts: state_dict, state_dict_ema. Fix: choose one, for example --key state_dict_ema."),
     ({"epoch": 3, "lr": 0.1}, "", "it has epoch, lr. Allowed: tensors, or one of state_dict, model, model_state_dict, "
      "state_dict_ema."),
     ({}, "", "it has nothing. Allowed: tensors, or one of state_dict, model, model_state_dict, state_dict_ema."),
@@ -111,16 +113,16 @@ def test_content_without_one_state_dict(content, key, message):
     torch.zeros(3, device="meta"), [1.0], 3, None, "text", {"a": torch.zeros(3)},
 ])  # fmt: skip
 def test_only_dense_numbers_are_weights(value):
-    with pytest.raises(ValueError, match=r"^1 entries are no dense tensors of numbers: odd\.$"):
+    with pytest.raises(ValueError, match=r"^1 entries are not dense tensors of numbers: odd\.$"):
         plain_tensors({"w": torch.zeros(3), "odd": value}, size=1000)
 
 
-def test_tensors_cannot_stand_for_more_than_the_file():
-    with pytest.raises(ValueError, match=r"^its tensors stand for more than the 1,000 bytes of the file\.$"):
+def test_tensors_cannot_be_larger_than_the_file():
+    with pytest.raises(ValueError, match=r"^its tensors are larger than the 1,000 bytes of the file\.$"):
         plain_tensors({"w": torch.zeros(1).expand(10**9)}, size=1000)
 
 
-def test_module_is_taken_off_every_name_or_none():
+def test_the_prefix_module_is_removed_from_all_names_or_none():
     assert list(plain_tensors({"module.a": torch.zeros(3), "module.b": torch.zeros(1)}, size=16)) == [
         "a",
         "b",
