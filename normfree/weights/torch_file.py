@@ -205,7 +205,8 @@ def _main(args: list[str]) -> int:
             # The message of torch goes on to recommend reading the file without protection.
             asked = re.search(r"GLOBAL (\S+)", text)
             what = f"it asks for {asked[1]}" if asked else "it is broken, or not a file of torch.save"
-            text = f"{what}. Allowed: tensors in mappings. Fix: save only weights, with torch.save(net.state_dict(), path)."
+            fix = "save only weights, with torch.save(net.state_dict(), path)"
+            text = f"{what}. Allowed: tensors in mappings. Fix: {fix}."
         printable = "".join(c if c.isprintable() else "?" for c in text)
         print(printable if len(printable) < 400 else f"{printable[:400]} ...", flush=True)
         return _REFUSED

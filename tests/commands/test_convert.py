@@ -105,7 +105,8 @@ def test_a_torch_file_and_its_key(tmp_path, capsys):
     torch.save(both, tmp_path / "a.pth")
     words = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]
     assert failing(words, capsys) == (
-        f"{tmp_path}/a.pth: it has several state dicts: state_dict, state_dict_ema. Fix: choose one, for example --key state_dict_ema."
+        f"{tmp_path}/a.pth: it has several state dicts: state_dict, state_dict_ema. Fix: choose one, for example "
+        "--key state_dict_ema."
     )
     assert not (tmp_path / "out").exists()
     assert main([*words, "--key", "state_dict_ema"]) == 0
@@ -192,8 +193,10 @@ def test_words_that_make_no_sense(tmp_path, capsys):
                                      "remove it first.",
         f"{tmp_path}/timm {tmp_path}/b.npz": "timm_test_nfnet computes as timm does, which the released layout cannot "
                                              "say. Convert it to a folder.",
-        f"{tmp_path}/file {out}": f"{tmp_path}/file is of an unknown kind. Allowed: .safetensors, .npz or a model folder.",
-        f"{tmp_path}/nothing.npz {out}": f"'{tmp_path}/nothing.npz' does not exist. Fix: give a file or folder of weights.",
+        f"{tmp_path}/file {out}": f"{tmp_path}/file is of an unknown kind. Allowed: .safetensors, .npz or a model "
+                                  "folder.",
+        f"{tmp_path}/nothing.npz {out}": f"'{tmp_path}/nothing.npz' does not exist. Fix: give a file or folder of "
+                                         "weights.",
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     for words, message in cases.items():

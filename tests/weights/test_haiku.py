@@ -69,14 +69,17 @@ def test_every_protocol_reads_back(tmp_path, small_tree, protocol):
 
 @pytest.mark.parametrize("names", [
     (b"numpy.core.multiarray", b"haiku._src.data_structures", b"frozendict", b"jax._src.array", b"_reconstruct_array"),
-    (b"numpy._core.multiarray", b"haiku.data_structures", b"FlatMap", b"jax._src.device_array", b"reconstruct_device_array"),
+    (b"numpy._core.multiarray", b"haiku.data_structures", b"FlatMap", b"jax._src.device_array",
+     b"reconstruct_device_array"),
     (b"numpy.core.multiarray", b"haiku._src.data_structures", b"FlatMapping", b"dill.dill", b"_create_array"),
 ])  # fmt: skip
 def test_names_of_other_versions_are_understood(tmp_path, names):
     """Pickles by hand, as other versions of the libraries write them: other names, and a note after the state."""
     numpy_, haiku, mapping, module, rebuild = names
     array = b"c%b\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01bt" % numpy_
-    dtype = b"cnumpy\ndtype\nX\x02\x00\x00\x00f4K\x00K\x01\x87R(K\x03X\x01\x00\x00\x00<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    minus_one = b"J\xff\xff\xff\xff"
+    dtype = b"cnumpy\ndtype\nX\x02\x00\x00\x00f4K\x00K\x01\x87R(K\x03X\x01\x00\x00\x00<NNN%b%bK\x00tb" % (
+        minus_one, minus_one)  # fmt: skip
     state = b"(K\x01K\x02\x85%b\x89C\x08%bt" % (dtype, np.array([1.5, -2], "<f4").tobytes())
     # rebuild(function, its arguments, state, note)
     leaf = b"c%b\n%b\n(%b%b}t" % (module, rebuild, array, state)

@@ -1,4 +1,4 @@
-"""Weights go in whole or not at all."""
+"""Tests of loading weights: all of them or none, from any kind of source."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from normfree.weights.load import load_state_dict_, load_weights, read_weights
 from normfree.weights.names import haiku_from_state_dict, timm_from_state_dict
 
 
-def test_weights_that_do_not_fit_are_refused_whole():
+def test_weights_that_do_not_fit_change_nothing():
     net = create_model("nf_resnet_nano", num_classes=3)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     state = {k: v + 1 for k, v in before.items()}
@@ -25,7 +25,7 @@ def test_weights_that_do_not_fit_are_refused_whole():
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_any_source_and_any_naming_fill_the_same_network(tmp_path):
+def test_every_source_and_naming_loads_the_same_weights(tmp_path):
     torch.manual_seed(0)
     net = create_model("nfnet_f0", widths=(32, 32, 32, 32), group_width=8, depths=(1, 1, 1, 1), num_classes=3)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_any_source_and_any_naming_fill_the_same_network(tmp_path):
         assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
 
 
-def test_sources_that_are_none(tmp_path):
+def test_sources_that_cannot_be_read(tmp_path):
     net = create_model("nf_resnet_nano", num_classes=3)
     with pytest.raises(
         ValueError, match=r"no\.safetensors' does not exist\. Fix: give a file or folder of weights\."
@@ -64,3 +64,12 @@ def test_sources_that_are_none(tmp_path):
         match=r"is not a model folder\. Allowed: a folder with config\.json and model\.safetensors",
     ):
         read_weights(tmp_path)
+
+
+def test_any_module_with_the_names_is_filled():
+    """`load_weights` needs names and shapes only, not a class of this package."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    load_weights(net, {"0.weight": torch.ones(3, 2), "0.bias": torch.zeros(3), "head.bias": torch.zeros(7)})
+    assert net[0].weight.sum() == 6
+    with pytest.raises(ValueError, match=r"^the state dict does not fit Sequential: 0\.bias is missing\.$"):
+        load_weights(net, {"0.weight": torch.ones(3, 2)})
