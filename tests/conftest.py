@@ -1,7 +1,14 @@
-"""What all tests share."""
+"""Fixtures of all tests."""
 
-import importlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -45,3 +52,74 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
 
     return wrap
+
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without the variables of torchrun, and without GPUs."""
+    dropped = ("RANK", "WORLD", "LOCAL_", "MASTER", "TORCHELASTIC")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def plans() -> ModuleType:
+    """tests/workers/plans.py."""
+    spec = importlib.util.spec_from_file_location("plans", WORKERS / "plans.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def start_worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[object], None]:
+    """`start_worlds(plan)` runs a plan of tests/workers/launch.py to its end."""
+
+    def start(plan: object) -> None:
+        file = tmp_path_factory.mktemp("plan") / "plan.json"
+        file.write_text(json.dumps(plan), encoding="utf-8")
+        command = [sys.executable, str(WORKERS / "launch.py"), str(file)]
+        process = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        # Nothing is printed: rank 0 of each world writes to the console that it was given.
+        assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def worlds(
+    tmp_path_factory: pytest.TempPathFactory, start_worlds: Callable[[object], None], plans: ModuleType
+) -> Path:
+    """The folder with the results of all worlds of processes, which are started once for all tests."""
+    folder = tmp_path_factory.mktemp("worlds")
+    start_worlds(plans.everything(folder))
+    return folder
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., subprocess.Popen[str]]:
+    """`torchrun(size, *arguments)` starts `normfree train` in several processes."""
+
+    def start(size: int, *arguments: str) -> subprocess.Popen[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        run = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(size),
+            "--master-port",
+            port,
+        ]
+        command = [*run, "-m", "normfree", "train", *arguments]
+        return subprocess.Popen(
+            command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start

@@ -30,7 +30,7 @@ def show(arguments: ShowArguments) -> int:
         recipe = RECIPES[name]
         config = recipe()
         if config.model != "auto":  # whose network a folder of weights will bring
-            config = resolve(config)
+            config = resolve(config, starts=False).config
         print(f"# recipe {name}: {recipe.__doc__}\n{to_toml(config)}", end="")
     elif (Path(name) / "config.toml").is_file():
         print(f"# run {name}\n{to_toml(load_config(Path(name) / 'config.toml'))}", end="")

@@ -25,7 +25,7 @@ from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE, new_figure
 from normfree.training import class_weights
 from normfree.training.config import Config
 from normfree.training.console import RunLog
-from normfree.training.resolve import keeps_head, open_data, resolve
+from normfree.training.resolve import open_data, resolve
 from normfree.training.trainer import Diverged, Trainer
 
 LOW, HIGH, PER_DECADE = 1e-5, 10.0, 20
@@ -110,11 +110,12 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
         raise ValueError("--find-lr takes one process. A rate holds for a batch size, not for a number of processes: "
                          "run it without torchrun, with --input.micro_batch to fit the memory.")  # fmt: skip
     voice = RunLog(console or Console())
+    resolved = resolve(_constant(config))
+    config = resolved.config
     split = open_data(config, voice)
-    config = resolve(_constant(config))
     trainer = Trainer(
-        config, num_classes=len(split.classes), samples=len(split.train), weights=config.weights,
-        head=keeps_head(config.weights, tuple(split.classes)),
+        resolved, num_classes=len(split.classes), samples=len(split.train), weights=config.weights,
+        head=resolved.keeps_head(tuple(split.classes)),
         class_weights=class_weights.class_weights(split.train, config.optim.class_balance),
     )  # fmt: skip
     batches = train_batches(
@@ -122,10 +123,9 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
         workers=config.input.workers, pairs=trainer.pairs, pin_memory=trainer.device.type == "cuda",
         repeats=config.augment.repeats,
     )  # fmt: skip
-    plain = trainer.config  # what the trainer has made of it
 
     def step(rate: float) -> float:
-        trainer.config = plain.model_copy(update={"optim": plain.optim.model_copy(update={"lr": rate})})
+        trainer.lr = rate
         batch = next(batches)
         return float(trainer.step(batch, batch.step)[0])
 

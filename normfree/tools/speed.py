@@ -80,7 +80,7 @@ def measure(
         if value < 1:
             raise ValueError(f"{word}={value}: expected 1 or more.")
     size = image_size or variant_of(name).train_size
-    config = resolve(
+    resolved = resolve(
         Config.model_validate(
             {
                 "data": "synthetic", "model": name, "device": device, "precision": precision, "compile": compiled,
@@ -88,7 +88,7 @@ def measure(
             }
         )
     )  # fmt: skip
-    trainer = Trainer(config, num_classes=_CLASSES, samples=batch_size)
+    trainer = Trainer(resolved, num_classes=_CLASSES, samples=batch_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
     labels = torch.randint(_CLASSES, (batch_size,), generator=generator)

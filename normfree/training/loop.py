@@ -27,7 +27,7 @@ from normfree.training.early_stopping import Best
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NoMetrics
 from normfree.training.profile import profiled
-from normfree.training.resolve import keeps_head, open_data, preprocessing, resolve
+from normfree.training.resolve import open_data, preprocessing, resolve
 from normfree.training.resume import restore_newest, save_checkpoint
 from normfree.training.stop import Stopped, stop_flag
 from normfree.training.trainer import Trainer
@@ -46,22 +46,24 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
     start = time.monotonic()
     with start_world(config.device) as world, contextlib.ExitStack() as stack:
         voice, out = RunLog(console or Console() if world.first else Console(quiet=True)), Path(out)
+        starts = not (out / "checkpoints").exists()
         with world.together():
-            if world.first:  # downloads and looks at every picture before the others come
+            resolved = resolve(config, starts=starts)
+            config = resolved.config
+            if world.first:  # downloads and decodes every image before the others come
                 run_folder.check_folder(out)
                 require(config.log.to)
                 split = open_data(config, voice)
         with world.together():
             if not world.first:
                 split = open_data(config, voice, check=False)
-            config = resolve(config)
             if config.parallel == "exact":
                 stack.enter_context(same_kernels())
-            weights = "" if (out / "checkpoints").exists() else config.weights
-            head = keeps_head(weights, tuple(split.classes))
+            weights = config.weights if starts else ""
+            head = resolved.keeps_head(tuple(split.classes))
             if not head:
                 voice.say(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
-            trainer = Trainer(config, num_classes=len(split.classes), samples=len(split.train), weights=weights,
+            trainer = Trainer(resolved, num_classes=len(split.classes), samples=len(split.train), weights=weights,
                               head=head, world=world,
                               class_weights=class_weights.class_weights(split.train, config.optim.class_balance),
                               )  # fmt: skip
@@ -83,19 +85,19 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
             else:
                 voice.keep(Path(os.devnull))
         step, best = world.tell((saved.step if saved else 0, best))[0]
-        trainer.restore_(saved)
+        trainer.state.restore_(saved)
         begun, saved = saved.state.get("meter", {}) if saved else {}, None
         step, best, scores = _steps(trainer, split, out, voice, log, step=step, best=best, begun=begun)
         if config.patience and best.step != step:
             with world.together():
                 if world.first:
                     saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(best.step))
-            trainer.restore_(saved)
+            trainer.state.restore_(saved)
             scores = None
         last, average = scores or score(trainer, split)
         result = run_folder.TrainResult(out, step, best.step if config.patience else step, last, average,
                                  time.monotonic() - start)  # fmt: skip
-        averaged = trainer.whole(trainer.ema.module)
+        averaged = trainer.state.whole(trainer.ema.module)
         with world.together():
             if world.first:
                 run_folder.finish(config, split, averaged, result, voice)
@@ -157,7 +159,9 @@ def _steps(
                           ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss)  # fmt: skip
                 voice.say(f"epoch {place['epoch']:5.1f}  top-1 {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
                           f"loss {weights.loss:.3f}")  # fmt: skip
-                best = best.after(class_weights.score(average, trainer.class_weights), average.loss, step)
+                best = best.after(
+                    class_weights.score(average, trainer.prepare.class_weights), average.loss, step
+                )
                 improved = best.step == step
             ended = step == total or best.plateau(config.patience)
             if improved or signalled or ended or due(config.log.checkpoint_every):
@@ -181,11 +185,11 @@ def _steps(
 def score(trainer: Trainer, split: Split) -> tuple[Evaluation, Evaluation]:
     """Evaluations of the weights and of their average on the validation source."""
     config, world = trainer.config, trainer.world
-    trainer.align_()
+    trainer.state.align_()
     workers = 0 if len(split.val) < IN_PROCESS else config.input.workers
     first, second = (
         evaluate(
-            trainer.whole(net),
+            trainer.state.whole(net),
             split.val,
             preprocessing=preprocessing(config),
             workers=workers,

@@ -1,93 +1,102 @@
-"""input.micro_batch "auto": the largest micro-batch that fits, found before the first step, the same in all processes.
+"""input.micro_batch "auto": find the largest micro-batch that fits, before the first step, the same in all processes.
 
-It is predicted while the network still lies on the CPU (`memory.py`). On a GPU it is then tried, with all beside it
-that a run holds, and the next smaller one as long as the memory overflows.
+The memory is estimated while the network is still on the CPU (`memory.py`). On a GPU the estimate is then tried, with
+everything in memory that a run holds, and the next smaller size as long as the memory overflows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from normfree.models.net import Net
+from normfree.optim.sgd import SGD
 from normfree.training import memory
 from normfree.training.config import Config
 from normfree.training.distributed.modes import sizes
+from normfree.training.distributed.world import World
+from normfree.training.gradient import BatchGradient
 
-if TYPE_CHECKING:
-    from normfree.training.trainer import Trainer
-
-Find = Callable[[Callable[[int], bool]], int]
+# Takes a test of a size; returns the largest size that is estimated to fit and passes the test.
+Estimate = Callable[[Callable[[int], bool]], int]
 
 
-def predicted(trainer: Trainer, net: Net) -> Find:
-    """Counts what `net` needs and what is free now. The result finds the largest size that passes a test as well."""
-    config, world = trainer.config, trainer.world
+def estimate(net: Net, config: Config, *, world: World, sharded: bool = False) -> Estimate:
+    """Estimate what a pass of `net` needs and measure what is free now."""
     fixed, each = memory.line(
         net, image_size=int(config.input.image_size), half=config.precision == "bfloat16"
     )
-    limit = memory.free_bytes(trainer.device)
+    limit = memory.free_bytes(world.device)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    # weights, gradients, momentum, average, and where SAM comes back to
-    state = weights * (5 if config.optim.sam_rho else 4) // (world.size if trainer.sharded else 1)
+    # weights, gradients, momentum, average, and with SAM the weights to restore
+    state = weights * (5 if config.optim.sam_rho else 4) // (world.size if sharded else 1)
     part = config.input.batch_size // world.size
+    exact = config.parallel == "exact"
 
     def needs(size: int) -> int:
-        partial = (part // size).bit_length() if trainer.exact else 0  # sums that `TreeSum` holds
+        partial = (part // size).bit_length() if exact else 0  # sums that `TreeSum` holds
         return state + partial * weights + fixed + size * each
 
-    def find(works: Callable[[int], bool]) -> int:
-        return memory.largest(sizes(config, world_size=world.size), needs=needs, limit=limit, works=works)
+    def find(fits: Callable[[int], bool]) -> int:
+        return memory.largest(sizes(config, world_size=world.size), needs=needs, limit=limit, works=fits)
 
     return find
 
 
-def settled(trainer: Trainer, find: Find) -> Config:
-    """The trainer's config with the smallest size that one of the processes found.
+def choose(
+    find: Estimate, gradients: BatchGradient, optimizer: SGD, config: Config, *, num_classes: int
+) -> int:
+    """Return the smallest of the sizes that the processes find.
 
     Raises:
-        ValueError: not even the smallest one fits in one of them; raised in all.
+        ValueError: not even the smallest size fits in one of the processes; raised in all.
     """
-    # Nothing is tried where one process alone could fail amid FSDP2's exchanges, or where a full memory is no error.
-    tries = trainer.device.type == "cuda" and not trainer.sharded
+    world = gradients.world
+
+    def fits(size: int) -> bool:
+        return fits_on_device(size, gradients, optimizer, config, num_classes=num_classes)
+
+    # Not where one process alone could fail during FSDP2's communication, or where full memory is no error.
+    tries = world.device.type == "cuda" and not gradients.sharded
     try:
-        mine: int | str = find((lambda size: works(trainer, size)) if tries else (lambda size: True))
+        mine: int | str = find(fits if tries else (lambda size: True))
     except ValueError as error:
         mine = str(error)
-    said = trainer.world.tell(mine)
-    for words in said:
-        if isinstance(words, str):
-            raise ValueError(words)
-    return _sized(trainer.config, min(int(size) for size in said))
+    found = world.tell(mine)
+    for message in found:
+        if isinstance(message, str):
+            raise ValueError(message)
+    return min(int(size) for size in found)
 
 
-def works(trainer: Trainer, size: int) -> bool:
-    """Whether two micro-batches of `size` random images can be computed beside all that a run holds. Leaves the trainer
-    as it was, but for momentum, which is 0 from now on instead of missing."""
-    config = trainer.config
-    images = min(2 * size, config.input.batch_size // trainer.world.size)
+def fits_on_device(
+    size: int, gradients: BatchGradient, optimizer: SGD, config: Config, *, num_classes: int
+) -> bool:
+    """Return True if two micro-batches of `size` random images fit in memory next to everything that a run holds.
+
+    Afterwards the run is as before, except that momentum exists and is 0.
+    """
+    net, device = gradients.net, gradients.world.device
+    count = min(2 * size, config.input.batch_size // gradients.world.size)
     side = int(config.input.image_size)
-    buffers = [b.clone() for b in trainer.net.buffers()]
-    trainer.config = _sized(config, size)
-    trainer.optimizer.named_state()
+    buffers = [b.clone() for b in net.buffers()]
+    optimizer.named_state()
     try:
-        x = torch.rand(images, 3, side, side, device=trainer.device)
-        y = torch.full((images, trainer.num_classes), 1 / trainer.num_classes, device=trainer.device)
-        trainer.gradients(x.contiguous(memory_format=torch.channels_last), y, 0)
+        images = torch.rand(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        targets = torch.full((count, num_classes), 1 / num_classes, device=device)
+        gradients(images, targets, 0, micro_batch=size)
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        trainer.config = config
-        trainer.optimizer.zero_grad(set_to_none=True)
-        for buffer, value in zip(trainer.net.buffers(), buffers, strict=True):  # batch-norm twins have some
+        optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(net.buffers(), buffers, strict=True):  # batch-norm twins have some
             buffer.copy_(value)
-        if trainer.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _sized(config: Config, size: int) -> Config:
-    inputs = config.input.model_copy(update={"micro_batch": size})
-    return config.model_copy(update={"input": inputs})
+def with_size(config: Config, size: int) -> Config:
+    """Return the config with this micro-batch."""
+    return config.model_copy(update={"input": config.input.model_copy(update={"micro_batch": size})})

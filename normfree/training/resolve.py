@@ -1,7 +1,8 @@
-"""normfree.training.resolve."""
+"""Resolve a config once, at the start of a run: which network, which weights, and what every "auto" means for them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from normfree.data.audit import audit, require_clean
@@ -11,73 +12,92 @@ from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TRAINING_FIELDS, Description, describe
+from normfree.suggest import problem
 from normfree.training.config import Config
 from normfree.training.console import RunLog
 from normfree.weights.hub import PREFIX, repository_of
 
-SQUASH_UP_TO = 96  # px; a margin of 32 px, as at ImageNet sizes, would cut a small picture's content away
+# Largest side in px that is scaled to the input size without a margin: at ImageNet sizes the margin is 32 px, which
+# would cut away the content of a small image.
+SQUASH_UP_TO = 96
 
 
-def with_model(config: Config) -> Config:
-    """The config with the network of its weights in place of model "auto", and an address in place of "download".
+@dataclass(frozen=True)
+class Resolved:
+    """A config without any "auto" that depends on the network, and what it was resolved with.
+
+    Attributes:
+        config: the config; only `input.micro_batch` may still be "auto".
+        variant: the network.
+        weights: description of the model folder in `config.weights`; None for random weights, a file of weights, or a
+            run that continues.
+    """
+
+    config: Config
+    variant: Variant
+    weights: Description | None
+
+    def keeps_head(self, classes: tuple[str, ...]) -> bool:
+        """Return True if a run on `classes` starts with the classifier of the weights: it has the same classes in the
+        same order. A file of weights names no classes; it must fit as a whole."""
+        return self.weights is None or self.weights.classes == classes
+
+
+def resolve(config: Config, *, starts: bool = True) -> Resolved:
+    """Replace every "auto" by what it means for this network and these weights.
+
+    Args:
+        config: as the user gave it, or as a run folder holds it.
+        starts: whether the weights are needed. False for a run that continues: its weights may be gone.
 
     Raises:
-        ValueError: "auto" without weights, weights that do not say, or none that are published.
+        ValueError: the model is unknown, it is "auto" without weights, or the network of the weights has other fields
+            than its variant.
     """
-    if config.model == "auto":
-        if not config.weights:
-            raise ValueError(
-                "model='auto' is the network of --weights, and none are given. Say --weights FOLDER, or --model NAME."
-            )
-        config = config.model_copy(update={"model": describe(config.weights).row})
-    if config.weights == "download":
-        config = config.model_copy(update={"weights": PREFIX + repository_of(config.model)})
-    return config
-
-
-def resolve(config: Config) -> Config:
-    """The config with every "auto" replaced by what it means for this model.
-
-    Raises:
-        ValueError: the model is unknown, "auto" without weights to tell it, or weights of a network with other fields
-            than its row.
-    """
-    config = with_model(config)
-    row = variant_of(config.model)
-    train_size, test_size = row.train_size, row.test_size
-    if "auto" in (config.input.image_size, config.net.activation, config.net.alpha) and _is_folder(
-        config.weights
-    ):
-        found = describe(config.weights)
-        row = _as_trained(row, found, config.weights)
-        train_size, test_size = _sizes(row, found.preprocessing.image_size)
+    if config.model == "auto" and not config.weights:
+        given = "model is 'auto', the network of --weights, and no weights are given"
+        raise ValueError(problem(given, fix="add --weights FOLDER, or --model NAME"))
+    weights = config.weights
+    if weights == "download":
+        weights = PREFIX + repository_of(config.model)
+    net = config.net
+    auto = "auto" in (config.model, config.input.image_size, net.activation, net.alpha)
+    is_folder = bool(weights) and not Path(weights).is_file()
+    found = describe(weights) if is_folder and (starts or auto) else None
+    model = found.row if found is not None and config.model == "auto" else config.model
+    if model == "auto":
+        found = describe(weights)  # a file may carry its description
+        model = found.row
+    variant = variant_of(model)
+    train_size, test_size = variant.train_size, variant.test_size
+    if found is not None and auto and is_folder:
+        variant = _as_trained(variant, found, weights)
+        train_size, test_size = _sizes(variant, found.preprocessing.image_size)
     size = train_size if config.input.image_size == "auto" else config.input.image_size
     fallback = test_size if config.input.image_size == "auto" else size
     eval_size = fallback if config.input.eval_size == "auto" else config.input.eval_size
     crop = config.input.eval_crop
     if crop == "auto":
         crop = "squash" if eval_size <= SQUASH_UP_TO else "resize_crop_32"
-    net = {k: getattr(row, k) if v == "auto" else v for k, v in config.net.model_dump().items()}
+    fields = {k: getattr(variant, k) if v == "auto" else v for k, v in net.model_dump().items()}
     augment = config.augment
     if augment.randaugment == "auto":
-        augment = augment.model_copy(update={"randaugment": row.randaugment})
+        augment = augment.model_copy(update={"randaugment": variant.randaugment})
     inputs = {"image_size": size, "eval_size": eval_size, "eval_crop": crop}
-    return config.model_copy(
-        update={
-            "net": config.net.model_copy(update=net),
-            "input": config.input.model_copy(update=inputs),
-            "augment": augment,
-        }
-    )
+    updates = {
+        "model": model,
+        "weights": weights,
+        "net": net.model_copy(update=fields),
+        "input": config.input.model_copy(update=inputs),
+        "augment": augment,
+    }
+    return Resolved(config.model_copy(update=updates), variant, found if is_folder and starts else None)
 
 
-def _is_folder(weights: str) -> bool:
-    return bool(weights) and not Path(weights).is_file()
+def _as_trained(variant: Variant, found: Description, weights: str) -> Variant:
+    """Return the variant with the fields in which the network of `found` computes something else.
 
-
-def _as_trained(row: Variant, found: Description, weights: str) -> Variant:
-    """The row with the fields in which the network of `found` computes something else. A config can say two of them;
-    whatever concerns training alone is the new run's own.
+    A config can express two of them; fields that concern training alone are the new run's own.
 
     Raises:
         ValueError: there are others.
@@ -85,45 +105,37 @@ def _as_trained(row: Variant, found: Description, weights: str) -> Variant:
     changed = {k: v for k, v in found.arguments.items() if k not in TRAINING_FIELDS | {"in_channels"}}
     other = sorted(changed.keys() - {"activation", "alpha"})
     if other:
-        raise ValueError(
-            f"the network of {weights} differs from its row {found.row} in {', '.join(other)}, which a run cannot "
-            "change. Allowed: activation, alpha. Train it in Python: from_pretrained, then an optimizer of your own."
-        )
-    return row.with_overrides(changed)
+        given = f"the network of {weights} differs from {found.row} in {', '.join(other)}, which a run cannot change"
+        fix = "train it in Python, with from_pretrained and an optimizer"
+        raise ValueError(problem(given, allowed="differences in activation and alpha", fix=fix))
+    return variant.with_overrides(changed)
 
 
-def _sizes(row: Variant, seen: int) -> tuple[int, int]:
-    """Training and test size for weights that were tested at `seen` px: that size again, and the row's ratio of the
-    two, in whole 32 px as in [B] table 1."""
-    if seen == row.test_size or row.train_size == row.test_size:
-        return seen * row.train_size // row.test_size, seen
-    return max(32, 32 * round(seen * row.train_size / row.test_size / 32)), seen
+def _sizes(variant: Variant, tested: int) -> tuple[int, int]:
+    """Return training and test size in px for weights that were tested at `tested` px.
 
-
-def keeps_head(weights: str, classes: tuple[str, ...]) -> bool:
-    """Whether a run on `classes` starts with the classifier of `weights` too: if that knows the same ones, in the same
-    order. A file of weights does not say; it must fit as a whole."""
-    return not _is_folder(weights) or describe(weights).classes == classes
+    The test size stays; the training size has the variant's ratio of the two, in multiples of 32 px as in [B] table 1.
+    """
+    if tested == variant.test_size or variant.train_size == variant.test_size:
+        return tested * variant.train_size // variant.test_size, tested
+    return max(32, 32 * round(tested * variant.train_size / variant.test_size / 32)), tested
 
 
 def preprocessing(config: Config) -> Preprocessing:
-    """How a resolved config looks at validation images."""
+    """Return how a resolved config preprocesses validation images."""
     return Preprocessing(image_size=int(config.input.eval_size), crop=config.input.eval_crop)
 
 
-def open_data(config: Config, voice: RunLog, *, check: bool = True) -> Split:
-    """The data, opened, and with `check` audited if it is a folder of the user's: each file is decoded once.
+def open_data(config: Config, log: RunLog, *, check: bool = True) -> Split:
+    """Open the data; with `check`, audit folders of images: each file is decoded once.
 
     Raises:
-        ValueError: it cannot be used; files that cannot be read are named.
+        ValueError: the data cannot be used; files that cannot be read are named.
     """
-    variant_of(with_model(config).model)  # a misspelt model is reported before any data is read
-    split = open_source(
-        config.data, val_fraction=config.input.val_fraction, seed=config.seed
-    )  # fmt: skip
+    split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed)
     if check and split.files:
         for source in (split.train, split.val):
             require_clean(audit(source))
     for note in split.notes:
-        voice.say(note)
+        log.say(note)
     return split

@@ -14,8 +14,8 @@ from normfree.training.trainer import Trainer
 def save_checkpoint(
     trainer: Trainer, folder: Path, step: int, state: dict[str, Any], *, is_best: bool
 ) -> None:
-    trainer.align_()
-    tensors = trainer.tensors()
+    trainer.state.align_()
+    tensors = trainer.state.tensors()
     with trainer.world.together():  # nobody leaves, or trains on, before it is on disk
         if trainer.world.first:
             saved = checkpoint.save(folder, step, tensors=tensors, state=state, keep=trainer.config.log.keep)

@@ -178,9 +178,9 @@ def test_the_first_loss_is_the_run_s_own(tested):
     from normfree.training.resolve import resolve
     from normfree.training.trainer import Trainer
 
-    config = resolve(with_overrides(RECIPES["scratch"](), FLAGS))
-    split = open_source(config.data)
-    trainer = Trainer(config, num_classes=3, samples=48)
+    resolved = resolve(with_overrides(RECIPES["scratch"](), FLAGS))
+    split = open_source(resolved.config.data)
+    trainer = Trainer(resolved, num_classes=3, samples=48)
     batch = next(train_batches(split.train, trainer.transform, batch_size=8, seed=0, num_steps=1))
     assert float(trainer.step(batch, 0)[0]) == tested[0].losses[0]
 

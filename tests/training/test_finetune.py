@@ -28,7 +28,7 @@ from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
 from normfree.training.early_stopping import Best
 from normfree.training.recipes import RECIPES
-from normfree.training.resolve import resolve, with_model
+from normfree.training.resolve import resolve
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
@@ -363,36 +363,38 @@ def folder_of(path: Path, model: str, size: int, **overrides) -> str:
 def test_sizes_are_those_of_the_weights_in_the_rows_ratio(monkeypatch, model, seen, sizes):
     about = Description(model, {}, Preprocessing(image_size=seen), ("a", "b"))
     monkeypatch.setattr("normfree.training.resolve.describe", lambda folder: about)
-    inputs = resolve(with_overrides(RECIPES["finetune"](), ["--weights", "net"])).input
+    inputs = resolve(with_overrides(RECIPES["finetune"](), ["--weights", "net"])).config.input
     assert (inputs.image_size, inputs.eval_size) == sizes
 
 
 def test_the_runs_sizes_and_activation_come_from_the_weights_unless_they_are_given(tmp_path):
     folder = folder_of(tmp_path / "net", "nf_resnet_nano_64", 96, activation="relu")
     base = ("--data", DATA, "--weights", folder)
-    resolved = resolve(with_overrides(RECIPES["finetune"](), base))
+    resolved = resolve(with_overrides(RECIPES["finetune"](), base)).config
     assert (resolved.model, resolved.net.activation) == ("nf_resnet_nano_64", "relu")
     assert (resolved.input.image_size, resolved.input.eval_size) == (96, 96)
-    given = resolve(with_overrides(RECIPES["finetune"](), [*base, "--input.image_size", "80"]))
+    given = resolve(with_overrides(RECIPES["finetune"](), [*base, "--input.image_size", "80"])).config
     assert (given.input.image_size, given.input.eval_size) == (80, 80)
-    assert resolve(resolved) == resolved
+    assert resolve(resolved).config == resolved
 
 
 def test_a_network_that_a_run_cannot_express_is_refused(tmp_path):
     folder = folder_of(tmp_path / "net", "nf_resnet_nano_64", 64, widths=(32, 64, 128), se_ratio=0.25)
-    said = (
-        f"the network of {folder} differs from its row nf_resnet_nano_64 in se_ratio, widths, which a run cannot "
-        "change. Allowed: activation, alpha. Train it in Python: from_pretrained, then an optimizer of your own."
+    message = (
+        f"the network of {folder} differs from nf_resnet_nano_64 in se_ratio, widths, which a run cannot change. "
+        "Allowed: differences in activation and alpha. "
+        "Fix: train it in Python, with from_pretrained and an optimizer."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         resolve(with_overrides(RECIPES["finetune"](), ["--data", DATA, "--weights", folder]))
 
 
-def test_the_word_download_becomes_the_address():
+def test_download_becomes_the_address(monkeypatch):
+    about = Description("nfnet_f0", {}, Preprocessing(image_size=256), ("a", "b"))
+    monkeypatch.setattr("normfree.training.resolve.describe", lambda folder: about)
     flags = ["--data", DATA, "--model", "nfnet_f0", "--weights", "download"]
-    assert (
-        with_model(with_overrides(RECIPES["finetune"](), flags)).weights == "hf-hub:timm/dm_nfnet_f0.dm_in1k"
-    )
+    resolved = resolve(with_overrides(RECIPES["finetune"](), flags))
+    assert resolved.config.weights == "hf-hub:timm/dm_nfnet_f0.dm_in1k"
 
 
 def test_data_and_weights_alone_mean_fine_tuning(monkeypatch):

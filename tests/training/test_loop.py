@@ -252,9 +252,10 @@ def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
     images, targets = plain.prepare(batch, 2)
     sharp, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
     start = [p.detach().clone() for p in sharp.net.parameters()]
-    before = sharp.climb_(images, targets, 2)
-    assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))
-    uphill = [p.detach() - s for p, s in zip(sharp.net.parameters(), start, strict=True)]
+    with sharp._perturbed(images, targets, 2):
+        perturbed = [p.detach().clone() for p in sharp.net.parameters()]
+    assert all(torch.equal(p, s) for p, s in zip(sharp.net.parameters(), start, strict=True))
+    uphill = [p - s for p, s in zip(perturbed, start, strict=True)]
     plain.gradients(images[::5], targets[::5], 2)  # two images of the ten decide the direction
     gradient = torch.cat([p.grad.flatten() for p in plain.net.parameters()])
     moved = torch.cat([u.flatten() for u in uphill])
@@ -263,7 +264,7 @@ def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
     stepped, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
     stepped.step(batch, 2)
     by_hand, _ = trainer_and_batch(*off)  # an ordinary step with the gradient of the point uphill
-    by_hand.net.load_state_dict(sharp.net.state_dict())
+    by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), perturbed, strict=True)))
     by_hand.gradients(images, targets, 2)
     by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), start, strict=True)))
     by_hand.optimizer.set_lr(stepped.optimizer.param_groups[0]["lr"])
@@ -383,7 +384,7 @@ def test_fine_tuning_takes_the_folders_network_and_a_new_head_for_other_classes(
 
 
 def test_auto_needs_weights_to_name_the_network(tmp_path):
-    with pytest.raises(ValueError, match=r"^model='auto' is the network of --weights, and none are given\. Say "
-                                         r"--weights FOLDER, or --model NAME\.$"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"^model is 'auto', the network of --weights, and no weights are given\. "
+                                         r"Fix: add --weights FOLDER, or --model NAME\.$"):  # fmt: skip
         loop.train(with_overrides(RECIPES["finetune"](), ["--data", DATA]), tmp_path / "run", console=quiet())
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from normfree.training import loop, memory, micro_batch, run_folder
 from normfree.training.config import Config, InputConfig
 from normfree.training.config_io import load_config
 from normfree.training.distributed.world import World
+from normfree.training.gradient import BatchGradient
 from normfree.training.memory import free_memory, largest, line, pass_bytes
 from normfree.training.resolve import resolve
 from normfree.training.trainer import Trainer
@@ -137,35 +138,39 @@ def test_a_limit_decides_the_micro_batch(monkeypatch, mode, images, expected):
 def test_all_processes_take_the_smallest(monkeypatch):
     trainer = Trainer(resolve(config()), num_classes=3, samples=24)
     monkeypatch.setattr(World, "tell", lambda self, value: [value, 6, 12])
-    assert micro_batch.settled(trainer, lambda works: 24).input.micro_batch == 6
+    parts = trainer.gradients, trainer.optimizer, trainer.config
+    assert micro_batch.choose(lambda fits: 24, *parts, num_classes=3) == 6
 
-    def none(works: object) -> int:
+    def none(fits: object) -> int:
         raise ValueError("nothing fits")
 
     with pytest.raises(ValueError, match=r"^nothing fits$"):
-        micro_batch.settled(trainer, none)
+        micro_batch.choose(none, *parts, num_classes=3)
     monkeypatch.setattr(World, "tell", lambda self, value: [value, "nothing fits there"])
     with pytest.raises(ValueError, match=r"^nothing fits there$"):  # also where it would have fitted
-        micro_batch.settled(trainer, lambda works: 24)
+        micro_batch.choose(lambda fits: 24, *parts, num_classes=3)
 
 
-def test_trying_leaves_no_trace(monkeypatch):
+def test_trying_leaves_no_trace():
     trainer = Trainer(resolve(config(model="resnet_nano")), num_classes=3, samples=24)
     before = {n: t.clone() for n, t in trainer.net.state_dict().items()}
-    settled, seen = trainer.config, []
-    original = trainer.gradients
+    chosen, seen = trainer.gradients.micro_batch, []
 
-    def small(images, targets, step):
-        seen.append((len(images), trainer.config.input.micro_batch))
-        result = original(images, targets, step)
-        if trainer.config.input.micro_batch > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return result
+    class Small(BatchGradient):
+        def __call__(self, images, targets, step, *, micro_batch=None):
+            seen.append((len(images), micro_batch))
+            result = super().__call__(images, targets, step, micro_batch=micro_batch)
+            if micro_batch > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return result
 
-    monkeypatch.setattr(trainer, "gradients", small)
-    assert [micro_batch.works(trainer, size) for size in (24, 8, 4)] == [False, False, True]
+    small = Small(trainer.net, trainer.config, world=trainer.world, micro_batch=chosen)
+    assert [
+        micro_batch.fits_on_device(size, small, trainer.optimizer, trainer.config, num_classes=3)
+        for size in (24, 8, 4)
+    ] == [False, False, True]
     assert seen == [(24, 24), (16, 8), (8, 4)]  # two of them, so that a sum of gradients is there
-    assert trainer.config is settled
+    assert small.micro_batch == chosen
     assert all(torch.equal(t, before[n]) for n, t in trainer.net.state_dict().items())
     assert all(p.grad is None for p in trainer.net.parameters())
 

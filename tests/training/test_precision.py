@@ -12,9 +12,8 @@ from torch import Tensor
 from normfree import adaptive_clip_grad_, create_model
 from normfree.training import loop, run_folder
 from normfree.training.config_io import with_overrides
+from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
-from normfree.training.resolve import resolve
-from normfree.training.trainer import Trainer
 
 OFF = {"drop_rate": 0.0, "stochdepth_rate": 0.0, "skip_gain": 1.0}
 # Cosines between both gradients as measured: NFNet 0.99992, NF-RegNet and the small row 0.99995, NF-ResNet-50 0.9972
@@ -59,15 +58,15 @@ def test_weights_momentum_average_gradients_and_loss_stay_float32(tmp_path, monk
         "--data synthetic:classes=3,size=16,train=40,val=8 --model nf_resnet_nano --input.image_size 16 "
         "--input.batch_size 8 --input.workers 0 --length 4st --optim.warmup 1st --precision bfloat16 --device cpu"
     )
-    config = resolve(with_overrides(RECIPES["scratch"](), flags))
-    seen, original = [], Trainer.gradients
+    config = with_overrides(RECIPES["scratch"](), flags)
+    seen, original = [], BatchGradient.__call__
 
     def watched(self, images, targets, step):
         found = original(self, images, targets, step)
         seen.append({t.dtype for t in (images, targets, *found, *(p.grad for p in self.net.parameters()))})
         return found
 
-    monkeypatch.setattr(Trainer, "gradients", watched)
+    monkeypatch.setattr(BatchGradient, "__call__", watched)
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
     result = loop.train(config, tmp_path / "run", console=Console(file=io.StringIO()))
     assert seen == [{torch.float32}] * 4

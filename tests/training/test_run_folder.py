@@ -55,13 +55,15 @@ def finished(tmp_path_factory):
 
 def test_every_auto_but_the_device_is_filled_from_the_row():
     for model, row in VARIANTS.items():
-        resolved = resolve(with_overrides(Config(), ["--model", model, "--augment.randaugment", "auto"]))
+        resolved = resolve(
+            with_overrides(Config(), ["--model", model, "--augment.randaugment", "auto"])
+        ).config
         assert [k for k in keys() if at(resolved, k) == "auto"] == ["device"], model
         net = resolved.net.model_dump()
         assert net == {k: getattr(row, k) for k in net}, model
         assert (resolved.input.image_size, resolved.input.eval_size) == (row.train_size, row.test_size), model
         assert resolved.augment.randaugment == row.randaugment, model
-        assert resolve(resolved) == resolved, model
+        assert resolve(resolved).config == resolved, model
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_every_auto_but_the_device_is_filled_from_the_row():
     ],
 )
 def test_sizes(flags, image_size, eval_size, eval_crop):
-    resolved = resolve(with_overrides(Config(), flags.split()))
+    resolved = resolve(with_overrides(Config(), flags.split())).config
     assert (resolved.input.image_size, resolved.input.eval_size) == (image_size, eval_size)
     assert resolved.input.eval_crop == eval_crop
     pre = preprocessing(resolved)
@@ -92,7 +94,7 @@ def test_what_is_given_is_kept():
         "relu",
         "--net.stochdepth_rate=0.0",
     ]
-    net = resolve(with_overrides(RECIPES["scratch"](), flags)).net
+    net = resolve(with_overrides(RECIPES["scratch"](), flags)).config.net
     assert (net.alpha, net.drop_rate, net.activation, net.stochdepth_rate) == (0.5, 0.1, "relu", 0.0)
 
 
@@ -230,7 +232,7 @@ def test_the_folder_at_the_end(finished):
         ".lock", "checkpoints", "config.toml", "curves.png", "environment.txt", "log.txt", "metrics.jsonl", "model",
         "results.json",
     ]  # fmt: skip
-    assert load_config(out / "config.toml") == resolve(config())
+    assert load_config(out / "config.toml") == resolve(config()).config
     names = {p.name for p in (out / "checkpoints").iterdir()}
     steps = {name for name in names if name.startswith("step-")}
     assert names - steps == {"last", "best"}

@@ -27,9 +27,9 @@ def with_engine(trainer: Trainer, engine: str) -> Trainer:
 
 
 def assert_near(one: Trainer, other: Trainer) -> None:
-    for file, tensors in one.tensors().items():
+    for file, tensors in one.state.tensors().items():
         for name, tensor in tensors.items():
-            wanted = other.tensors()[file][name].double()
+            wanted = other.state.tensors()[file][name].double()
             error = float((tensor.double() - wanted).abs().max())
             assert error <= 4e-6 * float(wanted.abs().max()), (file, name, error)
 
@@ -80,14 +80,14 @@ def test_a_gradient_that_is_not_finite_gives_the_same_error_and_changes_nothing(
     messages = []
     for trainer in (with_engine(small_trainer(), engine), with_engine(small_trainer(), "torch")):
         trainer.step(some_batch(0), 0)
-        before = {f: {n: t.clone() for n, t in part.items()} for f, part in trainer.tensors().items()}
+        before = {f: {n: t.clone() for n, t in part.items()} for f, part in trainer.state.tensors().items()}
         weight = trainer.net.stages[1][0].conv1.gain
         handle = weight.register_hook(lambda grad: grad * float("inf"))
         with pytest.raises(Diverged) as error:
             trainer.step(some_batch(1), 1)
         handle.remove()
         messages.append(str(error.value))
-        for file, part in trainer.tensors().items():
+        for file, part in trainer.state.tensors().items():
             assert all(torch.equal(t, before[file][n]) for n, t in part.items())
     assert messages[0] == messages[1]
     assert messages[0].startswith("step 1: 1 of ")

@@ -9,50 +9,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from normfree.models.variants import variant_of
 from normfree.training.config import Config
+from normfree.training.resolve import Resolved
 
 
 class _Rule(NamedTuple):
     mode: str
     what: str
-    meets: Callable[[Config], bool]
+    meets: Callable[[Resolved], bool]
     why: str
     instead: str
 
 
-def _batch_norm(config: Config) -> bool:
-    return variant_of(config.model).norm == "batch"
+def _batch_norm(run: Resolved) -> bool:
+    return run.variant.norm == "batch"
 
 
 _RULES = (
     _Rule("exact", "a batch-norm twin", _batch_norm,
           "its running statistics are of the images that a process has seen", "a normalizer-free model"),
-    _Rule("exact", "optim.sam_rho", lambda c: c.optim.sam_rho > 0,
+    _Rule("exact", "optim.sam_rho", lambda run: run.config.optim.sam_rho > 0,
           "SAM climbs on the part of the batch that a process has", "--optim.sam_rho 0"),
-    _Rule("exact", "compile", lambda c: c.compile,
+    _Rule("exact", "compile", lambda run: run.config.compile,
           "compiled kernels may add up in another order in each process", "--compile false"),
-    _Rule("exact", "patience", lambda c: c.patience > 0,
+    _Rule("exact", "patience", lambda run: run.config.patience > 0,
           "scores are computed in batches that depend on the number of processes", "--patience 0"),
     _Rule("sharded", "a batch-norm twin", _batch_norm,
           "its statistics are of a process's own images, and it is small", "--parallel replicated"),
-    _Rule("sharded", "optim.sam_rho", lambda c: c.optim.sam_rho > 0,
+    _Rule("sharded", "optim.sam_rho", lambda run: run.config.optim.sam_rho > 0,
           "SAM climbs on a process's own gradient, and FSDP2 only knows the sum", "--optim.sam_rho 0"),
-    _Rule("sharded", "compile", lambda c: c.compile,
+    _Rule("sharded", "compile", lambda run: run.config.compile,
           "FSDP2 moves parameters between the blocks", "--compile false"),
 )  # fmt: skip
 
 
-def check_mode(config: Config, *, world_size: int) -> None:
-    """Refuses what the config's `parallel` cannot do in `world_size` processes. The model must be a row's name.
+def check_mode(run: Resolved, *, world_size: int) -> None:
+    """Refuse what the config's `parallel` cannot do in `world_size` processes.
 
     Raises:
         ValueError: all of them, a line each.
     """
+    config = run.config
     problems = [
         f"parallel={config.parallel!r} with {rule.what}: {rule.why}. Use {rule.instead}."
         for rule in _RULES
-        if rule.mode == config.parallel and rule.meets(config)
+        if rule.mode == config.parallel and rule.meets(run)
     ]
     if config.parallel == "exact":
         problems += _cut_problems(config, world_size)

@@ -1,11 +1,7 @@
-"""`parallel`: exact gives the same bits in any world, sharded the same run up to rounding; both continue each other's
-kind of run. Each world of gloo processes is started once and works through a plan; the tests read what it left."""
+"""The modes of `parallel`: exact gives the same bits in any world, sharded the same run up to rounding; both continue
+each other's runs. The runs are made by tests/workers/modes_worker.py; the tests read the run folders."""
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,151 +11,12 @@ from safetensors.torch import load_file
 from normfree.training.config import AugmentConfig, Config, InputConfig, OptimConfig
 from normfree.training.distributed.exact import TreeSum, same_kernels
 from normfree.training.distributed.modes import check_mode, exact_sizes
-
-# Two of four processes have no image to score: they must not be waited for.
-FLAGS = (
-    "--data synthetic:classes=3,size=16,train=48,val=2 --model nf_resnet_nano --input.image_size 16 "
-    "--input.batch_size 8 --input.micro_batch 1 --input.workers 0 --length 6st --optim.warmup 2st --optim.lr 0.02 "
-    "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --log.keep 9 --optim.ema_decay 0.9 "
-    "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment 2x3 --net.drop_rate 0.3 --net.stochdepth_rate 0.5 "
-    "--net.skip_gain 0.5 --device cpu"
-)
-TWO = "--input.micro_batch 2"
-
-WORK = '''
-import io, json, multiprocessing, os, shutil, signal, socket, sys
-from pathlib import Path
-
-import torch
-from rich.console import Console
-
-from normfree.training import checkpoint, loop, run_folder
 from normfree.training.resolve import resolve
-from normfree.training.config_io import load_config, with_overrides
-from normfree.training.distributed.world import start_world
-from normfree.training.recipes import RECIPES
-from normfree.training.trainer import Trainer
-
-folder, plan, flags = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-torch.set_num_threads(1)
-run_folder.draw_curves = lambda *args, **kwargs: None
-step_of = Trainer.step
-
-
-def config(out, more):
-    path = folder / out / "config.toml"
-    base = load_config(path) if path.exists() else with_overrides(RECIPES["scratch"](), flags)
-    return with_overrides(base, more)
-
-
-def train(world, out, *more, stop=0, copy=""):
-    """One run of the plan; `stop`: ends by a signal after that step; `copy`: continues a copy of that run."""
-    if copy and world.first:
-        shutil.copytree(folder / copy, folder / out)
-    world.barrier()
-
-    def step(self, batch, at):
-        result = step_of(self, batch, at)
-        if at + 1 == stop and world.first:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    Trainer.step = step
-    try:
-        loop.train(config(out, more), folder / out, console=Console(file=io.StringIO()))
-    except loop.Stopped as stopped:
-        assert stopped.step == stop
-    Trainer.step = step_of
-
-
-def restore(world, out, *more):
-    """What a fresh trainer of the given mode holds after restoring the newest checkpoint of a run, beside it."""
-    trainer = Trainer(resolve(config(out, more)), num_classes=3, samples=48, world=world)
-    saved, _ = checkpoint.newest(folder / out / "checkpoints")
-    trainer.restore_(saved if world.first else None)
-    rows = trainer.optimizer.named_state()["head.weight"]
-    here = (rows.to_local() if hasattr(rows, "to_local") else rows).shape[0]
-    held = trainer.tensors()
-    if world.first:
-        same = {f"{file}:{k}": torch.equal(t, held[file][k])
-                for file, part in saved.tensors.items() for k, t in part.items()}
-        name = f"restored-{out}-{world.size}-{trainer.config.parallel}.pt"
-        torch.save((same, sum(map(len, held.values())), here), folder / name)
-
-
-def work(size, rank, port, tasks):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    world = start_world("cpu")
-    for name, words, options in tasks:
-        {"train": train, "restore": restore}[name](world, *words, **options)
-    world.close()
-
-
-for size, tasks in plan:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # one import of torch for all
-    processes = [fork.Process(target=work, args=(size, rank, port, tasks)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit(f"world of {size}: {[process.exitcode for process in processes]}")
-'''
-
-
-def work(folder: Path, plan: list, *flags: str) -> Path:
-    dropped = ("RANK", "WORLD", "LOCAL_", "MASTER", "TORCHELASTIC")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    process = subprocess.run(
-        [sys.executable, "-c", WORK, str(folder), json.dumps(plan), *shlex.split(FLAGS), *flags],
-        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return folder
-
-
-def train(mode: str, out: str, *more: str, **options: object) -> tuple:
-    words = [] if mode == "as before" else ["--parallel", mode]
-    return "train", [out, *words, *more], options
-
-
-def restore(mode: str, out: str) -> tuple:
-    return "restore", [out, "--parallel", mode], {}
-
-
-def changing(steps: int) -> list[list[tuple]]:
-    """A run in exact mode that changes its size: on 1, 4 and 2 processes, a third of its steps each."""
-    return [
-        [train("exact", "changing", stop=steps // 3)],
-        [train("as before", "changing", stop=2 * steps // 3)],
-        [train("as before", "changing")],
-    ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    first, second, third = changing(6)
-    one = [*first, train("exact", "exact1"), train("replicated", "replicated1")]
-    four = [*second, train("exact", "exact4")]
-    four += [
-        train("sharded", "sharded4", *shlex.split(TWO)),
-        train("replicated", "replicated4", *shlex.split(TWO)),
-    ]
-    four += [
-        train("sharded", "broken4", *shlex.split(TWO), stop=3),
-        train("as before", "resumed4", copy="broken4"),
-    ]
-    two = [*third, train("exact", "exact2"), train("sharded", "sharded2"), train("replicated", "replicated2")]
-    two += [train("sharded", "from4", copy="broken4"), train("replicated", "plain2", copy="broken4")]
-    two += [restore(to, f"{of}4") for of in ("sharded", "replicated") for to in ("sharded", "replicated")]
-    last = [train("sharded", "alone", copy="broken4"), restore("replicated", "sharded4")]
-    return work(tmp_path_factory.mktemp("modes"), [(1, one), (4, four), (2, two), (1, last)])
+def folder(worlds) -> Path:
+    return worlds / "modes"
 
 
 def hashes(run: Path, step: int = 6) -> dict[str, str]:
@@ -183,6 +40,8 @@ def distance(one: Path, other: Path, *, least: int = 1) -> float:
     return max(far[k] / float(b[k].double().norm()) for k in a if far[k] > 1e-8 and b[k].numel() >= least)
 
 
+pytestmark = pytest.mark.xdist_group("worlds")
+
 # --- exact --------------------------------------------------------------------------------------------
 
 
@@ -198,14 +57,10 @@ def test_the_same_test_fails_without_exact(folder):
 
 
 @pytest.mark.slow
-def test_exact_gives_the_same_bits_after_fifty_steps_on_eight(tmp_path):
-    first, second, third = changing(51)
-    plan = [(1, [*first, train("exact", "exact1")]), (4, [*second, train("exact", "exact4")])]
-    plan += [(2, [*third, train("exact", "exact2")]), (8, [train("exact", "exact8")])]
-    work(tmp_path, plan, "--length", "51st", "--log.evaluate_every", "51st", "--log.checkpoint_every", "51st")
-    found = {
-        name: hashes(tmp_path / name, 51) for name in ("exact1", "exact2", "exact4", "exact8", "changing")
-    }
+def test_exact_gives_the_same_bits_after_fifty_steps_on_eight(start_worlds, plans, tmp_path):
+    start_worlds(plans.fifty_steps(tmp_path))
+    names = ("exact1", "exact2", "exact4", "exact8", "changing")
+    found = {name: hashes(tmp_path / name, 51) for name in names}
     assert len(set(map(str, found.values()))) == 1, found
 
 
@@ -323,14 +178,16 @@ def config(mode: str, *, batch_size: int = 8, micro_batch: int = 2, **more: obje
 ])  # fmt: skip
 def test_what_a_mode_cannot_keep_is_refused_by_name(mode, more, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        check_mode(config(mode, **more), world_size=2)
+        check_mode(resolve(config(mode, **more)), world_size=2)
     assert str(error.value) == message
-    check_mode(config("replicated", **more), world_size=2)
+    check_mode(resolve(config("replicated", **more)), world_size=2)
 
 
 def test_all_that_is_refused_is_told_at_once():
     with pytest.raises(ValueError, match=r"sam_rho: .*\n.*compile: .*\n.*patience: "):
-        check_mode(config("exact", optim=OptimConfig(sam_rho=0.1), compile=True, patience=1), world_size=1)
+        check_mode(
+            resolve(config("exact", optim=OptimConfig(sam_rho=0.1), compile=True, patience=1)), world_size=1
+        )
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batch", "size", "message"), [
@@ -344,7 +201,7 @@ def test_all_that_is_refused_is_told_at_once():
 ])  # fmt: skip
 def test_exact_says_how_a_batch_may_be_cut(batch_size, micro_batch, size, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
-        check_mode(config("exact", batch_size=batch_size, micro_batch=micro_batch), world_size=size)
+        check_mode(resolve(config("exact", batch_size=batch_size, micro_batch=micro_batch)), world_size=size)
     assert str(error.value) == message
 
 
@@ -363,7 +220,7 @@ def test_the_sizes_that_exact_takes(batch_size):
         ]
         assert found == [n for n in expected if batch_size // n >= world]
         for n in found:
-            check_mode(config("exact", batch_size=batch_size, micro_batch=n), world_size=world)
+            check_mode(resolve(config("exact", batch_size=batch_size, micro_batch=n)), world_size=world)
 
 
 def test_mixing_in_exact_stays_within_a_micro_batch():
@@ -377,7 +234,7 @@ def test_mixing_in_exact_stays_within_a_micro_batch():
         device="cpu",
         augment=AugmentConfig(mixup=1.0, label_smoothing=0.0),
     )
-    trainer = Trainer(half, num_classes=8, samples=8)
+    trainer = Trainer(resolve(half), num_classes=8, samples=8)
     batch = Batch(
         torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8), torch.arange(8), ("",) * 8, 0, 0
     )

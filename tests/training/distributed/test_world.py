@@ -1,16 +1,14 @@
 """Any number of processes computes the same function: gradients, runs, scores; and they stop, fail and continue as one.
 
-Each world of 1, 2 and 4 gloo processes is started once and works through WORK; the tests read what it left behind.
+Each world of 1, 2, 3 and 4 processes is started once and works through tests/workers/world_worker.py; the tests read
+what it has saved.
 """
 
 import json
 import os
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,215 +19,13 @@ from safetensors.torch import load_file
 from normfree.training import checkpoint
 from normfree.training.distributed.world import World, device_of, start_world
 
-FLAGS = (
-    "--data synthetic:classes=3,size=16,train=48,val=13 --model nf_resnet_nano --input.image_size 16 "
-    "--input.batch_size 8 --input.micro_batch 2 --input.workers 0 --length 6st --optim.warmup 2st --optim.lr 0.05 "
-    "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --optim.ema_decay 0.9 --augment.mixup 0.2 "
-    "--augment.cutmix 1.0 --augment.mix_with fresh --net.drop_rate 0.3 --net.stochdepth_rate 0.5 --device cpu"
-)
 WORLDS = (1, 2, 4)
-# Processes -> into how many micro-batches each cuts its part of 32 images; not every number up to 8 can be had.
-LAYOUTS = {1: (1, 2, 3, 4, 5, 6, 7, 8), 2: (1, 2, 3, 4, 6, 8), 4: (1, 2, 3, 4, 8)}
-
-WORK = '''
-import io, multiprocessing, os, shutil, signal, socket, sys
-from pathlib import Path
-
-import numpy as np
-import torch
-from rich.console import Console
-
-from normfree.data.transforms.train import train_transform
-from normfree.data.loader import train_batches
-from normfree.data.source import ArraySource
-from normfree.data.sources.open import open_source
-from normfree.inference import evaluate
-from normfree.preprocessing import Preprocessing
-from normfree.training import loop, run_folder
-from normfree.training.resolve import open_data, resolve
-from normfree.training.config_io import load_config, with_overrides
-from normfree.training.distributed.world import ElsewhereError, start_world
-from normfree.training.recipes import RECIPES
-from normfree.training.trainer import Diverged, Trainer
-
-folder, flags = Path(sys.argv[1]), sys.argv[2:]
-torch.set_num_threads(1)
-run_folder.draw_curves = lambda *args, **kwargs: None  # a third of such a short run's time
-quiet = Console(file=io.StringIO())
-
-
-def work(size, rank, port):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    world = start_world("cpu")
-    found = {"rank": (world.rank, world.size, world.backend)}
-
-    def config(*more):
-        return resolve(with_overrides(RECIPES["scratch"](), [*flags, *more]))
-
-
-    def gradient(model, dtype, micro_batches):
-        """The whole world's gradient of one batch of 32, cut into so many micro-batches in each process."""
-        off = ("--model", model, "--input.batch_size", "32", "--net.drop_rate", "0", "--net.stochdepth_rate", "0",
-               "--input.micro_batch", str(-(-(32 // world.size) // micro_batches)),
-               "--augment.mixup", "0", "--augment.cutmix", "0")
-        trainer = Trainer(config(*off), num_classes=3, samples=48, world=world)
-        trainer.net.to(dtype)
-        batch = next(train_batches(open_source("synthetic:classes=3,size=16,train=48,val=13").train,
-            train_transform(image_size=16), batch_size=32, seed=0, num_steps=1, rank=world.rank, world_size=world.size))
-        images, targets = trainer.prepare(batch, 0)
-        assert len(images.split(trainer.config.input.micro_batch)) == micro_batches
-        trainer.gradients(images.to(dtype), targets.to(dtype), 0)
-        grads = [p.grad for p in trainer.net.parameters()]
-        world.sum_(grads)
-        return grads
-
-
-    for model in ("nf_resnet_nano", "resnet_nano"):
-        for dtype in (torch.float64, torch.float32):
-            for m in {1: (1, 2, 3, 4, 5, 6, 7, 8), 2: (1, 2, 3, 4, 6, 8), 3: (), 4: (1, 2, 3, 4, 8)}[world.size]:
-                if model == "nf_resnet_nano" or m in (1, 4):
-                    found["gradient", model, dtype, m] = gradient(model, dtype, m)
-
-    generator = torch.Generator().manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 7))
-    for p in net.parameters():
-        p.data.normal_(generator=generator)
-    random = np.random.default_rng(0)
-    pixels, labels = random.integers(0, 255, (17, 8, 8, 3), dtype=np.uint8), [int(x) for x in random.integers(0, 7, 17)]
-    for n in range(1, 18):
-        source = ArraySource(pixels[:n], labels[:n], classes=tuple("abcdefg"), names=[str(i) for i in range(n)])
-        found["score", n] = evaluate(net, source, preprocessing=Preprocessing(image_size=8, crop="squash"),
-            batch_size=3, device="cpu", rank=world.rank, world_size=world.size, gather=world.gather)
-    net[1].bias.data[2] = float("nan")
-    try:
-        evaluate(net, source, preprocessing=Preprocessing(image_size=8, crop="squash"), device="cpu", rank=world.rank,
-                 world_size=world.size, gather=world.gather)
-    except ValueError as error:
-        found["no score"] = str(error)
-
-    if world.size in (1, 3):
-        loop.train(config("--input.batch_size", "12"), folder / f"twelve{world.size}", console=quiet)
-    if world.size == 3:
-        torch.save(found, folder / f"found-{world.size}-{world.rank}.pt")
-        return world.close()
-
-    mine = torch.full((3, 2), float(world.rank)).t()
-    both = [mine, torch.tensor(world.rank)]
-    world.sum_(both)
-    found["sum"] = both
-    ones = [torch.tensor([2.0 * world.rank, 4.0])]
-    world.mean_(ones)
-    found["mean"] = ones[0]
-    first = [torch.tensor([world.rank + 5.0]), torch.tensor(world.rank + 7)]
-    world.copy_first_(first)
-    found["first"] = first
-    found["largest"] = world.largest(10 * world.rank), world.any(world.rank == world.size - 1), world.any(False)
-    world.barrier()
-    for failing in ("last", "all", "none"):
-        try:
-            with world.together():
-                if failing == "all" or (failing == "last" and world.rank == world.size - 1):
-                    raise KeyError(f"process {world.rank}")
-            found[failing] = "passed"
-        except Exception as error:
-            found[failing] = type(error).__name__, str(error)
-
-    loop.train(config(), folder / f"run{world.size}", console=quiet)
-    if world.size == 2:
-        loop.train(config(), folder / "again2", console=quiet)
-    split = open_source("synthetic:classes=3,size=16,train=48,val=13")
-    twin = Trainer(config("--model", "resnet_nano"), num_classes=3, samples=48, world=world)
-    for batch in train_batches(split.train, twin.transform, batch_size=8, seed=0, num_steps=1, rank=world.rank,
-                               world_size=world.size, pairs=twin.pairs):
-        twin.step(batch, 0)
-    def statistics():
-        return [torch.cat([b.flatten().clone() for b in net.buffers() if b.is_floating_point()])
-                for net in (twin.net, twin.ema.module)]
-    found["statistics"] = statistics()
-    loop.score(twin, split)
-    found["aligned"] = statistics()
-    original = Trainer.step
-    if world.size == 4:
-        def stepping(self, batch, at):
-            if at == 2 and world.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)  # one of the four
-            return original(self, batch, at)
-
-        Trainer.step = stepping
-        try:
-            loop.train(config(), folder / "stopped", console=quiet)
-        except loop.Stopped as stopped:
-            found["stopped"] = stopped.step, stopped.exit_code
-        Trainer.step = original
-        if world.first:
-            shutil.rmtree(folder / "stopped" / "checkpoints" / "step-00000002")  # so that the third is what continues
-    else:
-        if world.first:
-            shutil.copytree(folder / "stopped", folder / f"continued{world.size}")
-        world.barrier()
-        loop.train(load_config(folder / "stopped" / "config.toml"), folder / f"continued{world.size}", console=quiet)
-
-    original_gradients = Trainer.gradients
-    def poisoned(self, images, targets, step):
-        result = original_gradients(self, images, targets, step)
-        if step == 1 and world.rank == world.size - 1:
-            self.net.head.bias.grad[0] = float("nan")
-        return result
-
-    Trainer.gradients = poisoned
-    try:
-        loop.train(config(), folder / f"diverged{world.size}", console=quiet)
-    except Diverged as error:
-        found["diverged"] = str(error)
-    found["console"] = quiet.file.getvalue()
-    torch.save(found, folder / f"found-{world.size}-{world.rank}.pt")
-    world.close()
-
-
-for size in (4, 3, 2, 1):  # the four leave a stopped run for the others
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # one import of torch for all
-    processes = [fork.Process(target=work, args=(size, rank, port)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit(f"world of {size}: {[process.exitcode for process in processes]}")
-'''
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("RANK", "WORLD", "LOCAL_", "MASTER", "TORCHELASTIC"))
-    }
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+pytestmark = pytest.mark.xdist_group("worlds")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("worlds")
-    process = subprocess.run(
-        [sys.executable, "-c", WORK, str(place), *shlex.split(FLAGS)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    # Nothing is printed: the first process of each world speaks to the console that it was given.
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
-    return place
+def folder(worlds) -> Path:
+    return worlds / "world"
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +39,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_a_batch_of_32_has_one_gradient_however_it_is_cut(found, dtype, bound):
+def test_a_batch_of_32_has_one_gradient_however_it_is_cut(found, plans, dtype, bound):
     def cut(model: str, size: int, m: int) -> list[torch.Tensor]:
         return found[size, 0]["gradient", model, dtype, m]
 
@@ -251,7 +47,7 @@ def test_a_batch_of_32_has_one_gradient_however_it_is_cut(found, dtype, bound):
     worst = {
         (size, m): max(map(distance, cut("nf_resnet_nano", size, m), whole))  # of any one parameter
         for size in WORLDS
-        for m in LAYOUTS[size]
+        for m in plans.LAYOUTS[str(size)]
     }
     assert len(worst) == 19
     assert max(worst.values()) <= bound, worst
@@ -434,17 +230,9 @@ def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch, words, mes
 # --- from the command line ----------------------------------------------------------------------------
 
 
-def torchrun(size: int, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port",
-         str(free_port()), "-m", "normfree", "train", *words],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def test_torchrun_from_the_command_line(folder, tmp_path):
+def test_torchrun_from_the_command_line(folder, torchrun, plans, tmp_path):
     out = tmp_path / "run"
-    process = torchrun(2, *shlex.split(FLAGS), "--out", str(out))
+    process = torchrun(2, *plans.WORLD_FLAGS, "--out", str(out))
     text = process.communicate(timeout=300)[0]
     assert process.returncode == 0, text
     assert text.count("top-1 on 13 validation images") == 1  # the first process alone speaks
@@ -452,8 +240,8 @@ def test_torchrun_from_the_command_line(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(tmp_path):
-    refused = torchrun(2, *shlex.split(FLAGS), "--input.batch_size", "9", "--out", str(tmp_path / "other"))
+def test_a_mistake_is_reported_once(torchrun, plans, tmp_path):
+    refused = torchrun(2, *plans.WORLD_FLAGS, "--input.batch_size", "9", "--out", str(tmp_path / "other"))
     text = refused.communicate(timeout=300)[0]
     assert text.count("normfree: input.batch_size=9 for 2 processes: expected a multiple of 2") == 1
     assert not (tmp_path / "other").exists()
@@ -478,10 +266,10 @@ def working(process: subprocess.Popen[str], out: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["torchrun", "0", "1"])
-def test_sigterm_to_one_or_all_saves_once(tmp_path, target):
+def test_sigterm_to_one_or_all_saves_once(torchrun, plans, tmp_path, target):
     out = tmp_path / "run"
     process = torchrun(
-        2, *shlex.split(FLAGS), "--length", "100000st", "--input.workers", "2", "--out", str(out)
+        2, *plans.WORLD_FLAGS, "--length", "100000st", "--input.workers", "2", "--out", str(out)
     )
     ranks = working(process, out)
     begun = time.monotonic()
@@ -501,10 +289,10 @@ def test_sigterm_to_one_or_all_saves_once(tmp_path, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replicated", "sharded", "exact"])
-def test_a_killed_process_ends_all_and_the_run_continues(tmp_path, mode):
+def test_a_killed_process_ends_all_and_the_run_continues(torchrun, plans, tmp_path, mode):
     out = tmp_path / "run"
     words = ("--parallel", mode, "--length", "1000st", "--out", str(out))
-    process = torchrun(2, *shlex.split(FLAGS), *words)
+    process = torchrun(2, *plans.WORLD_FLAGS, *words)
     ranks = working(process, out)
     begun = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
