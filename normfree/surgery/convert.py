@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from normfree.suggest import problem, unknown
 from normfree.surgery.batchnorm import batchnorms, fold_batchnorms_, other_norms
 from normfree.surgery.conversion_report import ConvertReport, How, LayerChange
+from normfree.surgery.scratch import rewrite
 from normfree.surgery.standardized_conv import can_be_standardized, scales_with_weight
 from normfree.surgery.trace import convolutions
 from normfree.surgery.weight_fit import standardize_
@@ -90,6 +91,15 @@ def convert_batchnorm(
 
     Source: [A] section 3 and [B] section 2 for "scratch"; the fit of "normalizer_free" is our own.
     """
+    _check(model, how, alpha=alpha, skip_gain=skip_gain)
+    if how == "scratch":
+        rewritten, layers, kept = rewrite(model, images, alpha=alpha, skip_gain=skip_gain)
+        count = 0 if images is None else len(images)
+        return Converted(rewritten, ConvertReport(how, tuple(layers), kept, count, None))
+    return _fold(model, images, how)
+
+
+def _check(model: nn.Module, how: How, *, alpha: float, skip_gain: float) -> None:
     if how not in get_args(How):
         raise ValueError(unknown("how", how, get_args(How)))
     if not batchnorms(model):
@@ -101,13 +111,7 @@ def convert_batchnorm(
                 allowed="networks with torch.nn.BatchNorm1d, 2d or 3d, or a module that behaves like one",
             )
         )
-    if how == "scratch":
-        from normfree.surgery.scratch import rewrite
-
-        rewritten, layers, kept = rewrite(model, images, alpha=alpha, skip_gain=skip_gain)
-        count = 0 if images is None else len(images)
-        return Converted(rewritten, ConvertReport(how, tuple(layers), kept, count, None))
-    if (alpha, skip_gain) != (0.2, 0.0):
+    if how != "scratch" and (alpha, skip_gain) != (0.2, 0.0):
         raise ValueError(
             problem(
                 f"alpha={alpha}, skip_gain={skip_gain} with how={how!r}",
@@ -115,7 +119,6 @@ def convert_batchnorm(
                 fix="leave them out",
             )
         )
-    return _fold(model, images, how)
 
 
 def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
