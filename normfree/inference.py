@@ -1,6 +1,6 @@
-"""A trained network at work: evaluate it on a labelled source, predict files. Preprocessing travels with the model.
+"""Evaluation of a trained network on labeled images, and prediction of image files.
 
-Legend: B batch, C channels, H W height and width, K classes. `top1` and `top5` are percent.
+Shapes: B batch, S image size, K classes, N images. `top1` and `top5` are percent.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
+from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network scores on a source: percent correct, mean cross entropy in nats, and every answer."""
+    """Scores of a network on a source.
+
+    Attributes:
+        top1: percent of images whose most probable class is correct.
+        top5: percent of images whose correct class is among the five most probable.
+        loss: mean cross entropy in nats.
+        count: number of images N.
+        classes: the class names.
+        labels: true classes, int64 N, in the order of the source.
+        predictions: most probable classes, int64 N.
+        losses: cross entropy of each image in nats, float64 N.
+    """
 
     top1: float
     top5: float
@@ -38,19 +50,16 @@ class Evaluation:
     count: int
     classes: tuple[str, ...]
     labels: Tensor = field(repr=False)
-    """int64 N"""
     predictions: Tensor = field(repr=False)
-    """int64 N"""
     losses: Tensor = field(repr=False)
-    """float64 N, cross entropy of each image in nats, in the order of the source"""
 
     def confusion(self) -> Tensor:
-        """K K counts: row = true class, column = answer."""
+        """Return the confusion matrix, counts K x K: row = true class, column = predicted class."""
         size = len(self.classes)
         return torch.bincount(self.labels * size + self.predictions, minlength=size * size).view(size, size)
 
     def per_class(self) -> dict[str, float]:
-        """Percent correct of each class that has images."""
+        """Return the top-1 accuracy in percent of each class that has images."""
         table = self.confusion()
         return {
             name: 100.0 * float(table[i, i]) / int(table[i].sum())
@@ -70,52 +79,87 @@ def evaluate(
     device: str | torch.device = "auto",
     rank: int = 0,
     world_size: int = 1,
-    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+    gather: Callable[[Tensor], Tensor] = lambda scores: scores,
 ) -> Evaluation:
-    """Scores `model` (images B 3 S S -> logits B K) on every image of `source`, each once, in evaluation mode.
+    """Evaluate a network once on every image of a source, in evaluation mode and in float32.
 
-    Computed in float32 whatever the training precision, as in the reference. The model's mode is restored.
-    With several processes each scores its part (`rank` of `world_size`), `gather` joins rows (N_r 4, float64, on the
-    CPU) of all of them in order of rank, and every process returns the whole score.
+    The mode of the model is restored afterwards.
+
+    Args:
+        model: a module that maps images B 3 S S to logits B K. It is moved to `device`.
+        source: the labeled images.
+        preprocessing: how images become inputs of the model.
+        batch_size: number of images per forward pass.
+        workers: number of processes that load images; 0 loads them in this process.
+        device: a device or its name; "auto" is a GPU if there is one, else the CPU.
+        rank: index of this process, if several processes share the images.
+        world_size: number of processes.
+        gather: function that concatenates the tensors N_r x 4 (float64, on the CPU) of all processes in the order of
+            their ranks. Every process then returns the scores of all images.
+
+    Returns:
+        Accuracy, loss, and the prediction for each image.
 
     Raises:
-        ValueError: logits are not finite or not one per class; such a network has no score.
+        ValueError: the logits are not finite, or their number is not the number of classes.
+
+    Example:
+        >>> import numpy as np
+        >>> import normfree
+        >>> from normfree.data.source import ArraySource
+        >>> from normfree.preprocessing import Preprocessing
+        >>> images = np.zeros((3, 16, 16, 3), dtype=np.uint8)
+        >>> source = ArraySource(images, [0, 1, 1], classes=("cat", "dog"), names=("a", "b", "c"))
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=2)
+        >>> scores = normfree.evaluate(net, source, preprocessing=Preprocessing(image_size=16), device="cpu")
+        >>> scores.count, scores.top5, scores.labels.tolist()
+        (3, 100.0, [0, 1, 1])
+
+    Source: evaluation of the reference code, which also uses float32.
     """
-    place = run_device(device) if isinstance(device, str) else device
+    target = run_device(device) if isinstance(device, str) else device
     transform = preprocessing.transform()
     was_training = model.training
-    model.eval().to(place)
+    model.eval().to(target)
     parts = [torch.empty(0, 4, dtype=torch.float64)]
     try:
         for batch in eval_batches(
             source, transform, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size
         ):
-            images, labels = batch.images.to(place), batch.labels.to(place)
+            images, labels = batch.images.to(target), batch.labels.to(target)
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
             if logits.shape[-1] != len(source.classes):
-                raise _no_score(f"{logits.shape[-1]} wide", batch.names[0], source)
-            best = logits.topk(min(5, logits.shape[-1])).indices
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            loss[~torch.isfinite(logits).all(dim=1)] = (
-                torch.nan
-            )  # told after all are gathered, or others would wait
-            hits = (best == labels[:, None]).any(dim=1)
-            parts.append(torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1))
+                raise _invalid_logits(f"have {logits.shape[-1]} columns", batch.names[0], source)
+            parts.append(_scores(logits, labels))
     finally:
         model.train(was_training)
-    rows = gather(torch.cat(parts))
-    wrong = torch.isnan(rows[:, 3]).nonzero()
+    scores = gather(torch.cat(parts))
+    wrong = torch.isnan(scores[:, 3]).nonzero()
     if len(wrong):
-        raise _no_score("not finite", source.name(int(wrong[0])), source)
-    truths, answers, count = rows[:, 0].long(), rows[:, 1].long(), len(rows)
-    top1, top5 = int((answers == truths).sum()), int(rows[:, 2].sum())
-    return Evaluation(100 * top1 / count, 100 * top5 / count, float(rows[:, 3].sum()) / count, count,
-                      tuple(source.classes), truths, answers, rows[:, 3])  # fmt: skip
+        raise _invalid_logits("are not finite", source.name(int(wrong[0])), source)
+    labels, predictions, losses, count = scores[:, 0].long(), scores[:, 1].long(), scores[:, 3], len(scores)
+    top1, top5 = int((predictions == labels).sum()), int(scores[:, 2].sum())
+    return Evaluation(100 * top1 / count, 100 * top5 / count, float(losses.sum()) / count, count,
+                      tuple(source.classes), labels, predictions, losses)  # fmt: skip
 
 
-def _no_score(what: str, name: str, source: Source) -> ValueError:
-    return ValueError(f"logits are {what} for {name!r} and others; the data has {len(source.classes)} classes. "
-                      "There is no score to report.")  # fmt: skip
+def _scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return label, predicted class, top-5 hit and loss of each image, B 4, float64, on the CPU."""
+    best = logits.topk(min(5, logits.shape[-1])).indices
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    # The error is raised after `gather`, because the other processes wait there for this one.
+    loss[~torch.isfinite(logits).all(dim=1)] = torch.nan
+    hits = (best == labels[:, None]).any(dim=1)
+    return torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1)
+
+
+def _invalid_logits(what: str, name: str, source: Source) -> ValueError:
+    classes = len(source.classes)
+    return ValueError(
+        problem(
+            f"logits {what} for {name!r} and other images", allowed=f"{classes} finite logits, one per class"
+        )
+    )
 
 
 def sample_images(images: Source | Sequence[Path], *, count: int, preprocessing: Preprocessing) -> Tensor:
@@ -149,12 +193,19 @@ def sample(source: Source, *, count: int, preprocessing: Preprocessing) -> tuple
     return sample_images(source, count=count, preprocessing=preprocessing), labels
 
 
-# --- predict files ------------------------------------------------------------------------------------
+# --- prediction of files ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one picture: class names and probabilities, most probable first; or why there is none."""
+    """The prediction for one image file.
+
+    Attributes:
+        path: the file.
+        classes: names of the most probable classes, the most probable first; empty if there is an error.
+        probabilities: their probabilities, from 0 to 1.
+        error: why the file cannot be read, or "".
+    """
 
     path: str
     classes: tuple[str, ...] = ()
@@ -163,22 +214,28 @@ class Prediction:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Files as given, and all images under folders, sorted.
+    """Return the given files, and for each folder all images in it and its subfolders, sorted by path.
 
     Raises:
-        ValueError: a path does not exist, or a folder holds no image.
+        ValueError: a path does not exist, or a folder contains no image.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
-                raise ValueError(f"{str(path)!r} holds no images ({', '.join(sorted(SUFFIXES))}).")
+                raise ValueError(
+                    problem(
+                        f"{str(path)!r} contains no images", allowed=f"files {', '.join(sorted(SUFFIXES))}"
+                    )
+                )
             found += inside
         elif path.exists():
             found.append(path)
         else:
-            raise ValueError(f"{str(path)!r} does not exist.")
+            raise ValueError(
+                problem(f"{str(path)!r} does not exist", allowed="image files and folders of images")
+            )
     return found
 
 
@@ -190,46 +247,70 @@ def predict(
     batch_size: int = 64,
     device: str | torch.device = "auto",
 ) -> Iterator[Prediction]:
-    """The `top` most probable classes of each file, or of each image under each folder, in order.
+    """Predict the most probable classes of image files.
 
-    A file that is no readable image gives a `Prediction` with `error` and takes no part in a batch.
+    Args:
+        model: a trained model, as `from_pretrained` returns it. Its network is moved to `device`.
+        paths: image files, or folders that are searched for images.
+        top: number of classes per image.
+        batch_size: number of images per forward pass.
+        device: a device or its name; "auto" is a GPU if there is one, else the CPU.
+
+    Yields:
+        A `Prediction` for each file, in order. A file that cannot be read gives a `Prediction` with an `error`.
 
     Raises:
-        ValueError: a path does not exist, or `top` or `batch_size` is below 1; at the call, before any answer.
+        ValueError: a path does not exist, or `top` or `batch_size` is below 1. Raised by the call itself, before the
+            first prediction.
+
+    Example:
+        >>> import tempfile
+        >>> import normfree
+        >>> from PIL import Image
+        >>> from normfree.preprocessing import Preprocessing
+        >>> from normfree.pretrained import TrainedModel
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=2)
+        >>> model = TrainedModel(net, Preprocessing(image_size=16), ("cat", "dog"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (20, 20)).save(f"{folder}/image.png")
+        ...     (prediction,) = normfree.predict(model, [folder], top=1, device="cpu")
+        >>> len(prediction.classes), len(prediction.probabilities), prediction.error
+        (1, 1, '')
     """
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name}={value}: expected 1 or more.")
-    place = run_device(device) if isinstance(device, str) else device
-    return _answers(model, find_images(paths), top, batch_size, place)
+            raise ValueError(problem(f"{name} is {value}", allowed="1 or more"))
+    target = run_device(device) if isinstance(device, str) else device
+    return _predictions(model, find_images(paths), top, batch_size, target)
 
 
 @torch.no_grad()
-def _answers(
-    model: TrainedModel, files: list[Path], top: int, batch_size: int, place: torch.device
+def _predictions(
+    model: TrainedModel, files: list[Path], top: int, batch_size: int, device: torch.device
 ) -> Iterator[Prediction]:
     pre = model.preprocessing
     transform = pre.transform()
-    net = model.net.eval().to(place)
+    net = model.net.eval().to(device)
     for start in range(0, len(files), batch_size):
         part = files[start : start + batch_size]
-        pictures = [_open(path) for path in part]
-        good = [transform(p) for p in pictures if not isinstance(p, str)]
-        rows: Iterable[Tensor] = ()
-        if good:
-            images = normalize(torch.stack(good).to(place), mean=pre.mean, std=pre.std)
-            rows = net(images).float().softmax(dim=1).cpu()
-        answers = iter(rows)
-        for path, picture in zip(part, pictures, strict=True):
-            if isinstance(picture, str):
-                yield Prediction(os.fspath(path), error=picture)
+        images_or_errors = [_open(path) for path in part]
+        pixels = [transform(image) for image in images_or_errors if not isinstance(image, str)]
+        outputs: Iterable[Tensor] = ()
+        if pixels:
+            inputs = normalize(torch.stack(pixels).to(device), mean=pre.mean, std=pre.std)
+            outputs = net(inputs).float().softmax(dim=1).cpu()
+        remaining = iter(outputs)
+        for path, image in zip(part, images_or_errors, strict=True):
+            if isinstance(image, str):
+                yield Prediction(os.fspath(path), error=image)
                 continue
-            probabilities, indices = next(answers).topk(min(top, len(model.classes)))
+            probabilities, indices = next(remaining).topk(min(top, len(model.classes)))
             names = tuple(model.classes[i] for i in indices.tolist())
             yield Prediction(os.fspath(path), names, tuple(probabilities.tolist()))
 
 
 def _open(path: Path) -> Image | str:
+    """Return the image of a file, or the reason why it cannot be read."""
     try:
         return load_image(path)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How an image becomes a network's input, and how that is written in a model folder."""
+"""Preprocessing of images for a network, and its form in the `config.json` of a model folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,29 @@ from torch import Tensor
 from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, eval_transform
 from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD
 from normfree.models.net import Net
+from normfree.suggest import unknown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# crop_pct of timm's variants: 1 for the light NFNets (L0 to L2), these values, and 0.9 for all others.
+# Source: default_cfgs of models/nfnet.py, timm 1.0.31.
+TIMM_CROP_PCT = {"timm_nf_resnet50": 0.94, "timm_test_nfnet": 0.95}
+
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the network's input: RGB -> 3 S S, normalized. `crop`, `crop_pct` and
-    `antialias` as in `eval_transform`; False is what DeepMind's weights were evaluated with."""
+    """How an RGB image becomes the input of a network, 3 S S, normalized.
+
+    Attributes:
+        image_size: image size S in pixels.
+        crop: one of `EVAL_CROPS`.
+        crop_pct: for "squash" and "center", S divided by the size of the resized image.
+        interpolation: interpolation of the resize, for example "bicubic".
+        antialias: False to resize without antialiasing, as in the evaluation of DeepMind's weights.
+        mean: mean of each channel, for values from 0 to 1.
+        std: standard deviation of each channel, for values from 0 to 1.
+    """
 
     image_size: int
     crop: str = "resize_crop_32"
@@ -30,7 +44,10 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def transform(self) -> Callable[[Image], Tensor]:
-        """RGB picture -> grey levels 3 S S, uint8 if antialiased; `normalize` with mean and std does the rest."""
+        """Return a function from an RGB image to 3 S S values from 0 to 255, uint8 if antialiased.
+
+        Apply `normalize` with `mean` and `std` to its result.
+        """
         return eval_transform(
             image_size=self.image_size,
             crop=self.crop,
@@ -40,10 +57,12 @@ class Preprocessing:
         )
 
     def to_config(self) -> dict[str, Any]:
-        """The same in timm's words, for `pretrained_cfg` of a config.json. `crop_resize`, which timm lacks, becomes
-        its nearest (timm resizes, then crops), and so does resizing without antialiasing."""
+        """Return the preprocessing with timm's keys, for `pretrained_cfg` of a config.json.
+
+        timm has no "crop_resize" and always uses antialiasing. These are approximated by the most similar settings.
+        """
         size = self.image_size
-        # timm resizes to floor(S / crop_pct): half a pixel more keeps the quotient off the whole number below
+        # timm resizes to floor(S / crop_pct). Half a pixel more protects the floor from rounding errors.
         with_margin = size / (size + CROP_PADDING + 0.5)
         mode, pct = {
             "resize_crop_32": ("squash", with_margin),
@@ -56,21 +75,23 @@ class Preprocessing:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Preprocessing:
-        """From a table of our own fields, as JSON brings it back, with lists for tuples."""
+        """Create a `Preprocessing` from a dict of its fields as read from JSON, with lists instead of tuples."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**values)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From timm's words. Test size and test crop are preferred, as in timm's own validation.
+        """Create a `Preprocessing` from a `pretrained_cfg` with timm's keys.
+
+        Test size and test crop are preferred, as in timm's own validation.
 
         Raises:
-            ValueError: an entry is missing or makes no sense.
+            ValueError: an entry is missing or invalid.
         """
         try:
             crop = config.get("crop_mode") or "center"
             if crop not in EVAL_CROPS:
-                raise ValueError(f"crop_mode {crop!r}: known are {', '.join(EVAL_CROPS)}")
+                raise ValueError(unknown("crop_mode", crop, EVAL_CROPS).rstrip("."))
             return cls(
                 image_size=int((config.get("test_input_size") or config["input_size"])[-1]),
                 crop=crop,
@@ -81,22 +102,27 @@ class Preprocessing:
             )
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(
-                f"pretrained_cfg of the model's config.json lacks or misstates {error}."
+                f"pretrained_cfg of the model's config.json has a missing or invalid entry: {error}."
             ) from None
 
 
 def assumed_preprocessing(net: Net, *, deepmind: bool) -> Preprocessing:
-    """What weights without a folder were most likely made for: DeepMind's evaluation to the pixel, ours, or timm's."""
+    """Return the preprocessing that weights without a model folder were most likely trained with.
+
+    Args:
+        net: the network.
+        deepmind: True for weights in DeepMind's format, which were evaluated without antialiasing.
+
+    Source: evaluation of the reference code; `default_cfgs` of timm 1.0.31 for variants of timm.
+    """
     half = (0.5,) * net.in_channels
-    rgb = net.in_channels == 3 and net.name != "timm_test_nfnet"
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else (half, half)
+    imagenet = net.in_channels == 3 and net.name != "timm_test_nfnet"
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (half, half)
     size = net.variant.test_size
     if not net.name.startswith("timm_") or net.name.startswith("timm_dm_"):
-        # reference code: NFNets squash to S + 32, NF-RegNets and NF-ResNets keep the aspect; no antialiasing
+        # Reference code: NFNets resize to a square of S + 32; NF-RegNets and NF-ResNets keep the aspect ratio.
         crop = "resize_crop_32" if net.name.startswith(("nfnet", "timm_dm")) else "crop_resize"
         return Preprocessing(size, crop=crop, antialias=not deepmind, mean=mean, std=std)
-    # timm 1.0.31, default_cfgs of models/nfnet.py: crop_pct is 0.9 but for these
-    special = {"timm_nf_resnet50": 0.94, "timm_test_nfnet": 0.95}
     light = net.name.startswith(("timm_nfnet_l", "timm_eca_nfnet_l"))
-    crop_pct = 1.0 if light else special.get(net.name, 0.9)
+    crop_pct = 1.0 if light else TIMM_CROP_PCT.get(net.name, 0.9)
     return Preprocessing(size, crop="center", crop_pct=crop_pct, mean=mean, std=std)

@@ -1,7 +1,7 @@
-"""A trained network as a unit that travels: weights, preprocessing, class names. Its form on disk is a Hugging Face
-model folder: `config.json` with timm's keys, `model.safetensors`, a card `README.md`.
+"""Saving and loading of trained networks with their preprocessing and class names.
 
-A network of a `timm_` row is written under timm's names, so that timm opens the folder; all others under ours.
+The format is a Hugging Face model folder: `config.json` with timm's keys, `model.safetensors` and a model card
+`README.md`. Weights of `timm_` variants are written under timm's names, so that timm can open the folder.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normfree._version import __version__
+from normfree.files import atomic_write, atomic_write_text
 from normfree.models.net import Net
 from normfree.models.variants import VARIANTS
 from normfree.models.zoo import create_model
 from normfree.onnx_net import OnnxNet, open_onnx
 from normfree.preprocessing import Preprocessing
+from normfree.suggest import did_you_mean, problem, unknown
 from normfree.weights.hub import PREFIX, fetch, upload
 from normfree.weights.load import MODEL_FILE, load_weights, model_folder
 from normfree.weights.names import timm_from_state_dict
 
-#: Fields of a row that change training only, never what a trained network computes.
+# Fields of a `Variant` that affect training only, and not the outputs of a trained network.
 TRAINING_FIELDS = frozenset(
     (
         "classifier_std",
@@ -40,22 +42,50 @@ TRAINING_FIELDS = frozenset(
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network with what it needs to look at pictures and to name what it sees. `net` is an `OnnxNet` if it was read
-    from an ONNX file: it predicts, and cannot be trained or changed."""
+    """A trained network with everything that predictions need.
+
+    Attributes:
+        net: the network. An `OnnxNet` if it was read from an ONNX file; that can predict, but not be trained.
+        preprocessing: how images become inputs of the network.
+        classes: the class names, one per output.
+    """
 
     net: Net | OnnxNet
     preprocessing: Preprocessing
     classes: tuple[str, ...]
 
 
-# --- out ---------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------------
 
 
 def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") -> Path:
-    """Writes the model folder: `config.json`, `model.safetensors` and, if given, the card. Returns the folder.
+    """Write a model folder: `config.json`, `model.safetensors`, and `README.md` if there is a card.
+
+    `from_pretrained` reads the folder. timm reads it too if the network is a `timm_` variant.
+
+    Args:
+        model: the network with its preprocessing and classes.
+        folder: the folder to write, which is created if needed. Existing files are replaced.
+        card: text of the model card, Markdown.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: there is not one class name for each output, or the network is folded or from an ONNX file.
+        ValueError: the number of class names is not the number of outputs, or the network is folded or was read from
+            an ONNX file.
+
+    Example:
+        >>> import tempfile
+        >>> import normfree
+        >>> from normfree.preprocessing import Preprocessing
+        >>> from normfree.pretrained import TrainedModel
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=2)
+        >>> model = TrainedModel(net, Preprocessing(image_size=32), ("cat", "dog"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = normfree.save_pretrained(model, folder, card="# Cats and dogs")
+        ...     sorted(file.name for file in path.iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     from safetensors.torch import save_file
 
@@ -63,46 +93,70 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
     folder = Path(folder)
     if not isinstance(net, Net):
         raise ValueError(
-            f"{net.name} was read from an ONNX file, which holds no weights that could be trained. "
-            "Save the run or model folder that it was exported from."
+            problem(
+                f"{net.name} was read from an ONNX file, which has no trainable weights",
+                fix="save the run or model folder that the file was exported from",
+            )
         )
     if net.folded:
         raise ValueError(
-            "a folded network is no longer its row; save the network that was folded, or export it."
+            problem(
+                "the network is folded, so it is no longer the variant of its name",
+                fix="save the network before `fold`, or export the folded one",
+            )
         )
     if len(model.classes) != net.num_classes:
         raise ValueError(
-            f"{len(model.classes)} class names for {net.num_classes} outputs; give one for each."
+            problem(
+                f"there are {len(model.classes)} class names for {net.num_classes} outputs",
+                allowed="one class name per output",
+            )
         )
-    folder.mkdir(parents=True, exist_ok=True)
     state, for_timm = net.state_dict(), _timm_knows(net)
     if for_timm:
         state = timm_from_state_dict(state, attention_at=net.variant.attention_at)
     tensors = {k: v.detach().contiguous().cpu() for k, v in state.items()}
-    save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     text = json.dumps(_config(net, model, for_timm), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    shutil.copymode(
-        folder / "config.json", folder / MODEL_FILE
-    )  # safetensors lets nobody else read what it writes
+    atomic_write_text(folder / "config.json", text + "\n")
+    atomic_write(folder / MODEL_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    # safetensors makes its files readable only for their owner.
+    shutil.copymode(folder / "config.json", folder / MODEL_FILE)
     if card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        atomic_write_text(folder / "README.md", card)
     return folder
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Uploads a model folder (or a run's) to `OWNER/NAME` on the Hugging Face hub; returns its address.
+    """Upload a model folder to the Hugging Face hub.
+
+    Needs `normfree[hub]` and a token of the hub (`hf auth login`).
+
+    Args:
+        folder: a model folder, or a run folder that contains one.
+        repository: `OWNER/NAME`; created if it does not exist.
+        private: True to create a private repository.
+
+    Returns:
+        The URL of the repository.
 
     Raises:
-        ValueError: the folder is no model folder, or the hub refused.
+        ValueError: the folder is not a model folder, or the hub refused the upload.
+        ModuleNotFoundError: huggingface_hub is not installed.
+
+    Example:
+        `tests/test_pretrained.py` runs this code with a local replacement of the hub.
+
+        >>> import normfree
+        >>> normfree.push_to_hub("runs/emoji", "me/emoji-nfnet", private=True)  # doctest: +SKIP
+        'https://huggingface.co/me/emoji-nfnet'
     """
     return upload(model_folder(Path(folder)), repository, private=private)
 
 
 def model_args(net: Net) -> dict[str, Any]:
-    """The fields in which a network differs from the row of its name."""
-    row, own = asdict(VARIANTS[net.name]), asdict(net.variant)
-    return {k: v for k, v in own.items() if v != row[k]}
+    """Return the fields in which the variant of a network differs from the variant of its name."""
+    published, own = asdict(VARIANTS[net.name]), asdict(net.variant)
+    return {k: v for k, v in own.items() if v != published[k]}
 
 
 def _timm_knows(net: Net) -> bool:
@@ -120,7 +174,7 @@ def _config(net: Net, model: TrainedModel, for_timm: bool) -> dict[str, Any]:
         "num_features": net.num_features,
         "global_pool": "avg",
         "label_names": list(model.classes),
-        # timm hands these to its constructor
+        # timm passes these to its constructor.
         **({"model_args": {"in_chans": net.in_channels}} if for_timm and net.in_channels != 3 else {}),
         "pretrained_cfg": {
             **pre.to_config(), "num_classes": net.num_classes,
@@ -133,28 +187,46 @@ def _config(net: Net, model: TrainedModel, for_timm: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- in ----------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------
 
 
 def from_pretrained(
     source: str | Path, *, numerics: Literal["reference", "timm"] = "reference"
 ) -> TrainedModel:
-    """The network of a model folder of ours or timm's, of a run folder, of `hf-hub:OWNER/NAME`, or of an ONNX file
-    that `normfree export` wrote, in evaluation mode.
+    """Load a trained network with its preprocessing and class names.
 
-    Only safetensors are read, and every name and shape must agree. `numerics` says how timm's `dm_nfnet_f*`, which
-    hold DeepMind's weights, compute: as DeepMind's code did, or as timm does (docs/weights.md says how far apart
-    these are). Other folders have one meaning.
+    Only safetensors files are read, and the names and shapes of all tensors must match the network.
+
+    Args:
+        source: a model folder of `save_pretrained` or timm, a run folder, `hf-hub:OWNER/NAME[@REVISION]`, or an ONNX
+            file that `export` wrote.
+        numerics: for timm's `dm_nfnet_f*`, which have DeepMind's weights, whether to compute like DeepMind's code
+            ("reference") or like timm ("timm"); docs/weights.md has the differences. It has no effect on other models.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        ValueError: there is no such folder, or its parts contradict each other.
+        ValueError: there is no such folder or file, or its contents are invalid.
+
+    Example:
+        >>> import tempfile
+        >>> import normfree
+        >>> from normfree.preprocessing import Preprocessing
+        >>> from normfree.pretrained import TrainedModel
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = normfree.save_pretrained(TrainedModel(net, Preprocessing(32), ("cat", "dog")), folder)
+        ...     model = normfree.from_pretrained(folder)
+        >>> model.classes, model.preprocessing.image_size, model.net.training
+        (('cat', 'dog'), 32, False)
     """
     if str(source).endswith(".onnx") and not Path(source).is_dir():
         return _from_onnx(Path(source))
     folder = fetch(str(source)) if str(source).startswith(PREFIX) else model_folder(Path(source))
     about = describe(folder, numerics=numerics)
     try:
-        net = create_model(about.row, num_classes=len(about.classes), **about.arguments)
+        net = create_model(about.variant, num_classes=len(about.classes), **about.arguments)
         if not isinstance(net, Net):
             raise TypeError("'features_only' in model_args")
     except TypeError as error:
@@ -165,62 +237,67 @@ def from_pretrained(
 
 @dataclass(frozen=True)
 class Description:
-    """What a model folder's config.json says: the row, what `create_model` is given besides, what travels with it."""
+    """The contents of a model folder's config.json.
 
-    row: str
+    Attributes:
+        variant: name of the variant.
+        arguments: other arguments of `create_model`.
+        preprocessing: the preprocessing.
+        classes: the class names.
+    """
+
+    variant: str
     arguments: dict[str, Any]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
 
 
 def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "reference") -> Description:
-    """Reads config.json of a model folder of ours or timm's, of a run folder, or from the hub; see `from_pretrained`.
+    """Read the config.json of a model folder, a run folder or a repository of the hub; see `from_pretrained`.
 
     Raises:
-        ValueError: there is none, or it contradicts itself.
+        ValueError: there is no such file, or its contents are invalid.
     """
     folder = fetch(str(folder)) if str(folder).startswith(PREFIX) else model_folder(Path(folder))
     config = read_config(folder)
     try:
         ours = config.get("normfree")
         if ours is not None:
-            row, arguments = ours["row"], {"in_channels": ours["in_channels"], **ours["model_args"]}
+            variant, arguments = ours["row"], {"in_channels": ours["in_channels"], **ours["model_args"]}
             pre = Preprocessing.from_fields(ours["preprocessing"])
-            if not isinstance(row, str):
-                raise TypeError(f"{row!r} for the name of a row")
+            if not isinstance(variant, str):
+                raise TypeError(f"'row' is {variant!r}, not the name of a variant")
         else:
-            row, arguments = _row_of_timm(config, numerics)
+            variant, arguments = _timm_variant(config, numerics)
             pre = Preprocessing.from_config(config["pretrained_cfg"])
         count = int(config["num_classes"])
         classes = tuple(config.get("label_names") or map(str, range(count)))
-    except (
-        TypeError,
-        KeyError,
-        AttributeError,
-    ) as error:  # whoever wrote it: it is data, and may hold anything
+    # The file may come from anywhere, so any entry may be missing or have the wrong type.
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
     if len(classes) != count:
-        raise ValueError(f"{folder}: config.json names {len(classes)} classes, the network has {count}.")
-    return Description(row, arguments, pre, classes)
+        raise ValueError(f"{folder}: config.json has {len(classes)} class names for {count} outputs.")
+    return Description(variant, arguments, pre, classes)
 
 
 def _from_onnx(path: Path) -> TrainedModel:
     net, metadata = open_onnx(path)
     try:
         pre = Preprocessing.from_fields(metadata["preprocessing"])
-        pre.transform()  # words and numbers that make no sense are found here
+        # Invalid options are found here.
+        pre.transform()
         if not len(pre.mean) == len(pre.std) == net.in_channels:
-            raise ValueError(f"{len(pre.mean)} means for {net.in_channels} channels")
+            raise ValueError(f"{len(pre.mean)} mean(s) for {net.in_channels} channels")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the preprocessing in its metadata makes no sense: {error}.") from None
+        raise ValueError(f"{path}: the preprocessing in its metadata is invalid: {error}.") from None
     return TrainedModel(net.eval(), pre, tuple(metadata["classes"]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder.
+    """Read the `config.json` of a model folder.
 
     Raises:
-        ValueError: there is no such file, or it describes no model.
+        ValueError: there is no such file, or it does not describe a model.
     """
     path = folder / "config.json"
     try:
@@ -229,20 +306,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a model's config: {error}.") from None
     wanted = {"architecture", "num_classes", "pretrained_cfg"}
     if not isinstance(config, dict) or not wanted <= config.keys():
-        raise ValueError(f"{path}: expected the keys {', '.join(sorted(wanted))}.")
+        raise ValueError(
+            problem(f"{path} does not describe a model", allowed=f"the keys {', '.join(sorted(wanted))}")
+        )
     return config
 
 
-def _row_of_timm(config: Mapping[str, Any], numerics: str) -> tuple[str, dict[str, Any]]:
-    """(row, arguments) for a folder that timm wrote."""
+def _timm_variant(config: Mapping[str, Any], numerics: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of the variant and the other arguments of `create_model` for a folder that timm wrote."""
     if numerics not in ("reference", "timm"):
-        raise ValueError(f"numerics={numerics!r}. Allowed: reference, timm.")
+        raise ValueError(unknown("numerics", numerics, ("reference", "timm")))
     name = str(config["architecture"])
-    row = f"timm_{name}"
-    if row not in VARIANTS:
-        raise ValueError(f"architecture {name!r} is no normalizer-free network of timm's that is known here.")
+    variant = f"timm_{name}"
+    if variant not in VARIANTS:
+        known = [other.removeprefix("timm_") for other in VARIANTS if other.startswith("timm_")]
+        raise ValueError(
+            problem(
+                f"timm's architecture {name!r} is not supported.{did_you_mean(name, known)}",
+                allowed=f"normalizer-free networks of timm: {', '.join(known)}",
+            )
+        )
     if numerics == "reference" and name.startswith("dm_"):
-        row = name.removeprefix("dm_")
+        variant = name.removeprefix("dm_")
     theirs = dict(config.get("model_args") or {})
     args: dict[str, Any] = {"in_channels": theirs.pop("in_chans", 3)}
     for key, field in (("drop_rate", "drop_rate"), ("drop_path_rate", "stochdepth_rate")):
@@ -252,5 +337,5 @@ def _row_of_timm(config: Mapping[str, Any], numerics: str) -> tuple[str, dict[st
     if theirs.get("global_pool") == "avg":
         del theirs["global_pool"]
     if theirs:
-        raise ValueError(f"model_args {', '.join(sorted(theirs))} of timm's {name} are not known here.")
-    return row, args
+        raise ValueError(f"model_args {', '.join(sorted(theirs))} of timm's {name} are not supported.")
+    return variant, args

@@ -334,10 +334,10 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     ("key", "value", "message"),
     [
         ("row", "nf_resnet_nanoo", "unknown model 'nf_resnet_nanoo'. Did you mean 'nf_resnet_nano'?"),
-        ("label_names", ["a", "b"], "config.json names 2 classes, the network has 3."),
+        ("label_names", ["a", "b"], "config.json has 2 class names for 3 outputs."),
         ("preprocessing", {}, "config.json does not describe a network: "),
         ("preprocessing", None, "config.json does not describe a network: "),
-        ("num_classes", 4, "config.json names 3 classes, the network has 4."),
+        ("num_classes", 4, "config.json has 3 class names for 4 outputs."),
         ("model_args", None, "config.json does not describe a network: "),
         ("model_args", {"weights": "x"}, "'x' does not exist. Fix: give a file or folder of weights."),
         ("model_args", {"features_only": True}, "does not describe a network: 'features_only' in model_args."),
@@ -364,7 +364,7 @@ def test_a_foreign_model_folder_without_its_preprocessing(model, photos, capsys)
     config |= {"architecture": "test_nfnet", "pretrained_cfg": {}}
     (model / "config.json").write_text(json.dumps(config))
     assert main(["predict", str(model), str(photos)]) == 2
-    assert "lacks or misstates 'input_size'." in capsys.readouterr().err
+    assert "has a missing or invalid entry: 'input_size'." in capsys.readouterr().err
 
 
 def test_the_first_words(capsys):

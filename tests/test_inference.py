@@ -1,4 +1,6 @@
-"""A trained network at work: scores by hand, predictions by hand, preprocessing that travels."""
+"""Evaluation and prediction agree with computations by hand; preprocessing is stored with the model."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ CLASSES = tuple("abcdefg")
 PRE = Preprocessing(image_size=16, crop="squash")
 
 
-def make_source(count=11, seed=0):
+def make_source(count: int = 11, seed: int = 0) -> ArraySource:
     random = np.random.default_rng(seed)
     images = random.integers(0, 255, (count, 20, 24, 3), dtype=np.uint8)
     labels = [int(x) for x in random.integers(0, 7, count)]
@@ -27,7 +29,7 @@ def make_source(count=11, seed=0):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     net = create_model("nf_resnet_nano", num_classes=7).eval()
     with torch.no_grad():
         net.head.weight.normal_()
@@ -36,7 +38,7 @@ def folder(tmp_path):
 
 
 class Fixed(torch.nn.Module):
-    """Answers from a list, whatever the images."""
+    """Returns logits from a list, independent of the images."""
 
     def __init__(self, rows):
         super().__init__()
@@ -47,13 +49,14 @@ class Fixed(torch.nn.Module):
         return self.rows[self.at - len(images) : self.at]
 
 
-def test_scores_by_hand():
+def test_scores_agree_with_a_computation_by_hand() -> None:
     source = make_source(4)
     labels = [source.label(i) for i in range(4)]
     rows = []
     for i, label in enumerate(labels):
         order = [c for c in range(7) if c != label]
-        order.insert((0, 4, 5, 0)[i], label)  # ranks 1, 5, 6, 1
+        # The labels have the ranks 1, 5, 6 and 1.
+        order.insert((0, 4, 5, 0)[i], label)
         rows.append([float(7 - order.index(c)) for c in range(7)])
     model = Fixed(rows).train()
     score = evaluate(model, source, preprocessing=PRE, batch_size=3, device="cpu")
@@ -64,11 +67,11 @@ def test_scores_by_hand():
     assert int(table.sum()) == 4
     assert int(table.diagonal().sum()) == 2
     assert all(int(table[i].sum()) == labels.count(i) for i in range(7))
-    assert model.training  # as it was found
+    assert model.training
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_the_score_does_not_depend_on_the_batch(folder, batch_size):
+def test_the_scores_do_not_depend_on_the_batch_size(folder: Path, batch_size: int) -> None:
     model = from_pretrained(folder)
     whole = evaluate(model.net, make_source(), preprocessing=PRE, batch_size=11, device="cpu")
     cut = evaluate(model.net, make_source(), preprocessing=PRE, batch_size=batch_size, device="cpu")
@@ -76,14 +79,18 @@ def test_the_score_does_not_depend_on_the_batch(folder, batch_size):
     assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_no_score_without_finite_logits():
-    with pytest.raises(ValueError, match="logits are not finite for '0' and others; the data has 7 classes"):
+def test_logits_that_are_not_finite_or_not_one_per_class_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"logits are not finite for '0' and other images\. Allowed: 7 finite logits"
+    ):
         evaluate(Fixed([[float("nan")] * 7] * 2), make_source(2), preprocessing=PRE, device="cpu")
-    with pytest.raises(ValueError, match="logits are 3 wide for '0' and others"):
+    with pytest.raises(ValueError, match="logits have 3 columns for '0' and other images"):
         evaluate(Fixed([[0.0] * 3] * 2), make_source(2), preprocessing=PRE, device="cpu")
 
 
-def test_predictions_by_hand_and_bad_files_apart(folder, tmp_path):
+def test_predictions_agree_with_a_computation_by_hand_and_unreadable_files_are_reported(
+    folder: Path, tmp_path: Path
+) -> None:
     model = from_pretrained(folder)
     source = make_source(3)
     (tmp_path / "in").mkdir()
@@ -103,22 +110,22 @@ def test_predictions_by_hand_and_bad_files_apart(folder, tmp_path):
         assert answer.probabilities == pytest.approx(p[best].tolist(), rel=1e-4)
 
 
-def test_preprocessing_travels():
+def test_preprocessing_survives_conversion_to_timms_keys() -> None:
     pre = Preprocessing(
         image_size=48, crop="center", crop_pct=0.9, interpolation="bilinear", mean=(0.1, 0.2, 0.3)
     )
     assert Preprocessing.from_config(pre.to_config()) == pre
     with pytest.raises(
-        ValueError, match=r"pretrained_cfg of the model's config\.json lacks or misstates 'mean'"
+        ValueError, match=r"pretrained_cfg of the model's config\.json has a missing or invalid entry: 'mean'"
     ):
         Preprocessing.from_config({k: v for k, v in pre.to_config().items() if k != "mean"})
 
 
-def test_paths_and_devices_that_are_not_there(tmp_path):
+def test_missing_paths_and_devices(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_images([tmp_path / "no"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         find_images([tmp_path / "empty"])
     Image.new("RGB", (2, 2)).save(tmp_path / "empty" / "a.PNG")
     assert [p.name for p in find_images([tmp_path / "empty"])] == ["a.PNG"]
@@ -126,27 +133,29 @@ def test_paths_and_devices_that_are_not_there(tmp_path):
         run_device("gpu")
 
 
-def test_entries_that_are_no_numbers_are_named():
-    with pytest.raises(ValueError, match=r"lacks or misstates invalid literal for int\(\)"):
+def test_entries_that_are_not_numbers_are_reported() -> None:
+    with pytest.raises(ValueError, match=r"has a missing or invalid entry: invalid literal for int\(\)"):
         Preprocessing.from_config({**PRE.to_config(), "input_size": [3, "large", "large"]})
 
 
 @pytest.mark.parametrize(("option", "value"), [("top", 0), ("batch_size", 0), ("batch_size", -3)])
-def test_a_senseless_call_fails_at_once(folder, tmp_path, option, value):
+def test_invalid_arguments_fail_at_the_call(folder: Path, tmp_path: Path, option: str, value: int) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="expected 1 or more") as error:
-        predict(from_pretrained(folder), [tmp_path / "a.png"], **{option: value})  # not even iterated over
-    assert str(error.value) == f"{option}={value}: expected 1 or more."
+    with pytest.raises(ValueError, match="1 or more") as error:
+        # Without iterating over the result.
+        predict(from_pretrained(folder), [tmp_path / "a.png"], **{option: value})
+    assert str(error.value) == f"{option} is {value}. Allowed: 1 or more."
     with pytest.raises(ValueError, match=r"'/no/where\.png' does not exist\."):
         predict(from_pretrained(folder), ["/no/where.png"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_predictions_do_not_depend_on_the_batch(folder, tmp_path, batch_size):
+def test_predictions_do_not_depend_on_the_batch_size(folder: Path, tmp_path: Path, batch_size: int) -> None:
     source = make_source(5)
     for i in range(5):
         source.image(i).save(tmp_path / f"{i}.png")
-    files = [tmp_path / f"{i}.png" for i in (3, 0, 4, 1, 2)]  # files keep the order they are given in
+    # Files keep their order.
+    files = [tmp_path / f"{i}.png" for i in (3, 0, 4, 1, 2)]
     model = from_pretrained(folder)
     one = list(predict(model, files, batch_size=64, device="cpu"))
     cut = list(predict(model, files, batch_size=batch_size, device="cpu"))
@@ -158,14 +167,14 @@ def test_predictions_do_not_depend_on_the_batch(folder, tmp_path, batch_size):
         assert sorted(a.probabilities, reverse=True) == list(a.probabilities)
 
 
-def test_only_bad_files(folder, tmp_path):
+def test_a_batch_of_unreadable_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (answer,) = predict(from_pretrained(folder), [tmp_path / "a.png"])
     assert (answer.classes, answer.probabilities) == ((), ())
     assert answer.error == f"{tmp_path}/a.png: the file is empty"
 
 
-def test_the_mode_is_restored_even_after_an_error(folder):
+def test_the_mode_is_restored_even_after_an_error(folder: Path) -> None:
     for training in (True, False):
         net = from_pretrained(folder).net.train(training)
         evaluate(net, make_source(3), preprocessing=PRE, device="cpu")
@@ -178,9 +187,10 @@ def test_the_mode_is_restored_even_after_an_error(folder):
         assert net.training is training
 
 
-def test_classes_without_images_have_no_score():
+def test_classes_without_images_have_no_accuracy() -> None:
     source = ArraySource(np.zeros((2, 4, 4, 3), np.uint8), [1, 1], classes=("a", "b"), names=["0", "1"])
     score = evaluate(Fixed([[0.0, 1.0], [1.0, 0.0]]), source, preprocessing=PRE, device="cpu")
     assert score.per_class() == {"b": 50.0}
     assert score.confusion().tolist() == [[0, 0], [1, 1]]
-    assert score.top5 == 100.0  # of two classes
+    # There are only two classes.
+    assert score.top5 == 100.0

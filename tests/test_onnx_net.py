@@ -1,8 +1,9 @@
-"""ONNX files as models: what onnxruntime computes, what a file says about itself, and files that mean harm."""
+"""ONNX files as models: outputs of onnxruntime, checks of the metadata, and malformed or malicious files."""
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -29,13 +30,13 @@ METADATA = {
 
 
 def proto(metadata: object = METADATA) -> onnx.ModelProto:
-    """The mean colour times a matrix."""
+    """Return an ONNX model that multiplies the mean color by a matrix."""
     graph = helper.make_graph(
         [
             helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=0),
             helper.make_node("MatMul", ["mean", "weight"], ["logits"]),
         ],
-        "mean_colour",
+        "mean_color",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
         [
@@ -51,7 +52,7 @@ def proto(metadata: object = METADATA) -> onnx.ModelProto:
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     onnx.save_model(proto(), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
@@ -61,7 +62,7 @@ def logits_of(images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 64])
-def test_the_module_computes_what_the_graph_says(path, batch):
+def test_the_module_computes_the_graph(path: Path, batch: int) -> None:
     net, metadata = open_onnx(path)
     images = torch.randn(batch, 3, SIZE, SIZE)
     torch.testing.assert_close(net(images), logits_of(images))
@@ -72,15 +73,17 @@ def test_the_module_computes_what_the_graph_says(path, batch):
     assert list(net.parameters()) == []
 
 
-def test_images_of_another_size_are_refused(path):
+def test_images_of_another_size_are_refused(path: Path) -> None:
     net, _ = open_onnx(path)
     with pytest.raises(
-        ValueError, match=r"this file was exported for B x 3 x 8 x 8. Resize them, or export for"
+        ValueError, match=r"\(1, 3, 9, 8\)\. Allowed: B x 3 x 8 x 8, for which the file was exported"
     ):
         net(torch.zeros(1, 3, 9, 8))
 
 
-def test_it_is_a_trained_model_like_any_other(path, tmp_path, capsys):
+def test_a_file_can_be_evaluated_and_predicts(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = from_pretrained(path)
     assert model.preprocessing == PRE
     assert model.classes == NAMES
@@ -97,13 +100,13 @@ def test_it_is_a_trained_model_like_any_other(path, tmp_path, capsys):
     assert [t["class"] for t in top] == [NAMES[i] for i in wanted.argsort(descending=True)]
     assert sorted(t["probability"] for t in top) == pytest.approx(wanted.sort().values.tolist(), abs=1e-5)
     with pytest.raises(
-        ValueError, match="nf_resnet_nano was read from an ONNX file, which holds no weights that"
+        ValueError, match="nf_resnet_nano was read from an ONNX file, which has no trainable weights"
     ):
         save_pretrained(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-# --- files that are none of ours ---------------------------------------------------------------------
+# --- invalid files ---------------------------------------------------------------------
 
 
 def changed(**fields: object) -> dict:
@@ -113,22 +116,24 @@ def changed(**fields: object) -> dict:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "was not written by normfree: it does not say which classes it knows"),
-        ("{", "the metadata 'normfree' is no JSON object."),
-        ("[" * 200_000, "the metadata 'normfree' is no JSON object."),
-        ("7", "the metadata 'normfree' is no JSON object."),
-        (list(METADATA), "the metadata 'normfree' lacks everything."),
+        (None, "was not written by normfree: it does not contain class names"),
+        ("{", "the metadata 'normfree' is not a JSON object."),
+        ("[" * 200_000, "the metadata 'normfree' is not a JSON object."),
+        ("7", "the metadata 'normfree' is not a JSON object."),
+        (list(METADATA), "the metadata 'normfree' is not a JSON object."),
         ({k: v for k, v in METADATA.items() if k != "row"}, "the metadata 'normfree' lacks row."),
-        (changed(classes=["a", "b"]), "names 2 classes for 3 outputs."),
-        (changed(classes=["a", "b", 3]), "'classes' in its metadata is no list of names."),
-        (changed(preprocessing=[]), "'preprocessing' in its metadata is no table."),
-        (changed(preprocessing={"image_size": 9}), "its input is 8 x 8 pixels, its preprocessing makes 9."),
-        (changed(preprocessing={"image_size": 8, "crop": "x"}), "the preprocessing in its metadata makes no sense: "),
-        (changed(preprocessing={"image_size": 8, "eval": "x"}), "the preprocessing in its metadata makes no sense: "),
-        (changed(preprocessing={"image_size": 8, "mean": [0.5]}), "makes no sense: 1 means for 3 channels."),
+        (changed(classes=["a", "b"]), "its metadata has 2 classes for 3 outputs."),
+        (changed(classes=["a", "b", 3]), "'classes' in its metadata is not a list of strings."),
+        (changed(preprocessing=[]), "'preprocessing' in its metadata is not a JSON object."),
+        (changed(preprocessing={"image_size": 9}), "8 x 8 pixels, but the image size of its preprocessing is 9."),
+        (changed(preprocessing={"image_size": 8, "crop": "x"}), "the preprocessing in its metadata is invalid: "),
+        (changed(preprocessing={"image_size": 8, "eval": "x"}), "the preprocessing in its metadata is invalid: "),
+        (changed(preprocessing={"image_size": 8, "mean": [0.5]}), "is invalid: 1 mean(s) for 3 channels."),
     ],
 )  # fmt: skip
-def test_metadata_is_checked(metadata, message, tmp_path, capsys):
+def test_metadata_is_checked(
+    metadata: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     onnx.save_model(proto(metadata), tmp_path / "model.onnx")
     assert main(["predict", str(tmp_path / "model.onnx"), "x.png"]) == 2
     error = capsys.readouterr().err
@@ -136,7 +141,9 @@ def test_metadata_is_checked(metadata, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_file_cut_anywhere_gives_one_line(path, tmp_path, capsys):
+def test_a_file_truncated_anywhere_gives_a_single_line(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = path.read_bytes()
     cut = tmp_path / "cut.onnx"
     for length in range(0, len(whole), 7):
@@ -146,15 +153,15 @@ def test_a_file_cut_anywhere_gives_one_line(path, tmp_path, capsys):
         assert error.startswith(f"normfree: {cut}")
         assert error.count("\n") == 1
     cut.write_bytes(b"PK\x03\x04" + whole)
-    with pytest.raises(ValueError, match="is no ONNX file, or cut short"):
+    with pytest.raises(ValueError, match="is not an ONNX file or is truncated"):
         open_onnx(cut)
     with pytest.raises(
-        ValueError, match=r"'nowhere.onnx' does not exist. Give an ONNX file that `normfree export`"
+        ValueError, match=r"'nowhere.onnx' does not exist. Allowed: an ONNX file that `normfree export`"
     ):
         from_pretrained("nowhere.onnx")
 
 
-def test_an_operator_that_does_not_exist_gives_one_line(tmp_path):
+def test_an_unknown_operator_gives_a_single_line(tmp_path: Path) -> None:
     model = proto()
     model.graph.node[1].op_type = "Shell"
     onnx.save_model(model, tmp_path / "model.onnx")
@@ -171,7 +178,7 @@ def outside(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
 
 
 def in_a_branch(tensor: onnx.TensorProto) -> onnx.NodeProto:
-    """A node that holds a tensor two levels deep."""
+    """Return a node that contains a tensor two levels deep."""
     inner = helper.make_graph([helper.make_node("Constant", [], ["c"], value=tensor)], "inner", [],
                               [helper.make_tensor_value_info("c", TensorProto.FLOAT, [3, 3])])  # fmt: skip
     return helper.make_node("If", ["flag"], ["d"], then_branch=inner, else_branch=inner)
@@ -179,7 +186,7 @@ def in_a_branch(tensor: onnx.TensorProto) -> onnx.NodeProto:
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "a/../../secret", "link/secret"])
 @pytest.mark.parametrize("deep", [False, True])
-def test_weights_outside_the_folder_are_not_read(location, deep, tmp_path):
+def test_weights_outside_the_folder_are_not_read(location: str, deep: bool, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret").write_bytes(WEIGHT.tobytes())
@@ -192,12 +199,12 @@ def test_weights_outside_the_folder_are_not_read(location, deep, tmp_path):
         outside(model.graph.initializer[1], location)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(
-        ValueError, match=f"names the file '{location}', outside the file's own folder. It was not"
+        ValueError, match=f"refers to the file '{location}', which was not opened. Allowed: files in the"
     ):
         open_onnx(folder / "model.onnx")
 
 
-def test_weights_beside_the_file_are_read(tmp_path):
+def test_weights_in_the_same_folder_are_read(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(WEIGHT.tobytes())
     model = proto()
     outside(model.graph.initializer[1], "weights")
@@ -206,22 +213,26 @@ def test_weights_beside_the_file_are_read(tmp_path):
     torch.testing.assert_close(open_onnx(tmp_path / "model.onnx")[0](images), logits_of(images))
 
 
-# --- what is missing here ----------------------------------------------------------------------------
+# --- missing packages and devices ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
-def test_a_missing_package_is_named_with_its_extra(module, path, monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_extra(
+    module: str, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["predict", str(path), "x.png"]) == 2
-    assert capsys.readouterr().err == f"normfree: ONNX files need {module}: pip install 'normfree[onnx]'\n"
+    assert (
+        capsys.readouterr().err == f"normfree: ONNX files need {module}. Fix: pip install 'normfree[onnx]'.\n"
+    )
 
 
-def test_an_unknown_device_is_refused(path):
-    with pytest.raises(ValueError, match=r"device='tpu'. Allowed for ONNX files here: cpu.*. Use 'cpu'."):
+def test_an_unknown_device_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"device is 'tpu'. Allowed: cpu.* for ONNX files. Fix: use 'cpu'."):
         open_onnx(path, device="tpu")
 
 
-def test_a_picture_reaches_the_network_as_the_file_says(path, tmp_path):
+def test_the_preprocessing_of_the_file_is_used(path: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), (255, 0, 0)).save(tmp_path / "red.png")
     model = from_pretrained(path)
     pixels = model.preprocessing.transform()(Image.open(tmp_path / "red.png"))

@@ -1,8 +1,10 @@
-"""A model folder comes back as it was, timm opens ours and we open timm's, and a hub is asked only when told to."""
+"""Model folders survive saving and loading, timm opens our folders and we open timm's, and downloads are explicit."""
 
 import json
 import sys
 import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from timm.models._hub import save_for_hf
 
 from normfree.data.transforms.normalize import normalize
 from normfree.deploy.fold import fold
+from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel, from_pretrained, push_to_hub, save_pretrained
@@ -24,7 +27,8 @@ CLASSES = ("a", "b", "ç")
 PRE = Preprocessing(image_size=40, crop="squash", crop_pct=0.9, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
 
 
-def shaken(name, **fields):
+def random_network(name: str, **fields: Any) -> Net:
+    """Return a network with random changes of all parameters, in evaluation mode."""
     torch.manual_seed(1)
     net = create_model(name, num_classes=3, **fields)
     with torch.no_grad():
@@ -33,7 +37,7 @@ def shaken(name, **fields):
     return net.eval()
 
 
-def picture(width=90, height=61, seed=0):
+def random_image(width: int = 90, height: int = 61, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
@@ -47,8 +51,8 @@ def picture(width=90, height=61, seed=0):
         ("timm_test_nfnet", {"alpha": 0.5}),
     ],
 )
-def test_round_trip(tmp_path, name, fields):
-    net = shaken(name, **fields)
+def test_saving_and_loading_keeps_everything(tmp_path: Path, name: str, fields: dict) -> None:
+    net = random_network(name, **fields)
     mean = (0.5,) * net.in_channels
     model = TrainedModel(net, Preprocessing(image_size=33, crop="crop_resize", mean=mean, std=mean), CLASSES)
     assert save_pretrained(model, tmp_path / "model", card="# hi\n") == tmp_path / "model"
@@ -58,8 +62,10 @@ def test_round_trip(tmp_path, name, fields):
         "model.safetensors",
     }
     modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()}
-    assert len(modes) == 1  # whoever may read one file may read all
-    again = from_pretrained(tmp_path)  # a run folder: finds model/ inside
+    # All files have the same permissions.
+    assert len(modes) == 1
+    # A run folder contains the model folder `model`.
+    again = from_pretrained(tmp_path)
     assert (again.preprocessing, again.classes) == (model.preprocessing, CLASSES)
     assert (again.net.name, again.net.variant, again.net.training) == (name, net.variant, False)
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.net.state_dict().items())
@@ -69,8 +75,8 @@ def test_round_trip(tmp_path, name, fields):
 
 
 @pytest.mark.parametrize("name", ["test_nfnet", "nf_resnet26", "nf_regnet_b0"])
-def test_timm_opens_our_folder(tmp_path, name):
-    net = shaken(f"timm_{name}")
+def test_timm_opens_our_folder(tmp_path: Path, name: str) -> None:
+    net = random_network(f"timm_{name}")
     save_pretrained(TrainedModel(net, PRE, CLASSES), tmp_path)
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 3, 40, 40)
@@ -78,13 +84,13 @@ def test_timm_opens_our_folder(tmp_path, name):
         assert ((theirs(images) - net(images)).norm() / net(images).norm()).item() < 1e-5
     config = resolve_data_config(model=theirs)
     assert (tuple(config["mean"]), tuple(config["std"])) == (PRE.mean, PRE.std)
-    ours = normalize(PRE.transform()(picture())[None], mean=PRE.mean, std=PRE.std)[0]
-    torch.testing.assert_close(create_transform(**config)(picture()), ours, rtol=0, atol=1e-5)
+    ours = normalize(PRE.transform()(random_image())[None], mean=PRE.mean, std=PRE.std)[0]
+    torch.testing.assert_close(create_transform(**config)(random_image()), ours, rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["label_names"] == list(CLASSES)
 
 
 @pytest.mark.parametrize("name", ["test_nfnet", "nf_resnet26", "nf_regnet_b0", "eca_nfnet_l0"])
-def test_we_open_timms_folder(tmp_path, name):
+def test_we_open_timms_folder(tmp_path: Path, name: str) -> None:
     torch.manual_seed(2)
     theirs = timm.create_model(name, num_classes=3).eval()
     with torch.no_grad():
@@ -102,12 +108,12 @@ def test_we_open_timms_folder(tmp_path, name):
     config = resolve_data_config(model=theirs, use_test_size=True)
     pre = model.preprocessing
     assert pre.image_size == config["input_size"][-1]
-    photo = picture(500, 371)
+    photo = random_image(500, 371)
     ours = normalize(pre.transform()(photo)[None], mean=pre.mean, std=pre.std)[0]
     torch.testing.assert_close(create_transform(**config)(photo), ours, rtol=0, atol=1e-5)
 
 
-def test_deepminds_weights_take_either_numerics(tmp_path):
+def test_deepminds_weights_can_be_computed_with_either_numerics(tmp_path: Path) -> None:
     torch.manual_seed(3)
     theirs = timm.create_model("dm_nfnet_f0", num_classes=3).eval()
     for key, parameter in theirs.named_parameters():
@@ -123,38 +129,42 @@ def test_deepminds_weights_take_either_numerics(tmp_path):
     assert (from_pretrained(tmp_path).net.name, model.net.name) == ("nfnet_f0", "timm_dm_nfnet_f0")
     assert apart["timm"] < 1e-5 < 1e-3 < apart["reference"]
     assert (model.preprocessing.crop, model.preprocessing.image_size) == ("squash", 256)
-    with pytest.raises(ValueError, match=r"^numerics='jax'\. Allowed: reference, timm\.$"):
+    with pytest.raises(ValueError, match=r"^unknown numerics 'jax'\. Allowed: 'reference', 'timm'\.$"):
         from_pretrained(tmp_path, numerics="jax")
 
 
 @pytest.mark.parametrize("size", [32, 96, 256, 288, 352, 416, 544, 576])
-def test_reference_crops_in_timms_words_see_the_same_pixels(size):
+def test_reference_crops_with_timms_keys_give_the_same_pixels(size: int) -> None:
     exact = Preprocessing(image_size=size)
     through = Preprocessing.from_config(exact.to_config())
-    assert torch.equal(through.transform()(picture(700, 640)), exact.transform()(picture(700, 640)))
+    assert torch.equal(through.transform()(random_image(700, 640)), exact.transform()(random_image(700, 640)))
 
 
-def folder_with(tmp_path, **changes):
-    save_pretrained(TrainedModel(shaken("nf_resnet_nano"), PRE, CLASSES), tmp_path)
+def folder_with(tmp_path: Path, **changes: Any) -> Path:
+    """Save a model and change entries of its config.json."""
+    save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return tmp_path
 
 
-def test_configs_that_contradict_themselves(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json names 2 classes, the network has 3\.$"):
+def test_invalid_configs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json has 2 class names for 3 outputs\.$"):
         from_pretrained(folder_with(tmp_path, label_names=["a", "b"]))
-    with pytest.raises(ValueError, match=r"architecture 'vgg16' is no normalizer-free network of timm's"):
+    with pytest.raises(
+        ValueError,
+        match=r"timm's architecture 'vgg16' is not supported\..* Allowed: normalizer-free networks of timm: ",
+    ):
         from_pretrained(folder_with(tmp_path, normfree=None, architecture="vgg16"))
     foreign = {"normfree": None, "architecture": "nf_resnet50", "model_args": {"act_layer": "silu"}}
-    with pytest.raises(ValueError, match=r"model_args act_layer of timm's nf_resnet50 are not known here\.$"):
+    with pytest.raises(ValueError, match=r"model_args act_layer of timm's nf_resnet50 are not supported\.$"):
         from_pretrained(folder_with(tmp_path, **foreign))
     with pytest.raises(ValueError, match=r"config\.json does not describe a network: 'row'\.$"):
         from_pretrained(folder_with(tmp_path, normfree={}))
     with pytest.raises(ValueError, match=r"does not fit nf_resnet_nano with 7 classes: head\.bias has shape"):
         from_pretrained(folder_with(tmp_path, num_classes=7, label_names=list("abcdefg")))
     (tmp_path / "config.json").write_text('{"architecture": "x"}')
-    with pytest.raises(ValueError, match=r"expected the keys architecture, num_classes, pretrained_cfg\.$"):
+    with pytest.raises(ValueError, match=r"Allowed: the keys architecture, num_classes, pretrained_cfg\.$"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"cannot be read as a model's config: "):
@@ -166,23 +176,25 @@ def test_configs_that_contradict_themselves(tmp_path):
         from_pretrained(tmp_path / "nowhere")
 
 
-def test_what_cannot_be_saved(tmp_path):
-    net = shaken("nf_resnet_nano")
-    with pytest.raises(ValueError, match=r"^2 class names for 3 outputs; give one for each\.$"):
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    net = random_network("nf_resnet_nano")
+    with pytest.raises(
+        ValueError, match=r"^there are 2 class names for 3 outputs\. Allowed: one class name per output\.$"
+    ):
         save_pretrained(TrainedModel(net, PRE, ("a", "b")), tmp_path / "x")
     with pytest.raises(
-        ValueError, match=r"^a folded network is no longer its row; save the network that was"
+        ValueError, match=r"^the network is folded, .* Fix: save the network before `fold`, or"
     ):
         save_pretrained(TrainedModel(fold(net), PRE, CLASSES), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-# --- the hub, played by a folder ----------------------------------------------------------------------
+# --- a local replacement of the hub ----------------------------------------------------------------------
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in for huggingface_hub that serves what lies under tmp_path/hub and notes every call."""
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list:
+    """Replace huggingface_hub by a module that serves files of tmp_path/hub, and return the list of its calls."""
     calls = []
 
     def hf_hub_download(repository, name, *, revision):
@@ -200,8 +212,8 @@ def hub(monkeypatch, tmp_path):
     return calls
 
 
-def test_a_hub_is_asked_only_when_told_to(hub, tmp_path):
-    net = shaken("timm_test_nfnet")
+def test_nothing_is_downloaded_unless_requested(hub: list, tmp_path: Path) -> None:
+    net = random_network("timm_test_nfnet")
     save_pretrained(TrainedModel(net, PRE, CLASSES), tmp_path / "hub" / repository_of("timm_test_nfnet"))
     for call in (
         lambda: from_pretrained("timm/test_nfnet.r160_in1k"),
@@ -212,8 +224,8 @@ def test_a_hub_is_asked_only_when_told_to(hub, tmp_path):
         ):
             call()
     assert hub == []
-    for word in ("hf-hub:timm/test_nfnet.r160_in1k", "hf-hub:test_nfnet.r160_in1k"):
-        assert torch.equal(from_pretrained(word).net.head.weight, net.head.weight)
+    for source in ("hf-hub:timm/test_nfnet.r160_in1k", "hf-hub:test_nfnet.r160_in1k"):
+        assert torch.equal(from_pretrained(source).net.head.weight, net.head.weight)
     again = create_model("timm_test_nfnet", num_classes=3, weights="download")
     assert torch.equal(again.head.weight, net.head.weight)
     again = create_model("timm_test_nfnet", num_classes=3, weights="hf-hub:test_nfnet.r160_in1k@v1")
@@ -221,19 +233,19 @@ def test_a_hub_is_asked_only_when_told_to(hub, tmp_path):
     assert len(hub) == 8
 
 
-def test_downloads_that_fail_say_so_in_one_line(hub, monkeypatch):
+def test_failed_downloads_give_a_single_line(hub: list, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^hf-hub:a/b could not be downloaded: 404 a/b/config\.json$"):
         from_pretrained("hf-hub:a/b")
-    for word in ("hf-hub:", "hf-hub:a/b/c", "a/b"):
+    for source in ("hf-hub:", "hf-hub:a/b/c", "a/b"):
         with pytest.raises(ValueError, match=r"Allowed: hf-hub:OWNER/NAME\. Fix: for example"):
-            fetch(word)
+            fetch(source)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs huggingface_hub: pip install 'normfree\[hub\]'$"):
         fetch("hf-hub:a/b")
 
 
-def test_push(hub, tmp_path):
-    save_pretrained(TrainedModel(shaken("nf_resnet_nano"), PRE, CLASSES), tmp_path / "run" / "model")
+def test_push_to_hub(hub: list, tmp_path: Path) -> None:
+    save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path / "run" / "model")
     assert push_to_hub(tmp_path / "run", "me/x", private=True) == "https://hub/me/x"
     assert hub[0] == ("me/x", {"private": True, "exist_ok": True})
     assert hub[1]["folder_path"] == tmp_path / "run" / "model"
@@ -241,8 +253,8 @@ def test_push(hub, tmp_path):
         push_to_hub(tmp_path, "me/x")
 
 
-def test_weights_with_strange_values_are_refused(tmp_path):
-    save_pretrained(TrainedModel(shaken("nf_resnet_nano"), PRE, CLASSES), tmp_path)
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["head.bias"] = state["head.bias"] * float("inf")
     save_file(state, tmp_path / "model.safetensors")

@@ -1,1 +1,1 @@
-"""normfree.deploy."""
+"""Trained networks in the form that deployment needs: folded, exported, quantized."""

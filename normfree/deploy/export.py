@@ -1,54 +1,59 @@
-"""A trained network as one file for other runtimes: ONNX or torch.export's .pt2, proved equal before it is kept.
+"""Export of a trained network to one file for other runtimes: ONNX, or the .pt2 format of torch.export.
 
-The file is written beside its place, opened again by the runtime that will use it, compared with the network on
-pictures, and only then moved there. Legend: B batch, C channels, S image size, K classes.
+The file is written under a temporary name, opened by the runtime that will use it, compared with the network on
+images, and only then renamed to its final name.
+
+Shapes: B batch, C channels, S image size, K classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
-import os
-import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from normfree._version import __version__
+from normfree.deploy import fold as fold_module
+from normfree.deploy.graph_writers import ExportJob, open_pt2, write_onnx, write_pt2
+from normfree.files import atomic_write
 from normfree.models.net import Net
-from normfree.onnx_net import INPUT, METADATA_KEY, OUTPUT, PT2_METADATA, open_onnx
+from normfree.onnx_net import open_onnx
 from normfree.pretrained import TrainedModel
-
-if TYPE_CHECKING:
-    import onnx
+from normfree.suggest import problem, unknown
 
 FORMATS = ("onnx", "pt2")
-#: Batches at which a file is compared: one, the smallest true batch, an odd one, a large one.
+# Batch sizes at which a file is compared: one, the smallest batch above one, an odd size and a large one.
 BATCHES = (1, 2, 5, 64)
-#: Largest ||file - network|| / ||network|| of a picture's logits. Reordered float32 sums of these networks differ by
-#: 1e-7 to 5e-6; an error in the graph is far above 1e-5.
+# Largest allowed ||file - network|| / ||network|| of the logits of an image. Sums in a different order change the
+# float32 logits of these networks by 1e-7 to 5e-6; an error in the graph changes them by far more than 1e-5.
 TOLERANCE = 1e-5
-#: What torch's exporter writes well and onnxruntime 1.32 reads.
+# Versions of the ONNX operator set that PyTorch's exporter writes correctly and onnxruntime 1.32 reads.
 OPSETS = range(18, 26)
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how it compares with the network.
+    """The exported file, and its difference to the network.
 
-    `errors` has, for each batch size, the largest ||file - network|| / ||network|| over the pictures' logits;
-    `top1_agreement` is percent over all of them; `pictures` is how many different ones were used (up to 64), `noise`
-    True if none were given. `census` counts the nodes by kind; `weight_arithmetic` those that no picture reaches, which
-    compute on weights alone.
+    Attributes:
+        path: the file.
+        format: "onnx" or "pt2".
+        bytes: size of the file.
+        opset: version of the ONNX operator set; None for pt2.
+        folded: True if the folded network was exported.
+        census: number of nodes of the graph by kind.
+        weight_arithmetic: number of nodes that do not depend on the images, so they compute on weights alone.
+        errors: batch size -> largest ||file - network|| / ||network|| of the logits of an image.
+        top1_agreement: percent of the images for which file and network predict the same class.
+        images: number of different images used for the comparison, up to 64.
+        noise: True if the images were noise, because none were given.
     """
 
     path: Path
@@ -65,7 +70,7 @@ class ExportReport:
 
     @property
     def batch_norms(self) -> int:
-        """How many nodes normalize over a batch, or with its running statistics."""
+        """Number of batch norm nodes, with batch or running statistics."""
         return sum(n for kind, n in self.census.items() if "batch" in kind.lower() and "norm" in kind.lower())
 
 
@@ -78,35 +83,45 @@ def export(
     images: Tensor | None = None,
     opset: int = 20,
 ) -> ExportReport:
-    """Writes `model` to one file with a free batch size, its preprocessing and class names, and compares.
+    """Write `model` to one file with weights, preprocessing and class names, and compare the file with the network.
 
-    Input `images` float32 B C S S, normalized; output `logits` B K. Weights lie inside the file.
+    The file has a free batch size. Its input is `images`, float32 B C S S, normalized; its output is `logits`, B K.
 
     Args:
-        model: a network of ours; it is not changed.
-        path: where to; it ends in .onnx or .pt2.
-        format: "onnx" (with torch's exporter, needs normfree[onnx]) or "pt2" (torch.export).
+        model: a trained network with its preprocessing and classes; it is left unchanged.
+        path: the file to write, with the suffix .onnx or .pt2. An existing file is replaced.
+        format: "onnx" (needs `normfree[onnx]`) or "pt2" (torch.export).
         folded: export the folded network: plain convolutions, fewer nodes, the same outputs.
-        images: B C S S, normalized; real pictures on which file and network are compared at batches 1, 2, 5 and 64
-            (the first 64; repeated if they are fewer). Without them noise is used, which shows errors less well.
-        opset: version of ONNX's operators, 18 to 25; ignored for pt2.
+        images: normalized images B C S S on which file and network are compared at batch sizes 1, 2, 5 and 64. The
+            first 64 are used, and repeated if there are fewer. Without images, noise is used, which detects fewer
+            errors.
+        opset: version of the ONNX operator set, 18 to 25; ignored for pt2.
+
+    Returns:
+        Size and nodes of the file, and its difference to the network.
 
     Raises:
-        ValueError: an argument is not possible; or the file differs from the network by more than 1e-5, answers
-            otherwise, or, when folded, still normalizes or computes on weights: then nothing is left behind.
-        ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing.
+        ValueError: an argument is invalid. Or the logits of the file differ from those of the network by more than
+            1e-5, it predicts another class, or a folded file still contains norms or computes on weights; then no file
+            is written.
+        ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> import normfree
+        >>> from normfree.preprocessing import Preprocessing
+        >>> from normfree.pretrained import TrainedModel
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=2, depths=(1,), widths=(16,), strides=(2,))
+        >>> model = TrainedModel(net, Preprocessing(image_size=16), ("cat", "dog"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = normfree.export(model, f"{folder}/model.pt2", format="pt2")
+        >>> max(report.errors.values()) < 1e-5, report.batch_norms, report.weight_arithmetic
+        (True, 0, 0)
     """
     path = Path(path)
     net = _check(model, path, format=format, opset=opset)
-    size, channels = model.preprocessing.image_size, net.in_channels
-    noise = images is None
-    if images is None:
-        images = torch.randn(BATCHES[-1], channels, size, size, generator=torch.Generator().manual_seed(0))
-    if images.dim() != 4 or tuple(images.shape[1:]) != (channels, size, size) or not len(images):
-        raise ValueError(f"images of shape {tuple(images.shape)}: expected B x {channels} x {size} x {size}, "
-                         "normalized, B at least 1. Prepare them with model.preprocessing.")  # fmt: skip
+    compared = _comparison_images(images, model, net)
     original = copy.deepcopy(net).cpu().float().eval().requires_grad_(False)
-    plain: nn.Module = _fold(original) if folded else original
     metadata = json.dumps(
         {
             "row": net.name, "version": __version__, "classes": list(model.classes),
@@ -115,52 +130,88 @@ def export(
         },
         ensure_ascii=False,
     )  # fmt: skip
-    example = torch.zeros(2, channels, size, size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
-        work = Path(folder) / path.name
-        if format == "onnx":
-            census, idle = _write_onnx(plain, example, work, metadata=metadata, opset=opset, folded=folded)
-            run: Callable[[Tensor], Tensor] = open_onnx(work)[0]
-        else:
-            census, idle = _write_pt2(plain, example, work, metadata=metadata, folded=folded)
-            run = _open_pt2(work)
-        errors, agreement = compare(run, original, images.detach().cpu().float())
-        worst = max(errors.values())
-        if not worst <= TOLERANCE or agreement < 100:
-            at = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in errors.items())
-            other = f"its first class on {100 - agreement:.2f} % of them"
-            raise ValueError(f"{path} was not kept: its logits differ from the network's by {at} "
-                             f"(allowed: {TOLERANCE:g}), {other}.")  # fmt: skip
-        os.replace(work, path)
+    job = ExportJob(
+        original, metadata, folded=folded, opset=opset if format == "onnx" else None, name=path.name
+    )
+    done: list[_Written] = []
+    atomic_write(path, lambda temporary: done.append(_write_and_compare(job, temporary, compared)))
+    (written,) = done
     return ExportReport(
-        path=path, format=format, bytes=path.stat().st_size, opset=opset if format == "onnx" else None,
-        folded=folded, census=census, weight_arithmetic=idle, errors=errors, top1_agreement=agreement,
-        images=min(len(images), BATCHES[-1]), noise=noise,
+        path=path, format=format, bytes=path.stat().st_size, opset=job.opset, folded=folded, census=written.census,
+        weight_arithmetic=written.weight_arithmetic, errors=written.errors, top1_agreement=written.top1_agreement,
+        images=min(len(compared), BATCHES[-1]), noise=images is None,
     )  # fmt: skip
+
+
+class _Written(NamedTuple):
+    census: Counter[str]
+    weight_arithmetic: int
+    errors: dict[int, float]
+    top1_agreement: float
+
+
+@torch.no_grad()
+def _write_and_compare(job: ExportJob, path: Path, images: Tensor) -> _Written:
+    """Write the file, open it again and compare it with the network."""
+    plain = fold_module.fold(job.net).eval().requires_grad_(False) if job.folded else job.net
+    example = torch.zeros(2, *images.shape[1:])
+    if job.opset is not None:
+        census, idle = write_onnx(plain, example, path, job, opset=job.opset)
+        run: Callable[[Tensor], Tensor] = open_onnx(path)[0]
+    else:
+        census, idle = write_pt2(plain, example, path, job)
+        run = open_pt2(path)
+    errors, agreement = compare(run, job.net, images)
+    if not max(errors.values()) <= TOLERANCE or agreement < 100:
+        found = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in errors.items())
+        raise ValueError(
+            problem(
+                f"{job.name} was not kept: its logits differ from those of the network by {found}, and its top-1 class "
+                f"on {100 - agreement:.2f} % of the images",
+                allowed=f"{TOLERANCE:g} and 0 %",
+            )
+        )
+    return _Written(census, idle, errors, agreement)
+
+
+def _comparison_images(images: Tensor | None, model: TrainedModel, net: Net) -> Tensor:
+    """Return `images` after a check of their shape, or a batch of Gaussian noise if there are none."""
+    shape = (net.in_channels, *[model.preprocessing.image_size] * 2)
+    if images is None:
+        return torch.randn(BATCHES[-1], *shape, generator=torch.Generator().manual_seed(0))
+    if images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images):
+        raise ValueError(
+            problem(
+                f"images have the shape {tuple(images.shape)}",
+                allowed=f"B x {' x '.join(map(str, shape))}, B at least 1",
+                fix="prepare them with model.preprocessing",
+            )
+        )
+    return images.detach().cpu().float()
 
 
 def compare(
     run: Callable[[Tensor], Tensor], net: Callable[[Tensor], Tensor], images: Tensor
 ) -> tuple[dict[int, float], float]:
-    """How far `run` is from `net` (both images B C S S -> logits B K) at each of `BATCHES`.
+    """Measure the difference of two functions of images, B C S S -> logits B K, at each batch size of `BATCHES`.
 
-    Returns for each batch size the largest ||run - net|| / ||net|| of a picture, and in percent how often the first
-    class is the same. A tie counts as the same: two classes that in `net` are nearer than the tolerance allows.
-    Pictures are repeated to fill a batch.
+    Images are repeated to fill a batch.
+
+    Returns:
+        For each batch size, the largest ||run - net|| / ||net|| of the logits of an image; and the percent of images
+        with the same top-1 class. Two classes whose logits in `net` are closer than the tolerance count as the same.
     """
     errors: dict[int, float] = {}
     same = total = 0
     for batch in BATCHES:
         x = images[torch.arange(batch) % len(images)].contiguous()
-        ours, theirs = net(x).double(), run(x).double()
-        length = ours.norm(dim=1)
-        gap = (theirs - ours).norm(dim=1)
-        errors[batch] = float(
-            (gap / length).where(gap > 0, gap).max()
-        )  # 0 / 0: an untrained head gives zeros
-        chosen = ours.gather(1, theirs.argmax(dim=1, keepdim=True))[:, 0]
-        same += int((ours.max(dim=1).values - chosen <= 2 * TOLERANCE * length).sum())
+        expected, actual = net(x).double(), run(x).double()
+        norm = expected.norm(dim=1)
+        gap = (actual - expected).norm(dim=1)
+        # The logits of an untrained classifier are all 0, so 0 / 0 counts as 0.
+        errors[batch] = float((gap / norm).where(gap > 0, gap).max())
+        chosen = expected.gather(1, actual.argmax(dim=1, keepdim=True))[:, 0]
+        same += int((expected.max(dim=1).values - chosen <= 2 * TOLERANCE * norm).sum())
         total += batch
     return errors, 100 * same / total
 
@@ -169,150 +220,33 @@ def _check(model: TrainedModel, path: Path, *, format: str, opset: int) -> Net:
     net = model.net
     if not isinstance(net, Net):
         raise ValueError(
-            f"{net.name} was read from an exported file. Export the run or model folder that it came from."
+            problem(
+                f"{net.name} was read from an exported file",
+                fix="export the run or model folder that the file was made from",
+            )
         )
     if format not in FORMATS:
-        raise ValueError(f"format={format!r}. Allowed: {', '.join(FORMATS)}. Use 'onnx' for other runtimes.")
+        raise ValueError(unknown("format", format, FORMATS))
     if path.suffix != f".{format}":
-        raise ValueError(f"{str(path)!r} for format={format!r}: the name must end in .{format}. "
-                         f"Use {str(path.with_suffix('.' + format))!r}.")  # fmt: skip
+        raise ValueError(
+            problem(
+                f"path is {str(path)!r} with format={format!r}",
+                allowed=f"names that end in .{format}",
+                fix=f"use {str(path.with_suffix('.' + format))!r}",
+            )
+        )
     if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; a file's name is needed.")
+        raise ValueError(problem(f"{str(path)!r} is a folder", allowed="the name of a file"))
     if format == "onnx" and opset not in OPSETS:
         near = min(max(opset, OPSETS[0]), OPSETS[-1])
-        raise ValueError(f"opset={opset}. Allowed: {OPSETS[0]} to {OPSETS[-1]}. Use {near}.")
+        raise ValueError(
+            problem(f"opset is {opset}", allowed=f"{OPSETS[0]} to {OPSETS[-1]}", fix=f"use {near}")
+        )
     if len(model.classes) != net.num_classes:
         raise ValueError(
-            f"{len(model.classes)} class names for {net.num_classes} outputs; give one for each."
+            problem(
+                f"there are {len(model.classes)} class names for {net.num_classes} outputs",
+                allowed="one class name per output",
+            )
         )
     return net
-
-
-def _fold(net: Net) -> nn.Module:
-    from normfree.deploy.fold import fold
-
-    return fold(net).eval().requires_grad_(False)
-
-
-def _require_plain(census: Counter[str], idle: list[str], path: Path) -> None:
-    """A folded file normalizes nothing and computes nothing from weights alone; read from the graph itself."""
-    norms = sorted(kind for kind in census if "norm" in kind.lower())
-    if norms or idle:
-        what = ", ".join(norms + sorted(set(idle)))
-        raise ValueError(
-            f"{path.name} was not kept: the folded graph still holds {what}. Export it unfolded."
-        )
-
-
-# --- ONNX --------------------------------------------------------------------------------------------
-
-
-def _write_onnx(
-    net: nn.Module, example: Tensor, path: Path, *, metadata: str, opset: int, folded: bool
-) -> tuple[Counter[str], int]:
-    """Writes the file; returns its census and the count of nodes that compute on weights alone."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  # torch's exporter needs it, and says so at length
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"exporting to ONNX needs {error.name}: pip install 'normfree[onnx]'"
-        ) from None
-    with silence():
-        program = torch.onnx.export(
-            net, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT],
-            output_names=[OUTPUT], opset_version=opset, verbose=False,
-        )  # fmt: skip
-    assert program is not None
-    model = program.model_proto
-    _strip(model)
-    model.metadata_props.add(key=METADATA_KEY, value=metadata)
-    onnx.checker.check_model(model)
-    if model.opset_import[0].version != opset:
-        raise ValueError(f"opset={opset}: torch's exporter wrote {model.opset_import[0].version}. Use that.")
-    census, idle, computed = graph_facts(model)
-    if folded:
-        _require_plain(census, idle + computed, path)
-    onnx.save_model(model, path)
-    return census, len(idle)
-
-
-def graph_facts(model: onnx.ModelProto) -> tuple[Counter[str], list[str], list[str]]:
-    """What an ONNX graph consists of: nodes by kind; kinds of nodes that no picture reaches, so that they compute on
-    weights alone; and kinds of convolutions and products whose weight is not stored in the file (one entry each)."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    reached = {value.name for value in model.graph.input}
-    idle, computed = [], []
-    for node in model.graph.node:  # ONNX graphs are in the order of computation
-        if reached.intersection(node.input):
-            reached.update(node.output)
-        elif node.op_type != "Constant":
-            idle.append(node.op_type)
-        if node.op_type in ("Conv", "Gemm", "MatMul") and not stored.intersection(node.input[1:2]):
-            computed.append(f"{node.op_type} with a computed weight")
-    return Counter(node.op_type for node in model.graph.node), idle, computed
-
-
-def _strip(model: onnx.ModelProto) -> None:
-    """Removes the exporter's notes: they hold the paths of the machine's source files, line by line."""
-    graph = model.graph
-    parts: list[Any] = [
-        model,
-        graph,
-        *graph.node,
-        *graph.initializer,
-        *graph.value_info,
-        *graph.input,
-        *graph.output,
-    ]
-    for part in parts:
-        del part.metadata_props[:]
-        part.doc_string = ""
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keeps exporters and quantizers from talking: they log progress and advice, warn of their own future and print.
-    What they find wrong comes as an exception, or is found when the file is opened again."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-# --- torch.export ------------------------------------------------------------------------------------
-
-
-def _write_pt2(
-    net: nn.Module, example: Tensor, path: Path, *, metadata: str, folded: bool
-) -> tuple[Counter[str], int]:
-    """Writes the file; returns its census and the count of nodes that compute on weights alone."""
-    with silence():
-        program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        reached = set(program.graph_signature.user_inputs)
-        idle, census = [], Counter[str]()
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # paths of this machine
-            if node.op != "call_function":
-                continue
-            kind = str(node.target).removesuffix(".default")
-            census[kind] += 1
-            if reached.intersection(n.name for n in node.all_input_nodes):
-                reached.add(node.name)
-            else:
-                idle.append(kind)
-        if folded:
-            _require_plain(census, idle, path)
-        torch.export.save(program, path, extra_files={PT2_METADATA: metadata})
-    return census, len(idle)
-
-
-def _open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    """The program in a file that was written just now. Never for others' files: parts of the format are pickles."""
-    with silence():
-        module: Callable[[Tensor], Tensor] = torch.export.load(path).module()
-    return module

@@ -64,10 +64,10 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
     auto = "auto" in (config.model, config.input.image_size, net.activation, net.alpha)
     is_folder = bool(weights) and not Path(weights).is_file()
     found = describe(weights) if is_folder and (starts or auto) else None
-    model = found.row if found is not None and config.model == "auto" else config.model
+    model = found.variant if found is not None and config.model == "auto" else config.model
     if model == "auto":
         found = describe(weights)  # a file may carry its description
-        model = found.row
+        model = found.variant
     variant = variant_of(model)
     train_size, test_size = variant.train_size, variant.test_size
     if found is not None and auto and is_folder:
@@ -105,7 +105,7 @@ def _as_trained(variant: Variant, found: Description, weights: str) -> Variant:
     changed = {k: v for k, v in found.arguments.items() if k not in TRAINING_FIELDS | {"in_channels"}}
     other = sorted(changed.keys() - {"activation", "alpha"})
     if other:
-        given = f"the network of {weights} differs from {found.row} in {', '.join(other)}, which a run cannot change"
+        given = f"the network of {weights} differs from {found.variant} in {', '.join(other)}, which a run cannot change"
         fix = "train it in Python, with from_pretrained and an optimizer"
         raise ValueError(problem(given, allowed="differences in activation and alpha", fix=fix))
     return variant.with_overrides(changed)

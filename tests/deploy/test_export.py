@@ -1,17 +1,20 @@
-"""An exported file is the network: same logits on real pictures, a graph without training's parts, its own words."""
+"""An exported file computes the logits of the network, has a plain graph, and contains preprocessing and classes."""
 
 import json
 import re
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL.Image import Image
 from torch import nn
 
 import normfree
@@ -19,7 +22,8 @@ from normfree.cli import main
 from normfree.data.sources.emoji import open_emoji
 from normfree.data.transforms.normalize import normalize
 from normfree.deploy import fold as folding
-from normfree.deploy.export import compare, export, graph_facts
+from normfree.deploy.export import compare, export
+from normfree.deploy.graph_writers import graph_facts
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
 from normfree.preprocessing import Preprocessing
@@ -27,8 +31,8 @@ from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 
 NAMES = ("one", "two", "three", "four", "five", "six", "snö")
 SMALL = {"widths": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "group_width": 8}
-#: row, overrides, image side; 33 has odd SAME padding at every stride
-ROWS = {
+# variant, overrides, image size. Size 33 gives asymmetric SAME padding at every stride.
+CASES = {
     "nano": ("nf_resnet_nano", {"depths": (1, 1, 1)}, 32),
     "nano-bn": ("resnet_nano", {"depths": (1, 1, 1)}, 32),
     "nfnet": ("nfnet_f0", SMALL, 33),
@@ -39,10 +43,10 @@ ROWS = {
 
 
 def network(kind: str) -> TrainedModel:
-    """A row with every branch open and statistics that are not those of a fresh network."""
-    row, overrides, size = ROWS[kind]
+    """Return a model with open branches and random batch norm statistics."""
+    variant, overrides, size = CASES[kind]
     torch.manual_seed(0)
-    net = create_model(row, num_classes=len(NAMES), **overrides).eval()
+    net = create_model(variant, num_classes=len(NAMES), **overrides).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.3)
@@ -56,17 +60,17 @@ def network(kind: str) -> TrainedModel:
 
 
 @pytest.fixture(scope="module")
-def emoji():
+def emoji() -> list[Image]:
     source = open_emoji().val
     return [source.image(i) for i in range(0, 320, 5)]
 
 
-def prepared(model: TrainedModel, pictures: list) -> torch.Tensor:
+def prepared(model: TrainedModel, images: list[Image]) -> torch.Tensor:
     pre = model.preprocessing
-    return normalize(torch.stack([pre.transform()(p) for p in pictures]), mean=pre.mean, std=pre.std)
+    return normalize(torch.stack([pre.transform()(image) for image in images]), mean=pre.mean, std=pre.std)
 
 
-def reopened(path: Path):
+def reopened(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return open_onnx(path)[0] if path.suffix == ".onnx" else torch.export.load(path).module()
 
 
@@ -78,13 +82,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 QUICK = [("nano", "onnx"), ("nano-bn", "pt2"), ("nfnet", "onnx"), ("eca", "onnx"), ("max-pool", "pt2")]
 QUICK += [("nfnet", "pt2")]
-LONG = [(k, f) for k in ROWS for f in ("onnx", "pt2") if (k, f) not in QUICK]
+LONG = [(k, f) for k in CASES for f in ("onnx", "pt2") if (k, f) not in QUICK]
 
 
 @pytest.mark.parametrize(
     ("kind", "format"), [*QUICK, *(pytest.param(*p, marks=pytest.mark.slow) for p in LONG)]
 )
-def test_the_file_is_the_network(kind, format, emoji, tmp_path):
+def test_the_file_computes_the_logits_of_the_network(
+    kind: str, format: Literal["onnx", "pt2"], emoji: list[Image], tmp_path: Path
+) -> None:
     model = network(kind)
     before = {k: v.clone() for k, v in model.net.state_dict().items()}
     images = prepared(model, emoji)
@@ -94,7 +100,8 @@ def test_the_file_is_the_network(kind, format, emoji, tmp_path):
     assert (report.top1_agreement, report.images, report.noise) == (100, 64, False)
     assert report.bytes == report.path.stat().st_size
     run = reopened(report.path)
-    for batch in (1, 2, 3, 5, 64):  # 3 is not one of those that export itself compares
+    # `export` itself does not compare batches of 3.
+    for batch in (1, 2, 3, 5, 64):
         with torch.no_grad():
             ours, theirs = run(images[-batch:]), model.net(images[-batch:])
         assert ours.shape == (batch, 7)
@@ -102,7 +109,7 @@ def test_the_file_is_the_network(kind, format, emoji, tmp_path):
         assert ours.argmax(1).tolist() == theirs.argmax(1).tolist()
     assert report.batch_norms == report.weight_arithmetic == 0
     assert not [kind for kind in report.census if "norm" in kind.lower() or "std" in kind.lower()]
-    # one mean for the head, and one for each gate: no other
+    # The only means are one in the head and one in each gate.
     gates = sum(
         hasattr(m, "fc0") or type(m).__name__ == "EfficientChannelAttention" for m in model.net.modules()
     )
@@ -113,7 +120,7 @@ def test_the_file_is_the_network(kind, format, emoji, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nano", "nfnet"])
-def test_the_weights_of_the_graph_are_stored_numbers(kind, tmp_path):
+def test_all_weights_are_stored_in_the_file_once(kind: str, tmp_path: Path) -> None:
     model = network(kind)
     report = export(model, tmp_path / "model.onnx")
     graph = onnx.load_model(report.path).graph
@@ -124,17 +131,18 @@ def test_the_weights_of_the_graph_are_stored_numbers(kind, tmp_path):
     assert sorted(stored[n.input[1]] for n in weighted) == sorted(tuple(m.weight.shape) for m in modules)
     assert report.census == Counter(n.op_type for n in graph.node)
     size = sum(4 * m.weight.numel() for m in modules)
-    assert size < report.bytes < 1.2 * size  # weights once, and inside
+    assert size < report.bytes < 1.2 * size
 
 
-def test_unfolded_files_are_the_network_too_and_have_more_nodes(emoji, tmp_path):
+def test_unfolded_files_compute_the_same_with_more_nodes(emoji: list[Image], tmp_path: Path) -> None:
     model = network("nano")
     images = prepared(model, emoji)
     whole = export(model, tmp_path / "whole.onnx", folded=False, images=images)
     plain = export(model, tmp_path / "plain.onnx", images=images)
     assert max(whole.errors.values()) <= 1e-5
     assert sum(plain.census.values()) < sum(whole.census.values())
-    assert whole.weight_arithmetic > 0  # the check of folded files can fail
+    # So the check of folded files can fail.
+    assert whole.weight_arithmetic > 0
     assert (open_onnx(whole.path)[1]["folded"], open_onnx(plain.path)[1]["folded"]) == (False, True)
     twin = export(network("nano-bn"), tmp_path / "twin.pt2", format="pt2", folded=False)
     assert twin.batch_norms == sum(isinstance(m, nn.BatchNorm2d) for m in network("nano-bn").net.modules())
@@ -142,14 +150,15 @@ def test_unfolded_files_are_the_network_too_and_have_more_nodes(emoji, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 19, 21, 23, 25])
-def test_other_opsets(opset, emoji, tmp_path):
-    model = network("nfnet")  # GELU is one node from opset 20 on
+def test_other_opsets(opset: int, emoji: list[Image], tmp_path: Path) -> None:
+    # GELU is a single node since opset 20.
+    model = network("nfnet")
     report = export(model, tmp_path / "model.onnx", images=prepared(model, emoji), opset=opset)
     assert onnx.load_model(report.path).opset_import[0].version == report.opset == opset
     assert open_onnx(report.path)[1]["opset"] == opset
 
 
-def test_pictures_and_names_travel_in_the_file(tmp_path):
+def test_the_file_contains_preprocessing_and_class_names(tmp_path: Path) -> None:
     model = network("nano")
     report = export(model, tmp_path / "new" / "model.onnx")
     assert report.noise
@@ -170,7 +179,7 @@ def test_pictures_and_names_travel_in_the_file(tmp_path):
     assert json.loads(extra["normfree.json"]) == metadata | {"opset": None}
 
 
-def test_the_machine_that_exported_stays_unknown(tmp_path):
+def test_the_file_contains_no_paths_of_this_machine(tmp_path: Path) -> None:
     where = str(Path(normfree.__file__).parent).encode()
     file = export(network("nano"), tmp_path / "model.onnx").path.read_bytes()
     assert where not in file
@@ -181,10 +190,10 @@ def test_the_machine_that_exported_stays_unknown(tmp_path):
             assert str(tmp_path).encode() not in archive.read(name), name
 
 
-# --- what must not be kept ---------------------------------------------------------------------------
+# --- files that must not be kept ---------------------------------------------------------------------------
 
 
-def test_compare_measures_what_it_says():
+def test_compare_follows_its_definition() -> None:
     base = torch.eye(4) + 0.1
     images = torch.randn(10, 4, 1, 1).abs()
 
@@ -200,7 +209,8 @@ def test_compare_measures_what_it_says():
     expected = sum(float(agree[torch.arange(b) % 10].sum()) for b in (1, 2, 5, 64)) / 72
     assert same == pytest.approx(100 * expected)
     assert same < 100
-    zero, same = compare(lambda x: 0 * net(x), lambda x: 0 * net(x), images)  # an untrained classifier
+    # The logits of an untrained classifier are all 0.
+    zero, same = compare(lambda x: 0 * net(x), lambda x: 0 * net(x), images)
     assert (set(zero.values()), same) == ({0.0}, 100)
     broken, _ = compare(lambda x: net(x) + 1, lambda x: 0 * net(x), images)
     assert set(broken.values()) == {float("inf")}
@@ -213,7 +223,9 @@ def test_compare_measures_what_it_says():
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
-def test_a_file_that_differs_is_not_kept(format, fault, tmp_path, monkeypatch):
+def test_a_file_that_differs_is_not_kept(
+    format: Literal["onnx", "pt2"], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = folding.fold
 
     def off(net):
@@ -226,7 +238,7 @@ def test_a_file_that_differs_is_not_kept(format, fault, tmp_path, monkeypatch):
     path.write_bytes(b"the one before")
     value = "1.0e-04" if fault == "wrong" else "nan"
     with pytest.raises(
-        ValueError, match=f"was not kept: its logits differ from the network's by {value} at batch 1, "
+        ValueError, match=f"was not kept: its logits differ from those of the network by {value} at batch 1, "
     ):
         export(network("nano"), path, format=format)
     assert path.read_bytes() == b"the one before"
@@ -235,16 +247,19 @@ def test_a_file_that_differs_is_not_kept(format, fault, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "format", "what"), [("nano", "onnx", "Conv with a computed weight"),
                          ("nano-bn", "pt2", "aten.batch_norm"), ("nano", "pt2", "aten.rsqrt")])  # fmt: skip
-def test_a_graph_that_was_not_folded_is_not_called_so(kind, format, what, tmp_path, monkeypatch):
+def test_a_graph_that_is_not_folded_is_not_kept(
+    kind: str, format: Literal["onnx", "pt2"], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folding, "fold", lambda net: net)
     with pytest.raises(
-        ValueError, match=f"was not kept: the folded graph still holds .*{what}.* Export it unfolded"
+        ValueError,
+        match=f"was not kept: the folded graph still contains .*{what}.* Fix: export it with folded=False",
     ):
         export(network(kind), tmp_path / f"model.{format}", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_graph_facts_on_a_graph_made_by_hand():
+def test_graph_facts_of_a_handmade_graph() -> None:
     value = helper.make_tensor_value_info
     nodes = [
         helper.make_node("Mul", ["w", "w"], ["w2"]),
@@ -261,43 +276,45 @@ def test_graph_facts_on_a_graph_made_by_hand():
     assert (idle, computed) == (["Mul"], ["Gemm with a computed weight"])
 
 
-# --- words -------------------------------------------------------------------------------------------
+# --- arguments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("model.onnx", {"format": "onx"}, "format='onx'. Allowed: onnx, pt2. Use 'onnx' for other runtimes."),
-        ("model.pt", {"format": "pt2"}, "for format='pt2': the name must end in .pt2. Use '"),
-        ("model.onnx", {"opset": 17}, "opset=17. Allowed: 18 to 25. Use 18."),
-        ("model.onnx", {"opset": 99}, "opset=99. Allowed: 18 to 25. Use 25."),
-        ("model.onnx", {"images": torch.zeros(4, 3, 31, 32)}, "images of shape (4, 3, 31, 32): expected B x 3 x 32"),
-        ("model.onnx", {"images": torch.zeros(0, 3, 32, 32)}, "normalized, B at least 1. Prepare them with model.pre"),
+        ("model.onnx", {"format": "onx"}, "unknown format 'onx'. Did you mean 'onnx'? Allowed: 'onnx', 'pt2'."),
+        ("model.pt", {"format": "pt2"}, "with format='pt2'. Allowed: names that end in .pt2. Fix: use '"),
+        ("model.onnx", {"opset": 17}, "opset is 17. Allowed: 18 to 25. Fix: use 18."),
+        ("model.onnx", {"opset": 99}, "opset is 99. Allowed: 18 to 25. Fix: use 25."),
+        ("model.onnx", {"images": torch.zeros(4, 3, 31, 32)}, "have the shape (4, 3, 31, 32). Allowed: B x 3 x 32"),
+        ("model.onnx", {"images": torch.zeros(0, 3, 32, 32)}, "B at least 1. Fix: prepare them with model.pre"),
     ],
 )  # fmt: skip
-def test_wrong_arguments(name, arguments, message, tmp_path):
+def test_wrong_arguments(name: str, arguments: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         export(network("nano"), tmp_path / name, **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_networks_that_cannot_be_exported(tmp_path, monkeypatch):
+def test_networks_that_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("nano")
-    with pytest.raises(ValueError, match="2 class names for 7 outputs; give one for each"):
+    with pytest.raises(
+        ValueError, match=r"there are 2 class names for 7 outputs\. Allowed: one class name per output"
+    ):
         export(TrainedModel(model.net, model.preprocessing, NAMES[:2]), tmp_path / "x.onnx")
     export(model, tmp_path / "x.onnx")
     with pytest.raises(
-        ValueError, match=r"nf_resnet_nano was read from an exported file. Export the run or model"
+        ValueError, match=r"nf_resnet_nano was read from an exported file. Fix: export the run or model"
     ):
         export(from_pretrained(tmp_path / "x.onnx"), tmp_path / "y.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"to ONNX needs onnxscript: pip install 'normfree\[onnx\]'"
+        ModuleNotFoundError, match=r"to ONNX needs onnxscript. Fix: pip install 'normfree\[onnx\]'"
     ):
         export(model, tmp_path / "y.onnx")
 
 
-def test_the_command(emoji, tmp_path, capsys):
+def test_the_command(emoji: list[Image], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = network("nano")
     folder, photos = tmp_path / "model", tmp_path / "photos"
     save_pretrained(model, folder)
@@ -305,19 +322,19 @@ def test_the_command(emoji, tmp_path, capsys):
     for i in range(3):
         emoji[i].save(photos / f"{i}.png")
     assert main(["export", str(folder), "--images", str(photos)]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert printed.err == ""
     size, nodes = (
         (folder / "model.onnx").stat().st_size,
         len(onnx.load_model(folder / "model.onnx").graph.node),
     )
-    assert said.out.startswith(
+    assert printed.out.startswith(
         f"{folder / 'model.onnx'}: {size / 1e6:.2f} MB, ONNX opset 20, folded, {nodes} nodes\n"
     )
-    assert "  0 batch norms, 0 nodes that compute on weights alone\n" in said.out
-    assert "against the network on 3 pictures: largest relative error " in said.out
-    assert "first class the same on 100 %" in said.out
-    words = [
+    assert "  0 batch norms, 0 nodes that compute on weights alone\n" in printed.out
+    assert "against the network on 3 pictures: largest relative error " in printed.out
+    assert "first class the same on 100 %" in printed.out
+    args = [
         "export",
         str(folder),
         "--format",
@@ -327,7 +344,7 @@ def test_the_command(emoji, tmp_path, capsys):
         "--images",
         str(photos),
     ]
-    assert main(words) == 0
+    assert main(args) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'x.pt2'}: ")
     images = prepared(model, emoji[:5])
     with torch.no_grad():
@@ -335,7 +352,7 @@ def test_the_command(emoji, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--int8", "--format", "pt2"], "--int8 quantizes the folded ONNX file; drop --unfolded and --format pt2."),
         (["--int8", "--unfolded"], "--int8 quantizes the folded ONNX file; drop --unfolded and --format pt2."),
@@ -343,17 +360,19 @@ def test_the_command(emoji, tmp_path, capsys):
         (["--images", "nowhere.png"], "'nowhere.png' does not exist."),
     ],
 )  # fmt: skip
-def test_mistakes_in_the_command(words, message, tmp_path, capsys):
+def test_mistakes_in_the_command(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_pretrained(network("nano"), tmp_path / "model")
     before = sorted(p.name for p in (tmp_path / "model").iterdir())
-    assert main(["export", str(tmp_path / "model"), *words]) == 2
+    assert main(["export", str(tmp_path / "model"), *args]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == before
 
 
-def test_the_command_reads_the_data_of_a_run(tmp_path, capsys):
+def test_the_command_reads_the_data_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     save_pretrained(network("nano"), run / "model")
     (run / "config.toml").write_text('data = "synthetic:classes=7,size=32,train=14,val=9"\n')

@@ -1,6 +1,7 @@
-"""Int8 files: smaller, and they still answer like the network that they were made from."""
+"""Quantized files are smaller and predict almost the same as the network that they were made from."""
 
 from collections import Counter
+from pathlib import Path
 
 import onnx
 import pytest
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from onnx import TensorProto
 
 from normfree.cli import main
+from normfree.data.source import Source
 from normfree.data.sources.synthetic import open_synthetic
 from normfree.data.transforms.normalize import normalize
 from normfree.deploy.export import export
-from normfree.deploy.quantize import images_per_second, quantize
+from normfree.deploy.quantize import QuantizeReport, images_per_second, quantize
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
 from normfree.optim.agc import adaptive_clip_grad_
@@ -22,7 +24,8 @@ from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 DATA = "synthetic:classes=3,size=24,train=256,val=96"
 
 
-def pixels(source, pre):
+def pixels(source: Source, pre: Preprocessing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all images of a source, normalized, and their labels."""
     images = torch.stack([pre.transform()(source.image(i)) for i in range(len(source))])
     labels = torch.tensor([source.label(i) for i in range(len(source))])
     return normalize(images, mean=pre.mean, std=pre.std), labels
@@ -30,7 +33,7 @@ def pixels(source, pre):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A network that has learnt three shapes in some seconds, its float file and its pictures."""
+    """Return a network trained for a few seconds to classify three shapes, the folder of its files, and its images."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     split = open_synthetic(DATA)
@@ -61,23 +64,25 @@ def int8(trained):
     return quantize(folder / "float.onnx", folder / "int8.onnx", calibration=train.split(32))
 
 
-def test_a_quarter_of_the_size_and_the_same_answers(trained, int8):
+def test_a_third_of_the_size_and_the_same_predictions(trained, int8: QuantizeReport) -> None:
     model, folder, _, val, truth = trained
     with torch.no_grad():
         wanted = model.net(val)
-    assert (wanted.argmax(1) == truth).float().mean() > 0.7  # of three classes: it has learnt something
+    # The network has learned something: chance is a third.
+    assert (wanted.argmax(1) == truth).float().mean() > 0.7
     logits = open_onnx(int8.path)[0](val)
     assert (logits.argmax(1) == wanted.argmax(1)).float().mean() >= 0.9
     assert (
         abs((logits.argmax(1) == truth).float().mean() - (wanted.argmax(1) == truth).float().mean()) <= 0.05
     )
     error = ((logits - wanted).norm(dim=1) / wanted.norm(dim=1)).median()
-    assert 1e-4 < error < 0.1  # above the first: something was rounded
+    # The lower bound shows that something was rounded.
+    assert 1e-4 < error < 0.1
     assert int8.bytes == int8.path.stat().st_size < 0.35 * int8.float_bytes
     assert int8.float_bytes == (folder / "float.onnx").stat().st_size
 
 
-def test_the_report_is_measured_on_the_calibration_pictures(trained, int8):
+def test_the_report_is_measured_on_the_calibration_images(trained, int8: QuantizeReport) -> None:
     _, folder, train, _, _ = trained
     ours, theirs = (open_onnx(folder / name)[0](train) for name in ("int8.onnx", "float.onnx"))
     same = (ours.argmax(1) == theirs.argmax(1)).float().mean()
@@ -88,7 +93,7 @@ def test_the_report_is_measured_on_the_calibration_pictures(trained, int8):
     assert int8.images == 256
 
 
-def test_the_graph_holds_bytes_one_scale_for_each_output_channel(trained, int8):
+def test_weights_are_int8_with_one_scale_per_output_channel(trained, int8: QuantizeReport) -> None:
     _, folder, _, _, _ = trained
     model = onnx.load_model(int8.path)
     stored = {t.name: t for t in model.graph.initializer}
@@ -96,7 +101,8 @@ def test_the_graph_holds_bytes_one_scale_for_each_output_channel(trained, int8):
     weighted = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
     eight = [n for n in weighted if n.input[1] in made_by]
     assert (len(eight), len(weighted) - len(eight)) == (int8.quantized, int8.left_float)
-    assert weighted[0].input[1] in stored  # the first convolution stays float
+    # The first convolution stays in float.
+    assert weighted[0].input[1] in stored
     assert int8.left_float == 1
     for node in eight:
         pair = made_by[node.input[1]]
@@ -113,15 +119,16 @@ def test_the_graph_holds_bytes_one_scale_for_each_output_channel(trained, int8):
     assert kinds - Counter(plain) == {k: kinds[k] for k in ("QuantizeLinear", "DequantizeLinear")}
 
 
-def test_logits_are_not_rounded_so_that_classes_do_not_tie(trained, int8):
+def test_logits_are_not_rounded_so_classes_do_not_tie(trained, int8: QuantizeReport) -> None:
     _, _, train, val, _ = trained
     logits = open_onnx(int8.path)[0](torch.cat([train, val]))
-    assert len(logits.unique()) > 1000  # of 1056; eight bits have 256
+    # There are 1056 logits, and eight bits have 256 values.
+    assert len(logits.unique()) > 1000
     best = logits.topk(2).values
     assert (best[:, 0] > best[:, 1]).all()
 
 
-def test_metadata_is_carried_over(trained, int8):
+def test_metadata_is_copied(trained, int8: QuantizeReport) -> None:
     model, folder, _, _, _ = trained
     before, after = (open_onnx(folder / name)[1] for name in ("float.onnx", "int8.onnx"))
     assert after == before | {"int8": True}
@@ -129,7 +136,7 @@ def test_metadata_is_carried_over(trained, int8):
     assert (again.preprocessing, again.classes) == (model.preprocessing, model.classes)
 
 
-def test_nodes_stay_float_as_asked(trained, tmp_path):
+def test_named_nodes_stay_in_float(trained, tmp_path: Path) -> None:
     _, folder, train, _, _ = trained
     heads = [n.name for n in onnx.load_model(folder / "float.onnx").graph.node if n.op_type == "Gemm"]
     report = quantize(folder / "float.onnx", tmp_path / "x.onnx", calibration=[train[:32]], keep_float=heads)
@@ -138,12 +145,12 @@ def test_nodes_stay_float_as_asked(trained, tmp_path):
     stored = {t.name for t in graph.initializer}
     assert [n.input[1] in stored for n in graph.node if n.op_type == "Gemm"] == [True] * 11
     assert not [n for n in graph.node if n.op_type == "Conv" and n.input[1] in stored]
-    with pytest.raises(ValueError, match=r"keep_float names nothing. Allowed: node_"):
+    with pytest.raises(ValueError, match=r"unknown node in keep_float 'nothing'. Allowed: 'node_"):
         quantize(folder / "float.onnx", tmp_path / "y.onnx", calibration=[train[:32]], keep_float=["nothing"])
 
 
 @pytest.mark.slow
-def test_a_max_pool_padded_with_minus_infinity_does_not_set_a_scale(tmp_path):
+def test_the_padding_of_a_max_pool_with_minus_infinity_does_not_affect_a_scale(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = create_model(
         "nf_resnet50", num_classes=3, widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), skip_gain=0.7
@@ -160,38 +167,40 @@ def test_a_max_pool_padded_with_minus_infinity_does_not_set_a_scale(tmp_path):
     assert quantize(tmp_path / "x.onnx", tmp_path / "y.onnx", calibration=images.split(32)).error < 0.1
 
 
-def test_what_cannot_be_quantized(trained, int8, tmp_path):
+def test_what_cannot_be_quantized(trained, int8: QuantizeReport, tmp_path: Path) -> None:
     model, folder, train, val, _ = trained
     source = folder / "float.onnx"
     with pytest.raises(
-        ValueError, match=r"expected a name that ends in .onnx, and is not the float file's. Use '"
+        ValueError, match=r"Allowed: names that end in .onnx, except that of the float file. Fix: use '"
     ):
         quantize(source, source, calibration=[train])
-    with pytest.raises(ValueError, match=r"no pictures to calibrate .* on. Give batches of at least one."):
+    with pytest.raises(ValueError, match=r"calibration has no images. Allowed: at least one batch"):
         quantize(source, tmp_path / "x.onnx", calibration=[])
-    with pytest.raises(ValueError, match="this file was exported for B x 3 x 24 x 24"):
+    with pytest.raises(ValueError, match="Allowed: B x 3 x 24 x 24"):
         quantize(source, tmp_path / "x.onnx", calibration=[train[:, :, :20, :20]])
-    with pytest.raises(ValueError, match=r"is int8 already. Export it folded, in float, then quantize."):
+    with pytest.raises(ValueError, match=r"is already quantized. Allowed: folded float files."):
         quantize(int8.path, tmp_path / "x.onnx", calibration=[train])
     export(model, tmp_path / "unfolded.onnx", folded=False, images=val)
     with pytest.raises(
-        ValueError, match=r"is not folded: it standardizes its weights in float. Export it folded"
+        ValueError,
+        match=r"is not folded. Allowed: folded float files. Fix: export the network with folded=True",
     ):
         quantize(tmp_path / "unfolded.onnx", tmp_path / "x.onnx", calibration=[train])
     assert [p.name for p in tmp_path.iterdir()] == ["unfolded.onnx"]
 
 
-def test_a_file_that_lost_the_network_is_not_kept(trained, tmp_path):
+def test_a_file_with_wrong_scales_is_not_kept(trained, tmp_path: Path) -> None:
     _, folder, train, _, _ = trained
-    mixed = [train[:1] * 1e6, *[train[:1]] * 3]  # one picture far outside sets every scale
+    # One image with extreme values determines every scale.
+    mixed = [train[:1] * 1e6, *[train[:1]] * 3]
     with pytest.raises(
-        ValueError, match=r"was not kept: its logits differ from the float file's by \d+ % on"
+        ValueError, match=r"was not kept: its logits differ from those of the float file by \d+ % on"
     ):
         quantize(folder / "float.onnx", tmp_path / "x.onnx", calibration=mixed)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_speed_is_images_over_seconds_of_the_median_round(monkeypatch):
+def test_speed_is_images_over_seconds_of_the_median_round(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("normfree.deploy.quantize.time.perf_counter", lambda: clock[0])
 
@@ -203,35 +212,38 @@ def test_speed_is_images_over_seconds_of_the_median_round(monkeypatch):
 
         return run
 
-    nets = [net(9.0, 0.002, 0.002, 0.002), net(9.0, 0.5, 0.004, 0.001)]  # the first round does not count
+    # The first round is not counted.
+    nets = [net(9.0, 0.002, 0.002, 0.002), net(9.0, 0.5, 0.004, 0.001)]
     assert images_per_second(nets, torch.zeros(5, 3, 2, 2), rounds=3) == pytest.approx([500, 250])
 
 
-def test_the_command_prints_what_int8_costs(trained, capsys):
+def test_the_command_prints_the_accuracy_of_both_files(trained, capsys: pytest.CaptureFixture[str]) -> None:
     model, folder, _, val, truth = trained
     assert main(["export", str(folder / "run"), "--int8"]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert printed.err == ""
     with torch.no_grad():
         before = 100 * float((model.net(val).argmax(1) == truth).float().mean())
     after = 100 * float(
         (open_onnx(folder / "run" / "model.int8.onnx")[0](val).argmax(1) == truth).float().mean()
     )
     wanted = f"top-1 on 96 labelled pictures: float {before:.2f} %, int8 {after:.2f} %, {after - before:+.2f} points\n"
-    assert wanted in said.out
-    assert "against the float file on the 256 training pictures that set its ranges: " in said.out
-    assert said.out.count("images/s at batch ") == 2
+    assert wanted in printed.out
+    assert "against the float file on the 256 training pictures that set its ranges: " in printed.out
+    assert printed.out.count("images/s at batch ") == 2
 
 
 @pytest.mark.slow
-def test_without_labels_the_command_says_so(trained, tmp_path, capsys):
+def test_the_command_reports_missing_labels(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, folder, _, _, _ = trained
     source = open_synthetic(DATA).val
     for i in range(8):
         source.image(i).save(tmp_path / f"{i}.png")
-    words = ["export", str(folder / "run" / "model"), "--int8", "--out", str(tmp_path / "m.onnx")]
-    words += ["--images", str(tmp_path)]
-    assert main(words) == 0
+    args = ["export", str(folder / "run" / "model"), "--int8", "--out", str(tmp_path / "m.onnx")]
+    args += ["--images", str(tmp_path)]
+    assert main(args) == 0
     assert (
         "  accuracy not measured: no labels; give --images a folder of class folders"
         in capsys.readouterr().out
@@ -239,5 +251,5 @@ def test_without_labels_the_command_says_so(trained, tmp_path, capsys):
     for i in range(8):
         (tmp_path / "labelled" / source.classes[source.label(i)]).mkdir(parents=True, exist_ok=True)
         source.image(i).save(tmp_path / "labelled" / source.classes[source.label(i)] / f"{i}.png")
-    assert main([*words[:-1], str(tmp_path / "labelled")]) == 0
+    assert main([*args[:-1], str(tmp_path / "labelled")]) == 0
     assert "  top-1 on 8 labelled pictures: float " in capsys.readouterr().out
