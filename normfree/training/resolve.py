@@ -105,7 +105,10 @@ def _as_trained(variant: Variant, found: Description, weights: str) -> Variant:
     changed = {k: v for k, v in found.arguments.items() if k not in TRAINING_FIELDS | {"in_channels"}}
     other = sorted(changed.keys() - {"activation", "alpha"})
     if other:
-        given = f"the network of {weights} differs from {found.variant} in {', '.join(other)}, which a run cannot change"
+        fields = ", ".join(other)
+        given = (
+            f"the network of {weights} differs from {found.variant} in {fields}, which a run cannot change"
+        )
         fix = "train it in Python, with from_pretrained and an optimizer"
         raise ValueError(problem(given, allowed="differences in activation and alpha", fix=fix))
     return variant.with_overrides(changed)
