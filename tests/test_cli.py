@@ -305,11 +305,11 @@ def test_class_names_are_no_markup(model, tmp_path, capsys):
 def test_a_failed_prediction_leaves_no_file(model, tmp_path, capsys):
     out = tmp_path / "x.csv"
     assert main(["predict", str(model), str(tmp_path / "gone.png"), "--out", str(out)]) == 2
-    assert capsys.readouterr().err == f"normfree: '{tmp_path}/gone.png' does not exist.\n"
+    assert capsys.readouterr().err.startswith(f"normfree: '{tmp_path}/gone.png' does not exist. Allowed: ")
     assert main(["predict", str(model), str(model), "--out", str(out)]) == 2
-    assert capsys.readouterr().err.startswith(f"normfree: '{model}' holds no images (")
+    assert capsys.readouterr().err.startswith(f"normfree: '{model}' contains no images. Allowed: ")
     assert main(["predict", str(model), str(tmp_path), "--top", "0", "--out", str(out)]) == 2
-    assert capsys.readouterr().err == "normfree: top=0: expected 1 or more.\n"
+    assert capsys.readouterr().err == "normfree: top is 0. Allowed: 1 or more.\n"
     assert not out.exists()
 
 
