@@ -131,9 +131,7 @@ def test_every_image_is_scored_once_in_any_world(found, n):
 
 
 def test_no_process_scores_what_another_cannot(found):
-    expected = (
-        "logits are not finite for '0' and others; the data has 7 classes. There is no score to report."
-    )
+    expected = "logits are not finite for '0' and other images. Allowed: 7 finite logits, one per class."
     assert {values["no score"] for values in found.values()} == {expected}
 
 
