@@ -154,6 +154,7 @@ def _scores(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _invalid_logits(what: str, name: str, source: Source) -> ValueError:
+    """Return the error for logits that cannot be scored."""
     classes = len(source.classes)
     return ValueError(
         problem(
@@ -288,6 +289,7 @@ def predict(
 def _predictions(
     model: TrainedModel, files: list[Path], top: int, batch_size: int, device: torch.device
 ) -> Iterator[Prediction]:
+    """Yield the predictions of `predict`, batch by batch."""
     pre = model.preprocessing
     transform = pre.transform()
     net = model.net.eval().to(device)

@@ -204,6 +204,7 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
 
 
 def _runtime() -> Any:
+    """Import onnxruntime."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -214,4 +215,5 @@ def _runtime() -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

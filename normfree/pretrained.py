@@ -160,10 +160,12 @@ def model_args(net: Net) -> dict[str, Any]:
 
 
 def _timm_knows(net: Net) -> bool:
+    """Return True if timm can build the network from its name."""
     return net.name.startswith("timm_") and model_args(net).keys() <= TRAINING_FIELDS
 
 
 def _config(net: Net, model: TrainedModel, for_timm: bool) -> dict[str, Any]:
+    """Return the contents of config.json."""
     pre = model.preprocessing
     first = "stem.conv0"
     if for_timm:
@@ -281,6 +283,7 @@ def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "re
 
 
 def _from_onnx(path: Path) -> TrainedModel:
+    """Load a model from an ONNX file."""
     net, metadata = open_onnx(path)
     try:
         pre = Preprocessing.from_fields(metadata["preprocessing"])

@@ -40,11 +40,11 @@ def folder(tmp_path: Path) -> Path:
 class Fixed(torch.nn.Module):
     """Returns logits from a list, independent of the images."""
 
-    def __init__(self, rows):
+    def __init__(self, rows: list[list[float]]) -> None:
         super().__init__()
         self.rows, self.at = torch.tensor(rows), 0
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         self.at += len(images)
         return self.rows[self.at - len(images) : self.at]
 

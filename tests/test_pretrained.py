@@ -197,7 +197,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list:
     """Replace huggingface_hub by a module that serves files of tmp_path/hub, and return the list of its calls."""
     calls = []
 
-    def hf_hub_download(repository, name, *, revision):
+    def hf_hub_download(repository: str, name: str, *, revision: str | None) -> str:
         calls.append((repository, name, revision))
         path = tmp_path / "hub" / repository / name
         if not path.is_file():

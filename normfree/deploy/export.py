@@ -217,6 +217,7 @@ def compare(
 
 
 def _check(model: TrainedModel, path: Path, *, format: str, opset: int) -> Net:
+    """Check the arguments of `export`, and return the network."""
     net = model.net
     if not isinstance(net, Net):
         raise ValueError(

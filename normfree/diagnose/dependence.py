@@ -108,6 +108,7 @@ def batch_dependence(model: nn.Module, images: Tensor) -> DependenceReport:
 
 
 def _in_mode(model: nn.Module, images: Tensor, *, train: bool) -> Dependence:
+    """Measure the dependence in one mode."""
     model.train(train)
     worst, guilty = Dependence(0.0, 0.0, 0.0), set[str]()
     # Both ends, because a module may use, for example, only the previous examples.
@@ -136,6 +137,7 @@ def _larger(a: float, b: float) -> float:
 
 
 def _compare(model: nn.Module, images: Tensor, others: Tensor, example: int) -> Dependence:
+    """Compare the results for one example before and after its neighbors are replaced."""
     first, grads, pixels = _outputs(model, images, example)
     second, grads2, _ = _outputs(model, others, example)
     output = _relative((first - second).abs().max(), first.abs().max())
@@ -148,6 +150,7 @@ def _compare(model: nn.Module, images: Tensor, others: Tensor, example: int) -> 
 
 
 def _relative(difference: Tensor, scale: Tensor) -> float:
+    """Return the difference divided by the scale; 0 if there is no difference."""
     return 0.0 if float(difference) == 0.0 else float(difference) / max(float(scale), 1e-30)
 
 
@@ -189,6 +192,7 @@ def _repeatable(model: nn.Module) -> Iterator[None]:
 
 
 def _has_row(value: object, images: int) -> bool:
+    """Return True if `value` is a tensor whose first dimension is the batch."""
     return (
         isinstance(value, Tensor)
         and value.ndim > 0
@@ -250,6 +254,7 @@ class _Tape:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors are equal up to rounding."""
     if torch.equal(a, b):
         return True
     # False for NaN.

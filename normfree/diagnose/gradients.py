@@ -223,6 +223,7 @@ class _Item(NamedTuple):
 
 
 def _walk(source: Groups, exempt: str) -> Iterator[_Item]:
+    """Yield all trainable parameters of a module or of parameter groups."""
     if isinstance(source, nn.Module):
         for name, parameter in source.named_parameters():
             if parameter.requires_grad:
@@ -250,15 +251,18 @@ def _whole(norms: Tensor) -> Tensor:
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:
+    """Concatenate vectors; return an empty vector if there are none."""
     listed = list(parts)
     return torch.cat(listed) if listed else torch.empty(0)
 
 
 def _alive(ratios: Tensor) -> Tensor:
+    """Return the ratios that are not 0."""
     return ratios[ratios > 0]
 
 
 def _quantile(values: Tensor, q: float) -> float:
+    """Return the quantile `q` of a vector, or NaN if it is empty."""
     return float(_nearest_ranks(values, (q,))[0]) if values.numel() else float("nan")
 
 

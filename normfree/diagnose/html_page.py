@@ -64,6 +64,7 @@ def figures(drawn: Iterable[tuple[Any, str]]) -> str:
 
 
 def _svg(figure: Any, label: str) -> str:
+    """Return a figure as an SVG element that scales with the page and uses its colors."""
     import matplotlib
 
     text = io.StringIO()

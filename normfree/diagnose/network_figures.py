@@ -46,6 +46,7 @@ def signal_figure(reports: Mapping[str, SignalReport]) -> Any:
 
 
 def _signal_panel(above: Any, below: Any, report: SignalReport, title: str) -> None:
+    """Draw the curves of one report into two axes."""
     blocks = report.blocks
     curves: tuple[tuple[str, str, str, Sequence[float | None], Sequence[float | None]], ...] = (
         ("variance", BLUE, "o", [b.variance for b in blocks], _predicted(blocks, "variance")),
@@ -78,6 +79,7 @@ def _signal_panel(above: Any, below: Any, report: SignalReport, title: str) -> N
 
 
 def _predicted(blocks: Sequence[BlockSignal], what: str) -> list[float | None]:
+    """Return the predicted values of one statistic, None where there is no prediction."""
     return [None if b.predicted is None else getattr(b.predicted, what) for b in blocks]
 
 

@@ -178,6 +178,7 @@ def _untrained(norm: _BatchNorm) -> bool:
 
 
 def _residual(model: nn.Module, images: Tensor) -> tuple[ChannelMoments | None, list[BlockSignal]]:
+    """Measure all residual blocks."""
     recorder = ActivationRecorder(images)
     with recorder.attached(model):
         model(images)
@@ -203,6 +204,7 @@ def _residual(model: nn.Module, images: Tensor) -> tuple[ChannelMoments | None, 
 def _named(
     model: nn.Module, images: Tensor, names: Sequence[str]
 ) -> tuple[ChannelMoments | None, list[BlockSignal]]:
+    """Measure the outputs of the modules called `names`."""
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:

@@ -152,6 +152,8 @@ class ActivationRecorder(TorchDispatchMode):
                 handle.remove()
 
     def _entering(self, name: str) -> Any:
+        """Return a forward pre-hook for the module called `name`."""
+
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs, input_moments = tree_leaves((args, kwargs)), None
             # Until the first block is found, each module could be it.
@@ -234,9 +236,11 @@ class ActivationRecorder(TorchDispatchMode):
         return self._variance(x)
 
     def _variance(self, x: Tensor) -> float:
+        """Return the variance of a map before its scalar factors."""
         known = self._unscaled.get(x)
         return channel_moments(x)[1] if known is None else known
 
 
 def _holds(values: list[Any], tensor: Tensor) -> bool:
+    """Return True if `tensor` is one of `values`, by identity."""
     return any(value is tensor for value in values)

@@ -64,6 +64,7 @@ def curve_figures(runs: Mapping[str, Rows]) -> Iterator[tuple[Any, str]]:
 
 
 def _curves(panel: Panel, runs: Mapping[str, Rows]) -> Any:
+    """Draw one panel."""
     figure = new_figure(4.2, 2.9)
     axis = figure.add_subplot()
     for (run, rows), color in zip(runs.items(), RUN_COLORS, strict=False):
@@ -231,6 +232,7 @@ def most_confused(
 
 
 def _short(name: str, length: int = 22) -> str:
+    """Return a name, shortened to `length` characters."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

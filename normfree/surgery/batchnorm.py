@@ -236,6 +236,7 @@ def _fold_into_(layer: nn.Module, factor: Tensor, shift: Tensor) -> bool:
 
 
 def _holds_statistics(module: nn.Module) -> bool:
+    """Return True if a module has running statistics and an eps itself, so it is probably a batch norm."""
     own = {**module._parameters, **module._buffers}
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return False
@@ -245,12 +246,14 @@ def _holds_statistics(module: nn.Module) -> bool:
 
 
 def _is_affine(module: nn.Module) -> bool:
+    """Return True if a module computes a batch norm and nothing else."""
     if type(module).__module__.startswith("torch.nn.") or getattr(module, "running_mean", None) is None:
         return True
     return _agree(module, _plain_twin(module))
 
 
 def _plain_twin(module: nn.Module) -> nn.Module:
+    """Return a `BatchNorm2d` with the statistics, weight, bias and mode of `module`."""
     factor, _ = factor_and_shift(module)
     plain = nn.BatchNorm2d(len(factor), eps=float(module.eps), affine=True)  # type: ignore[arg-type]
     state = module.state_dict()
@@ -262,6 +265,7 @@ def _plain_twin(module: nn.Module) -> nn.Module:
 
 
 def _agree(one: nn.Module, other: nn.Module) -> bool:
+    """Return True if two modules have the same outputs on random maps in evaluation mode."""
     mean = one.running_mean
     assert isinstance(mean, Tensor)
     generator = torch.Generator().manual_seed(0)
@@ -279,6 +283,7 @@ def _agree(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _probe(layer: nn.Module) -> Tensor:
+    """Return a random input for `layer`."""
     assert isinstance(layer, Weighted)
     generator = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Linear):
@@ -289,4 +294,5 @@ def _probe(layer: nn.Module) -> Tensor:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
+    """Return True if the relative L2 distance of two tensors is at most `SAME`."""
     return one.shape == other.shape and bool((one - other).norm() <= SAME * other.norm())

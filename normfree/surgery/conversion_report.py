@@ -74,5 +74,6 @@ class ConvertReport:
 
     @staticmethod
     def _cells(layer: LayerChange) -> tuple[str, ...]:
+        """Return the cells of a layer in the table."""
         numbers = (layer.lost_mean, layer.unexplained, layer.input_scale, layer.variance)
         return (layer.layer, layer.change, layer.norm, *("" if n is None else f"{n:.3f}" for n in numbers))

@@ -100,6 +100,7 @@ def convert_batchnorm(
 
 
 def _check(model: nn.Module, how: How, *, alpha: float, skip_gain: float) -> None:
+    """Check the arguments of `convert_batchnorm`."""
     if how not in get_args(How):
         raise ValueError(unknown("how", how, get_args(How)))
     if not batchnorms(model):
@@ -122,6 +123,7 @@ def _check(model: nn.Module, how: How, *, alpha: float, skip_gain: float) -> Non
 
 
 def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
+    """Convert by the methods "exact" and "normalizer_free"."""
     converted = copy.deepcopy(model)
     expected = None if images is None else _outputs(model, images)
     folded = fold_batchnorms_(converted)
@@ -177,6 +179,7 @@ def _standardize_(
 
 @torch.no_grad()
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the outputs of a model in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
     run: Callable[[Tensor], Tensor] = model.eval()
     try:

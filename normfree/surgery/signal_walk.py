@@ -84,6 +84,7 @@ class SignalWalk:
                 self.value[node] = None
 
     def _of_maps(self, node: fx.Node, inputs: list[fx.Node]) -> Signal | str | None:
+        """Return the value of a node with at least one map among its inputs."""
         module = module_of(self.model, node)
         if isinstance(module, _ConvNd):
             return self._convolution(node, module)
@@ -103,6 +104,7 @@ class SignalWalk:
         return self._function(node)
 
     def _convolution(self, node: fx.Node, conv: _ConvNd) -> Signal:
+        """Return the output of a convolution, and record its scale."""
         name, signal = str(node.target), self._map(node.args[0], node)
         if name in self.scales:
             raise self._error(node, "this convolution is called twice")
@@ -114,6 +116,7 @@ class SignalWalk:
         return out
 
     def _sum(self, node: fx.Node, inputs: list[fx.Node]) -> Signal:
+        """Return the sum of two maps, which ends a residual block if their depths differ, or of a map and a number."""
         if len(inputs) == 1:
             number = next((a for a in node.args if isinstance(a, int | float)), None)
             if number is None:
@@ -134,6 +137,7 @@ class SignalWalk:
         return out
 
     def _product(self, node: fx.Node, inputs: list[fx.Node]) -> Signal:
+        """Return the product of a map and a gate, of two maps, or of a map and a number."""
         if len(inputs) == 1:
             number = next((a for a in node.args if isinstance(a, int | float)), None)
             samples = self._map(inputs[0], node).samples
@@ -151,6 +155,7 @@ class SignalWalk:
         return signal
 
     def _module(self, node: fx.Node, module: nn.Module) -> Signal | str | None:
+        """Return the output of a module without parameters."""
         if any(True for _ in module.parameters()):
             raise self._error(node, f"{type(module).__name__} has no rule")
         if isinstance(module, nn.MaxPool2d):
@@ -158,6 +163,7 @@ class SignalWalk:
         return self._probed(node, module.eval(), type(module).__name__, pool=isinstance(module, nn.AvgPool2d))
 
     def _function(self, node: fx.Node) -> Signal | str | None:
+        """Return the output of a function or method."""
         name = getattr(node.target, "__name__", str(node.target))
         others = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
         if node.target == F.max_pool2d:
@@ -210,12 +216,14 @@ class SignalWalk:
         raise self._error(node, f"{name} has no rule")
 
     def _max_pool(self, node: fx.Node, kernel_size: Any) -> Signal:
+        """Return the output of max pooling."""
         side = kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size, kernel_size)
         return self.tracker.largest(self._map(node.args[0], node), int(side[0]) * int(side[1]))
 
     # --- helpers ---
 
     def _map(self, node: Any, reader: fx.Node) -> Signal:
+        """Return the signal of an input of `reader`."""
         signal = self.value[node] if isinstance(node, fx.Node) else None
         if not isinstance(signal, Signal):
             name = getattr(reader.target, "__name__", str(reader.target))
@@ -223,14 +231,17 @@ class SignalWalk:
         return signal
 
     def _depth(self, nodes: frozenset[fx.Node]) -> int:
+        """Return the number of convolutions among `nodes`."""
         return sum(str(n.target) in self.scales for n in nodes if n.op == "call_module")
 
     def _is_sigmoid(self, node: fx.Node) -> bool:
+        """Return True if a node is a sigmoid or hard sigmoid."""
         module = module_of(self.model, node)
         # By name, because timm has its own Sigmoid and HardSigmoid classes.
         kind = type(module).__name__.lower()
         return kind in ("sigmoid", "hardsigmoid") or node.target in SIGMOIDS
 
     def _error(self, node: fx.Node, reason: str) -> NotTraceableError:
+        """Return the error for a node without a rule."""
         where = str(node.target) if node.op == "call_module" else str(node.name)
         return NotTraceableError(f"{type(self.model).__name__}.{where}", f"{reason}.")

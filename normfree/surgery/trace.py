@@ -103,6 +103,7 @@ def convolutions(model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _pools_globally(node: fx.Node, module: nn.Module | None) -> bool:
+    """Return True if a node averages a map over all positions."""
     if module is not None and not any(True for _ in module.parameters()):
         try:
             out = module(torch.zeros(2, 3, 4, 5))
@@ -117,6 +118,7 @@ def _pools_globally(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
+    """Return True if `forward` has exactly one required argument."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):

@@ -77,6 +77,7 @@ class Tracker:
         return Signal(torch.stack(samples).amax(dim=0))
 
     def _quantiles(self, count: int) -> Tensor:
+        """Return `count` quantiles of the normal distribution, with variance 1, in random order."""
         steps = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         z = math.sqrt(2) * torch.erfinv(2 * steps - 1)
         z = z / z.std(correction=0)

@@ -166,6 +166,7 @@ def _patches(conv: _ConvNd, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _set_weight_(module: Standardized, value: Tensor) -> None:
+    """Set the standardized weight of `module` to `value`, whose filters have mean zero."""
     filters = value.flatten(1)
     norm = filters.norm(dim=1)
     weight = module.conv.weight
@@ -176,6 +177,7 @@ def _set_weight_(module: Standardized, value: Tensor) -> None:
 
 
 def _lost_mean(conv: _ConvNd) -> float:
+    """Return `Fit.lost_mean` of a convolution."""
     filters = conv.weight.detach().flatten(1).double()
     lost = filters.mean(dim=1).square().sum() * filters.shape[1]
     return float((lost / filters.square().sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
@@ -185,6 +187,7 @@ def _lost_mean(conv: _ConvNd) -> float:
 
 
 def _conv(model: nn.Module, name: str) -> _ConvNd:
+    """Return the convolution called `name`."""
     conv = model.get_submodule(name)
     assert isinstance(conv, _ConvNd)
     return conv
@@ -202,6 +205,7 @@ def _sample(x: Tensor, images: Tensor, positions: Tensor) -> Tensor:
 
 
 def _record_targets(model: nn.Module, layers: list[str], images: Tensor) -> dict[str, _Target]:
+    """Record the outputs of `layers` on the images."""
     targets: dict[str, _Target] = {}
     generator = torch.Generator().manual_seed(0)
 

@@ -24,6 +24,7 @@ from normfree.data.transforms.normalize import normalize
 from normfree.deploy import fold as folding
 from normfree.deploy.export import compare, export
 from normfree.deploy.graph_writers import graph_facts
+from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
 from normfree.preprocessing import Preprocessing
@@ -197,7 +198,7 @@ def test_compare_follows_its_definition() -> None:
     base = torch.eye(4) + 0.1
     images = torch.randn(10, 4, 1, 1).abs()
 
-    def net(x):
+    def net(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1) @ base
 
     errors, same = compare(lambda x: net(x) * (1 + 3e-4), net, images)
@@ -228,7 +229,7 @@ def test_a_file_that_differs_is_not_kept(
 ) -> None:
     real = folding.fold
 
-    def off(net):
+    def off(net: Net) -> Net:
         copy = real(net)
         copy.head.weight.data.mul_(1 + 1e-4 if fault == "wrong" else float("nan"))
         return copy

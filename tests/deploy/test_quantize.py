@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -21,6 +22,8 @@ from normfree.optim.agc import adaptive_clip_grad_
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 
+# model, folder of files, training images, validation images, validation labels
+Trained = tuple[TrainedModel, Path, torch.Tensor, torch.Tensor, torch.Tensor]
 DATA = "synthetic:classes=3,size=24,train=256,val=96"
 
 
@@ -32,7 +35,7 @@ def pixels(source: Source, pre: Preprocessing) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Return a network trained for a few seconds to classify three shapes, the folder of its files, and its images."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -59,12 +62,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def int8(trained):
+def int8(trained: Trained) -> QuantizeReport:
     _, folder, train, _, _ = trained
     return quantize(folder / "float.onnx", folder / "int8.onnx", calibration=train.split(32))
 
 
-def test_a_third_of_the_size_and_the_same_predictions(trained, int8: QuantizeReport) -> None:
+def test_a_third_of_the_size_and_the_same_predictions(trained: Trained, int8: QuantizeReport) -> None:
     model, folder, _, val, truth = trained
     with torch.no_grad():
         wanted = model.net(val)
@@ -82,7 +85,7 @@ def test_a_third_of_the_size_and_the_same_predictions(trained, int8: QuantizeRep
     assert int8.float_bytes == (folder / "float.onnx").stat().st_size
 
 
-def test_the_report_is_measured_on_the_calibration_images(trained, int8: QuantizeReport) -> None:
+def test_the_report_is_measured_on_the_calibration_images(trained: Trained, int8: QuantizeReport) -> None:
     _, folder, train, _, _ = trained
     ours, theirs = (open_onnx(folder / name)[0](train) for name in ("int8.onnx", "float.onnx"))
     same = (ours.argmax(1) == theirs.argmax(1)).float().mean()
@@ -93,7 +96,7 @@ def test_the_report_is_measured_on_the_calibration_images(trained, int8: Quantiz
     assert int8.images == 256
 
 
-def test_weights_are_int8_with_one_scale_per_output_channel(trained, int8: QuantizeReport) -> None:
+def test_weights_are_int8_with_one_scale_per_output_channel(trained: Trained, int8: QuantizeReport) -> None:
     _, folder, _, _, _ = trained
     model = onnx.load_model(int8.path)
     stored = {t.name: t for t in model.graph.initializer}
@@ -119,7 +122,7 @@ def test_weights_are_int8_with_one_scale_per_output_channel(trained, int8: Quant
     assert kinds - Counter(plain) == {k: kinds[k] for k in ("QuantizeLinear", "DequantizeLinear")}
 
 
-def test_logits_are_not_rounded_so_classes_do_not_tie(trained, int8: QuantizeReport) -> None:
+def test_logits_are_not_rounded_so_classes_do_not_tie(trained: Trained, int8: QuantizeReport) -> None:
     _, _, train, val, _ = trained
     logits = open_onnx(int8.path)[0](torch.cat([train, val]))
     # There are 1056 logits, and eight bits have 256 values.
@@ -128,7 +131,7 @@ def test_logits_are_not_rounded_so_classes_do_not_tie(trained, int8: QuantizeRep
     assert (best[:, 0] > best[:, 1]).all()
 
 
-def test_metadata_is_copied(trained, int8: QuantizeReport) -> None:
+def test_metadata_is_copied(trained: Trained, int8: QuantizeReport) -> None:
     model, folder, _, _, _ = trained
     before, after = (open_onnx(folder / name)[1] for name in ("float.onnx", "int8.onnx"))
     assert after == before | {"int8": True}
@@ -136,7 +139,7 @@ def test_metadata_is_copied(trained, int8: QuantizeReport) -> None:
     assert (again.preprocessing, again.classes) == (model.preprocessing, model.classes)
 
 
-def test_named_nodes_stay_in_float(trained, tmp_path: Path) -> None:
+def test_named_nodes_stay_in_float(trained: Trained, tmp_path: Path) -> None:
     _, folder, train, _, _ = trained
     heads = [n.name for n in onnx.load_model(folder / "float.onnx").graph.node if n.op_type == "Gemm"]
     report = quantize(folder / "float.onnx", tmp_path / "x.onnx", calibration=[train[:32]], keep_float=heads)
@@ -167,7 +170,7 @@ def test_the_padding_of_a_max_pool_with_minus_infinity_does_not_affect_a_scale(t
     assert quantize(tmp_path / "x.onnx", tmp_path / "y.onnx", calibration=images.split(32)).error < 0.1
 
 
-def test_what_cannot_be_quantized(trained, int8: QuantizeReport, tmp_path: Path) -> None:
+def test_what_cannot_be_quantized(trained: Trained, int8: QuantizeReport, tmp_path: Path) -> None:
     model, folder, train, val, _ = trained
     source = folder / "float.onnx"
     with pytest.raises(
@@ -189,7 +192,7 @@ def test_what_cannot_be_quantized(trained, int8: QuantizeReport, tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["unfolded.onnx"]
 
 
-def test_a_file_with_wrong_scales_is_not_kept(trained, tmp_path: Path) -> None:
+def test_a_file_with_wrong_scales_is_not_kept(trained: Trained, tmp_path: Path) -> None:
     _, folder, train, _, _ = trained
     # One image with extreme values determines every scale.
     mixed = [train[:1] * 1e6, *[train[:1]] * 3]
@@ -204,10 +207,10 @@ def test_speed_is_images_over_seconds_of_the_median_round(monkeypatch: pytest.Mo
     clock = [0.0]
     monkeypatch.setattr("normfree.deploy.quantize.time.perf_counter", lambda: clock[0])
 
-    def net(*seconds):
+    def net(*seconds: float) -> Any:
         spent = iter(seconds)
 
-        def run(images):
+        def run(images: torch.Tensor) -> None:
             clock[0] += next(spent) * len(images)
 
         return run
@@ -217,7 +220,9 @@ def test_speed_is_images_over_seconds_of_the_median_round(monkeypatch: pytest.Mo
     assert images_per_second(nets, torch.zeros(5, 3, 2, 2), rounds=3) == pytest.approx([500, 250])
 
 
-def test_the_command_prints_the_accuracy_of_both_files(trained, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_accuracy_of_both_files(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, folder, _, val, truth = trained
     assert main(["export", str(folder / "run"), "--int8"]) == 0
     printed = capsys.readouterr()
@@ -235,7 +240,7 @@ def test_the_command_prints_the_accuracy_of_both_files(trained, capsys: pytest.C
 
 @pytest.mark.slow
 def test_the_command_reports_missing_labels(
-    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, folder, _, _, _ = trained
     source = open_synthetic(DATA).val

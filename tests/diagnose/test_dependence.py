@@ -46,7 +46,7 @@ class Mixed(nn.Module):
         self.how, self.conv = how, nn.Conv2d(3, 4, 3)
         self.norm, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         if self.how == "mean":
             x = x - x.mean(0, keepdim=True)
@@ -82,7 +82,7 @@ def test_each_module_is_tested_independently() -> None:
     """A norm is found after another norm, and after a mean in the network's own forward."""
 
     class Two(Mixed):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.norm(self.conv(x))
             return self.head((x - x.mean(0)).mean((2, 3)))
 
@@ -93,7 +93,7 @@ def test_each_module_is_tested_independently() -> None:
 
 def test_a_network_that_returns_nan_counts_as_dependent() -> None:
     class Broken(nn.Linear):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x.flatten(1)) * float("nan")
 
     assert batch_dependence(Broken(12, 2), torch.randn(2, 3, 2, 2)).depends
@@ -123,7 +123,7 @@ def test_invalid_arguments() -> None:
         batch_dependence(nn.Flatten(), torch.randn(1, 3, 8, 8))
 
     class Sum(nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sum()
 
     with pytest.raises(

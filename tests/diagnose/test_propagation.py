@@ -169,7 +169,7 @@ def test_branches_after_batch_norm_have_unit_variance() -> None:
 
 
 class Add(nn.Module):
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
 
 
@@ -182,7 +182,7 @@ class Blocks(nn.Module):
         self.gain = nn.Parameter(torch.zeros(()))
         self.add = Add()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         r = self.conv(x)
         if self.how == "swapped":
             return r + x

@@ -36,14 +36,14 @@ def distance(a: Tensor, b: Tensor) -> float:
 class PreActivation(nn.Module):
     """x + conv(relu(norm(conv(relu(norm(x)))))): the first norm has no layer before it to be folded into."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.norm0, self.norm1 = nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
         self.conv0, self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1)
         self.hidden, self.norm2, self.head = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.conv1(F.relu(self.norm1(self.conv0(F.relu(self.norm0(x), inplace=True)))))
         return self.head(F.relu(self.norm2(self.hidden(x.mean((2, 3))))))
@@ -101,13 +101,13 @@ def test_the_report_names_the_layer_that_each_norm_is_folded_into() -> None:
 class Tied(nn.Module):
     """One convolution is read twice, one is called twice, one norm is called twice: no norm may be folded."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.read, self.called, self.other = (nn.Conv2d(3, 3, 1) for _ in range(3))
         self.norm0, self.norm1 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
         self.norm2 = nn.BatchNorm2d(3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         read = self.read(x)
         x = self.norm0(read) + read
         x = self.called(self.norm1(self.called(x)))
@@ -124,11 +124,11 @@ def test_norms_of_shared_layers_become_scale_and_shift() -> None:
 class Branching(nn.Module):
     """Control flow that torch.fx cannot trace."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x if x.sum() > 0 else -x))
 
 
@@ -143,7 +143,7 @@ def test_exact_does_not_need_a_trace() -> None:
 class Halved(nn.Conv2d):
     """A convolution whose output does not scale with its weight."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
 
 
@@ -165,7 +165,7 @@ def test_the_result_does_not_depend_on_the_batch_and_trains_with_agc() -> None:
     )
     images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
 
-    def gradients(model, chosen):
+    def gradients(model: nn.Module, chosen: list[int]) -> Tensor:
         model.zero_grad()
         F.cross_entropy(model(images[chosen]), labels[chosen], reduction="sum").backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -193,39 +193,39 @@ def test_the_result_does_not_depend_on_the_batch_and_trains_with_agc() -> None:
 
 
 class Functional(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
         return F.batch_norm(x, torch.zeros(4), torch.ones(4))
 
 
 class Whitening(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(4))
         self.register_buffer("running_var", torch.ones(4))
         self.eps = 0.0
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x / x.norm()
 
 
 class Pair(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(x), x
 
 
 class Late(nn.Conv2d):
     """Linear on the probe of 16 pixels, but not for other sizes."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.shape[-1] == 16 else super().forward(x).clamp(min=0)
 
 

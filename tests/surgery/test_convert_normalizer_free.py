@@ -14,16 +14,16 @@ from normfree.surgery.standardized_conv import Standardized
 from normfree.surgery.weight_fit import RIDGE, _fitted, _sample, _Target, standardize_
 
 
-def distance(a, b):
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def moments(x):
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.transpose(0, 1).flatten(1)
     return rows.mean(1), rows.std(1, correction=0)
 
 
-def outputs(model, names, images):
+def outputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[str, torch.Tensor]:
     kept = {}
     handles = [
         model.get_submodule(n).register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o.clone()))
@@ -36,7 +36,7 @@ def outputs(model, names, images):
     return kept
 
 
-def residual_net(dtype=torch.float64):
+def residual_net(dtype: torch.dtype = torch.float64) -> nn.Module:
     """A small ResNet of timm with random batch norm statistics, weights and biases, in evaluation mode."""
     torch.manual_seed(0)
     net = timm.create_model("test_resnet", num_classes=5).to(dtype)
@@ -161,7 +161,7 @@ def test_the_fitted_weight_is_optimal_among_those_of_mean_zero() -> None:
     goals = goal.transpose(0, 1).reshape(2, 3, 80)
     goals = goals - goals.mean(2, keepdim=True)
 
-    def cost(w):
+    def cost(w: torch.Tensor) -> torch.Tensor:
         w, start = w.reshape(2, 3, 18), weight.reshape(2, 3, 18)
         return (
             (goals - w @ patches).square().mean(2, keepdim=True) + ridge * (w - start).square().sum(2, True)
@@ -194,7 +194,7 @@ def test_depthwise_convolutions_stay_folded_and_are_reported() -> None:
 class PreActivation(nn.Module):
     """Convolutions without a norm after them, and a gate."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm, self.conv = (
             nn.Conv2d(3, 4, 3),
@@ -203,7 +203,7 @@ class PreActivation(nn.Module):
         )
         self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         r = self.conv(F.relu(self.norm(x)))
         return x + r * torch.sigmoid(self.gate(self.pool(r)))
@@ -223,11 +223,11 @@ def test_convolutions_without_a_norm_are_standardized_and_gates_are_not() -> Non
 
 
 class Branching(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x if x.sum() > 0 else -x))
 
 
@@ -267,7 +267,7 @@ def test_the_fitted_network_does_not_depend_on_the_batch() -> None:
     assert F.mse_loss(whole, whole.roll(1, 0)) > 0
 
 
-def test_standardize_alone_reports_without_images():
+def test_standardize_alone_reports_without_images() -> None:
     folded = convert_batchnorm(residual_net()).model
     fits = standardize_(folded, ["conv1.0"], None)
     assert fits[0].unexplained is None

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from normfree.models.activations import gain_of
 from normfree.models.net import expected_betas
 from normfree.optim.groups import parameter_groups
 from normfree.surgery.batchnorm import batchnorms
+from normfree.surgery.conversion_report import ConvertReport
 from normfree.surgery.convert import convert_batchnorm
 from normfree.surgery.scratch import SkipGain
 from normfree.surgery.standardized_conv import Standardized
@@ -23,7 +25,16 @@ from normfree.surgery.trace import NotTraceableError, trace
 class Block(nn.Module):
     """A residual block as a user may write it: pre-activation or post-activation, with or without a gate."""
 
-    def __init__(self, width, out, *, stride=1, pre=True, gate=False, act=None):
+    def __init__(
+        self,
+        width: int,
+        out: int,
+        *,
+        stride: int = 1,
+        pre: bool = True,
+        gate: bool = False,
+        act: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.pre, self.gate = pre, gate
         self.act = nn.ReLU(inplace=True) if act is None else act
@@ -36,7 +47,7 @@ class Block(nn.Module):
         if gate:
             self.fc0, self.fc1 = nn.Linear(out, 8), nn.Linear(8, out)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pre:
             a = self.act(self.norm0(x))
             x = x if isinstance(self.project, nn.Identity) else self.project(a)
@@ -51,7 +62,7 @@ class Block(nn.Module):
         return x if self.pre else self.act(x)
 
 
-def network(**kwargs):
+def network(**kwargs: Any) -> nn.Module:
     """Return a network with two stages of three blocks."""
     torch.manual_seed(0)
     blocks = [Block(32, 64, **kwargs), *(Block(64, 64, **kwargs) for _ in range(2))]
@@ -64,11 +75,11 @@ def network(**kwargs):
 class Recorder(fx.Interpreter):
     """Average channel variance, by name, of the output of every convolution and of every sum with a skip gain."""
 
-    def __init__(self, module):
+    def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module.eval())
         self.found = {}
 
-    def run_node(self, n):
+    def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
         for name in [str(n.target), *(str(i.target) for i in n.all_input_nodes)]:
             conv, gained = n.op == "call_module" and name == str(n.target), name.startswith("skip_gains")
@@ -77,14 +88,15 @@ class Recorder(fx.Interpreter):
         return out
 
 
-def measured(net, images):
+def measured(net: fx.GraphModule, images: torch.Tensor) -> dict[str, float]:
     recorder = Recorder(net)
     with torch.no_grad():
         recorder.run(images)
     return recorder.found
 
 
-def worst(net, report, images, kind):
+def worst(net: fx.GraphModule, report: ConvertReport, images: torch.Tensor, kind: str) -> float:
+    """Return the largest |log(measured / predicted variance)| of all layers with one kind of change."""
     found = measured(net, images)
     return max(
         abs(math.log(found[c.layer] / c.variance)) for c in report.layers if c.change == kind
@@ -198,53 +210,53 @@ def test_weights_are_new_and_deterministic_given_a_seed() -> None:
 
 
 class Stacked(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.conv(x))
         return torch.cat([x, x], dim=1)
 
 
 class Shuffling(Stacked):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x)).permute(0, 2, 3, 1)
 
 
 class Chunked(Stacked):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(x)).chunk(2, dim=1)[0]
 
 
 class Sliced(Stacked):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.conv(x))
         return x + x[:, :32]
 
 
 class Deciding(Stacked):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         return self.norm(x) if x.mean() > 0 else x
 
 
 class Twice(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.conv(self.conv(x)))
 
 
 class Unsquashed(Stacked):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.conv(x))
         return x * x.mean((2, 3), keepdim=True)
 
 
-def plain(*layers):
+def plain(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *layers)
 
 
@@ -310,7 +322,7 @@ def test_dropout_modules_stay_and_dropout_functions_are_reported() -> None:
     )
 
     class Dropping(Stacked):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return F.dropout(self.norm(self.conv(x)), 0.5, self.training)
 
     _, report = convert_batchnorm(Dropping(), how="scratch")
