@@ -1,12 +1,12 @@
-"""A trained network as a plain one: every constant and every normalization goes into ordinary weights.
+"""`fold`: convert a trained network to one of plain layers, with all constants and norms in their weights.
 
-    weight standardization, gain, β, γ   -> the convolution's own kernel
-    α, skip gain, the gate's factor 2    -> the last convolution of the branch, taken back inside the gate
+    weight standardization, gain, β, γ   -> the weight of the convolution itself
+    α, skip gain, the gate's factor 2    -> the last convolution of the branch, with the inverse in the gate
     γ of the pooled features             -> the classifier
-    batch norm after a convolution       -> that convolution; before an activation of the residual stream -> a
-                                            depthwise 1x1 convolution, since the stream itself goes on unchanged
+    batch norm after a convolution       -> that convolution
+    batch norm of the residual stream    -> a depthwise 1x1 convolution, since the stream itself must not change
 
-What is left is Conv2d, Linear and activations (Conv1d in the gate of ECA rows), the same function to rounding.
+Only Conv2d, Linear and activations remain (and Conv1d in the gate of ECA variants): the same function to rounding.
 """
 
 from __future__ import annotations
@@ -19,28 +19,48 @@ from torch import Tensor, nn
 from normfree.deploy.packed_conv2d import PackedConv2d
 from normfree.models.layers import Conv2d, EfficientChannelAttention, SqueezeExcite, WSConv2d
 from normfree.models.net import Block, Net, Stem
+from normfree.suggest import problem
 from normfree.surgery.batchnorm import factor_and_shift
 
-#: A branch multiplied by less is shut: next to a stream of about 1 it is beyond float32, and its inverse, which the
-#: gate would need, soon is too.
+# A branch with a smaller factor is treated as closed. Added to a stream of about 1, it is below the resolution of
+# float32, and the inverse factor, which the gate needs, would soon overflow.
 CLOSED = 1e-20
 
 
 @torch.no_grad()
 def fold(net: Net) -> Net:
-    """A copy of `net`, in evaluation mode, with the same outputs (relative error about 1e-6 in float32) and fewer
-    parameters. `net` stays as it is, and is the one to train on.
+    """Return a copy of `net` in evaluation mode with plain layers, the same outputs and fewer parameters.
 
-    Stochastic depth and dropout are gone from the copy; gradients flow, but training it is training another network.
-    On a CPU and without gradients its convolutions lay out their kernels once for inputs of one shape, which takes as
-    much memory again (`PackedConv2d`). Works for every row and for batch-norm twins, which are folded with their
-    running statistics. Folded copies come back as they are.
+    The relative difference of the outputs is about 1e-6 in float32. `net` is not changed; keep it for further training,
+    since the copy has neither stochastic depth nor dropout, and its weights are no longer standardized. On a CPU and
+    without gradients, the convolutions of the copy pack their weights for inputs of one shape, which takes as much
+    memory again (`PackedConv2d`).
+
+    Args:
+        net: a network of `create_model`, of any variant. Batch-norm twins are folded with their running statistics.
+            A folded network gives an equal copy.
 
     Raises:
-        TypeError: `net` is no network of ours.
+        TypeError: `net` is another module.
+
+    Example:
+        >>> import torch
+        >>> from normfree import create_model, fold
+        >>> model = create_model("nf_resnet_nano", num_classes=10).eval()
+        >>> folded = fold(model)
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> torch.allclose(folded(images), model(images), atol=1e-5)
+        True
+        >>> type(folded.stem.conv0).__name__
+        'PackedConv2d'
     """
     if not isinstance(net, Net):
-        raise TypeError(f"fold takes a network of normfree.create_model, not {type(net).__name__}.")
+        given = f"fold cannot convert {type(net).__name__}"
+        raise TypeError(
+            problem(
+                given, allowed="networks of normfree.create_model", fix="make the network with create_model"
+            )
+        )
     folded = copy.deepcopy(net).eval()
     _fold_stem(folded.stem)
     for stage in folded.stages:
@@ -74,8 +94,7 @@ def _fold_block(block: Block) -> None:
     block.conv2, _ = _plain(block.conv2)
     if block.transition:
         block.conv_shortcut, _ = _plain(block.conv_shortcut)
-    # the branch is multiplied by a constant, which its last convolution can carry; a gate that looks at the branch
-    # must then see it without
+    # the last convolution of the branch gets the constant factor; a gate that reads the branch must divide by it
     branch, gate = block.remove_scales_()
     if block.attention is not None and block.attention_in_middle:
         gated = block.conv1b if block.second_conv else block.conv1
@@ -102,7 +121,7 @@ def _fold_head(net: Net) -> None:
 
 
 def _plain(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Conv2d, nn.Module]:
-    """An ordinary convolution for a standardized or plain one, with the norm behind it; and nothing in its place."""
+    """Return a plain convolution that includes the norm after it, and an identity that replaces that norm."""
     assert isinstance(conv, WSConv2d | Conv2d)
     bias: Tensor | None = conv.bias
     weight: Tensor
@@ -120,7 +139,7 @@ def _plain(conv: nn.Module, norm: nn.Module | None = None) -> tuple[Conv2d, nn.M
 
 
 def _affine(norm: nn.Module) -> nn.Module:
-    """A depthwise 1x1 convolution for a batch norm that has no convolution before it."""
+    """Return a depthwise 1x1 convolution equal to a batch norm, for norms without a convolution before them."""
     if not isinstance(norm, nn.BatchNorm2d):
         return norm
     factor, shift = factor_and_shift(norm, dtype=norm.weight.dtype)
@@ -147,10 +166,10 @@ def _scale(conv: nn.Module, factor: float) -> None:
 
 
 def _scale_before_gate(conv: nn.Module, gate: nn.Module, factor: float) -> None:
-    """gate(y) * factor * y, with y from `conv`, as gate'(y') * y' with y' = factor * y."""
+    """Rewrite gate(y) · factor · y, with y from `conv`, as gate'(y') · y' with y' = factor · y."""
     assert isinstance(gate, SqueezeExcite | EfficientChannelAttention)
     first = gate.fc0 if isinstance(gate, SqueezeExcite) else gate.conv
-    if abs(factor) < CLOSED:  # whatever the gate says
+    if abs(factor) < CLOSED:  # the result is 0 for any value of the gate
         factor = 0.0
     else:
         first.weight.div_(factor)

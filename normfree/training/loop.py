@@ -128,7 +128,7 @@ def _steps(
         rank=world.rank, world_size=world.size, repeats=config.augment.repeats,
     )  # fmt: skip
     batches = profiled(batches, steps=config.log.profile if world.first else 0, net=trainer.net, folder=out / "profile",
-                       compiled=config.compile, say=voice.say)  # fmt: skip
+                       compiled=config.compile, log=voice.say)  # fmt: skip
 
     def due(length: str) -> bool:
         return step == total or step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0

@@ -1,6 +1,6 @@
-"""Where the time of a training step goes: some steps under PyTorch's profiler, as a trace and as a table.
+"""Profile of some training steps under PyTorch's profiler, written as a trace and as a table.
 
-Nothing of the arithmetic changes, and without the profiler nothing is measured: a `span` then costs 0.14 µs.
+The arithmetic does not change. Outside a profile nothing is measured, and a `span` costs 0.14 µs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from normfree.data.loader import Batch
 from normfree.models.layers import WSConv2d
 
-BEFORE = 3  # steps that are not recorded: first calls choose kernels, start threads and make the momentum
+BEFORE = 3  # steps before the profile: first calls select kernels, start threads and allocate the momentum
 ROWS = 15  # operations in the table
 
-# What a step consists of, in order; `Trainer` and this file mark them. A table has what occurred: "clip" is a part
-# of "update" where one sweep does both. "rest": the lines between, and an evaluation.
+# The phases of a step, in order; `Trainer` and this file mark them. A table lists those that occurred: "clip" is part
+# of "update" if one pass does both. "rest" is the code between the phases, and an evaluation.
 PHASES = ("data", "prepare", "forward", "backward", "exchange", "clip", "update")
 STANDARDIZATION = "weight standardization"
 PARTS = ("convolution", STANDARDIZATION, "clip", "update", "data")
@@ -34,7 +34,7 @@ _on = False
 
 
 def span(name: str) -> contextlib.AbstractContextManager[Any]:
-    """Marks the work done in it with `name`, in a trace and in the table; outside a profile it does nothing."""
+    """Return a context manager that names the work in it, in trace and table; it does nothing outside a profile."""
     return record_function(name) if _on else _NOTHING
 
 
@@ -44,17 +44,22 @@ def profiled(
     steps: int,
     net: nn.Module,
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     compiled: bool = False,
 ) -> Generator[Batch, None, None]:
-    """The same batches; what the caller does with those after the first few is recorded, `steps` times.
+    """Yield the same batches; record what the caller does with `steps` of them, after the first few.
 
-    Writes `folder`/trace.json (chrome://tracing, Perfetto) and `folder`/table.txt and says where. `net`: its weight
-    standardization is marked, unless it is `compiled`, which fuses that with other work.
+    Args:
+        batches: closed when the generator is closed.
+        steps: steps to record; 0 records none.
+        net: its weight standardization is named, unless it is `compiled`, which fuses that with other work.
+        folder: gets trace.json (for chrome://tracing or Perfetto) and table.txt.
+        log: called with a message about the files written.
+        compiled: whether the steps use compiled blocks.
     """
     with contextlib.closing(batches):
         if steps:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it speaks of GPUs that are not there
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it warns of missing GPUs
             activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + torch.cuda.is_available()]
             plan = schedule(wait=BEFORE - 1, warmup=1, active=steps)
             recorded = 0
@@ -72,12 +77,12 @@ def profiled(
                     if recorded < steps:
                         profiler.step()
             if recorded < 1:
-                say(f"no profile: it begins after {BEFORE} steps, and the run has ended before")
+                log(f"no profile: it starts after {BEFORE} steps, and the run ended before that")
                 return
             folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(folder / "trace.json"))
             (folder / "table.txt").write_text(table(profiler, recorded), encoding="utf-8")
-            say(f"profile of {recorded} steps: {folder}/table.txt, and {folder}/trace.json for Perfetto")
+            log(f"profile of {recorded} steps: {folder}/table.txt, and {folder}/trace.json for Perfetto")
         yield from batches
 
 
@@ -101,7 +106,7 @@ def _marked(net: nn.Module | None) -> Iterator[None]:
 
 
 def table(profiler: profile, steps: int) -> str:
-    """Time by phase, by part, and the operations that take most of it, for `steps` recorded steps."""
+    """Return times by phase and by part, and the operations that take longest, for `steps` recorded steps."""
     events = list(profiler.events() or ())
     device = any(e.self_device_time_total > 0 for e in events)
     whole = sum(e.cpu_time_total for e in events if e.name.startswith("ProfilerStep"))
@@ -127,7 +132,7 @@ def _percent(value: float, whole: float) -> str:
 
 
 def _phases(events: list[Any]) -> dict[str, float]:
-    """Microseconds of each phase, on the clock of the thread that trains."""
+    """Return the microseconds of each phase, on the clock of the training thread."""
     times = dict.fromkeys(PHASES, 0.0)
     for event in events:
         if event.name in times:
@@ -136,15 +141,15 @@ def _phases(events: list[Any]) -> dict[str, float]:
 
 
 def _parts(events: list[Any]) -> dict[str, list[float]]:
-    """Microseconds of CPU and GPU that operations take themselves, by the part they belong to.
+    """Return the microseconds of CPU and GPU that operations take themselves, by part.
 
-    An operation belongs to the innermost part around it. One of the backward pass belongs where the operation that it
-    differentiates does: autograd numbers the nodes that it makes, and both carry the number.
+    An operation belongs to the innermost part around it. An operation of the backward pass belongs to the part of the
+    operation that it differentiates: autograd numbers its nodes, and both operations have the number.
     """
     forward: dict[tuple[int, int], str] = {}
     for event in events:
         if event.sequence_nr >= 0 and event.fwd_thread == 0:
-            # the last one with a number makes the node
+            # the last event with a number creates the node
             forward[event.thread, event.sequence_nr] = _part_around(event, {})
     times: dict[str, list[float]] = {part: [0.0, 0.0] for part in PARTS}
     others: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])

@@ -1,4 +1,6 @@
-"""A folded network computes the same with ordinary layers only."""
+"""A folded network computes the same function with plain layers only."""
+
+import re
 
 import pytest
 import torch
@@ -27,8 +29,8 @@ SMALL = {
 }
 
 
-def lived_in(name, **overrides):
-    """A network whose every parameter and statistic has moved, in evaluation mode."""
+def changed(name, **overrides):
+    """Return a network in evaluation mode in which every parameter and statistic was changed."""
     torch.manual_seed(0)
     net = create_model(name, num_classes=7, **overrides)
     with torch.no_grad():
@@ -50,8 +52,8 @@ def distance(a, b):
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_same_outputs_from_plain_layers(name, dtype):
-    net = lived_in(name, **SMALL[name]).to(dtype)
+def test_plain_layers_give_the_same_outputs(name, dtype):
+    net = changed(name, **SMALL[name]).to(dtype)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     folded = fold(net)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
@@ -65,7 +67,7 @@ def test_the_same_outputs_from_plain_layers(name, dtype):
             assert distance(ours, theirs) < tolerance
             for a, b in zip(FeatureNet(folded)(images), FeatureNet(net)(images), strict=True):
                 assert distance(a, b) < tolerance
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the original is untouched
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the original is unchanged
     with_parameters = [m for m in folded.modules() if list(m.parameters(recurse=False))]
     assert all(isinstance(m, nn.Conv2d | nn.Linear | nn.Conv1d) for m in with_parameters)
     assert not list(folded.buffers())
@@ -73,15 +75,15 @@ def test_the_same_outputs_from_plain_layers(name, dtype):
     assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in net.parameters())
 
 
-def test_folding_twice_is_folding_once():
+def test_folding_twice_equals_folding_once():
     for name in ("nf_resnet_nano", "resnet_nano"):
-        once = fold(lived_in(name))
+        once = fold(changed(name))
         twice = fold(once)
         assert all(torch.equal(v, once.state_dict()[k]) for k, v in twice.state_dict().items())
 
 
 @pytest.mark.parametrize("skip_gain", [0.0, 1e-38, 1e-25, -1e-8, -3.0])
-def test_branches_shut_or_nearly(skip_gain):
+def test_closed_and_nearly_closed_branches(skip_gain):
     net = create_model("nf_resnet_nano", num_classes=3, skip_gain=skip_gain).eval()
     net.head.weight.data.normal_()
     images = torch.randn(2, 3, 32, 32)
@@ -97,13 +99,17 @@ def test_without_a_classifier_features_keep_their_gamma():
     torch.testing.assert_close(folded(images), F.linear(net(images), folded.head.weight, folded.head.bias))
 
 
-def test_what_is_no_network_of_ours_is_refused():
-    with pytest.raises(TypeError, match=r"^fold takes a network of normfree\.create_model, not Linear\.$"):
+def test_other_modules_are_refused():
+    message = (
+        "fold cannot convert Linear. Allowed: networks of normfree.create_model. "
+        "Fix: make the network with create_model."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         fold(nn.Linear(1, 1))
 
 
 class PlainNano(nn.Module):
-    """nf_resnet_nano written again with nothing but torch: 3x3 stem, (1, 2, 2) bottlenecks, squeeze-excite."""
+    """nf_resnet_nano rewritten with torch alone: 3x3 stem, (1, 2, 2) bottlenecks, squeeze-excite."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -132,13 +138,13 @@ class PlainNano(nn.Module):
         x = self.stem.conv0(x)
         for s, stage in enumerate(self.stages):
             for j, block in enumerate(stage):
-                shrink = s > 0 and j == 0
+                halve = s > 0 and j == 0
                 a = F.silu(x)
-                shortcut = block["conv_shortcut"](F.avg_pool2d(a, 2) if shrink else a) if j == 0 else x
+                shortcut = block["conv_shortcut"](F.avg_pool2d(a, 2) if halve else a) if j == 0 else x
                 r = F.silu(block["conv0"](a))
-                r = F.pad(r, (0, 1, 0, 1) if shrink else (1, 1, 1, 1))
+                r = F.pad(r, (0, 1, 0, 1) if halve else (1, 1, 1, 1))
                 weight, bias = block["conv1"].weight, block["conv1"].bias
-                r = block["conv2"](F.silu(F.conv2d(r, weight, bias, stride=2 if shrink else 1)))
+                r = block["conv2"](F.silu(F.conv2d(r, weight, bias, stride=2 if halve else 1)))
                 gate = block["attention"]
                 g = torch.sigmoid(gate["fc1"](F.relu(gate["fc0"](r.mean((2, 3))))))
                 x = shortcut + r * g[:, :, None, None]
@@ -146,7 +152,7 @@ class PlainNano(nn.Module):
 
 
 def test_the_state_dict_fits_a_network_of_plain_torch():
-    net = lived_in("nf_resnet_nano")
+    net = changed("nf_resnet_nano")
     plain = PlainNano(7)
     plain.load_state_dict(fold(net).state_dict(), strict=True)
     images = torch.randn(3, 3, 32, 32)

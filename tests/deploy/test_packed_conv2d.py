@@ -1,4 +1,4 @@
-"""Convolutions with a kernel in oneDNN's layout: the plain ones' results, and nothing stale."""
+"""Convolutions with packed weights: the results of plain ones, and never those of an old weight."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ from normfree.models.activations import ACTIVATIONS
 from normfree.models.layers import Conv2d
 from normfree.models.zoo import create_model
 
-CASES = [  # channels, filters, kernel, stride, groups, bias, padding
+CASES = [  # channels, filters, kernel size, stride, groups, bias, padding
     (16, 24, 1, 1, 1, True, "same"),
     (16, 32, 3, 1, 2, True, "same"),
     (16, 32, 3, 2, 4, False, "same"),
@@ -37,7 +37,7 @@ def layer(case, *, kind=PackedConv2d):
 @pytest.mark.parametrize("act", [None, "gelu_erf"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_are_the_plain_ones(case, memory_format, act):
+def test_results_equal_those_of_the_plain_convolution(case, memory_format, act):
     conv, plain = layer(case), layer(case, kind=Conv2d).double()
     conv = conv.to(memory_format=memory_format)
     fn = ACTIVATIONS[act] if act else None
@@ -49,7 +49,7 @@ def test_results_are_the_plain_ones(case, memory_format, act):
         assert conv._packed.shape == x.shape
 
 
-def test_kernels_are_laid_out_for_a_shape_that_comes_twice_in_a_row():
+def test_weights_are_packed_for_a_shape_that_occurs_twice_in_succession():
     conv, one, two = layer(CASES[1]), torch.randn(1, 16, 8, 8), torch.randn(4, 16, 8, 8)
     shapes = []
     with torch.no_grad():
@@ -72,7 +72,7 @@ def replaced(conv):
     conv.weight = nn.Parameter(2 * conv.weight.detach())
 
 
-def pointed_elsewhere(conv):
+def assigned_to_data(conv):
     conv.weight.data = 2 * conv.weight.data
 
 
@@ -81,21 +81,21 @@ def stepped(conv):
     torch.optim.SGD([conv.weight], 1.0).step()
 
 
-@pytest.mark.parametrize("change", [changed_in_place, loaded, replaced, pointed_elsewhere, stepped])
-def test_a_kernel_that_has_changed_is_laid_out_anew(change):
+@pytest.mark.parametrize("change", [changed_in_place, loaded, replaced, assigned_to_data, stepped])
+def test_a_changed_weight_is_packed_again(change):
     conv, x = layer((16, 32, 3, 1, 2, False, "same")), torch.randn(2, 16, 8, 8)
     with torch.no_grad():
         conv(x)
         before = conv(x)
-        kernel = conv._packed.kernel
+        packed = conv._packed.weight
         conv(x)
-        assert conv._packed.kernel is kernel
+        assert conv._packed.weight is packed
     change(conv)
     with torch.no_grad():
         torch.testing.assert_close(conv(x), 2 * before, rtol=1e-5, atol=1e-5)
 
 
-def test_copies_and_files_hold_no_second_kernel():
+def test_copies_and_files_have_no_packed_weight():
     conv, x = layer(CASES[1]), torch.randn(1, 16, 8, 8)
     with torch.inference_mode():
         conv(x)
@@ -111,8 +111,8 @@ def test_copies_and_files_hold_no_second_kernel():
             torch.testing.assert_close(other(x), y)
 
 
-def test_it_is_the_plain_convolution_wherever_that_is_asked_for(monkeypatch):
-    """With gradients, in other types, under autocast, compiled, traced, transformed, watched, without oneDNN."""
+def test_it_is_the_plain_convolution_in_all_other_cases(monkeypatch):
+    """With gradients, other dtypes, autocast, compiler, tracer, transforms, dispatch modes, or without oneDNN."""
     conv, x = layer(CASES[1]), torch.randn(2, 16, 8, 8)
     monkeypatch.setattr(packed_conv2d, "_Packed", None)  # calling it would fail
     conv(x).sum().backward()
@@ -121,7 +121,7 @@ def test_it_is_the_plain_convolution_wherever_that_is_asked_for(monkeypatch):
     plain(x).sum().backward()
     assert torch.equal(conv.weight.grad, plain.weight.grad)
     with torch.no_grad():
-        conv(x)  # the second would lay out
+        conv(x)  # the second call would pack
         copy.deepcopy(conv).double()(x.double())
         with torch.autocast("cpu", torch.bfloat16):
             assert conv(x).dtype == torch.bfloat16
@@ -140,7 +140,7 @@ def test_it_is_the_plain_convolution_wherever_that_is_asked_for(monkeypatch):
         assert counter.get_total_flops() == 2 * 2 * 32 * 8 * 8 * 8 * 9
 
 
-def test_a_folded_network_uses_it_everywhere():
+def test_all_convolutions_of_a_folded_network_are_packed():
     net = create_model("nfnet_f0", num_classes=3, widths=(32, 64, 96, 96), depths=(1, 1, 1, 1), group_width=8)
     folded, x = fold(net), torch.randn(2, 3, 48, 48)
     with torch.inference_mode():

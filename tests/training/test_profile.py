@@ -1,4 +1,4 @@
-"""The profiler: it changes no bit, its shares are shares, and a step is counted where it belongs."""
+"""The profiler changes no bit of a run, its shares add up, and times are assigned to the right part."""
 
 import io
 import json
@@ -52,17 +52,17 @@ def test_a_profile_changes_no_bit(runs):
     assert not (runs[0] / "plain" / "profile").exists()
 
 
-#: What occurs with the update in one sweep, and by calls.
+# Phases of a run with the update in one pass, and with separate calls.
 IN_RUN = {"profiled": set(PHASES) - ({"clip"} if library() else set()), "calls": set(PHASES)}
 
 
-def test_it_says_where_it_is(runs):
+def test_the_log_names_the_files(runs):
     folder = runs[0] / "profiled" / "profile"
     assert f"profile of 2 steps: {folder}/table.txt, and {folder}/trace.json for Perfetto\n" in runs[2]
 
 
 @pytest.mark.parametrize("name", IN_RUN)
-def test_it_marks_the_phases(runs, name):
+def test_the_trace_has_the_phases(runs, name):
     folder = runs[0] / name / "profile"
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     counts = {n: sum(e.get("name") == n and e.get("cat") == "user_annotation" for e in events)
@@ -78,7 +78,7 @@ def net():
 
 
 def section(text: str, title: str) -> dict[str, tuple[float, float]]:
-    """Milliseconds and percent by name, of the section that begins with `title`."""
+    """Return milliseconds and percent by name, from the section of the table that begins with `title`."""
     lines = text[text.index(title) :].splitlines()[1:]
     found = {}
     for line in lines:
@@ -106,9 +106,10 @@ def test_the_shares_of_the_table_add_up(runs, name):
 
 
 def work(mode: str):
-    """A step that standardizes only, convolves only, or waits, forward and backward."""
+    """Return a layer, and a step that only standardizes, convolves or waits, forward and backward."""
     torch.manual_seed(0)
-    layer, x = WSConv2d(64, 64), torch.randn(4, 64, 16, 16)
+    # large, so that preemption by other programs hits this work and not the few microseconds around it
+    layer, x = WSConv2d(256, 128), torch.randn(4, 256, 32, 32)
 
     def step() -> None:
         if mode == "standardize":
@@ -125,7 +126,7 @@ def work(mode: str):
     ("mode", "part"),
     [("standardize", "weight standardization"), ("convolve", "convolution"), ("wait", "data")],
 )
-def test_time_is_counted_where_it_belongs(tmp_path, mode, part):
+def test_time_is_assigned_to_the_right_part(tmp_path, mode, part):
     layer, step = work(mode)
 
     def batches():
@@ -134,15 +135,15 @@ def test_time_is_counted_where_it_belongs(tmp_path, mode, part):
                 step()
             yield i
 
-    for _ in profiled(batches(), steps=3, net=layer, folder=tmp_path / "profile", say=lambda text: None):
+    for _ in profiled(batches(), steps=3, net=layer, folder=tmp_path / "profile", log=lambda text: None):
         if mode != "wait":
             step()
     parts = section((tmp_path / "profile" / "table.txt").read_text(), "part, CPU")
-    assert parts[part][1] > 80, parts  # the rest: summing, accumulating, the profiler itself
+    assert parts[part][1] > 80, parts  # the rest is summing, accumulating and the profiler itself
 
 
-def test_backward_is_counted_with_its_forward(tmp_path):
-    """Without the numbers that link them, half of the standardization's time would be nobody's."""
+def test_backward_time_is_assigned_to_the_part_of_the_forward_operation(tmp_path):
+    """Without the numbers that link them, half of the time of the standardization would be in no part."""
     layer, step = work("standardize")
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded,
@@ -165,10 +166,10 @@ def profile_ancestor(event, name: str) -> bool:
     return False
 
 
-def test_the_same_batches_come_through_and_the_marks_go(tmp_path):
+def test_batches_are_passed_on_and_the_marks_are_removed(tmp_path):
     layer = WSConv2d(3, 4)
     seen = []
-    for batch in profiled(iter_of(9), steps=2, net=layer, folder=tmp_path / "p", say=seen.append):
+    for batch in profiled(iter_of(9), steps=2, net=layer, folder=tmp_path / "p", log=seen.append):
         assert (layer.marker is not nullcontext) == (len(seen) == 0 and batch < BEFORE + 2)
         last = batch
     assert last == 8
@@ -180,16 +181,16 @@ def iter_of(count: int):
     yield from range(count)
 
 
-@pytest.mark.parametrize(("length", "said"), [
-    (BEFORE, "no profile: it begins after 3 steps, and the run has ended before"),
+@pytest.mark.parametrize(("length", "message"), [
+    (BEFORE, "no profile: it starts after 3 steps, and the run ended before that"),
     (BEFORE + 1, "profile of 1 steps: "),
 ])  # fmt: skip
-def test_a_run_shorter_than_its_profile(tmp_path, length, said):
+def test_a_run_shorter_than_its_profile(tmp_path, length, message):
     seen: list[str] = []
-    batches = profiled(iter_of(length), steps=5, net=WSConv2d(3, 4), folder=tmp_path / "p", say=seen.append)
+    batches = profiled(iter_of(length), steps=5, net=WSConv2d(3, 4), folder=tmp_path / "p", log=seen.append)
     assert list(batches) == list(range(length))
     assert len(seen) == 1
-    assert seen[0].startswith(said)
+    assert seen[0].startswith(message)
 
 
 def test_closing_it_closes_the_batches_and_stops_the_profiler(tmp_path):
@@ -202,7 +203,7 @@ def test_closing_it_closes_the_batches_and_stops_the_profiler(tmp_path):
             closed.append(True)
 
     layer = WSConv2d(3, 4)
-    stream = profiled(batches(), steps=3, net=layer, folder=tmp_path / "p", say=lambda text: None)
+    stream = profiled(batches(), steps=3, net=layer, folder=tmp_path / "p", log=lambda text: None)
     for _ in range(5):
         next(stream)
     stream.close()
