@@ -12,7 +12,7 @@ from normfree.data.transforms.decode import load_image
 from normfree.data.transforms.evaluate import eval_transform
 from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
-from normfree.inference import evaluate, find_images, predict
+from normfree.inference import evaluate, find_images, predict, sample, sample_images
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
@@ -194,3 +194,17 @@ def test_classes_without_images_have_no_accuracy() -> None:
     assert score.confusion().tolist() == [[0, 0], [1, 1]]
     # There are only two classes.
     assert score.top5 == 100.0
+
+
+def test_samples_are_spread_evenly_over_a_source_or_files(tmp_path: Path) -> None:
+    source = make_source(10)
+    images, labels = sample(source, count=4, preprocessing=PRE)
+    assert labels.tolist() == [source.label(i) for i in (0, 2, 5, 7)]
+    transform = PRE.transform()
+    expected = normalize(torch.stack([transform(source.image(i)) for i in (0, 2, 5, 7)]))
+    assert torch.equal(images, expected)
+    files = [tmp_path / f"{i}.png" for i in range(10)]
+    for i, file in enumerate(files):
+        source.image(i).save(file)
+    assert torch.equal(sample_images(files, count=4, preprocessing=PRE), images)
+    assert len(sample_images(source, count=99, preprocessing=PRE)) == 10

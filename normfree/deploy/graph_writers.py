@@ -169,7 +169,7 @@ def write_pt2(net: nn.Module, example: Tensor, path: Path, job: ExportJob) -> tu
                 idle.append(kind)
         if job.folded:
             _require_plain(census, idle, job.name)
-        # A buffer, because `torch.export.save` accepts only file names that end in .pt2.
+        # A buffer, because `torch.export.save` expects a file name that ends in .pt2.
         buffer = io.BytesIO()
         torch.export.save(program, buffer, extra_files={PT2_METADATA: job.metadata})
     path.write_bytes(buffer.getbuffer())

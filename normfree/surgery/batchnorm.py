@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from normfree.suggest import problem
 from normfree.surgery.trace import (
     NotTraceableError,
+    evaluation_mode,
     is_functional_batch_norm,
     module_of,
     tensor_inputs,
@@ -270,16 +271,12 @@ def _agree(one: nn.Module, other: nn.Module) -> bool:
     assert isinstance(mean, Tensor)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(2, len(mean), 3, 3, generator=generator).to(mean)
-    modes = {m: m.training for m in (*one.modules(), *other.modules())}
     try:
-        with torch.no_grad():
-            return _close(other.eval()(probe), one.eval()(probe))
+        with torch.no_grad(), evaluation_mode(one, other):
+            return _close(other(probe), one(probe))
     # A module of another library may raise anything. Then it is not a plain batch norm.
     except Exception:
         return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _probe(layer: nn.Module) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import torch
@@ -20,7 +19,7 @@ from normfree.surgery.batchnorm import batchnorms, fold_batchnorms_, other_norms
 from normfree.surgery.conversion_report import ConvertReport, How, LayerChange
 from normfree.surgery.scratch import rewrite
 from normfree.surgery.standardized_conv import can_be_standardized, scales_with_weight
-from normfree.surgery.trace import convolutions
+from normfree.surgery.trace import convolutions, evaluation_mode
 from normfree.surgery.weight_fit import standardize_
 
 
@@ -180,13 +179,8 @@ def _standardize_(
 @torch.no_grad()
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     """Return the outputs of a model in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    run: Callable[[Tensor], Tensor] = model.eval()
-    try:
-        out = run(images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model):
+        out = model(images)
     if not isinstance(out, Tensor):
         raise ValueError(
             problem(

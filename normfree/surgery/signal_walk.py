@@ -23,7 +23,6 @@ from normfree.surgery.variance import CHANNELS, Signal, Tracker
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 MULTIPLY = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 SIGMOIDS = (torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid", "sigmoid_")
-POOLS = (F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d)
 # Functions of a map whose result is not a map: sizes, and the flattened input of a classifier.
 SHAPES = (getattr, "size", "dim", torch.flatten, "flatten")
 AVERAGED = "average pooling: assumed to keep the variance, which holds where neighboring pixels are similar"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +47,19 @@ class _LayerTracer(fx.Tracer):
             raise
 
 
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Switch models to evaluation mode, and restore the mode of each module on exit."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def trace(model: nn.Module) -> fx.Graph:
     """Return the graph of `model` in evaluation mode. `model` keeps its own mode.
 
@@ -54,21 +69,18 @@ def trace(model: nn.Module) -> fx.Graph:
         NotTraceableError: the control flow of the model depends on the values or the type of its input.
     """
     tracer = _LayerTracer()
-    modes = {module: module.training for module in model.modules()}
     defaults = {
         name: p.default
         for name, p in inspect.signature(model.forward).parameters.items()
         if p.default is not inspect.Parameter.empty
     }
     try:
-        return tracer.trace(model.eval(), concrete_args=defaults or None)
+        with evaluation_mode(model):
+            return tracer.trace(model, concrete_args=defaults or None)
     except Exception as error:
         where = type(model).__name__ + (f".{tracer.failed}" if tracer.failed else "")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotTraceableError(where, f"torch.fx cannot trace it ({first}).") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from normfree.surgery.standardized_conv import Standardized
+from normfree.surgery.trace import evaluation_mode
 
 # Ridge of the least squares fit, as a fraction of the mean variance of the patches. It keeps a weight close to the
 # folded one in directions in which the images do not vary.
@@ -231,11 +232,9 @@ def evaluate_with(
     `hook(name, module, inputs, output)` may return a replacement of the output.
     """
     handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in layers]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(images)
+        with evaluation_mode(model):
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
