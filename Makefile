@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard normfree/native/*.[ch])
-# Two test processes: tests use one thread each. Tests that share process worlds stay in one process.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two test processes, since tests use one thread each.
+PYTEST := $(BIN)/python -m pytest -n 2
 
 .PHONY: help demo lint test test-all slow browser docs bench format clean
 

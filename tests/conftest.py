@@ -55,6 +55,22 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 WORKERS = Path(__file__).parent / "workers"
+# These share one set of process worlds, so one process of pytest-xdist runs them all.
+WORLD_FILES = ("test_dtensor.py", "test_modes.py", "test_world.py")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Distribute single tests over the processes of pytest-xdist, but keep those of `WORLD_FILES` together.
+
+    The mark `xdist_group` would do the same, but has no effect with pytest 9.2 and pytest-xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "worlds" if nodeid.split("::")[0].endswith(WORLD_FILES) else nodeid
+
+    return Scheduling(config, log)
 
 
 def _environment() -> dict[str, str]:

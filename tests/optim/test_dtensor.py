@@ -7,7 +7,6 @@ import pytest
 import torch
 
 WORLDS = (1, 2, 4)
-pytestmark = pytest.mark.xdist_group("worlds")
 
 
 @pytest.fixture(scope="module")

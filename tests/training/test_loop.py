@@ -23,6 +23,7 @@ from normfree.data.transforms.train import train_transform
 from normfree.training import checkpoint, loop, run_folder
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
+from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
 from normfree.training.trainer import Diverged, Trainer
@@ -309,7 +310,7 @@ def test_the_loss_falls(tmp_path):
 
 @pytest.mark.parametrize("mode", ["agc", "norm", "value", "off"])
 def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_path, monkeypatch, mode):
-    original = Trainer.gradients
+    original = BatchGradient.__call__
 
     def poisoned(self, images, targets, step):
         result = original(self, images, targets, step)
@@ -317,7 +318,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_pat
             self.net.stages[1][0].conv1.weight.grad[0, 0, 0, 0] = float("nan" if mode == "norm" else "inf")
         return result
 
-    monkeypatch.setattr(Trainer, "gradients", poisoned)
+    monkeypatch.setattr(BatchGradient, "__call__", poisoned)
     with pytest.raises(Diverged) as error:
         loop.train(config("--optim.clip", mode), tmp_path / "run", console=quiet())
     text = str(error.value)

@@ -40,8 +40,6 @@ def distance(one: Path, other: Path, *, least: int = 1) -> float:
     return max(far[k] / float(b[k].double().norm()) for k in a if far[k] > 1e-8 and b[k].numel() >= least)
 
 
-pytestmark = pytest.mark.xdist_group("worlds")
-
 # --- exact --------------------------------------------------------------------------------------------
 
 

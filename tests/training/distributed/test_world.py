@@ -20,7 +20,6 @@ from normfree.training import checkpoint
 from normfree.training.distributed.world import World, device_of, start_world
 
 WORLDS = (1, 2, 4)
-pytestmark = pytest.mark.xdist_group("worlds")
 
 
 @pytest.fixture(scope="module")
