@@ -44,7 +44,7 @@ def page(title: str, facts: str, sections: Iterable[PageSection]) -> str:
         parts.append(
             f'<section id="s{number}"><h2>{html.escape(section.title)}</h2>{note}{section.body}</section>'
         )
-    template = files("normfree.diagnose").joinpath("page.html").read_text(encoding="utf-8")
+    template = files("normfree.diagnose").joinpath("html_page.html").read_text(encoding="utf-8")
     texts = {
         "TITLE": html.escape(title), "FACTS": html.escape(facts), "SECTIONS": "\n".join(parts)
     }  # fmt: skip
