@@ -15,12 +15,12 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from harness import Bench, Case
-from networks import FORMATS
-from statistic import Comparison, spread, timing
 from torch import Tensor
-from updates import our_update
 
+from benchmarks.harness import Bench, Case
+from benchmarks.networks import FORMATS
+from benchmarks.summary import Comparison, spread, timing
+from benchmarks.update_arms import our_update
 from normfree.data.source import ArraySource, Source
 from normfree.data.sources.open import open_source
 from normfree.models.net import Net

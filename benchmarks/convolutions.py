@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Arm, Bench, Case, compare
-from networks import FORMATS
-from statistic import Comparison, Floor
 from torch import Tensor
 
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, compare
+from benchmarks.networks import FORMATS
+from benchmarks.summary import Comparison, Floor
 from normfree.ops import conv2d_backends
 
 ABOUT = (

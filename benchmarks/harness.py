@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from statistic import Comparison, Floor, Sample, summary
 from torch import Tensor
+
+from benchmarks.arms import Arm
+from benchmarks.summary import Comparison, Floor, Sample, summary
 
 #: Counted rounds below which a comparison says nothing.
 LEAST = 5
@@ -30,33 +32,6 @@ class GateError(ArithmeticError):
 
 class OutOfTimeError(Exception):
     """What is left of the suite's time does not suffice for `LEAST` rounds."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to do the job.
-
-    run: does it once and returns what the gate compares.
-    before: called before each run, not timed.
-    then: a second part of the job, timed with the first and also apart.
-    distance: how far this arm's work is from the right one (relative L2), where `run`'s result does not show it.
-    allowed: what `distance` may be, where that is not the comparison's tolerance.
-    alike: whether the result of `run` is to be that of the first arm.
-    images: how many one run takes; arms are compared by the time for one.
-    compiled: the first call compiles, and the time that this takes is reported.
-    facts: further figures for the tables.
-    """
-
-    name: str
-    run: Callable[[], Tensor]
-    before: Callable[[], object] | None = None
-    then: Callable[[], object] | None = None
-    distance: Callable[[], float] | None = None
-    allowed: float | None = None
-    alike: bool = True
-    images: int = 1
-    compiled: bool = False
-    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

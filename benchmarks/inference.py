@@ -11,12 +11,13 @@ from pathlib import Path
 
 import timm
 import torch
-from harness import Arm, Bench, Case, compare
-from networks import FORMATS, batch, best_formats, copied, multiplications, pair, shaken
-from statistic import Comparison
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, compare
+from benchmarks.networks import FORMATS, batch, best_formats, copied, multiplications, pair, shaken
+from benchmarks.summary import Comparison
 from normfree.deploy.export import export
 from normfree.deploy.fold import fold
 from normfree.models.net import Net

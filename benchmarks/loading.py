@@ -10,14 +10,15 @@ from functools import partial
 import numpy as np
 import simplejpeg
 import torch
-from harness import Arm, Bench, Case, compare
 from kornia_rs import io as kornia_io
 from PIL import Image
 from skimage import data as samples
-from statistic import Comparison
 from torch import Tensor
 from torchvision.transforms import v2
 
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, compare
+from benchmarks.summary import Comparison
 from normfree.data.transforms import jpeg
 from normfree.data.transforms.decode import load_image
 from normfree.data.transforms.train import resize, train_transform

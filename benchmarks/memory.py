@@ -12,12 +12,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import Bench, Case, GateError
-from networks import FORMATS, batch, best_formats, copied, forward_backward, gradient_distance, pair
-from statistic import Comparison, spread, timing
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness import Bench, Case, GateError
+from benchmarks.networks import (
+    FORMATS,
+    batch,
+    best_formats,
+    copied,
+    forward_backward,
+    gradient_distance,
+    pair,
+)
+from benchmarks.summary import Comparison, spread, timing
 from normfree.models.net import Net
 from normfree.training.allocator import keep_freed_memory
 
@@ -120,7 +128,13 @@ def allocated(net: nn.Module, size: int, images: int, word: str) -> float:
 def in_a_process(name: str, size: int, images: int, side: str, word: str) -> float:
     """`resident` in a fresh process."""
     words = [name, str(size), str(images), side, word, str(torch.get_num_threads())]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", *words],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(json.loads(done.stdout))
 
 

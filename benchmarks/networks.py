@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 import timm
 import torch
 import torch.nn.functional as F
-from harness import Bench
-from statistic import Floor
 from torch import Tensor, nn
 
+from benchmarks.harness import Bench
+from benchmarks.summary import Floor
 from normfree.models.cost import count
 from normfree.models.layers import StochasticDepth
 from normfree.models.net import Net

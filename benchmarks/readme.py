@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import report
-from statistic import Comparison, Timing
+from benchmarks import report
+from benchmarks.summary import Comparison, Timing
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -89,7 +89,7 @@ def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
 
 def _row(pick: Pick, comparison: Comparison, ours: Timing, theirs: Timing) -> str:
     low, high = ours.interval
-    command = f"`python benchmarks/run.py {pick.suite}`; [all](benchmarks/results/{pick.suite}.md)"
+    command = f"`python -m benchmarks.run {pick.suite}`; [all](benchmarks/results/{pick.suite}.md)"
     cells = [pick.what, *(f"{spelled(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]
     return f"| {' | '.join(cells)} | {ours.ratio:.2f} ({low:.2f} … {high:.2f}) | {command} |"
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import Ceilings
-from statistic import Comparison, Floor, Timing
+from benchmarks.machine import Ceilings
+from benchmarks.summary import Comparison, Floor, Timing
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,4 +1,4 @@
-"""The benchmarks: `python benchmarks/run.py [SUITE ...]`; no suite: all that this machine can run.
+"""The benchmarks: `python -m benchmarks.run [SUITE ...]`; no suite: all that this machine can run.
 
 Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the README's table. Several suites: each in a process
 of its own.
@@ -15,17 +15,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import machine
-import readme
-import report
 import torch
-from harness import LEAST, Bench, Case, GateError, OutOfTimeError
-from statistic import Comparison
-from suites import SUITES, Suite
 
+from benchmarks import machine, readme, report
+from benchmarks.harness import LEAST, Bench, Case, GateError, OutOfTimeError
+from benchmarks.suites import SUITES, Suite
+from benchmarks.summary import Comparison
 from normfree.suggest import did_you_mean
 from normfree.training.allocator import keep_freed_memory
 
+ROOT = Path(__file__).parents[1]
 #: Seconds that a suite keeps of its budget for the last ceilings and for writing.
 RESERVE_S = 5.0
 
@@ -43,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in options.suites or SUITES:
         obstacle = SUITES[name].obstacle(device)
         if not obstacle and not options.suites and SUITES[name].by_name and device.type == "cpu":
-            obstacle = f"it runs when it is named: benchmarks/run.py {name}"
+            obstacle = f"it runs when it is named: python -m benchmarks.run {name}"
         if obstacle:
             print(f"{name} skipped: {obstacle}", flush=True)
         else:
@@ -59,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="networks or cases; writes no results"
@@ -111,7 +110,7 @@ def run_apart(name: str, options: argparse.Namespace, device: torch.device) -> i
     if options.only and not set(options.only) & set(_words(SUITES[name], device)):
         return 0
     print(f"== {name}", flush=True)
-    return subprocess.run([sys.executable, __file__, name, *passed]).returncode
+    return subprocess.run([sys.executable, "-m", "benchmarks.run", name, *passed], cwd=ROOT).returncode
 
 
 def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) -> int:
@@ -128,7 +127,7 @@ def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) ->
     if options.only:
         cases = [case for case in cases if set(case.words) & set(options.only)]
     comparisons, wrong = measure(bench, cases)
-    words = ["python benchmarks/run.py", suite.name, *(["--only", *options.only] if options.only else [])]
+    words = ["python -m benchmarks.run", suite.name, *(["--only", *options.only] if options.only else [])]
     result = report.Result(
         suite.name, suite.about(), " ".join(words), machine.facts(device), before, machine.ceilings(device),
         time.perf_counter() - start, tuple(comparisons), tuple(bench.skipped),

@@ -1,6 +1,6 @@
 """How many pictures a second `normfree serve` answers on loopback, with micro-batching and without.
 
-    python benchmarks/serve_load.py [FOLDER ...] [--seconds 8] [--concurrency 1 8 32]
+    python -m benchmarks.serve_load [FOLDER ...] [--seconds 8] [--concurrency 1 8 32]
 
 Without folders: nf_resnet_nano_64 and nf_resnet50 with random weights, which take the time that trained ones take.
 The load comes from `ab` (Debian: apache2-utils), posting one JPEG of 500 x 375 pixels over kept connections; server,

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
-import cifar
 import torch
-from harness import Arm, Bench, Case, compare
-from networks import batch, copied, forward_backward, gradient_distance, shaken
-from statistic import Comparison
 from timm.models.nfnet import NfCfg, NormFreeNet
 from torch import Tensor, nn
-from updates import our_update, timm_update, update_distance
 
+from benchmarks import cifar
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, compare
+from benchmarks.networks import batch, copied, forward_backward, gradient_distance, shaken
+from benchmarks.summary import Comparison
+from benchmarks.update_arms import our_update, timm_update, update_distance
 from normfree.models.net import Net
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of

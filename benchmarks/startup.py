@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import Arm, Bench, Case, compare
-from statistic import Comparison
 from torch import Tensor
+
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, compare
+from benchmarks.summary import Comparison
 
 ABOUT = (
     "Milliseconds from the start of a process to its end, files in the system's cache. `import torch` is what any "

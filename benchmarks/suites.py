@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case
-from machine import computes_bfloat16, cpu_info
+
+from benchmarks.harness import Case
+from benchmarks.machine import computes_bfloat16, cpu_info
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Suite:
 
     def about(self) -> str:
         """What was done, in words."""
-        return str(import_module(self.module).ABOUT)
+        return str(import_module(f"benchmarks.{self.module}").ABOUT)
 
     def cases(self, device: torch.device, data: Path | None) -> list[Case]:
         """`data`: the folder of CIFAR-10, for the suite that asks for one."""
         options = {key: data if key == "data" else value for key, value in self.options}
-        return list(import_module(self.module).cases(device, **options))
+        return list(import_module(f"benchmarks.{self.module}").cases(device, **options))
 
 
 def _no_compiler(device: torch.device) -> str:

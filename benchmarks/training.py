@@ -12,8 +12,11 @@ from functools import cache, partial
 
 import timm
 import torch
-from harness import Arm, Bench, Case, GateError, compare
-from networks import (
+from torch import Tensor, nn
+
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, GateError, compare
+from benchmarks.networks import (
     FORMATS,
     batch,
     best_formats,
@@ -24,10 +27,8 @@ from networks import (
     pair,
     shaken,
 )
-from statistic import Comparison
-from torch import Tensor, nn
-from updates import our_update, timm_update, update_distance
-
+from benchmarks.summary import Comparison
+from benchmarks.update_arms import our_update, timm_update, update_distance
 from normfree.models.net import Net
 from normfree.training.compiled import CompiledBlocks
 

@@ -9,15 +9,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Arm, Bench, Case, compare
-from networks import distance, in_our_names, pair
-from statistic import Comparison, Floor
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame
 from timm.models import model_parameters
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
-from updates import CLIPPING, DECAY, give, gradients, our_update, timm_update, update_distance
 
+from benchmarks.arms import Arm
+from benchmarks.harness import Bench, Case, compare
+from benchmarks.networks import distance, in_our_names, pair
+from benchmarks.summary import Comparison, Floor
+from benchmarks.update_arms import CLIPPING, DECAY, give, gradients, our_update, timm_update, update_distance
 from normfree.models.net import Net
 from normfree.ops.standardize import standardize_all
 from normfree.optim.clipping import clip_grad_

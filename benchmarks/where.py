@@ -1,4 +1,4 @@
-"""Where the time of a training step on a CPU goes, by operation: `python benchmarks/where.py [NAME SIZE] [--steps N]`.
+"""Where the time of a training step on a CPU goes, by operation: `python -m benchmarks.where [NAME SIZE] [--steps N]`.
 
 Milliseconds a step that torch's profiler finds inside each operation itself, forward, backward and update, batch 8, for
 timm's network in both memory formats and ours in channels_last, in turn. Writes results/where-NAME.md.
@@ -10,14 +10,13 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 
-import machine
-import report
 import torch
-from networks import batch, copied, forward_backward, pair
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from updates import our_update, timm_update
 
+from benchmarks import machine, report
+from benchmarks.networks import batch, copied, forward_backward, pair
+from benchmarks.update_arms import our_update, timm_update
 from normfree.models.net import Net
 from normfree.training.allocator import keep_freed_memory
 
@@ -48,7 +47,7 @@ def main() -> None:
                 spent[arm][event.key] += event.self_cpu_time_total / 1e3 / words.steps
     facts = ", ".join(f"{k} {v}" for k, v in machine.facts(device).items() if v)
     command = (
-        f"`python benchmarks/where.py {words.name} {words.size}`, {words.steps} steps of each arm in turn."
+        f"`python -m benchmarks.where {words.name} {words.size}`, {words.steps} steps of each arm in turn."
     )
     about = __doc__.partition("\n\n")[2].partition(" Writes")[0].replace("\n", " ")
     page = "\n\n".join(

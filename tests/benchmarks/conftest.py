@@ -1,4 +1,4 @@
-"""The benchmarks are scripts beside each other; the tests import them as those import one another."""
+"""The benchmarks are a package next to tests; it is not installed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch):
     """A function that imports a module of benchmarks/ by its name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(ROOT))
 
     def get(name: str) -> ModuleType:
-        return import_module(name)
+        return import_module(f"benchmarks.{name}")
 
     return get

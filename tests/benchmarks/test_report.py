@@ -10,19 +10,19 @@ import torch
 
 @pytest.fixture
 def result(script):
-    report, statistic, machine = script("report"), script("statistic"), script("machine")
+    report, summary, machine = script("report"), script("summary"), script("machine")
     dice = random.Random(0)
     timings = (
-        statistic.timing("timm NCHW", [200.0, 220.0, 210.0], [200.0, 220.0, 210.0], dice, images=8),
-        statistic.timing("normfree NHWC", [100.0, 110.0, 105.0], [200.0, 220.0, 210.0], dice, images=8,
+        summary.timing("timm NCHW", [200.0, 220.0, 210.0], [200.0, 220.0, 210.0], dice, images=8),
+        summary.timing("normfree NHWC", [100.0, 110.0, 105.0], [200.0, 220.0, 210.0], dice, images=8,
                          facts={"compile_s": 12.0}),
     )  # fmt: skip
-    floor = statistic.Floor(50.0, "its bytes")
-    comparison = statistic.Comparison("a case", "timm NCHW", timings, 0.04, 3, floor=floor)
+    floor = summary.Floor(50.0, "its bytes")
+    comparison = summary.Comparison("a case", "timm NCHW", timings, 0.04, 3, floor=floor)
     ceilings = machine.Ceilings(20.0, 150.0, "float32")
     facts = machine.facts(torch.device("cpu"))
     return report.Result(
-        "suite", "What was done.", "python benchmarks/run.py suite", facts, ceilings, ceilings, 12.0, (comparison,),
+        "suite", "What was done.", "python -m benchmarks.run suite", facts, ceilings, ceilings, 12.0, (comparison,),
         ("another case: no time left",),
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_a_pick_becomes_a_row_with_ratio_interval_and_command(script, result, tm
     picks = (readme.Pick("suite", "a case", "what it is"), readme.Pick("suite", "no such case", "never"))
     monkeypatch.setattr(readme, "PICKS", picks)
     *_, row = readme.table(tmp_path).splitlines()
-    command = "`python benchmarks/run.py suite`; [all](benchmarks/results/suite.md)"
+    command = "`python -m benchmarks.run suite`; [all](benchmarks/results/suite.md)"
     shown = "| what it is | 105 ms (normfree NHWC) | 210 ms (timm NCHW) | 2.00 (2.00 … 2.00) |"
     assert row == f"{shown} {command} |"
 

@@ -56,17 +56,17 @@ def test_training(script, bench):
 
 
 def test_the_gate_of_training_sees_a_changed_weight_and_a_changed_update(script, monkeypatch):
-    networks, updates = script("networks"), script("updates")
+    networks, update_arms = script("networks"), script("update_arms")
     theirs, ours = networks.pair("test_nfnet", stochdepth=0.5)
     x, y = networks.batch(32, 2, CPU)
     assert networks.gradient_distance(theirs, ours, x, y) < 1e-5
-    assert updates.update_distance(theirs, ours) < 1e-5
+    assert update_arms.update_distance(theirs, ours) < 1e-5
     with torch.no_grad():
         ours.head.weight[0] *= 1.01
     assert networks.gradient_distance(theirs, ours, x, y) > 1e-4
     theirs, ours = networks.pair("test_nfnet")
-    monkeypatch.setattr(updates, "our_update", partial(updates.our_update, clipping=1.0))
-    assert updates.update_distance(theirs, ours) > 1e-3
+    monkeypatch.setattr(update_arms, "our_update", partial(update_arms.our_update, clipping=1.0))
+    assert update_arms.update_distance(theirs, ours) > 1e-3
 
 
 def test_update(script, bench):
@@ -141,10 +141,10 @@ def test_a_process_that_fails_is_seen(script):
 
 
 def test_startup_is_told_beyond_that_of_torch(script):
-    statistic = script("statistic")
+    summary = script("summary")
     values = {"import timm": [900.0], "import torch": [500.0], "from normfree import create_model": [510.0]}
-    timings = tuple(statistic.timing(k, v, [900.0], random.Random(0)) for k, v in values.items())
-    found = script("startup").beyond_torch(statistic.Comparison("startup", "import timm", timings, 0.0, 1))
+    timings = tuple(summary.timing(k, v, [900.0], random.Random(0)) for k, v in values.items())
+    found = script("startup").beyond_torch(summary.Comparison("startup", "import timm", timings, 0.0, 1))
     assert [t.facts["beyond_torch_ms"] for t in found.timings] == [400, 0, 10]
 
 
@@ -181,6 +181,6 @@ def test_a_suite_runs_here_and_writes_what_it_found(script, tmp_path, monkeypatc
     assert run.main(["update", "--device", "cpu", "--rounds", "5", "--out", str(tmp_path)]) == 0
     result = script("report").read(tmp_path / "update.json")
     assert [c.rounds for c in result.comparisons] == [5, 5, 5]
-    assert result.command == "python benchmarks/run.py update"
+    assert result.command == "python -m benchmarks.run update"
     assert "| whole update, tiny | normfree |" in (tmp_path / "update.md").read_text(encoding="utf-8")
     assert "# update" in capsys.readouterr().out

@@ -6,10 +6,9 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from harness import Arm
+from benchmarks.arms import Arm
 
 DRAWS = 2000  # of the bootstrap
 

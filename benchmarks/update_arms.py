@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from networks import distance, in_our_names
 from timm.models import model_parameters
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
+from benchmarks.networks import distance, in_our_names
 from normfree.models.net import Net
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
