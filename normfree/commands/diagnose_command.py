@@ -187,7 +187,7 @@ def _foreign(library: str, name: str) -> _Subject:
         known: list[str] = timm.list_models()
         make: Callable[..., Any] = timm.create_model
     else:
-        from normfree.data._torchvision import torchvision_module
+        from normfree.data.torchvision_import import torchvision_module
 
         models = torchvision_module("models")
         known, make = models.list_models(module=models), models.get_model  # without weights unless told
@@ -204,16 +204,16 @@ def _foreign(library: str, name: str) -> _Subject:
 
 
 def _classes(arguments: DiagnoseArguments) -> tuple[str, ...]:
-    from normfree.data.sources.open import open_labelled
+    from normfree.data.sources.open import open_labeled
 
-    return tuple(open_labelled(arguments.data).classes) if arguments.data else ()
+    return tuple(open_labeled(arguments.data).classes) if arguments.data else ()
 
 
 def _images(arguments: DiagnoseArguments, subject: _Subject) -> tuple[Tensor, Tensor, str]:
     """Normalized images B C S S, labels B, and what they are."""
     import torch
 
-    from normfree.data.sources.open import open_labelled
+    from normfree.data.sources.open import open_labeled
     from normfree.inference import sample
     from normfree.preprocessing import Preprocessing
 
@@ -222,7 +222,7 @@ def _images(arguments: DiagnoseArguments, subject: _Subject) -> tuple[Tensor, Te
     if not data:
         labels = torch.randint(2**31, (count,))  # the caller takes them modulo the classes
         return torch.randn(count, subject.channels, size, size), labels, "images of N(0, 1)"
-    source = subject.source or open_labelled(data)
+    source = subject.source or open_labeled(data)
     if len(source) < count:
         raise UsageError(
             f"{data} has {len(source)} images for --batch-size {count}. Use {len(source)} or less."

@@ -37,12 +37,12 @@ def eval_(arguments: EvalArguments) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from normfree.data.sources.open import open_labelled
+    from normfree.data.sources.open import open_labeled
     from normfree.inference import evaluate
     from normfree.pretrained import from_pretrained
 
     model = from_pretrained(arguments.model)
-    source = open_labelled(arguments.data, pipes=True)
+    source = open_labeled(arguments.data, pipes=True)
     if tuple(source.classes) != model.classes:
         raise UsageError(f"{arguments.data} has classes {', '.join(source.classes[:5])}, ...; the model knows "
                          f"{', '.join(model.classes[:5])}, .... They must be the same, in the same order.")  # fmt: skip

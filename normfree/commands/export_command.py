@@ -184,10 +184,10 @@ def _given(paths: tuple[str, ...], model: TrainedModel) -> _Pictures:
 
 def _labelled(paths: tuple[str, ...], model: TrainedModel) -> Source | None:
     """A single folder of class folders with the model's classes is labelled."""
-    from normfree.data.sources.open import open_labelled
+    from normfree.data.sources.open import open_labeled
 
     try:
-        source = open_labelled(paths[0]) if len(paths) == 1 and Path(paths[0]).is_dir() else None
+        source = open_labeled(paths[0]) if len(paths) == 1 and Path(paths[0]).is_dir() else None
     except ValueError:  # a folder of loose pictures
         return None
     return source if source is not None and tuple(source.classes) == model.classes else None

@@ -81,7 +81,7 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> Split:
     return _one_folder(_listing(train_root or root), val_fraction=val_fraction, seed=seed)
 
 
-def open_labelled_folder(root: Path) -> FolderSource:
+def open_labeled_folder(root: Path) -> FolderSource:
     """Every labelled image to score a network on: those of the folder's validation part, if it has one, else all."""
     listing = _listing(_part(root, VAL_NAMES) or root)
     return FolderSource(listing.root, listing.samples(), classes=tuple(listing.files))

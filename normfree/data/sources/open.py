@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from normfree.data._torchvision import torchvision_module
 from normfree.data.source import ArraySource, Source, Split
 from normfree.data.spec import is_yes, parse_word
+from normfree.data.torchvision_import import torchvision_module
 
 DEFAULT_ROOT = Path("data")  # where the sets of torchvision lie, below the working directory
 
@@ -77,7 +77,7 @@ def open_source(
     return open_folder(path, val_fraction=val_fraction, seed=seed)
 
 
-def open_labelled(
+def open_labeled(
     data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, pipes: bool = False
 ) -> Source:
     """The images to score a finished network on: the validation part of a named data set, that of a folder or word
@@ -91,12 +91,12 @@ def open_labelled(
     path = Path(text).expanduser()
     if text.partition(":")[0] in NAMES or not path.is_dir():
         return open_source(data, root=root).val
-    from normfree.data.sources.folders import open_labelled_folder
+    from normfree.data.sources.folders import open_labeled_folder
     from normfree.data.sources.imagenet import find_imagenet, open_imagenet
 
     if find_imagenet(path):
         return open_imagenet(path).val
-    return open_labelled_folder(path)
+    return open_labeled_folder(path)
 
 
 SCHEMES = {  # word -> its options

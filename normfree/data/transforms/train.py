@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from normfree.data._torchvision import torchvision_module
+from normfree.data.torchvision_import import torchvision_module
 from normfree.data.transforms.normalize import INTERPOLATIONS, check_size, check_word
 from normfree.data.transforms.randaugment import rand_augment
 

@@ -15,7 +15,7 @@ from PIL import Image
 from normfree.data.audit import audit
 from normfree.data.loader import train_batches
 from normfree.data.source import ArraySource
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 from normfree.data.transforms.train import train_transform
 
 NAMES = ["ant", "bee", "cat"]
@@ -76,7 +76,7 @@ def test_parquet_and_saved_folders_give_the_same_pictures(tmp_path: Path) -> Non
         split = open_source(word)
         check(split.train, range(9))
         check(split.val, range(9, 13))
-        check(open_labelled(word), range(9, 13))
+        check(open_labeled(word), range(9, 13))
         assert split.train.name(3) == f"{word[3:]}/train/3"
         assert (
             split.notes[0]
@@ -173,7 +173,7 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
     assert message("hf:./owner", download=True).startswith("'hf:./owner' is no folder here.")
     assert asked == []
     check(open_source("hf:owner/set,subset=small,revision=abc", download=True).train, range(6))
-    check(open_labelled("hf:owner/set,download=yes"), range(3))
+    check(open_labeled("hf:owner/set,download=yes"), range(3))
     check(open_source("hf:owner/set,download=yes").val, range(3))
     assert asked == [("owner/set", "small", "abc"), ("owner/set", None, None), ("owner/set", None, None)]
     assert message("hf:owner/set,download=no", download=True).startswith("'hf:owner/set' is no folder here.")

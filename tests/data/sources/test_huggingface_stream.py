@@ -16,7 +16,7 @@ from normfree.data.loader import Batch, eval_batches, train_batches
 from normfree.data.sampler import TrainSampler
 from normfree.data.source import ArraySource
 from normfree.data.sources.huggingface_stream import StreamSource
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.evaluate import eval_transform
 from normfree.data.transforms.mixing import FreshPairs
@@ -103,7 +103,7 @@ def test_a_stream_has_the_rows_of_the_set(tmp_path: Path, texts: bool) -> None:
         "continues reads its files again up to its place"
     )
     assert len(split.notes) == 3
-    for left, right in ((split.train, plain.train), (split.val, plain.val), (open_labelled(word), plain.val)):
+    for left, right in ((split.train, plain.train), (split.val, plain.val), (open_labeled(word), plain.val)):
         assert len(left) == len(right)
         for i in (*range(len(left)), 3, 0, 2):
             assert (left.label(i), left.name(i)) == (right.label(i), right.name(i))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 
 WNIDS = (
     "n02119789",
@@ -88,7 +88,7 @@ def test_every_list_of_labels_gives_the_same_classes(tmp_path: Path, label: obje
     assert [split.train.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
     assert [Path(split.train.name(i)).parent.name for i in range(0, 6, 2)] == CLASSES
     assert split.train.image(0).size == (4, 4)
-    assert [open_labelled(tmp_path).label(i) for i in range(4)] == LABELS
+    assert [open_labeled(tmp_path).label(i) for i in range(4)] == LABELS
 
 
 def test_val_in_class_folders_and_other_layouts_are_as_before(tmp_path: Path) -> None:

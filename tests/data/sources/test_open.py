@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 
 LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
 SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
@@ -354,7 +354,7 @@ def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
     monkeypatch.setattr(datasets, "CIFAR10", Recorded)
     for word in (f"cifar10:root={tmp_path}/a, b", f"cifar10:download=yes,root={tmp_path}/a, b"):
         assert len(open_source(word).train) == 10
-        assert len(open_labelled(word)) == 2
+        assert len(open_labeled(word)) == 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a, b").rename("data")
     open_source("cifar10:download=yes")
@@ -388,14 +388,14 @@ def test_errors_of_the_options_of_a_set(word: str, text: str) -> None:
 def test_a_torchvision_that_does_not_fit_names_both_versions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from normfree.data import _torchvision
+    from normfree.data import torchvision_import
 
     def broken(name: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(_torchvision, "import_module", broken)
+    monkeypatch.setattr(torchvision_import, "import_module", broken)
     with pytest.raises(ImportError) as caught:
-        _torchvision.torchvision_module("datasets")
+        torchvision_import.torchvision_module("datasets")
     assert re.fullmatch(
         r"torchvision cannot be imported: torch \d\S+, torchvision \d\S+\. "
         r"They must be a pair that was built together\. "

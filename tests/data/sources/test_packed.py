@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from normfree.data.loader import train_batches
 from normfree.data.source import ArraySource
 from normfree.data.sources.folders import FolderSource
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 from normfree.data.sources.packed import PackedSource, pack
 from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.train import train_transform
@@ -87,7 +87,7 @@ def test_words_for_packed_files(tmp_path: Path) -> None:
     assert (len(split.train), len(split.val), split.image_size) == (30, 6, 12)
     halved = open_source(f"packed:{tmp_path}/t", val_fraction=0.2)
     assert [halved.val.label(i) for i in range(6)].count(2) == 2
-    assert (len(halved.train), len(open_labelled(f"packed:{tmp_path}/t"))) == (24, 30)
+    assert (len(halved.train), len(open_labeled(f"packed:{tmp_path}/t"))) == (24, 30)
     pack(source(6), tmp_path / "v", size=10)
     with pytest.raises(
         ValueError, match=r"differ in classes or size \(12 and 10 px\)\. Allowed: both packed alike"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_what_a_command_writes_is_a_shard(tmp_path: Path, kept: Path) -> None:
             f"1 shards were fetched into {kept}, {size:,} bytes",
         )
         assert contents(split.val) == [(f"v.tar/{i:03}.png", i % 2, i) for i in range(20, 26)]
-        assert contents(open_labelled(f"shards:{word}", pipes=pipes)) == contents(split.val)
+        assert contents(open_labeled(f"shards:{word}", pipes=pipes)) == contents(split.val)
     assert count.read_text() == "x\nx\n"
     assert len(list(kept.iterdir())) == 3
     for path in tmp_path.glob("*.tar"):  # and no sources
@@ -73,7 +73,7 @@ def test_the_part_chosen_by_hash_is_that_of_the_files_themselves(tmp_path: Path)
 
 def test_no_command_runs_that_the_user_has_not_typed(tmp_path: Path, kept: Path) -> None:
     trace = tmp_path / "trace"
-    for opener in (open_source, open_labelled):
+    for opener in (open_source, open_labeled):
         for word in (
             f"pipe:touch {trace}",
             f"shards:pipe:touch {trace}",

@@ -23,7 +23,7 @@ from PIL import Image
 from normfree.data.audit import audit
 from normfree.data.loader import Batch, eval_batches, train_batches
 from normfree.data.source import ArraySource
-from normfree.data.sources.open import open_labelled, open_source
+from normfree.data.sources.open import open_labeled, open_source
 from normfree.data.sources.storage import StoredFile, expand
 from normfree.data.sources.tar_index import index_of
 from normfree.data.sources.webdataset import open_shards
@@ -245,8 +245,8 @@ def test_words_for_shards(tmp_path: Path) -> None:
     found = open_source(folder)  # a folder of tars: *train*.tar and *val*.tar
     assert [found.train.name(i) for i in range(12)] == [named.train.name(i) for i in range(12)]
     assert [found.val.name(i) for i in range(4)] == [named.val.name(i) for i in range(4)]
-    assert len(open_labelled(f"shards:{folder}/val-0.tar")) == 4
-    assert len(open_labelled(folder)) == 4
+    assert len(open_labeled(f"shards:{folder}/val-0.tar")) == 4
+    assert len(open_labeled(folder)) == 4
 
 
 def test_an_archive_beside_class_folders_is_left_alone(tmp_path: Path) -> None:
