@@ -45,7 +45,7 @@ browser: .venv/.dev ## test the page of normfree serve in a real browser
 	$(BIN)/python -m pytest -m browser
 
 docs: .venv/.docs  ## build the documentation site in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/.bench ## CPU speed against timm and others, under 20 minutes; writes benchmarks/results/ and the README's table
 	$(BIN)/python -m benchmarks.run --device cpu
