@@ -1,4 +1,4 @@
-"""The layers as formulas: standardization, gains, SAME padding, gates."""
+"""Layers against their formulas: standardization, gains, SAME padding, gates."""
 
 import math
 
@@ -20,7 +20,7 @@ from normfree.models.layers import (
 from normfree.ops.padding import same_padding
 from normfree.ops.standardize_torch import WS_EPS
 
-# Var[act(z)] ** -0.5 by quadrature, from the table of exact values beside the reference's Monte-Carlo ones.
+# Var[act(z)] ** -0.5 by numerical integration; the reference code has Monte Carlo estimates of these values.
 EXACT_GAINS = {
     "celu": 1.2708434179, "elu": 1.2708434179, "gelu": 1.7009165617, "leaky_relu": 1.7048316272,
     "log_sigmoid": 1.9191259801, "relu": 1.7128585505, "relu6": 1.7128585550, "selu": 1.0, "sigmoid": 4.8013133721,
@@ -29,29 +29,29 @@ EXACT_GAINS = {
 
 
 def formula(weight, gain, scale, eps):
-    """Float64, filter by filter."""
-    rows = weight.double().flatten(1).numpy()
+    """Return the standardized weight in float64, computed filter by filter."""
+    filters = weight.double().flatten(1).numpy()
     out = [
         (w - w.mean()) * g * scale / math.sqrt(max(w.var() * w.size, eps))
-        for w, g in zip(rows, gain.double().numpy(), strict=True)
+        for w, g in zip(filters, gain.double().numpy(), strict=True)
     ]
     return torch.from_numpy(np.stack(out)).view(weight.shape)
 
 
-def test_standardized_kernel_equals_the_formula_above_and_under_the_floor():
+def test_standardized_weights_equal_the_formula_above_and_below_the_lower_bound():
     weight, gain = torch.randn(6, 5, 3, 3), torch.rand(6) + 0.5
-    weight[0] *= 1e-4  # v·N = 45e-8 < 1e-4: the floor decides
-    weight[1] = 0.25  # no variance at all
+    weight[0] *= 1e-4  # v·N = 45e-8, below the lower bound of 1e-4
+    weight[1] = 0.25  # variance 0
     got = standardize(weight.double(), gain.double(), scale=1.7)
     torch.testing.assert_close(got, formula(weight, gain, 1.7, WS_EPS["floor"]), rtol=1e-12, atol=1e-15)
     assert got[1].abs().max() == 0
     assert got[0].norm() < 0.1 * got[2].norm()
 
 
-def test_standardized_rows_have_mean_zero_and_variance_one_over_fan_in():
-    kernel = WSConv2d(8, 16, kernel_size=3).double().standardized_weight().flatten(1)
-    torch.testing.assert_close(kernel.mean(1), torch.zeros(16, dtype=torch.float64), atol=1e-15, rtol=0)
-    torch.testing.assert_close(kernel.var(1, correction=0), torch.full((16,), 1 / 72, dtype=torch.float64))
+def test_standardized_filters_have_mean_zero_and_variance_one_over_fan_in():
+    filters = WSConv2d(8, 16, kernel_size=3).double().standardized_weight().flatten(1)
+    torch.testing.assert_close(filters.mean(1), torch.zeros(16, dtype=torch.float64), atol=1e-15, rtol=0)
+    torch.testing.assert_close(filters.var(1, correction=0), torch.full((16,), 1 / 72, dtype=torch.float64))
 
 
 def test_standardization_ignores_shift_and_positive_scale():
@@ -59,7 +59,7 @@ def test_standardization_ignores_shift_and_positive_scale():
     torch.testing.assert_close(standardize(3.0 * weight + 2.0, gain), standardize(weight, gain))
 
 
-def test_gradient_through_variance_stops_under_the_floor_and_is_halved_at_it(monkeypatch):
+def test_no_gradient_flows_through_the_variance_below_its_lower_bound(monkeypatch):
     gain = torch.ones(1, dtype=torch.float64)
     direction = torch.tensor([1.0, -2.0, 0.5, 0.5], dtype=torch.float64).view(1, 4, 1, 1)  # its mean is 0
     floor = 2.0**-13  # a power of two near the real one, so that equality is exact
@@ -72,12 +72,11 @@ def test_gradient_through_variance_stops_under_the_floor_and_is_halved_at_it(mon
         return float((weight.grad * start).sum())
 
     assert derivative_along_itself(4 * floor) == pytest.approx(0.0, abs=1e-12)  # above: ŵ ignores w's scale
-    assert derivative_along_itself(floor / 4) == pytest.approx(
-        floor / 4 / math.sqrt(floor)
-    )  # under: w / sqrt(floor)
+    below = floor / 4 / math.sqrt(floor)  # the derivative of w / sqrt(floor)
+    assert derivative_along_itself(floor / 4) == pytest.approx(below)
 
 
-def test_input_scale_is_a_scaled_input():
+def test_input_scale_equals_a_scaled_input():
     conv = WSConv2d(4, 8, kernel_size=3, stride=2, input_scale=1.6).double()
     plain = WSConv2d(4, 8, kernel_size=3, stride=2).double()
     plain.load_state_dict(conv.state_dict())
@@ -92,12 +91,12 @@ def test_half_precision_weights_are_standardized_in_float32():
 
 
 @pytest.mark.parametrize("name", EXACT_GAINS)
-def test_gain_of_gives_the_exact_constants(name):
+def test_gain_of_computes_the_exact_constants(name):
     assert gain_of(ACTIVATIONS[name]) == pytest.approx(EXACT_GAINS[name], rel=2e-9)
 
 
 @pytest.mark.parametrize("name", [n for n in GAINS if n not in ("identity", "glu", "log_softmax")])
-def test_the_reference_constants_are_monte_carlo_estimates_a_little_high(name):
+def test_the_constants_of_the_reference_are_estimates_slightly_above_the_exact_values(name):
     assert 0 < GAINS[name] / gain_of(ACTIVATIONS[name]) - 1 < 1e-3
 
 
@@ -109,7 +108,7 @@ def test_scaled_activations_give_unit_variance(name):
     assert out.var().item() == pytest.approx(1.0, abs=6e-3)
 
 
-def test_a_function_of_ones_own_gets_its_gain():
+def test_the_gain_of_a_new_function_is_computed():
     act = scaled_activation(lambda x: 3.0 * torch.relu(x))
     assert act.gain == pytest.approx(EXACT_GAINS["relu"] / 3, rel=1e-8)
 
@@ -144,23 +143,23 @@ def test_errors(call, message):
     assert str(error.value).startswith(message)
 
 
-# (size, kernel, stride) -> (low, high), read off XLA
+# (size, kernel size, stride) -> (low, high), results of XLA
 @pytest.mark.parametrize(
-    ("size", "kernel", "stride", "expected"),
+    ("size", "kernel_size", "stride", "expected"),
     [(8, 3, 2, (0, 1)), (9, 3, 2, (1, 1)), (8, 7, 2, (2, 3)), (9, 7, 2, (3, 3)), (7, 3, 1, (1, 1)), (8, 2, 2, (0, 0)),
      (9, 2, 2, (0, 1)), (1, 3, 2, (1, 1)), (8, 1, 2, (0, 0))],
 )  # fmt: skip
-def test_same_padding(size, kernel, stride, expected):
-    assert same_padding(size, kernel, stride) == expected
+def test_same_padding(size, kernel_size, stride, expected):
+    assert same_padding(size, kernel_size, stride) == expected
 
 
 @pytest.mark.parametrize("size", range(1, 12))
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
-def test_same_convolutions_have_ceil_outputs_and_see_zeros_outside(size, kernel, stride):
-    conv = Conv2d(2, 3, kernel_size=kernel, stride=stride).double()
+@pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)])
+def test_same_convolutions_have_ceil_outputs_and_zeros_outside(size, kernel_size, stride):
+    conv = Conv2d(2, 3, kernel_size=kernel_size, stride=stride).double()
     x = torch.randn(1, 2, size, size + 1).double()
-    low, high = same_padding(size, kernel, stride)
-    left, right = same_padding(size + 1, kernel, stride)
+    low, high = same_padding(size, kernel_size, stride)
+    left, right = same_padding(size + 1, kernel_size, stride)
     expected = F.conv2d(F.pad(x, (left, right, low, high)), conv.weight, stride=stride)
     assert conv(x).shape[2:] == (math.ceil(size / stride), math.ceil((size + 1) / stride))
     torch.testing.assert_close(conv(x), expected)
@@ -181,19 +180,18 @@ def test_pools_at_odd_borders(size):
             assert largest[0, 0, i, j] == x[0, 0, top : 2 * i - low + 3, left : 2 * j - low + 3].max()
 
 
-def test_squeeze_excite_is_its_formula_and_starts_as_haiku_does():
+def test_squeeze_excite_equals_its_formula_and_is_initialized_as_in_haiku():
     se = SqueezeExcite(512, hidden=256)
     x = torch.randn(2, 512, 3, 3)
     hidden = F.relu(x.mean((2, 3)) @ se.fc0.weight.T + se.fc0.bias)
     torch.testing.assert_close(se(x)[:, :, 0, 0], torch.sigmoid(hidden @ se.fc1.weight.T + se.fc1.bias))
     sigma = 512**-0.5
     assert se.fc0.weight.abs().max() <= 2 * sigma
-    assert se.fc0.weight.std().item() == pytest.approx(
-        0.8796 * sigma, rel=0.01
-    )  # cut at two sigma, not corrected
+    # the standard deviation of a normal distribution truncated at two sigma, not corrected
+    assert se.fc0.weight.std().item() == pytest.approx(0.8796 * sigma, rel=0.01)
 
 
-def test_stochastic_depth_drops_whole_examples_and_never_rescales():
+def test_stochastic_depth_drops_whole_images_and_does_not_rescale():
     layer, x = StochasticDepth(0.25), torch.ones(20_000, 1, 1, 1)
     mask = layer(x)
     assert set(mask.unique().tolist()) == {0.0, 1.0}

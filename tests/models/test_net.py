@@ -1,4 +1,4 @@
-"""A contract that every row passes, and the laws of the residual scheme."""
+"""A contract for every variant, and the laws of the residual scheme."""
 
 import math
 
@@ -17,16 +17,16 @@ COMPILED_IF_SLOW = ["nfnet_f0", "nf_regnet_b0", "nf_resnet26", "resnet26", "resn
 
 
 def shrunk(name: str) -> dict:
-    """Overrides that keep a row's structure at a fraction of its size."""
-    row = variant_of(name)
-    group = min(row.group_width, 8)
-    widths = tuple(16 * (i + 1) for i in range(len(row.widths)))
-    depths = tuple(min(d, 2) for d in row.depths)
+    """Return overrides that keep the structure of a variant at a fraction of its size."""
+    variant = variant_of(name)
+    group = min(variant.group_width, 8)
+    widths = tuple(16 * (i + 1) for i in range(len(variant.widths)))
+    depths = tuple(min(d, 2) for d in variant.depths)
     return {"widths": widths, "depths": depths, "group_width": group, "stochdepth_rate": 0.0}
 
 
 def open_branches_(net: nn.Module) -> nn.Module:
-    """Branches start shut; give their gains values so that every branch is alive."""
+    """Set the gains that start at 0, so that every branch contributes."""
     with torch.no_grad():
         for name, p in net.named_parameters():
             if name.endswith(("skip_gain", "conv2.gain")):
@@ -36,16 +36,16 @@ def open_branches_(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_contract(name):
-    """Shapes, heads, features, gradients to every parameter, memory format and export to eval, for each row."""
+    """Shapes, heads, features, gradients of every parameter, and memory formats, for each variant."""
     torch.manual_seed(0)
     net = open_branches_(create_model(name, num_classes=7, **shrunk(name)))
     x = torch.randn(2, 3, 37, 41)
     net.train()
     loss = net(x).square().sum()
     loss.backward()
-    silent = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
-    assert silent == []
-    if variant_of(name).classifier_std:  # otherwise the classifier is zero and passes nothing back
+    missing = [n for n, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert missing == []
+    if variant_of(name).classifier_std:  # a classifier of zeros passes no gradient back
         dead = [n for n, p in net.named_parameters() if p.grad.abs().max() == 0]
         assert dead == []
     net.eval()
@@ -77,8 +77,8 @@ def test_features_only_returns_the_residual_stream(name):
         assert map_.shape == (1, info["num_chs"], side, side)
     torch.manual_seed(0)
     chosen = create_model(name, features_only=True, out_indices=(1, -1), **shrunk(name)).eval()
-    for ours, theirs in zip(chosen(x), (maps[1], maps[-1]), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for got, wanted in zip(chosen(x), (maps[1], maps[-1]), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_feature_info_of_the_f0():
@@ -118,14 +118,14 @@ def test_in_channels_and_one_pixel_images():
     assert torch.isfinite(net(torch.randn(2, 1, 1, 1))).all()
 
 
-def test_betas_of_f0_are_the_reference_ones():
+def test_betas_of_f0_equal_those_of_the_reference():
     flat = [beta for stage in expected_betas((1, 2, 6, 3), 0.2) for beta in stage]
     expected = [1, 0.980581, 0.980581, 0.96225, 0.980581, 0.96225, 0.944911, 0.928477, 0.912871, 0.898027,
                 0.980581, 0.96225]  # fmt: skip
     assert flat == pytest.approx(expected, abs=5e-7)
 
 
-def test_a_closed_skip_gain_makes_a_block_the_identity():
+def test_a_skip_gain_of_zero_makes_a_block_the_identity():
     net = create_model("nfnet_f0", **TINY).eval()
     x = torch.randn(1, 64, 8, 8)
     assert torch.equal(net.stages[1][1](x), x)
@@ -148,20 +148,20 @@ def test_variance_follows_one_plus_k_alpha_squared():
     assert variances == pytest.approx(expected, rel=0.15)
 
 
-def test_one_example_never_sees_another():
-    """No batch statistics: logits of an image are the same in any company. The twin's are not."""
+def test_an_image_does_not_influence_others():
+    """Without batch statistics, logits of an image do not depend on its batch; those of the batch-norm twin do."""
     x = torch.randn(4, 3, 32, 32)
-    alone, company = {}, {}
+    alone, batch = {}, {}
     for name in ("nf_resnet_nano", "resnet_nano"):
         torch.manual_seed(0)
         net = open_branches_(create_model(name, num_classes=5, stochdepth_rate=0.0)).train()
-        alone[name], company[name] = net(x[:1]), net(x)[:1]
-    torch.testing.assert_close(alone["nf_resnet_nano"], company["nf_resnet_nano"], rtol=1e-4, atol=1e-6)
-    assert (alone["resnet_nano"] - company["resnet_nano"]).norm() > 0.1 * alone["resnet_nano"].norm()
+        alone[name], batch[name] = net(x[:1]), net(x)[:1]
+    torch.testing.assert_close(alone["nf_resnet_nano"], batch["nf_resnet_nano"], rtol=1e-4, atol=1e-6)
+    assert (alone["resnet_nano"] - batch["resnet_nano"]).norm() > 0.1 * alone["resnet_nano"].norm()
 
 
 @pytest.mark.parametrize("name", ["nfnet_f0", "nf_regnet_b0", "resnet26"])
-def test_checkpointing_changes_memory_and_nothing_else(name):
+def test_gradient_checkpointing_does_not_change_gradients(name):
     grads = []
     for enable in (False, True):
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_checkpointing_changes_memory_and_nothing_else(name):
     "name", ["nf_resnet_nano", *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED_IF_SLOW)]
 )
 def test_compiles_without_graph_breaks(name):
-    """fullgraph=True raises at the first break; the "eager" backend runs what was captured."""
+    """fullgraph=True raises at the first break; the backend "aot_eager" runs the captured graphs."""
     torch.manual_seed(0)
     net = open_branches_(create_model(name, num_classes=5, **shrunk(name))).train()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -202,7 +202,7 @@ def test_exports_with_a_dynamic_batch(name):
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-def test_initial_values_are_the_reference_ones():
+def test_initial_values_equal_those_of_the_reference():
     torch.manual_seed(0)
     net = create_model("nfnet_f0", num_classes=100)
     for module in net.modules():
@@ -222,7 +222,7 @@ def test_stochastic_depth_grows_from_zero_and_stays_below_the_full_rate():
     assert rates == pytest.approx([0.25 * i / 6 for i in range(6)])
 
 
-def test_the_rows_named_in_the_documentation_exist():
+def test_variants_named_in_the_documentation_exist():
     assert len(list_models("nfnet_f[0-7]")) == len(list_models("nfnet_f[0-7]_plus")) == 8
     assert len(list_models("nf_regnet_b[0-8]")) == 9
     assert len(list_models("bn_nfnet_f[0-3]")) == 4

@@ -1,4 +1,4 @@
-"""Networks against numbers read off DeepMind's released JAX code (tests/reference/README.md)."""
+"""Networks against results of DeepMind's released JAX code (tests/reference/README.md)."""
 
 import json
 import zlib
@@ -20,13 +20,13 @@ TINY = {"widths": (32, 64, 96, 96), "depths": (1, 2, 2, 1), "group_width": 8, "n
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative L2; the port is near 1e-6
 
 
-def relative(ours, theirs) -> float:
-    a, b = np.asarray(ours, np.float64).ravel(), np.asarray(theirs, np.float64).ravel()
+def relative(got, wanted) -> float:
+    a, b = np.asarray(got, np.float64).ravel(), np.asarray(wanted, np.float64).ravel()
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def draw_parameters(meta: dict) -> dict:
-    """The random parameters of a compact fixture, drawn again from names, shapes and seed."""
+    """Return the random parameters of a compact fixture, drawn again from names, shapes and seed."""
     first, second = np.random.RandomState(meta["seed"] + 104729), np.random.RandomState(meta["seed"] + 7919)
     tree: dict = {}
     for module in sorted(meta["shapes"]):
@@ -60,20 +60,20 @@ def draw_parameters(meta: dict) -> dict:
                     np.float32
                 )
                 if module.endswith(("conv0", "initial_conv")):
-                    value[..., 0] *= 1e-3  # one filter under the floor of the standardization
+                    value[..., 0] *= 1e-3  # one filter below the lower bound of the standardization
             tree[module][name] = np.asarray(value, np.float32)
     return tree
 
 
 def fingerprint(key: str, array) -> np.ndarray:
-    """A tensor's norm and four random projections, seeded by its name."""
+    """Return the norm of a tensor and four random projections, seeded by its name."""
     flat = np.asarray(array, np.float64).ravel()
     noise = np.random.RandomState(zlib.crc32(key.encode()))
     return np.array([np.linalg.norm(flat)] + [flat @ noise.randn(flat.size) for _ in range(4)])
 
 
 def run(net: Net, images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """Forward and backward; outputs of every module (channels last) and gradients in the reference's naming."""
+    """Return outputs of every module (B H W C) and gradients (with the names of the reference) of one pass."""
     outputs: dict[str, torch.Tensor] = {}
     for name, module in net.named_modules():
         module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
@@ -123,8 +123,8 @@ def tiny() -> tuple[dict, dict]:
     return data, tree
 
 
-def test_tiny_net_agrees_everywhere():
-    """33 px, so every SAME padding is odd: logits, features, all 58 intermediate outputs, all 131 gradients."""
+def test_tiny_net_equals_the_reference():
+    """Logits, features, 58 intermediate outputs and 131 gradients at 33 px, where every SAME padding is odd."""
     data, tree = tiny()
     net = create_model("nfnet_f0", **TINY).eval()
     net.load_state_dict(state_dict_from_haiku(tree))
@@ -137,8 +137,8 @@ def test_tiny_net_agrees_everywhere():
     assert (len(taps), len(grads)) == (58, 131)
     names = module_names(tree)
     for key in taps:
-        ours = got["taps"][names[key[4:]]]
-        assert relative(ours, data[key]) < OUTPUT_TOLERANCE, key
+        output = got["taps"][names[key[4:]]]
+        assert relative(output, data[key]) < OUTPUT_TOLERANCE, key
     for key in grads:
         _, module, name = key.split("|")
         assert relative(got["grads"][module][name], data[key]) < GRADIENT_TOLERANCE, key
@@ -148,11 +148,11 @@ def test_tiny_net_agrees_everywhere():
     ("fixture", "name"),
     [("nfnet_f0_64", "nfnet_f0"), ("nf_resnet50_64", "nf_resnet50"), ("nf_regnet_b0_64", "nf_regnet_b0")],
 )
-def test_published_rows_agree_everywhere(fixture, name):
-    """64 px: logits, features, every block output and every gradient, by fingerprint.
+def test_published_variants_equal_the_reference(fixture, name):
+    """Logits, features, every block output and every gradient at 64 px, by fingerprint.
 
-    A ReLU's gradient jumps where its input crosses 0, and in float32 rounding, which is another on every processor,
-    carries some across; such gradients are ours in float64, which the reference's follow to 4e-5.
+    The gradient of a ReLU jumps where its input crosses 0, and rounding in float32, which differs between processors,
+    moves some inputs across 0. Such gradients are computed in float64, and equal the reference's to 4e-5.
     """
     data = np.load(REFERENCE / f"{fixture}.npz")
     meta = json.loads(str(data["meta"]))
@@ -175,8 +175,8 @@ def test_published_rows_agree_everywhere(fixture, name):
     names = module_names(tree)
     for key in taps:
         module = key.removeprefix("fp:tap|")
-        ours = got["taps"][names.get(module) or names[module + "/~/conv0"]]
-        assert relative(fingerprint(key[3:], ours), data[key]) < OUTPUT_TOLERANCE, key
+        output = got["taps"][names.get(module) or names[module + "/~/conv0"]]
+        assert relative(fingerprint(key[3:], output), data[key]) < OUTPUT_TOLERANCE, key
     for key in grads:
         _, module, leaf = key.split("|")
         assert relative(fingerprint(key[3:], exact["grads"][module][leaf]), data[key]) < GRADIENT_TOLERANCE, (
@@ -184,27 +184,29 @@ def test_published_rows_agree_everywhere(fixture, name):
         )
 
 
-def numpy_conv(x, kernel, stride, groups):
-    """SAME convolution, B H W C by H W I O, one kernel position at a time."""
-    k, size = kernel.shape[0], x.shape[1]
+def numpy_conv(x, weight, stride, groups):
+    """Return the SAME convolution of B H W C by a weight H W I O, one position of the filters at a time."""
+    k, size = weight.shape[0], x.shape[1]
     total = max((-(-size // stride) - 1) * stride + k - size, 0)
     low = total // 2
     x = np.pad(x, ((0, 0), (low, total - low), (low, total - low), (0, 0)))
-    out, side = kernel.shape[-1], (x.shape[1] - k) // stride + 1
+    out, side = weight.shape[-1], (x.shape[1] - k) // stride + 1
     y = np.zeros((x.shape[0], side, side, out))
-    per_in, per_out = kernel.shape[2], out // groups
+    per_in, per_out = weight.shape[2], out // groups
     for g in range(groups):
         channels, filters = slice(g * per_in, (g + 1) * per_in), slice(g * per_out, (g + 1) * per_out)
         for i in range(k):
             for j in range(k):
                 window = x[:, i : i + stride * side : stride, j : j + stride * side : stride, channels]
-                y[..., filters] += window[:, :side, :side] @ kernel[i, j, :, filters]
+                y[..., filters] += window[:, :side, :side] @ weight[i, j, :, filters]
     return y
 
 
 def numpy_tiny(tree: dict, x: np.ndarray) -> np.ndarray:
-    """Logits of the tiny NFNet, written from the papers' equations in float64, scalars where the papers put them:
-    γ and β on the activations, 2, α and the skip gain on the branch."""
+    """Return the logits of the tiny NFNet in float64, computed as in the equations of the papers.
+
+    γ and β multiply activations; 2, α and the skip gain multiply the branch.
+    """
     p = {
         m.removeprefix("NFNet/~/"): {n: a.astype(np.float64) for n, a in arrays.items()}
         for m, arrays in tree.items()
@@ -261,7 +263,5 @@ def test_tiny_net_in_float64_equals_the_equations(size):
     with torch.no_grad():
         logits = net(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
     assert relative(logits.numpy(), numpy_tiny(tree, images)) < 1e-9
-    if (
-        size == 33
-    ):  # and the equations are the reference's: its own float32 logits are as near as float32 allows
+    if size == 33:  # the logits of the reference differ from the equations by float32 rounding
         assert relative(numpy_tiny(tree, images), data["logits"]) < 2e-6

@@ -1,4 +1,4 @@
-"""A branch is computed for the images that stochastic depth keeps alone: the same function, gradients included."""
+"""Computing a branch only for the images that stochastic depth keeps changes neither results nor gradients."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def results(net: Net, images: Tensor, *, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SMALL)
-def test_what_is_thrown_away_need_not_be_computed(name, layout, monkeypatch):
+def test_results_do_not_depend_on_the_images_that_are_skipped(name, layout, monkeypatch):
     images = torch.randn(6, 3, 40, 40, dtype=torch.float64).to(memory_format=LAYOUTS[layout])
     net = network(name, rate=0.6)
     found = results(net, images, seed=3)
@@ -50,7 +50,7 @@ def test_what_is_thrown_away_need_not_be_computed(name, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["nfnet_f0", "resnet50"])
-def test_fewer_images_pass_through_the_branch_but_not_where_they_are_batch_statistics(name):
+def test_dropped_images_skip_the_branch_unless_it_has_batch_statistics(name):
     net = network(name, rate=0.6)
     counts, block = [], net.stages[1][1]
     block.conv2.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
@@ -63,7 +63,7 @@ def test_fewer_images_pass_through_the_branch_but_not_where_they_are_batch_stati
     assert counts == ([max(1, n) for n in masks] if name == "nfnet_f0" else [6] * 8)
 
 
-def test_a_branch_that_nobody_takes_has_gradients_and_they_are_zero():
+def test_a_branch_dropped_for_all_images_has_gradients_of_zero():
     net = network("nfnet_f0", rate=0.0)
     net.stages[3][-1].stochdepth.rate = 1.0
     images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
@@ -73,14 +73,14 @@ def test_a_branch_that_nobody_takes_has_gradients_and_they_are_zero():
     assert all(p.grad.any() for p in net.stem.parameters())
 
 
-def test_evaluation_and_rate_zero_keep_all():
+def test_evaluation_and_rate_zero_keep_all_images():
     net = network("nfnet_f0", rate=0.6).eval()
     images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
     wanted = network("nfnet_f0", rate=0.0)
     assert torch.equal(net(images), wanted(images))
 
 
-def test_taking_and_adding():
+def test_kept_images_are_taken_and_added():
     mask = torch.tensor([1.0, 0.0, 1.25]).view(3, 1, 1, 1)
     some, kept = kept_images(mask, independent=True)
     assert some is not None

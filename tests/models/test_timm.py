@@ -1,4 +1,4 @@
-"""Every normalizer-free row of timm 1.0.31, on shared random weights, against timm itself."""
+"""Every normalizer-free network of timm 1.0.31 against timm itself, with the same random weights."""
 
 import pytest
 import timm
@@ -11,17 +11,17 @@ from normfree.weights.hub import TAGS, repository_of
 from normfree.weights.load import load_weights
 from normfree.weights.names import timm_from_state_dict
 
-ROWS = [name.removeprefix("timm_") for name in list_models("timm_*")]
+NAMES = [name.removeprefix("timm_") for name in list_models("timm_*")]
 LIGHT = {
     "dm_nfnet_f0", "nfnet_f0", "nfnet_l0", "eca_nfnet_l0", "test_nfnet", "nf_resnet26", "nf_seresnet26",
     "nf_ecaresnet26", "nf_regnet_b0", "nf_regnet_b1", "nf_regnet_b2", "nf_regnet_b3", "nf_regnet_b4", "nf_regnet_b5",
 }  # fmt: skip
-WEIGHED = [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+WITH_WEIGHTS = [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 TOLERANCE = 1e-5  # relative L2 error, float32
 
 
-def shaken_timm(name, **kwargs):
-    """timm's network with every parameter moved, so that no branch is closed and no gain is 1."""
+def changed_timm(name, **kwargs):
+    """Return timm's network with all parameters changed, so that no branch is closed and no gain is 1."""
     torch.manual_seed(0)
     net = timm.create_model(name, **kwargs)
     with torch.no_grad():
@@ -37,25 +37,22 @@ def distance(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def test_no_row_of_timm_is_missing():
+def test_no_network_of_timm_is_missing():
     theirs = [name for name in timm.list_models(module="nfnet")]
-    assert sorted(theirs) == sorted(ROWS)
+    assert sorted(theirs) == sorted(NAMES)
     tags = {n.split(".")[0]: n.split(".")[1] for n in timm.list_models(module="nfnet", pretrained=True)}
     assert tags == TAGS
 
 
-@pytest.mark.parametrize("name", WEIGHED)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_same_function_and_same_weights_both_ways(name):
-    theirs = shaken_timm(name)
+    theirs = changed_timm(name)
     ours = create_model(f"timm_{name}")
     load_weights(ours, theirs.state_dict())
     errors = []
     for size in ((64, 64), (97, 75)):
         images = torch.randn(2, 3, *size)
-        for training in (
-            False,
-            True,
-        ):  # their default rates of dropout and stochastic depth are 0, so are ours
+        for training in (False, True):  # default rates of dropout and stochastic depth are 0 in both
             with torch.no_grad():
                 errors.append(distance(ours.train(training)(images), theirs.train(training)(images)))
     print(f"{name}: {max(errors):.1e}")  # pytest -s shows the table of docs/weights.md
@@ -66,9 +63,9 @@ def test_same_function_and_same_weights_both_ways(name):
 
 
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "eca_nfnet_l1", "nf_regnet_b2", "nf_seresnet26"])
-def test_what_is_left_is_rounding(name):
-    """In float64 nothing is left: the mathematics is the same, whatever a network makes of rounding errors."""
-    theirs = shaken_timm(name).double().eval()
+def test_differences_are_due_to_rounding(name):
+    """In float64 the differences vanish: the function is the same, though a network may amplify rounding errors."""
+    theirs = changed_timm(name).double().eval()
     ours = create_model(f"timm_{name}").double().eval()
     load_weights(ours, theirs.state_dict())
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
@@ -78,7 +75,7 @@ def test_what_is_left_is_rounding(name):
 
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "nf_resnet26", "nf_regnet_b0", "eca_nfnet_l0"])
 def test_same_gradients(name):
-    theirs = shaken_timm(name, num_classes=5)
+    theirs = changed_timm(name, num_classes=5)
     ours = create_model(f"timm_{name}", num_classes=5)
     load_weights(ours, theirs.state_dict())
     images = torch.randn(2, 3, 48, 48)
@@ -91,7 +88,7 @@ def test_same_gradients(name):
         assert distance(grads[key], parameter.grad) < 1e-4, key
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NAMES)
 def test_same_size_and_stage_shapes(name):
     with torch.device("meta"):
         theirs = timm.create_model(name)
@@ -111,7 +108,7 @@ def test_same_size_and_stage_shapes(name):
     )  # fmt: skip
 
 
-def test_stochastic_depth_as_timm_has_it():
+def test_stochastic_depth_equals_that_of_timm():
     theirs = timm.create_model("test_nfnet", drop_path_rate=0.3)
     ours = create_model("timm_test_nfnet", stochdepth_rate=0.3)
     rates = [getattr(b.drop_path, "drop_prob", 0.0) for s in theirs.stages for b in s]
@@ -122,29 +119,29 @@ def test_stochastic_depth_as_timm_has_it():
     assert float(mask.mean()) == pytest.approx(1.0, abs=0.02)  # seven standard deviations
 
 
-def test_how_far_timms_numerics_are_from_the_reference():
-    """The figures of docs/weights.md: 1e-5 beside the variance is most of it."""
-    theirs = shaken_timm("dm_nfnet_f0")
+def test_differences_between_timm_and_the_reference():
+    """The numbers of docs/weights.md: most of the difference comes from 1e-5 added to the variance."""
+    theirs = changed_timm("dm_nfnet_f0")
     images = torch.randn(2, 3, 64, 64)
     logits = {}
-    for label, row, overrides in (
+    for label, variant, overrides in (
         ("timm", "timm_dm_nfnet_f0", {}),
         ("eps", "nfnet_f0", {"ws_eps": "add"}),
         ("gelu", "nfnet_f0", {"activation": "gelu_erf"}),
         ("reference", "nfnet_f0", {}),
     ):
-        net = create_model(row, **overrides).eval()
+        net = create_model(variant, **overrides).eval()
         load_weights(net, theirs.state_dict())
         with torch.no_grad():
             logits[label] = net(images)
-    apart = {label: distance(value, logits["reference"]) for label, value in logits.items()}
-    print(apart)
-    assert 1e-3 < apart["timm"] < 1e-1
-    assert 1e-5 < apart["gelu"] < 3e-3
-    assert apart["eps"] == pytest.approx(apart["timm"], rel=0.1)
+    distances = {label: distance(value, logits["reference"]) for label, value in logits.items()}
+    print(distances)
+    assert 1e-3 < distances["timm"] < 1e-1
+    assert 1e-5 < distances["gelu"] < 3e-3
+    assert distances["eps"] == pytest.approx(distances["timm"], rel=0.1)
 
 
-def test_published_weights_have_one_address():
+def test_published_weights_have_one_repository():
     assert repository_of("nfnet_f3") == repository_of("timm_dm_nfnet_f3") == "timm/dm_nfnet_f3.dm_in1k"
     assert repository_of("timm_eca_nfnet_l2") == "timm/eca_nfnet_l2.ra3_in1k"
     with pytest.raises(ValueError, match=r"no published weights are known for 'nf_resnet50'.*Allowed: "):

@@ -1,4 +1,4 @@
-"""Who observes operations, the layout of tensors in memory, and the private torch APIs behind both."""
+"""Detection of observers, layouts of tensors in memory, and the private torch APIs behind them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from normfree.native.dispatch import (
         (torch.nn.Buffer(torch.zeros(3)), True),
     ],
 )  # fmt: skip
-def test_kernels_take_float32_without_gaps(tensor: Tensor, plain: bool) -> None:
+def test_plain_cpu_tensors_are_dense_and_float32(tensor: Tensor, plain: bool) -> None:
     assert is_plain_cpu_tensor(tensor) == plain
 
 
@@ -106,14 +106,13 @@ def test_onednn_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not onednn_conv2d_is_available()
 
 
-def test_layouts_are_the_same_or_made_so() -> None:
-    rows = torch.arange(24.0).view(2, 3, 2, 2)
-    other = rows.to(memory_format=torch.channels_last)
-    assert not same_layout(rows, other)
-    assert same_layout(
-        rows[:1, :1], other[:1, :1].as_strided((1, 1, 2, 2), (9, 7, 2, 1))
-    )  # sizes of 1 do not count
-    assert laid_out_as(rows, rows) is rows
-    moved = laid_out_as(other, rows)
-    assert same_layout(moved, other)
-    assert torch.equal(moved, rows)
+def test_layouts_are_compared_and_converted() -> None:
+    contiguous = torch.arange(24.0).view(2, 3, 2, 2)
+    channels_last = contiguous.to(memory_format=torch.channels_last)
+    assert not same_layout(contiguous, channels_last)
+    # strides of dimensions of size 1 are ignored
+    assert same_layout(contiguous[:1, :1], channels_last[:1, :1].as_strided((1, 1, 2, 2), (9, 7, 2, 1)))
+    assert laid_out_as(contiguous, contiguous) is contiguous
+    moved = laid_out_as(channels_last, contiguous)
+    assert same_layout(moved, channels_last)
+    assert torch.equal(moved, contiguous)

@@ -68,7 +68,7 @@ def all_results() -> list[Tensor]:
     sizes = [(9, 40, 3), (5, 40, 1), (37, 70, 1)]
     net = nn.ModuleList(WSConv2d(i, o, kernel_size=k, bias=False) for i, o, k in sizes)
     made = standardize_all([c.weight for c in net], [c.gain for c in net], [1.0, 2.0, 0.5])
-    maps = [act(30.0 * kernel) for kernel, act in zip(made, (gelu_tanh, silu, gelu_tanh), strict=True)]
+    maps = [act(30.0 * weight) for weight, act in zip(made, (gelu_tanh, silu, gelu_tanh), strict=True)]
     ups = [torch.randn(m.shape) * torch.logspace(-5, 0, len(m)).view(-1, 1, 1, 1) for m in maps]
     torch.autograd.backward(maps, ups)
     optimizer = SGD(parameter_groups(net, weight_decay=0.02, clipping=0.3), 0.1)
@@ -78,8 +78,8 @@ def all_results() -> list[Tensor]:
     found += [update.step_().grad_norm for _ in range(2)]
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
     assert 0.0 < float(report) < 1.0
-    kernel = torch.randn(32, 48, 3, 3)
-    found += [filter_planes(kernel, groups=2, rotated=rotated) for rotated in (False, True)]
+    weight = torch.randn(32, 48, 3, 3)
+    found += [filter_planes(weight, groups=2, rotated=rotated) for rotated in (False, True)]
     found += [report.grad_norm, *(p.grad for p in net.parameters()), *net.parameters()]
     found += [*optimizer.named_state().values(), *ema.module.state_dict().values()]
     return [t.detach().clone() for t in found]

@@ -1,4 +1,4 @@
-"""A convolution that computes its activation again for the backward pass is the same function, gradients included."""
+"""Recomputing the activation in the backward pass changes neither results nor gradients, and saves memory."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from normfree.models.zoo import create_model
 SMOOTH = ("gelu", "silu", "gelu_erf", "identity", "relu")
 
 
-def kept_bytes(run) -> int:
-    """Bytes that autograd keeps in `run`, each storage once, parameters not counted."""
+def saved_bytes(run) -> int:
+    """Return the bytes that autograd saves in `run`, each storage once, without parameters."""
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -42,24 +42,26 @@ def results(conv: nn.Module, x: Tensor, act, *, fused: bool, half: bool = False)
 def test_values_and_gradients_have_the_same_bits(kind, stride, padding, half):
     torch.manual_seed(0)
     conv = kind(8, 12, kernel_size=3, stride=stride, groups=2, padding=padding, bias=True)
-    x = torch.randn(2, 8, 6, 9).to(memory_format=torch.channels_last)  # even and odd: SAME pads one side
+    x = torch.randn(2, 8, 6, 9).to(
+        memory_format=torch.channels_last
+    )  # SAME pads even and odd sizes differently
     for name in SMOOTH:
         pair = [results(conv, x, ACTIVATIONS[name], fused=fused, half=half) for fused in (False, True)]
         assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True)), name
         assert [t.dtype for t in pair[0]] == [t.dtype for t in pair[1]]
 
 
-def test_the_value_of_the_activation_is_not_kept():
+def test_the_output_of_the_activation_is_not_saved():
     conv, x = WSConv2d(8, 8, kernel_size=3), torch.randn(4, 8, 10, 10, requires_grad=True)
     size = x.numel() * 4
-    plain, fused = (kept_bytes(run) for run in (lambda: conv(F.silu(x)), lambda: conv(x, F.silu)))
+    plain, fused = (saved_bytes(run) for run in (lambda: conv(F.silu(x)), lambda: conv(x, F.silu)))
     assert plain - fused == size
-    # a ReLU keeps its output anyway: nothing can be saved, and nothing is computed twice
-    assert kept_bytes(lambda: conv(F.relu(x))) == kept_bytes(lambda: conv(x, F.relu))
+    # the output of a ReLU is saved anyway, so nothing is recomputed
+    assert saved_bytes(lambda: conv(F.relu(x))) == saved_bytes(lambda: conv(x, F.relu))
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias", "gain", "all but the input"])
-def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
+def test_frozen_tensors_get_no_gradient_and_the_others_the_same(frozen):
     torch.manual_seed(0)
     conv, x = WSConv2d(4, 4, kernel_size=3), torch.randn(2, 4, 5, 5)
     parts = dict(conv.named_parameters()) | {"input": x}
@@ -72,14 +74,14 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_the_same(frozen):
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-def test_a_second_derivative_is_refused_instead_of_wrong():
+def test_second_derivatives_are_refused():
     conv, x = WSConv2d(4, 4, kernel_size=3), torch.randn(2, 4, 5, 5, requires_grad=True)
     (first,) = torch.autograd.grad(conv(x, F.silu).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
 
-def test_gradients_of_single_examples_come_from_torch_func():
+def test_torch_func_gives_gradients_of_single_examples():
     torch.manual_seed(0)
     net = create_model("nf_resnet_nano", num_classes=3, widths=(8, 8, 8), drop_rate=0.0, stochdepth_rate=0.0)
     images, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2])
@@ -97,12 +99,12 @@ def test_gradients_of_single_examples_come_from_torch_func():
             torch.testing.assert_close(each[name][i], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_whole_network_keeps_a_third_less():
+def test_a_network_needs_a_third_less_memory():
     changes = {"widths": (32, 64, 96, 96), "group_width": 8, "drop_rate": 0.0, "stochdepth_rate": 0.0}
     net = create_model("nfnet_f0", num_classes=3, **changes)
     images = [torch.randn(n, 3, 32, 32) for n in (2, 4)]
-    few, many = (kept_bytes(lambda x=x: net(x)) for x in images)
+    few, many = (saved_bytes(lambda x=x: net(x)) for x in images)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("normfree.ops.conv2d.eager_training", lambda: False)
-        plain = [kept_bytes(lambda x=x: net(x)) for x in images]
+        plain = [saved_bytes(lambda x=x: net(x)) for x in images]
     assert many - few < 0.67 * (plain[1] - plain[0])  # of what grows with the batch

@@ -1,4 +1,4 @@
-"""How a branch joins its shortcut: the sums as written, and their gradients, in any type and for any gate."""
+"""shortcut + gate · branch: values and gradients, for all dtypes and shapes of gates."""
 
 import pytest
 import torch
@@ -10,19 +10,19 @@ B, C, H, W = 3, 4, 5, 6
 GATES = {"one number": (), "an image": (B, 1, 1, 1), "a channel": (B, C, 1, 1)}
 
 
-def drawn(*shape, kind=torch.float64):
-    made = torch.randn(shape, dtype=kind)
+def random_map(*shape, dtype=torch.float64):
+    made = torch.randn(shape, dtype=dtype)
     if len(shape) == 4:
         made = made.contiguous(memory_format=torch.channels_last)
     return made.requires_grad_()
 
 
-@pytest.mark.parametrize("some", [False, True], ids=["all images", "some"])
+@pytest.mark.parametrize("some", [False, True], ids=["all images", "some images"])
 @pytest.mark.parametrize("shape", GATES.values(), ids=GATES)
 def test_values_and_gradients_are_those_of_the_formula(shape, some):
     kept = torch.tensor([0, 2]) if some else None
-    shortcut, branch = drawn(B, C, H, W), drawn(2 if some else B, C, H, W)
-    gate = drawn(*((2, *shape[1:]) if some and shape else shape))
+    shortcut, branch = random_map(B, C, H, W), random_map(2 if some else B, C, H, W)
+    gate = random_map(*((2, *shape[1:]) if some and shape else shape))
     got = gated_add(shortcut, branch, gate, kept=kept)
     wanted = add_images(shortcut, branch * gate, kept) if some else shortcut + branch * gate
     torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
@@ -35,33 +35,36 @@ def test_values_and_gradients_are_those_of_the_formula(shape, some):
 
 
 def test_second_derivatives():
-    shortcut, branch, gate = drawn(2, 2, 3, 3), drawn(2, 2, 3, 3), drawn(2, 2, 1, 1)
+    shortcut, branch, gate = random_map(2, 2, 3, 3), random_map(2, 2, 3, 3), random_map(2, 2, 1, 1)
     assert torch.autograd.gradgradcheck(lambda *x: gated_add(*x, kept=None), (shortcut, branch, gate))
 
 
-def test_only_the_gradients_that_are_wanted():
+def test_only_required_gradients_are_computed():
     for wanted in range(3):
-        inputs = [drawn(B, C, H, W), drawn(B, C, H, W), drawn(B, C, 1, 1)]
+        inputs = [random_map(B, C, H, W), random_map(B, C, H, W), random_map(B, C, 1, 1)]
         for i, tensor in enumerate(inputs):
             tensor.requires_grad_(i == wanted)
         gated_add(*inputs, kept=None).sum().backward()
         assert [t.grad is not None for t in inputs] == [i == wanted for i in range(3)]
 
 
-def test_types_that_differ_and_an_empty_batch():
-    shortcut, branch = drawn(B, C, H, W, kind=torch.float32), drawn(B, C, H, W, kind=torch.bfloat16)
-    gate = drawn(B, C, 1, 1, kind=torch.float32)
+def test_different_dtypes_and_an_empty_batch():
+    shortcut, branch = (
+        random_map(B, C, H, W, dtype=torch.float32),
+        random_map(B, C, H, W, dtype=torch.bfloat16),
+    )
+    gate = random_map(B, C, 1, 1, dtype=torch.float32)
     y = gated_add(shortcut, branch, gate, kept=None)
     y.sum().backward()
     assert y.dtype == torch.float32
     assert [t.grad.dtype for t in (shortcut, branch, gate)] == [torch.float32, torch.bfloat16, torch.float32]
-    empty = drawn(0, C, H, W), drawn(0, C, H, W), drawn()
+    empty = random_map(0, C, H, W), random_map(0, C, H, W), random_map()
     gated_add(*empty, kept=None).sum().backward()
     assert float(empty[2].grad) == 0.0
 
 
-class Full(TorchDispatchMode):
-    """Counts operations that write a tensor as large as the map."""
+class FullSizeWrites(TorchDispatchMode):
+    """Records the operations that write a tensor as large as the map."""
 
     def __init__(self, size):
         super().__init__()
@@ -82,23 +85,23 @@ def test_the_backward_pass_writes_the_map_twice_where_autograd_writes_it_five_ti
     monkeypatch.setattr(
         "normfree.ops.gated_add.PRODUCTS", 1
     )  # as if the map were large: products of one image at a time
-    x, y, gate = (drawn(*s, kind=torch.float32) for s in ((B, C, H, W), (B, C, H, W), (B, C, 1, 1)))
+    x, y, gate = (random_map(*s, dtype=torch.float32) for s in ((B, C, H, W), (B, C, H, W), (B, C, 1, 1)))
     passes = []
     for mean, join in (
         (spatial_mean, lambda *a: gated_add(*a, kept=None)),
         (lambda t: t.mean((2, 3)), torch.addcmul),
     ):
         out = join(x, y, gate * mean(y)[:, :, None, None])
-        with Full(out.numel()) as full:
+        with FullSizeWrites(out.numel()) as full:
             torch.autograd.grad(out, (x, y, gate), torch.ones_like(out))
         passes.append([name for name in full.names if name in ("mul", "div", "add", "add_", "addcmul")])
     assert passes[0] in (["mul", "add_"], ["mul", "add"])
     assert len(passes[1]) == 5
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_mean_over_pixels_has_the_bits_of_the_mean(kind):
-    x = torch.randn(2, 7, 12, 12).to(kind)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_mean_over_pixels_has_the_bits_of_the_mean(dtype):
+    x = torch.randn(2, 7, 12, 12).to(dtype)
     wanted = x.mean((2, 3))
     assert torch.equal(spatial_mean(x), wanted)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""GELU with tanh, and SiLU, by the kernels in C, against their formulas in float64 and against torch's."""
+"""GELU in its tanh form, and SiLU, by the compiled kernels, against PyTorch's in float64."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from normfree.ops import gelu
 from normfree.ops.gelu import gelu_tanh, silu
 
 pytestmark = pytest.mark.skipif(
-    library() is None, reason="no C compiler was there when the package was installed"
+    library() is None, reason="no C compiler was found when the package was installed"
 )
 
-
-#: Ours and torch's.
+# (our function, PyTorch's function)
 PAIRS = [(gelu_tanh, partial(F.gelu, approximate="tanh")), (silu, F.silu)]
-both = pytest.mark.parametrize(("ours", "torchs"), PAIRS, ids=["gelu", "silu"])
+both = pytest.mark.parametrize(("function", "reference"), PAIRS, ids=["gelu", "silu"])
 Function = Callable[[Tensor], Tensor]
 
 
 def numbers() -> Tensor:
-    """Dense where the function bends, sparse to the ends of float32, and not a multiple of any register."""
+    """Return numbers, dense where the function bends and sparse up to the limits of float32.
+
+    Their count is no multiple of the width of a register.
+    """
     ends = torch.logspace(-38, 38, 2001)
     return torch.cat([torch.linspace(-15.0, 15.0, 300_001), ends, -ends, torch.zeros(1)])
 
 
 @both
-def test_values_and_slopes_are_those_of_the_formula(ours: Function, torchs: Function) -> None:
-    """In parts of x, of which float32 resolves 1.2e-7 at worst, or of 1: torch's own are as far off."""
+def test_values_and_slopes_equal_the_formula(function: Function, reference: Function) -> None:
+    """Errors are relative to x, of which float32 resolves 1.2e-7, or to 1; those of PyTorch are as large."""
     x = numbers().requires_grad_()
-    y = ours(x)
+    y = function(x)
     assert y.grad_fn is not None
     assert y.grad_fn.name() == "_GatedBackward"
     up = torch.cos(torch.arange(len(x)))
     (by_x,) = torch.autograd.grad(y, x, up)
     wide = x.detach().double().requires_grad_()
-    wanted = torchs(wide)
+    wanted = reference(wide)
     (by_wide,) = torch.autograd.grad(wanted, wide, up.double())
     near = x.detach().abs() <= 15.0
     error = (y.detach().double() - wanted.detach()).abs()
@@ -52,8 +54,8 @@ def test_values_and_slopes_are_those_of_the_formula(ours: Function, torchs: Func
     assert float(slope_error[~near & (wide.detach().abs() < 1e18)].max()) < 4e-7
 
 
-def test_the_left_tail_keeps_its_digits() -> None:
-    """Where 1 + tanh has lost them: at -5 torch's is 10 % off."""
+def test_the_left_tail_is_accurate() -> None:
+    """1 + tanh loses its digits there: at -5 the error of PyTorch is 10 %."""
     x = torch.linspace(-8.0, -1.0, 10_001)
     u = math.sqrt(2.0 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)
     exact = x.double() / (1.0 + torch.exp(-2.0 * u))
@@ -64,8 +66,8 @@ def test_the_left_tail_keeps_its_digits() -> None:
 
 @both
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_what_is_not_a_number_stays_so(ours: Function, torchs: Function, special: float) -> None:
-    y = ours(torch.tensor([special, 1.0]))
+def test_nan_and_infinity_are_kept(function: Function, reference: Function, special: float) -> None:
+    y = function(torch.tensor([special, 1.0]))
     assert torch.equal(y.isnan(), torch.tensor([math.isnan(special), False]))
     assert math.isnan(special) or float(y[0]) == special
 
@@ -73,14 +75,14 @@ def test_what_is_not_a_number_stays_so(ours: Function, torchs: Function, special
 @both
 @pytest.mark.parametrize("threads", [2, 3])
 def test_bits_do_not_depend_on_threads_or_memory_format(
-    ours: Function, torchs: Function, threads: int, monkeypatch: pytest.MonkeyPatch
+    function: Function, reference: Function, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(3, 5, 70, 71)
     grad = torch.randn(3, 5, 70, 71)
 
     def run(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()
-        y = ours(x)
+        y = function(x)
         y.backward(grad)
         assert y.stride() == x.stride() == x.grad.stride()
         return y.detach(), x.grad
@@ -93,31 +95,31 @@ def test_bits_do_not_depend_on_threads_or_memory_format(
 
 
 @both
-def test_it_can_be_differentiated_twice_and_forwards(ours: Function, torchs: Function) -> None:
+def test_second_derivatives_and_forward_mode(function: Function, reference: Function) -> None:
     x = torch.randn(20, requires_grad=True)
-    (first,) = torch.autograd.grad(ours(x).sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     wide = x.detach().double().requires_grad_()
-    (wanted,) = torch.autograd.grad(torchs(wide).sum(), wide, create_graph=True)
+    (wanted,) = torch.autograd.grad(reference(wide).sum(), wide, create_graph=True)
     (wanted,) = torch.autograd.grad(wanted.sum(), wide)
     torch.testing.assert_close(second.double(), wanted, rtol=1e-5, atol=1e-6)
-    slope = torch.func.jvp(ours, (x.detach(),), (torch.ones(20),))[1]
+    slope = torch.func.jvp(function, (x.detach(),), (torch.ones(20),))[1]
     torch.testing.assert_close(slope, first.detach(), rtol=1e-5, atol=1e-6)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones(20))
-        forwards = torch.autograd.forward_ad.unpack_dual(ours(dual)).tangent
-    torch.testing.assert_close(forwards, slope)
+        tangent = torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+    torch.testing.assert_close(tangent, slope)
 
 
 @both
-def test_without_the_kernels_it_is_torchs(
-    ours: Function, torchs: Function, monkeypatch: pytest.MonkeyPatch
+def test_without_the_kernels_the_functions_are_those_of_torch(
+    function: Function, reference: Function, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gelu, "library", lambda: None)
     x = torch.randn(100)
-    assert torch.equal(ours(x), torchs(x))
+    assert torch.equal(function(x), reference(x))
 
 
 @both
-def test_nothing_is_computed_for_nothing(ours: Function, torchs: Function) -> None:
-    assert ours(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+def test_an_empty_tensor_gives_an_empty_tensor(function: Function, reference: Function) -> None:
+    assert function(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)

@@ -1,4 +1,4 @@
-"""Borders of zeros written by hand are those of torch."""
+"""Borders of zeros equal those of PyTorch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from normfree.ops.padding import without_border, zero_border
 
 @pytest.mark.parametrize("border", [(0, 0, 0, 0), (0, 1, 0, 1), (1, 1, 1, 1), (2, 3, 0, 1), (0, 0, 4, 0)])
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), (1, 1, 1, 1), (0, 3, 3, 2)])
-def test_a_border_of_zeros_is_that_of_torch_and_comes_off(shape, border):
+def test_a_border_of_zeros_equals_that_of_torch_and_can_be_removed(shape, border):
     x = torch.randn(shape)
     left, right, top, bottom = border
     padded = zero_border(x, border)

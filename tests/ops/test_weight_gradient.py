@@ -1,4 +1,4 @@
-"""The kernel's gradient as matrix products is that of the convolution."""
+"""The gradient of the weight as matrix products equals that of autograd."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from normfree.ops import weight_gradient as module
 from normfree.ops.conv2d_backends import PRODUCTS, TORCH, Geometry
 from normfree.ops.weight_gradient import weight_gradient
 
-CASES = [  # channels, filters, size, kernel, stride, padding, groups
+CASES = [  # channels, filters, size, kernel size, stride, padding, groups
     (16, 64, (9, 7), (1, 1), 1, (0, 0), 1),
     (32, 128, (9, 7), (1, 1), 2, (0, 0), 1),
     (32, 128, (9, 7), (1, 1), 1, (0, 0), 2),
@@ -40,7 +40,7 @@ def test_equals_autograd_in_double_precision(case, patches, monkeypatch):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("trains", ["all", "not the input", "not the bias", "not the weight"])
-def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(trains, half, monkeypatch):
+def test_gradients_of_a_layer_do_not_depend_on_it(trains, half, monkeypatch):
     torch.manual_seed(0)
     conv = WSConv2d(32, 128, kernel_size=3, stride=2, groups=2).to(memory_format=torch.channels_last)
     image = torch.randn(3, 32, 10, 10).to(memory_format=torch.channels_last)
@@ -62,7 +62,7 @@ def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(trains, hal
                 y = conv(x, act)
             y.float().square().mean().backward()
             found.append([t.grad for t in (x, *conv.parameters())])
-    assert len(calls) == (0 if half or trains == "not the weight" else 3)  # bfloat16 keeps oneDNN's way
+    assert len(calls) == (0 if half or trains == "not the weight" else 3)  # bfloat16 uses oneDNN
     for one, other in zip(found[:3], found[3:], strict=True):
         for a, b in zip(one, other, strict=True):
             assert (a is None) == (b is None)
@@ -85,13 +85,13 @@ def test_it_supports_wide_groups_in_float32_on_a_cpu_in_channels_last():
         assert not supports(x, weight, 2)
 
 
-def test_gradients_are_nearer_to_the_true_ones_than_a_long_float32_sum():
+def test_errors_are_smaller_than_those_of_a_long_float32_sum():
     torch.manual_seed(0)
     x = torch.randn(4, 64, 24, 24).to(memory_format=torch.channels_last)
     grad = torch.randn(4, 64, 24, 24).to(memory_format=torch.channels_last)
     options = {"kernel_size": (3, 3), "stride": 1, "padding": (1, 1), "groups": 1}
-    true = weight_gradient(x.double(), grad.double(), **options)
-    assert float((weight_gradient(x, grad, **options) - true).norm() / true.norm()) < 1e-6
+    exact = weight_gradient(x.double(), grad.double(), **options)
+    assert float((weight_gradient(x, grad, **options) - exact).norm() / exact.norm()) < 1e-6
 
 
 def test_an_empty_batch_gives_zeros():

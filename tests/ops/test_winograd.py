@@ -1,4 +1,4 @@
-"""3x3 convolutions by fewer multiplications: the convolution and its gradients, and where they are used."""
+"""Winograd convolutions: results, gradients, and the cases in which they are used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from normfree.ops.winograd import (
 
 pytestmark = pytest.mark.skipif(
     library() is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason="no compiler was there when the package was installed, or the processor has no AVX2",
+    reason="no compiler was found when the package was installed, or the processor has no AVX2",
 )
 
 CASES = [  # images, channels, filters, height, width, groups
@@ -41,7 +41,7 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def operands(case: tuple[int, ...], *, whole: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input, filters, bias and gradient of the output; whole numbers on request."""
+    """Return input, filters, bias and gradient of the output, with integer values if `whole`."""
     images, channels, filters, height, width, groups = case
     sizes = [
         (images, channels, height, width), (filters, channels // groups, 3, 3), (filters,),
@@ -55,7 +55,7 @@ def operands(case: tuple[int, ...], *, whole: bool = False) -> tuple[Tensor, Ten
 
 
 def wanted(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, groups: int) -> list[Tensor]:
-    """The convolution, and the gradients of its input and filters, in float64."""
+    """Return the convolution and the gradients of its input and filters, in float64."""
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     y = F.conv2d(x, weight, bias.double(), padding=1, groups=groups)
     return [y.detach(), *torch.autograd.grad(y, (x, weight), grad.double())]
@@ -71,8 +71,8 @@ def found(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, groups: int) ->
 
 @cases
 @pytest.mark.parametrize("threads", [1, 3])
-def test_whole_numbers_are_convolved_without_error(case: tuple[int, ...], threads: int) -> None:
-    """All that lies between, halves and quarters included, fits into float32."""
+def test_results_for_integers_are_exact(case: tuple[int, ...], threads: int) -> None:
+    """All intermediate values, multiples of 1/4, are exact in float32."""
     torch.set_num_threads(threads)
     tensors = operands(case, whole=True)
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -89,15 +89,15 @@ def test_whole_numbers_are_convolved_without_error(case: tuple[int, ...], thread
 
 
 @pytest.mark.parametrize("case", [*CASES, (4, 64, 64, 56, 56, 1)], ids=str)
-def test_the_error_is_that_of_rounding(case: tuple[int, ...]) -> None:
-    """That of torch's own is 0.7 to 2 times as large where sums are long."""
+def test_errors_are_those_of_rounding(case: tuple[int, ...]) -> None:
+    """The error of PyTorch is 0.7 to 2 times as large for long sums."""
     tensors = operands(case)
     for got, exact in zip(found(*tensors, case[-1]), wanted(*tensors, case[-1]), strict=True):
         assert float((got - exact).norm() / exact.norm()) < 1e-6
 
 
 def test_planes_of_rotated_filters_equal_rotated_planes() -> None:
-    """And the matrices are the transposed ones: N and K change places."""
+    """Their matrices are transposed: N and K are exchanged."""
     weight = torch.randn(32, 48, 3, 3)
     planes = filter_planes(weight, groups=1, rotated=True)
     other = filter_planes(weight.flip(2, 3).transpose(0, 1), groups=1)
@@ -106,7 +106,7 @@ def test_planes_of_rotated_filters_equal_rotated_planes() -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_bits_depend_neither_on_threads_nor_on_how_tiles_are_shared_out(
+def test_bits_depend_neither_on_threads_nor_on_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = (3, 64, 64, 20, 22, 1)
@@ -120,10 +120,10 @@ def test_bits_depend_neither_on_threads_nor_on_how_tiles_are_shared_out(
         monkeypatch.setattr(winograd, "BLOCK", block)
         got = found(*tensors, 1)
         assert all(map(torch.equal, one[:2], got[:2]))
-        torch.testing.assert_close(got[2], one[2], rtol=1e-5, atol=1e-4)  # its sums run over tiles
+        torch.testing.assert_close(got[2], one[2], rtol=1e-5, atol=1e-4)  # its sums are over tiles
 
 
-def test_an_image_does_not_depend_on_its_neighbours() -> None:
+def test_an_image_does_not_depend_on_the_others_of_its_batch() -> None:
     x, weight, bias, _ = operands((4, 32, 48, 9, 9, 1))
     together = conv2d(x, weight, bias, groups=1)
     alone = torch.cat([conv2d(image[None], weight, bias, groups=1) for image in x])
@@ -132,12 +132,12 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on the processors that it is made for."""
+    """Pretend to be a processor with AVX2."""
     monkeypatch.setattr(winograd, "is_fast", lambda: True)
 
 
 @pytest.mark.usefixtures("fast")
-def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supported_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, _ = operands((2, 64, 64, 16, 16, 1))
     plain = Geometry(1, (1, 1), 1)
     assert WINOGRAD.supports(x, weight, None, plain)
@@ -169,20 +169,20 @@ def test_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not WINOGRAD.supports(x, weight, None, plain)
 
 
-def test_it_is_for_avx2_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_used_only_with_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, fast in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
         winograd.is_fast.cache_clear()
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda word=capability: word)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda value=capability: value)
         assert winograd.is_fast() is fast
     winograd.is_fast.cache_clear()
 
 
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("trains", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_a_layer_that_uses_it_has_the_gradients_of_one_that_does_not(
+def test_gradients_of_a_layer_do_not_depend_on_it(
     trains: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is trained of input, filters and bias, with activations before it that are kept, and not."""
+    """For every combination of trained input, filters and bias, and activations that are saved or recomputed."""
     torch.manual_seed(0)
     conv = WSConv2d(64, 96, groups=2).to(memory_format=torch.channels_last)
     conv.weight.requires_grad_(trains[1])

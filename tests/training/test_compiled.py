@@ -1,4 +1,4 @@
-"""Blocks compiled one by one: one graph for each shape, no break, the same numbers."""
+"""Blocks compiled one by one: one graph for each shape, no graph breaks, the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from normfree.training.compiled import LIMIT, CompiledBlocks
 from normfree.training.config import InputConfig
 from normfree.training.trainer import Trainer
 
-# Dynamo looks at the gradient of what a block is given, which autograd warns of.
+# Dynamo reads the gradient of a block's input, which makes autograd warn.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 DEPTHS = (2, 4, 3, 3)
@@ -32,7 +32,7 @@ VARIANTS = {
     "nf_resnet50": {"widths": (16, 32, 48, 64), "depths": DEPTHS, **OPEN},
     "timm_nf_resnet50": {"widths": (16, 32, 48, 64), "depths": DEPTHS, **OPEN},
 }
-#: A stage has one shape in its first block and one in all others.
+# In a stage, the first block has one shape and all others have another.
 SHAPES = 2 * len(DEPTHS)
 
 
@@ -44,7 +44,7 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def made(name: str = "nfnet_f0", **changes: object) -> Net:
+def small_net(name: str = "nfnet_f0", **changes: object) -> Net:
     torch.manual_seed(0)
     net = create_model(name, num_classes=3, **(VARIANTS[name] | changes)).to(
         memory_format=torch.channels_last
@@ -59,8 +59,10 @@ def some_images(count: int = 6) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def passed(net: Net, compiled: CompiledBlocks | None = None, *, half: bool = False, parts: int = 1) -> Tensor:
-    """Loss of a step; gradients are added to those that are there."""
+def run_step(
+    net: Net, compiled: CompiledBlocks | None = None, *, half: bool = False, parts: int = 1
+) -> Tensor:
+    """Return the loss of a step, which adds to the gradients."""
     total = torch.zeros(())
     with contextlib.ExitStack() as stack:
         stack.enter_context(standardized_once(net))
@@ -77,7 +79,7 @@ def passed(net: Net, compiled: CompiledBlocks | None = None, *, half: bool = Fal
 
 
 def assert_one_graph_a_shape(counter: CompileCounterWithBackend, *, times: int = 1) -> None:
-    """Of blocks, and one of the stem."""
+    """Check for one graph for each shape of a block, and one for the stem."""
     assert counter.frame_count == times * (SHAPES + 1)
     assert not counters["graph_break"]
 
@@ -97,36 +99,36 @@ def assert_same_gradients(net: nn.Module, twin: nn.Module) -> None:
     ],
 )
 def test_training_has_one_graph_for_each_shape_of_a_block(name: str) -> None:
-    """With dropout and stochastic depth of a rate that differs from block to block, as β does."""
-    net, counter = made(name), CompileCounterWithBackend("eager")
+    """With dropout, and stochastic depth whose rate differs from block to block, as β does."""
+    net, counter = small_net(name), CompileCounterWithBackend("eager")
     blocks = [m for m in net.modules() if isinstance(m, Block)]
     assert len({b.stochdepth.rate for b in blocks}) == len(blocks) == sum(DEPTHS)
     compiled = CompiledBlocks(net, backend=counter)
     for _ in range(3):
-        passed(net, compiled)
+        run_step(net, compiled)
     assert_one_graph_a_shape(counter)
 
 
-def test_also_under_autocast_and_in_micro_batches() -> None:
-    net, counter = made(), CompileCounterWithBackend("eager")
+def test_one_graph_for_each_shape_under_autocast_and_in_micro_batches() -> None:
+    net, counter = small_net(), CompileCounterWithBackend("eager")
     compiled = CompiledBlocks(net, backend=counter)
     for _ in range(2):
-        passed(net, compiled, half=True, parts=3)
+        run_step(net, compiled, half=True, parts=3)
     assert_one_graph_a_shape(counter)
 
 
-def test_losses_and_gradients_are_those_without_it() -> None:
-    net = made(depths=(1, 3, 1, 1))
+def test_losses_and_gradients_equal_those_without_compilation() -> None:
+    net = small_net(depths=(1, 3, 1, 1))
     twin = copy.deepcopy(net)
     compiled = CompiledBlocks(net, backend="aot_eager")
-    for _ in range(2):  # the second time on top of the first
-        got, wanted = passed(net, compiled, parts=3), passed(twin, parts=3)
+    for _ in range(2):  # the second time gradients are accumulated
+        got, wanted = run_step(net, compiled, parts=3), run_step(twin, parts=3)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0.0)
     assert_same_gradients(net, twin)
 
 
 def test_evaluation_has_one_graph_for_each_shape_and_the_same_logits() -> None:
-    net, counter = made(), CompileCounterWithBackend("eager")
+    net, counter = small_net(), CompileCounterWithBackend("eager")
     compiled = CompiledBlocks(net.eval(), backend=counter)
     with torch.no_grad():
         wanted = net(some_images())
@@ -137,16 +139,16 @@ def test_evaluation_has_one_graph_for_each_shape_and_the_same_logits() -> None:
     assert_one_graph_a_shape(counter)
 
 
-def test_without_shared_kernels_beta_would_be_compiled_in() -> None:
-    """What `standardized_once` is needed for; the law above would fail without it."""
-    net, counter = made(depths=(1, 4, 1, 1)), CompileCounterWithBackend("eager")
+def test_without_shared_weights_blocks_are_compiled_for_each_beta() -> None:
+    """The reason for `standardized_once`: without it the test above fails."""
+    net, counter = small_net(depths=(1, 4, 1, 1)), CompileCounterWithBackend("eager")
     with torch.no_grad(), CompiledBlocks(net.eval(), backend=counter).active():
         net(some_images())
     assert counter.frame_count == 7 + 1  # of five shapes
 
 
-def test_outside_the_network_is_as_it_was() -> None:
-    net = made()
+def test_leaving_the_context_restores_the_network() -> None:
+    net = small_net()
     keys = set(net.state_dict())
     compiled = CompiledBlocks(net, backend="eager")
     regions = [module for module in net.modules() if isinstance(module, Region)]
@@ -172,8 +174,8 @@ def test_outside_the_network_is_as_it_was() -> None:
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masks_of_a_rate_in_a_tensor_are_those_of_the_rate(rescale: bool, dtype: torch.dtype) -> None:
-    net = made("timm_nf_resnet50" if rescale else "nfnet_f0")
+def test_masks_for_a_rate_in_a_tensor_equal_those_for_the_number(rescale: bool, dtype: torch.dtype) -> None:
+    net = small_net("timm_nf_resnet50" if rescale else "nfnet_f0")
     block = next(m for m in net.modules() if isinstance(m, Block) and m.stochdepth.rate > 0.0)
     plain = block.stochdepth
     assert plain.rescale == rescale
@@ -192,24 +194,24 @@ def test_masks_of_a_rate_in_a_tensor_are_those_of_the_rate(rescale: bool, dtype:
     assert 0.0 < float((got == 0).float().mean()) < 1.0
 
 
-def test_a_run_compiles_its_steps_and_nothing_else(
+def test_a_run_compiles_only_its_steps(
     small_trainer: Callable[..., Trainer], some_batch: Callable[[int], Batch]
 ) -> None:
-    """With dropout, stochastic depth and a last micro-batch of another size; scoring stays as it is."""
+    """With dropout, stochastic depth and a last micro-batch of another size; scoring is not compiled."""
     counter = CompileCounterWithBackend("eager")
     two = {"input": InputConfig(batch_size=6, image_size=16, micro_batch=4)}
-    ours, theirs = small_trainer(compile=True, **two), small_trainer(**two)
+    compiling, plain = small_trainer(compile=True, **two), small_trainer(**two)
     with torch.compiler.set_stance("default", force_backend=counter):
         for step in range(3):
-            loss, correct, _ = ours.step(some_batch(step), step)
-            wanted = theirs.step(some_batch(step), step)
+            loss, correct, _ = compiling.step(some_batch(step), step)
+            wanted = plain.step(some_batch(step), step)
             torch.testing.assert_close(loss, wanted[0], rtol=1e-5, atol=0.0)
             assert torch.equal(correct, wanted[1])
         assert counter.frame_count == 2 * (2 + 1)  # sizes; blocks and stem
         with torch.no_grad():
-            images, _ = ours.prepare(some_batch(0), 0)
+            images, _ = compiling.prepare(some_batch(0), 0)
             torch.testing.assert_close(
-                ours.net.eval()(images), theirs.net.eval()(images), rtol=1e-4, atol=1e-5
+                compiling.net.eval()(images), plain.net.eval()(images), rtol=1e-4, atol=1e-5
             )
     assert counter.frame_count == 2 * (2 + 1)
     assert not counters["graph_break"]
@@ -217,13 +219,13 @@ def test_a_run_compiles_its_steps_and_nothing_else(
 
 @pytest.mark.slow
 def test_inductor_keeps_gradients_and_memory_formats() -> None:
-    """Every gradient of a convolution's output and input is channels_last, as the tensor itself is."""
-    # Inductor draws other numbers, so nothing is drawn.
-    net = made(depths=(1, 2, 1, 1), drop_rate=0.0, stochdepth_rate=0.0)
+    """Outputs of stem and blocks, and their gradients, are channels_last."""
+    # Inductor has another random number generator, so nothing is drawn.
+    net = small_net(depths=(1, 2, 1, 1), drop_rate=0.0, stochdepth_rate=0.0)
     twin = copy.deepcopy(net)
     formats: dict[str, bool] = {}
 
-    def watch(name: str, tensor: Tensor) -> None:
+    def record(name: str, tensor: Tensor) -> None:
         formats[f"{name} out"] = tensor.is_contiguous(memory_format=torch.channels_last)
         tensor.register_hook(
             lambda grad: formats.update(
@@ -233,9 +235,9 @@ def test_inductor_keeps_gradients_and_memory_formats() -> None:
 
     for name, module in net.named_modules():
         if isinstance(module, Block) or name == "stem":
-            module.register_forward_hook(lambda _m, _i, out, name=name: watch(name, out))
-    loss = passed(net, CompiledBlocks(net))
-    torch.testing.assert_close(loss, passed(twin), rtol=1e-5, atol=0.0)
+            module.register_forward_hook(lambda _m, _i, out, name=name: record(name, out))
+    loss = run_step(net, CompiledBlocks(net))
+    torch.testing.assert_close(loss, run_step(twin), rtol=1e-5, atol=0.0)
     assert_same_gradients(net, twin)
     assert len(formats) == 2 * 6
     assert all(formats.values()), formats
