@@ -47,7 +47,7 @@ browser: .venv/.dev ## test the page of normfree serve in a real browser
 docs: .venv/.docs  ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: .venv/.bench ## CPU speed against timm and others, under 20 minutes; writes benchmarks/results/ and the README's table
+bench: .venv/.bench ## CPU speed against timm and others, under 20 minutes; writes benchmarks/results/ and docs/results.md
 	$(BIN)/python -m benchmarks.run --device cpu
 
 format: .venv/.dev ## reformat the code

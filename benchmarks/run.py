@@ -1,7 +1,7 @@
-"""The benchmarks: `python -m benchmarks.run [SUITE ...]`; no suite: all that this machine can run.
+"""Run benchmark suites: `python -m benchmarks.run [SUITE ...]`; without a suite, all that this machine can run.
 
-Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the README's table. Several suites: each in a process
-of its own.
+Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the speed table of docs/results.md. Several suites run in
+a process each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, readme, report
+from benchmarks import machine, report, results_page
 from benchmarks.harness import LEAST, Bench, Case, GateError, OutOfTimeError
 from benchmarks.suites import SUITES, Suite
 from benchmarks.summary import Comparison
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         code = max((run_here(SUITES[name], options, device) for name in possible), default=0)
     if possible and not options.no_write and not options.only and options.out == report.RESULTS:
-        readme.update()
+        results_page.update()
     return code
 
 

@@ -1,4 +1,4 @@
-"""Results survive their file, the page says what was left out, the README's table stays between its comments."""
+"""Results survive a round trip through their file; the page keeps its text; the table of docs/results.md is current."""
 
 from __future__ import annotations
 
@@ -44,36 +44,36 @@ def test_the_page_has_figures_floor_facts_and_what_was_left_out(script, result):
     assert "20.0 GB/s, 150 GFLOP/s float32 and 20.0" in text
 
 
-def test_the_readme_keeps_all_but_what_is_between_the_comments(script):
-    readme = script("readme")
-    text = f"before\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
-    made = readme.between(text, "| new |")
-    assert made == f"before\n\n{readme.BEGIN}\n| new |\n{readme.END}\n\nafter\n"
-    assert readme.between(made, "| new |") == made
-    assert readme.between(made, "old") == text
+def test_the_page_keeps_everything_outside_the_comments(script):
+    page = script("results_page")
+    text = f"before\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n"
+    made = page.between(text, "| new |")
+    assert made == f"before\n\n{page.BEGIN}\n| new |\n{page.END}\n\nafter\n"
+    assert page.between(made, "| new |") == made
+    assert page.between(made, "old") == text
 
 
 @pytest.mark.parametrize("text", ["", "{0}", "{1}", "{1} {0}", "{0} {0} {1}", "{0} {1} {1}"])
-def test_a_readme_without_the_comments_is_refused(script, text):
-    readme = script("readme")
-    with pytest.raises(ValueError, match=r"README.md: the table goes between"):
-        readme.between(text.format(readme.BEGIN, readme.END), "| new |")
+def test_a_page_without_the_comments_is_an_error(script, text):
+    page = script("results_page")
+    with pytest.raises(ValueError, match=r"results.md: the table goes between"):
+        page.between(text.format(page.BEGIN, page.END), "| new |")
 
 
 def test_a_pick_becomes_a_row_with_ratio_interval_and_command(script, result, tmp_path, monkeypatch):
-    readme, report = script("readme"), script("report")
+    page, report = script("results_page"), script("report")
     report.write(result, tmp_path)
-    picks = (readme.Pick("suite", "a case", "what it is"), readme.Pick("suite", "no such case", "never"))
-    monkeypatch.setattr(readme, "PICKS", picks)
-    *_, row = readme.table(tmp_path).splitlines()
-    command = "`python -m benchmarks.run suite`; [all](benchmarks/results/suite.md)"
+    picks = (page.Pick("suite", "a case", "what it is"), page.Pick("suite", "no such case", "never"))
+    monkeypatch.setattr(page, "PICKS", picks)
+    *_, row = page.table(tmp_path).splitlines()
+    command = "`python -m benchmarks.run suite`; [all](../benchmarks/results/suite.md)"
     shown = "| what it is | 105 ms (normfree NHWC) | 210 ms (timm NCHW) | 2.00 (2.00 … 2.00) |"
     assert row == f"{shown} {command} |"
 
 
-def test_the_readme_here_has_the_table_that_the_results_make(script):
-    """Nobody edits figures by hand: `make bench` writes them."""
-    readme, report = script("readme"), script("report")
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.between(text, readme.table(report.RESULTS)) == text
-    assert len(readme.table(report.RESULTS).splitlines()) <= 16
+def test_docs_results_has_the_table_of_the_results(script):
+    """Figures are not edited by hand: `make bench` writes them."""
+    page, report = script("results_page"), script("report")
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.between(text, page.table(report.RESULTS)) == text
+    assert len(page.table(report.RESULTS).splitlines()) <= 16

@@ -37,9 +37,9 @@ def test_the_cpu_suites_end_within_twenty_minutes(script):
     assert all(s.gpu_s <= 9 * 60 for s in suites)
 
 
-def test_picks_of_the_readme_name_suites(script):
+def test_picks_of_the_results_page_name_suites(script):
     known = script("suites").SUITES
-    assert {pick.suite for pick in script("readme").PICKS} <= set(known)
+    assert {pick.suite for pick in script("results_page").PICKS} <= set(known)
 
 
 def test_training(script, bench):

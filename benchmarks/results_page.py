@@ -1,4 +1,4 @@
-"""The README's table of speed: picked rows of results/*.json between two comments."""
+"""The speed table of docs/results.md: selected rows of results/*.json between two comments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.summary import Comparison, Timing
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
@@ -44,7 +44,7 @@ PICKS = (
 )  # fmt: skip
 
 
-def update(path: Path = README, results: Path = report.RESULTS) -> None:
+def update(path: Path = PAGE, results: Path = report.RESULTS) -> None:
     """Writes the table of what `results` holds into `path`, between the comments.
 
     Raises:
@@ -55,7 +55,7 @@ def update(path: Path = README, results: Path = report.RESULTS) -> None:
     )
 
 
-def between(text: str, made: str, *, name: str = "README.md") -> str:
+def between(text: str, made: str, *, name: str = "results.md") -> str:
     """`text` with `made` between the two comments."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
@@ -89,7 +89,7 @@ def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
 
 def _row(pick: Pick, comparison: Comparison, ours: Timing, theirs: Timing) -> str:
     low, high = ours.interval
-    command = f"`python -m benchmarks.run {pick.suite}`; [all](benchmarks/results/{pick.suite}.md)"
+    command = f"`python -m benchmarks.run {pick.suite}`; [all](../benchmarks/results/{pick.suite}.md)"
     cells = [pick.what, *(f"{spelled(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]
     return f"| {' | '.join(cells)} | {ours.ratio:.2f} ({low:.2f} … {high:.2f}) | {command} |"
 
