@@ -1,7 +1,7 @@
 """Run benchmark suites: `python -m benchmarks.run [SUITE ...]`; without a suite, all that this machine can run.
 
-Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the speed table of docs/results.md. Several suites run in
-a process each.
+Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the speed table of docs/results.md. Each of several
+suites runs in a process of its own.
 """
 
 from __future__ import annotations
