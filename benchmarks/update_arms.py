@@ -73,7 +73,7 @@ def our_update(
 
     def update() -> None:
         if fused is not None:
-            fused.step_(error_if_nonfinite=False)
+            fused.step(error_if_nonfinite=False)
         else:
             clip_grad_(optimizer.param_groups, mode="agc", clipping=clipping)
             optimizer.step()

@@ -111,7 +111,7 @@ class FusedUpdate(ABC):
         )
 
     @torch.no_grad()
-    def step_(self, *, error_if_nonfinite: bool = True) -> ClipReport:
+    def step(self, *, error_if_nonfinite: bool = True) -> ClipReport:
         """Take one step. Return what `adaptive_clip_grad_` would.
 
         Args:

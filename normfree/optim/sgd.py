@@ -136,7 +136,7 @@ class SGD(Optimizer):
         """
         return {name: self._buffer(p) for name, p, group in self._named() if group["momentum"]}
 
-    def load_named_state_(self, state: Mapping[str, Tensor]) -> None:
+    def load_named_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy what `named_state` gave into this optimizer; it then continues bit for bit.
 
         Raises ValueError that lists unknown or missing names and shapes that differ, before anything changes.

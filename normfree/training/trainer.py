@@ -173,7 +173,7 @@ class Trainer:
             sampled = (step + 1) % (SAMPLE_RATIOS * config.log.every) == 0 and not self.gradients.sharded
             if sampled and self.world.first:
                 self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
-            return loss, correct, self.update.step_(step)
+            return loss, correct, self.update.step(step)
         except NonFiniteGradientError as error:
             raise Diverged(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
                            f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip

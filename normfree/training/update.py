@@ -50,7 +50,7 @@ class Update:
             kind = TritonUpdate
         return kind.create(self.optimizer, model=self.model, ema=self.ema, eps=self.config.clipping_eps)
 
-    def step_(self, step: int) -> ClipReport:
+    def step(self, step: int) -> ClipReport:
         """Move weights, momentum and average in step number `step`, and drop the gradients.
 
         Raises:
@@ -59,7 +59,7 @@ class Update:
         self.ema.num_updates = step  # also after a resume
         if self.fused is not None:
             with span("update"):
-                report = self.fused.step_()
+                report = self.fused.step()
                 self.optimizer.zero_grad(set_to_none=True)
             return report
         with span("clip"):

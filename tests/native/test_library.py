@@ -75,7 +75,7 @@ def all_results() -> list[Tensor]:
     ema, found = Ema(net), [*made, *maps, *(p.grad.clone() for p in net.parameters())]
     update = NativeUpdate.create(optimizer, model=net, ema=ema)
     assert isinstance(update, NativeUpdate)
-    found += [update.step_().grad_norm for _ in range(2)]
+    found += [update.step().grad_norm for _ in range(2)]
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
     assert 0.0 < float(report) < 1.0
     weight = torch.randn(32, 48, 3, 3)

@@ -133,7 +133,7 @@ def compare_with_float64(kind: Kind, nesterov: bool, *, device: str) -> None:
         for made in (ours, exact):
             made[1].set_lr(0.2 / (1 + step))
             set_grads_(made[0], step)
-        report = update.step_()
+        report = update.step()
         fraction, units, grad_norm = plain_step(exact, step)
         assert (float(report), report.units) == (pytest.approx(fraction), units)
         assert 0 < fraction < 1
@@ -149,7 +149,7 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
     made = make()
     update = kind(made[1], model=made[0], ema=made[2])
     set_grads_(made[0], 0)
-    update.step_()
+    update.step()
     made[0].norm.num_batches_tracked += 1  # both differ from their averages
     made[0].norm.running_mean += 1.0
 
@@ -165,8 +165,8 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
         "Skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
     )
     with pytest.raises(NonFiniteGradientError, match=f"^{re.escape(message)}$"):
-        update.step_()
-    report = update.step_(error_if_nonfinite=False)
+        update.step()
+    report = update.step(error_if_nonfinite=False)
     assert not torch.isfinite(report.grad_norm)
     assert float(report) == 0.0
     for name, tensor in state(made).items():
@@ -179,7 +179,7 @@ def test_below_the_limit_the_gradient_enters_with_all_its_bits(kind: Kind) -> No
         for group in made[1].param_groups:
             group["clipping"] = clipping
         set_grads_(made[0], 0)
-        kind(made[1], model=made[0], ema=made[2]).step_()
+        kind(made[1], model=made[0], ema=made[2]).step()
     for (name, one), two in zip(state(free).items(), state(loose).values(), strict=True):
         assert torch.equal(one, two), name
 
@@ -200,8 +200,8 @@ def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
     for step, change in enumerate((None, shift, None, shift)):
         set_grads_(plain[0], step)
         set_grads_(odd[0], step, change=change)
-        reference.step_()
-        update.step_()
+        reference.step()
+        update.step()
         assert_near(state(odd), state(plain))
     assert odd[0].grouped.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -233,7 +233,7 @@ def test_only_units_on_16_byte_boundaries_are_promised_to_be(
     for behind in (0, 1):
         for p in model.parameters():
             p.grad = torch.zeros(p.numel() + behind)[behind:].view(p.shape)
-        update.step_(error_if_nonfinite=False)
+        update.step(error_if_nonfinite=False)
         expected = [(total, False)] if behind else [(whole, True), (total - whole, False)]
         for recorder in recorders:
             assert recorder.seen == expected
@@ -253,21 +253,21 @@ def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers(kind:
                 model.conv.weight += 0.5  # moved from outside
                 model.norm.running_mean += 1.0
                 model.norm.num_batches_tracked += 1
-        update.step_()
+        update.step()
         plain_step(exact, step)
         assert_near(state(ours), state(exact))
 
 
 def test_without_an_average_and_without_gradients(kind: Kind) -> None:
     ours, exact = make(), make(double=True)
-    report = kind(ours[1], model=ours[0], ema=ours[2]).step_()
+    report = kind(ours[1], model=ours[0], ema=ours[2]).step()
     assert (float(report), report.units, float(report.grad_norm)) == (0.0, 0, 0.0)
     plain_step(exact, 0)
     assert_near(state(ours), state(exact))
     average = ours[2].module.state_dict()["head.weight"].clone()
     for made in (ours, exact):
         set_grads_(made[0], 0)
-    kind(ours[1], model=ours[0]).step_()
+    kind(ours[1], model=ours[0]).step()
     assert torch.equal(ours[2].module.state_dict()["head.weight"], average)
     plain_step(exact, 0)
     assert_near(dict(ours[0].state_dict()), dict(exact[0].state_dict()))
@@ -279,7 +279,7 @@ def test_a_tiny_gradient_counts_as_one_of_1e_6(kind: Kind) -> None:
         for group in made[1].param_groups:
             group.update(clipping=1e-8, weight_decay=0.0)  # nothing but gradients in the momentum
         set_grads_(made[0], 0, change=lambda name, grad: 1e-8 * grad)
-    kind(ours[1], model=ours[0], ema=ours[2]).step_()
+    kind(ours[1], model=ours[0], ema=ours[2]).step()
     assert plain_step(exact, 0)[0] > 0.3
     assert_near(state(ours), state(exact))
 
@@ -295,7 +295,7 @@ def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None
         "Fix: change formats first, then make Ema and the update."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        update.step_()
+        update.step()
     assert all(torch.equal(t, before[name]) for name, t in state((model, optimizer, ema)).items())
 
 
@@ -329,7 +329,7 @@ def test_a_sparse_gradient_is_refused(kind: Kind) -> None:
     model.head.weight.grad = torch.zeros(3, 10).to_sparse()
     message = "the gradient of 'head.weight' is sparse. Allowed: dense gradients."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        kind(optimizer, model=model, ema=ema).step_()
+        kind(optimizer, model=model, ema=ema).step()
 
 
 def test_aligned_units_pass_through_memory_in_16_byte_accesses(

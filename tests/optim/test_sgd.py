@@ -109,7 +109,7 @@ def test_named_state_continues_bit_for_bit(saved_at: int) -> None:
     two = net(seed=1)
     two.load_state_dict(one.state_dict())
     second = SGD(two.named_parameters(), 0.1, weight_decay=0.01)
-    second.load_named_state_(saved)
+    second.load_named_state(saved)
     for step in range(saved_at, saved_at + 3):
         for model, optimizer in ((one, first), (two, second)):
             set_grads_(model, step)
@@ -125,7 +125,7 @@ def test_state_does_not_depend_on_the_order_of_groups() -> None:
     optimizer.step()
     pairs = list(model.named_parameters())
     other = SGD([{"params": pairs[2:]}, {"params": pairs[:2]}], 0.1)
-    other.load_named_state_(optimizer.named_state())
+    other.load_named_state(optimizer.named_state())
     for name, p in pairs:
         assert torch.equal(other.state[p]["momentum_buffer"], optimizer.named_state()[name])
 
@@ -215,5 +215,5 @@ def test_state_that_does_not_fit_is_refused_whole() -> None:
         "shapes are allowed. Nearest: the tensors saved from the same network."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        optimizer.load_named_state_(state)
+        optimizer.load_named_state(state)
     assert all(float(t.abs().sum()) == 0.0 for t in optimizer.named_state().values())

@@ -269,7 +269,7 @@ def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
     by_hand.gradients(images, targets, 2)
     by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), start, strict=True)))
     by_hand.optimizer.set_lr(stepped.optimizer.param_groups[0]["lr"])
-    by_hand.update.step_(2)
+    by_hand.update.step(2)
     for one, other in zip(stepped.net.parameters(), by_hand.net.parameters(), strict=True):
         assert torch.equal(one, other)
 
