@@ -109,10 +109,10 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--find-lr takes one process. A rate holds for a batch size, not for a number of processes: "
                          "run it without torchrun, with --input.micro_batch to fit the memory.")  # fmt: skip
-    voice = RunLog(console or Console())
+    run_log = RunLog(console or Console())
     resolved = resolve(_constant(config))
     config = resolved.config
-    split = open_data(config, voice)
+    split = open_data(config, run_log)
     trainer = Trainer(
         resolved, num_classes=len(split.classes), samples=len(split.train), weights=config.weights,
         head=resolved.keeps_head(tuple(split.classes)),
@@ -137,13 +137,13 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "find_lr.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     for line in lines(result):
-        voice.say(line)
+        run_log.info(line)
     try:
         title = f"{config.model} on {config.data}, {config.input.batch_size} images a step"
         draw(result, folder / "find_lr.png", title=title)
-        voice.say(f"picture: {folder / 'find_lr.png'}")
+        run_log.info(f"picture: {folder / 'find_lr.png'}")
     except ModuleNotFoundError as error:
-        voice.say(f"no picture: {error}")
+        run_log.info(f"no picture: {error}")
     return result
 
 

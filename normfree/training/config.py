@@ -27,7 +27,7 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """Base of all sections: strict types, finite numbers, no unknown keys, no change after creation."""
 
     model_config = ConfigDict(
@@ -89,7 +89,7 @@ def steps_of(length: str, *, samples: int, batch_size: int) -> int:
     return round(number * samples / batch_size) if match[2] == "ep" else round(number)
 
 
-class NetConfig(Section):
+class NetConfig(ConfigSection):
     """Changes to the model's row."""
 
     activation: str = "auto"
@@ -106,7 +106,7 @@ class NetConfig(Section):
     _rates = field_validator("drop_rate", "stochdepth_rate")(_check_rate)
 
 
-class InputConfig(Section):
+class InputConfig(ConfigSection):
     """From files to batches."""
 
     image_size: Auto | int = "auto"
@@ -128,7 +128,7 @@ class InputConfig(Section):
     _count = field_validator("micro_batch")(_check_count)
 
 
-class AugmentConfig(Section):
+class AugmentConfig(ConfigSection):
     """What happens to training images."""
 
     crop_min: float = Field(default=0.08, gt=0.0, le=1.0)
@@ -149,7 +149,7 @@ class AugmentConfig(Section):
     """Probability mass spread over all classes, after mixing."""
 
 
-class OptimConfig(Section):
+class OptimConfig(ConfigSection):
     """SGD with momentum, clipping and averaging."""
 
     lr: float = Field(default=0.1, gt=0.0)
@@ -182,7 +182,7 @@ class OptimConfig(Section):
     _length = field_validator("warmup")(_check_length)
 
 
-class LogConfig(Section):
+class LogConfig(ConfigSection):
     """What is written, and when."""
 
     every: int = Field(default=10, ge=1)
@@ -202,7 +202,7 @@ class LogConfig(Section):
     _loggers = field_validator("to")(_check_loggers)
 
 
-class Config(Section):
+class Config(ConfigSection):
     """Everything that decides a run."""
 
     data: str = "emoji"

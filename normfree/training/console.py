@@ -20,7 +20,7 @@ class RunLog:
         self._said: list[str] = []
         self._log: Path | None = None
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One line; long ones are left to the terminal."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         if self._log is None:
@@ -29,7 +29,7 @@ class RunLog:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def keep(self, path: Path) -> None:
+    def attach_file(self, path: Path) -> None:
         """From now on, and for what was said before, also write to `path`."""
         with path.open("a", encoding="utf-8") as file:
             file.writelines(self._said)
@@ -39,10 +39,10 @@ class RunLog:
 class ProgressLine:
     """Progress on a terminal: one line with loss, top-1, images/s, clipped fraction and the time left."""
 
-    def __init__(self, voice: RunLog, *, step: int, total_steps: int) -> None:
-        console = voice.console
-        self._voice, self._quiet, self._total, self._last = (
-            voice,
+    def __init__(self, run_log: RunLog, *, step: int, total_steps: int) -> None:
+        console = run_log.console
+        self._run_log, self._quiet, self._total, self._last = (
+            run_log,
             not console.is_terminal,
             total_steps,
             time.monotonic(),
@@ -74,4 +74,4 @@ class ProgressLine:
         if self._quiet and now - self._last >= QUIET_INTERVAL:
             self._last = now
             pace = (now - self._start) / max(1, step - self._first_step)
-            self._voice.say(f"step {step}/{self._total}  {text}  {pace * (self._total - step):.0f} s left")
+            self._run_log.info(f"step {step}/{self._total}  {text}  {pace * (self._total - step):.0f} s left")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.training.config import Config, loggers_in
 from normfree.training.console import RunLog
-from normfree.training.metrics import Metrics
+from normfree.training.metrics import MetricsWriter
 
 Row = Mapping[str, Any]
 
@@ -98,8 +98,8 @@ class Logs:
     """metrics.jsonl, and whoever is to hear of its rows as well. One of those that fails is named once and then left
     out: a run is worth more than its log."""
 
-    def __init__(self, metrics: Metrics, others: Mapping[str, Logger], voice: RunLog) -> None:
-        self._metrics, self._others, self._voice = metrics, dict(others), voice
+    def __init__(self, metrics: MetricsWriter, others: Mapping[str, Logger], run_log: RunLog) -> None:
+        self._metrics, self._others, self._run_log = metrics, dict(others), run_log
 
     def write(self, **row: Any) -> None:
         """One row, with its `step`."""
@@ -118,7 +118,7 @@ class Logs:
             except Exception as error:
                 del self._others[name]
                 what = str(error).splitlines() or [""]
-                self._voice.say(f"{name} has failed and gets nothing more ({type(error).__name__}: {what[0]}); "
+                self._run_log.info(f"{name} has failed and gets nothing more ({type(error).__name__}: {what[0]}); "
                                 "metrics.jsonl goes on. A continued run tries again.")  # fmt: skip
 
 
@@ -137,13 +137,13 @@ def require(to: str) -> None:
             )
 
 
-def open_logs(out: Path, config: Config, *, step: int, voice: RunLog) -> Logs:
+def open_logs(out: Path, config: Config, *, step: int, run_log: RunLog) -> Logs:
     """The logs of the run in `out`, which continues after `step`.
 
     Raises:
         ValueError: a logger cannot be opened; `log.to` and its reason.
     """
-    metrics = Metrics(out / "metrics.jsonl", step=step)
+    metrics = MetricsWriter(out / "metrics.jsonl", step=step)
     rows = read_metrics(metrics.path)
     others: dict[str, Logger] = {}
     for name in loggers_in(config.log.to):
@@ -158,7 +158,7 @@ def open_logs(out: Path, config: Config, *, step: int, voice: RunLog) -> Logs:
                 f"log.to={config.log.to!r}: {name} cannot be opened ({type(error).__name__}: {error}). Mend that, or "
                 f'leave it out: --log.to "".'
             ) from error
-    return Logs(metrics, others, voice)
+    return Logs(metrics, others, run_log)
 
 
 def scalars(row: Row) -> dict[str, float]:

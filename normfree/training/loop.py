@@ -25,7 +25,7 @@ from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import start_world
 from normfree.training.early_stopping import Best
 from normfree.training.loggers import Logs, open_logs, require
-from normfree.training.metrics import Meter, NoMetrics
+from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.profile import profiled
 from normfree.training.resolve import open_data, preprocessing, resolve
 from normfree.training.resume import restore_newest, save_checkpoint
@@ -45,52 +45,52 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
     """
     start = time.monotonic()
     with start_world(config.device) as world, contextlib.ExitStack() as stack:
-        voice, out = RunLog(console or Console() if world.first else Console(quiet=True)), Path(out)
+        run_log, out = RunLog(console or Console() if world.is_main else Console(quiet=True)), Path(out)
         starts = not (out / "checkpoints").exists()
-        with world.together():
+        with world.all_or_none():
             resolved = resolve(config, starts=starts)
             config = resolved.config
-            if world.first:  # downloads and decodes every image before the others come
+            if world.is_main:  # downloads and decodes every image before the others come
                 run_folder.check_folder(out)
                 require(config.log.to)
-                split = open_data(config, voice)
-        with world.together():
-            if not world.first:
-                split = open_data(config, voice, check=False)
+                split = open_data(config, run_log)
+        with world.all_or_none():
+            if not world.is_main:
+                split = open_data(config, run_log, check=False)
             if config.parallel == "exact":
                 stack.enter_context(same_kernels())
             weights = config.weights if starts else ""
             head = resolved.keeps_head(tuple(split.classes))
             if not head:
-                voice.say(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
+                run_log.info(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
             trainer = Trainer(resolved, num_classes=len(split.classes), samples=len(split.train), weights=weights,
                               head=head, world=world,
                               class_weights=class_weights.class_weights(split.train, config.optim.class_balance),
                               )  # fmt: skip
         if trainer.config != config:
             config = trainer.config  # micro_batch "auto" has become a number
-            voice.say(f"micro-batches of {config.input.micro_batch} images")
-        log: Logs | NoMetrics = NoMetrics()
+            run_log.info(f"micro-batches of {config.input.micro_batch} images")
+        log: Logs | NullMetricsWriter = NullMetricsWriter()
         saved, best = None, Best()
-        with world.together():  # nothing is written before data and model are known to work
-            if world.first:
+        with world.all_or_none():  # nothing is written before data and model are known to work
+            if world.is_main:
                 stack.enter_context(run_folder.locked(out))
-                voice.keep(out / "log.txt")
-                saved, best = restore_newest(trainer, out, voice)
-                run_folder.begin(out, config, split, trainer.net, trainer.total_steps, voice)
+                run_log.attach_file(out / "log.txt")
+                saved, best = restore_newest(trainer, out, run_log)
+                run_folder.begin(out, config, split, trainer.net, trainer.total_steps, run_log)
                 if (step := saved.step if saved else 0) < trainer.total_steps:
                     log = stack.enter_context(
-                        contextlib.closing(open_logs(out, config, step=step, voice=voice))
+                        contextlib.closing(open_logs(out, config, step=step, run_log=run_log))
                     )
             else:
-                voice.keep(Path(os.devnull))
-        step, best = world.tell((saved.step if saved else 0, best))[0]
+                run_log.attach_file(Path(os.devnull))
+        step, best = world.all_gather((saved.step if saved else 0, best))[0]
         trainer.state.restore_(saved)
         begun, saved = saved.state.get("meter", {}) if saved else {}, None
-        step, best, scores = _steps(trainer, split, out, voice, log, step=step, best=best, begun=begun)
+        step, best, scores = _steps(trainer, split, out, run_log, log, step=step, best=best, begun=begun)
         if config.patience and best.step != step:
-            with world.together():
-                if world.first:
+            with world.all_or_none():
+                if world.is_main:
                     saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(best.step))
             trainer.state.restore_(saved)
             scores = None
@@ -98,9 +98,9 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         result = run_folder.TrainResult(out, step, best.step if config.patience else step, last, average,
                                  time.monotonic() - start)  # fmt: skip
         averaged = trainer.state.whole(trainer.ema.module)
-        with world.together():
-            if world.first:
-                run_folder.finish(config, split, averaged, result, voice)
+        with world.all_or_none():
+            if world.is_main:
+                run_folder.finish(config, split, averaged, result, run_log)
         return result
 
 
@@ -108,8 +108,8 @@ def _steps(
     trainer: Trainer,
     split: Split,
     out: Path,
-    voice: RunLog,
-    log: Logs | NoMetrics,
+    run_log: RunLog,
+    log: Logs | NullMetricsWriter,
     *,
     step: int,
     best: Best,
@@ -127,15 +127,17 @@ def _steps(
         workers=config.input.workers, pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs,
         rank=world.rank, world_size=world.size, repeats=config.augment.repeats,
     )  # fmt: skip
-    batches = profiled(batches, steps=config.log.profile if world.first else 0, net=trainer.net, folder=out / "profile",
-                       compiled=config.compile, log=voice.say)  # fmt: skip
+    batches = profiled(
+        batches, steps=config.log.profile if world.is_main else 0, net=trainer.net,
+        folder=out / "profile", compiled=config.compile, log=run_log.info,
+    )  # fmt: skip
 
     def due(length: str) -> bool:
         return step == total or step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0
 
     with (
         contextlib.closing(batches),
-        ProgressLine(voice, step=step, total_steps=total) as line,
+        ProgressLine(run_log, step=step, total_steps=total) as line,
         stop_flag() as stop,
     ):
         for batch in batches:
@@ -157,7 +159,7 @@ def _steps(
                 weights, average = scores = score(trainer, split)
                 log.write(**place, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
                           ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss)  # fmt: skip
-                voice.say(f"epoch {place['epoch']:5.1f}  top-1 {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
+                run_log.info(f"epoch {place['epoch']:5.1f}  top-1 {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
                           f"loss {weights.loss:.3f}")  # fmt: skip
                 best = best.after(
                     class_weights.score(average, trainer.prepare.class_weights), average.loss, step
@@ -177,8 +179,10 @@ def _steps(
             if signalled:
                 raise Stopped(step, signalled)
     if step < total:
-        voice.say(f"no better score in {config.patience} evaluations: the best one, {best.score:.2f} %, was after step "
-                  f"{best.step}")  # fmt: skip
+        run_log.info(
+            f"no better score in {config.patience} evaluations: the best one, {best.score:.2f} %, was after step "
+            f"{best.step}"
+        )
     return step, best, scores
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Metrics:
+class MetricsWriter:
     """Appends objects to `metrics.jsonl`. Opened at a step, it drops what a killed run had written beyond it."""
 
     def __init__(self, path: Path, *, step: int) -> None:
@@ -40,8 +40,8 @@ class Metrics:
         self._file.close()
 
 
-class NoMetrics:
-    """`Metrics` of a process that writes nothing."""
+class NullMetricsWriter:
+    """`MetricsWriter` of a process that writes nothing."""
 
     def write(self, **values: Any) -> None:
         """Nothing."""

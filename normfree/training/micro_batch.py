@@ -63,7 +63,7 @@ def choose(
         mine: int | str = find(fits if tries else (lambda size: True))
     except ValueError as error:
         mine = str(error)
-    found = world.tell(mine)
+    found = world.all_gather(mine)
     for message in found:
         if isinstance(message, str):
             raise ValueError(message)

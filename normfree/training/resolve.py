@@ -140,5 +140,5 @@ def open_data(config: Config, log: RunLog, *, check: bool = True) -> Split:
         for source in (split.train, split.val):
             require_clean(audit(source))
     for note in split.notes:
-        log.say(note)
+        log.info(note)
     return split

@@ -16,18 +16,18 @@ def save_checkpoint(
 ) -> None:
     trainer.state.align_()
     tensors = trainer.state.tensors()
-    with trainer.world.together():  # nobody leaves, or trains on, before it is on disk
-        if trainer.world.first:
+    with trainer.world.all_or_none():  # nobody leaves, or trains on, before it is on disk
+        if trainer.world.is_main:
             saved = checkpoint.save(folder, step, tensors=tensors, state=state, keep=trainer.config.log.keep)
             if is_best:
                 checkpoint.point(folder, "best", saved.name)
 
 
-def restore_newest(trainer: Trainer, out: Path, voice: RunLog) -> tuple[checkpoint.Checkpoint | None, Best]:
+def restore_newest(trainer: Trainer, out: Path, run_log: RunLog) -> tuple[checkpoint.Checkpoint | None, Best]:
     """The newest sound checkpoint to continue from, if any, and the best averaged score so far."""
     saved, passed_over = checkpoint.newest(out / "checkpoints")
     for reason in passed_over:
-        voice.say(f"passed over: {reason}")
+        run_log.info(f"passed over: {reason}")
     if saved is None:
         if passed_over:
             raise ValueError(
@@ -37,7 +37,7 @@ def restore_newest(trainer: Trainer, out: Path, voice: RunLog) -> tuple[checkpoi
     if saved.step > trainer.total_steps or saved.state["total_steps"] != trainer.total_steps:
         raise ValueError(f"{out} was to take {saved.state['total_steps']} steps; the data or config now give "
                          f"{trainer.total_steps}. A run continues only as it began: start another run.")  # fmt: skip
-    voice.say(f"continuing {out} after step {saved.step}")
+    run_log.info(f"continuing {out} after step {saved.step}")
     best = Best.of_state(saved.state)
     if best.step == saved.step:  # killed between saving it and pointing at it
         checkpoint.point(out / "checkpoints", "best", checkpoint.name_of(best.step))

@@ -87,7 +87,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, voice: RunLog) -> None:
+def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, run_log: RunLog) -> None:
     """Writes config.toml and environment.txt and prints what will be run.
 
     Raises:
@@ -117,17 +117,17 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, v
         "".join(f"{k} {v}\n" for k, v in environment.items()), encoding="utf-8"
     )
     parameters = sum(p.numel() for p in net.parameters())
-    voice.say(
+    run_log.info(
         f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
         f"images to train on, {len(split.val):,} to validate, {len(split.classes)} classes; {total_steps:,} steps of "
         f"{config.input.batch_size}; {out}/",
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
-        voice.say("bfloat16 on a CPU without such units is many times slower than float32")
+        run_log.info("bfloat16 on a CPU without such units is many times slower than float32")
 
 
 def finish(
-    config: Config, split: Split, average: torch.nn.Module, result: TrainResult, voice: RunLog
+    config: Config, split: Split, average: torch.nn.Module, result: TrainResult, run_log: RunLog
 ) -> None:
     """Writes results.json, curves.png and the model folder (averaged weights), and prints the scores."""
     out = result.out
@@ -139,23 +139,25 @@ def finish(
     save_pretrained(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     if result.step != result.steps:
-        voice.say(f"the model is that of step {result.step}, which scored best")
-    voice.say(
+        run_log.info(f"the model is that of step {result.step}, which scored best")
+    run_log.info(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
     )  # fmt: skip
     if largest > 2 / len(split.classes):  # then top-1 says little about the others
-        voice.say(f"mean over classes: {fmean(result.average.per_class().values()):.2f} % (averaged weights); for rare "
-                  "classes see --optim.class_balance")  # fmt: skip
+        mean = fmean(result.average.per_class().values())
+        run_log.info(
+            f"mean over classes: {mean:.2f} % (averaged weights); for rare classes see --optim.class_balance"
+        )
     try:
         draw_curves(
             read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}"
         )
-        voice.say(f"curves: {out}/curves.png")
+        run_log.info(f"curves: {out}/curves.png")
     except ModuleNotFoundError as error:
-        voice.say(f"no picture: {error}")
-    voice.say(f"model:  {out}/model/    next: normfree predict {out} IMAGE..., normfree diagnose {out}")
-    voice.say(f"{result.seconds:.0f} s")
+        run_log.info(f"no picture: {error}")
+    run_log.info(f"model:  {out}/model/    next: normfree predict {out} IMAGE..., normfree diagnose {out}")
+    run_log.info(f"{result.seconds:.0f} s")
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:

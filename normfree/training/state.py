@@ -41,7 +41,7 @@ class TrainingState:
         """Return everything that a checkpoint holds. If sharded, rank 0 gets whole copies."""
         if not self.sharded:
             return self._live()
-        with self.world.watched():
+        with self.world.guard():
             return {file: fsdp.gather_first(part, self.world) for file, part in self._live().items()}
 
     def restore_(self, saved: checkpoint.Checkpoint | None) -> None:
@@ -53,7 +53,7 @@ class TrainingState:
             ValueError: names or shapes differ; nothing was changed.
         """
         live = self._live()
-        with self.world.together():
+        with self.world.all_or_none():
             if saved is not None:
                 for file, part in live.items():
                     fsdp.check_fits(part, saved.tensors[file], owner=f"this run's {file}")
@@ -61,7 +61,7 @@ class TrainingState:
             if self.world.any(
                 saved is not None
             ):  # else each row was initialized once, by the process that has it
-                with self.world.watched():
+                with self.world.guard():
                     for file, part in live.items():
                         fsdp.scatter_first_(part, saved.tensors[file] if saved else {}, self.world)
             return
@@ -78,7 +78,7 @@ class TrainingState:
             plain = self.make_network()
         plain = plain.to_empty(device=self.world.device)
         plain = plain.to(memory_format=torch.channels_last).requires_grad_(False)
-        with self.world.watched():
+        with self.world.guard():
             fsdp.fill_(plain, net)
         return plain.eval()
 

@@ -166,12 +166,12 @@ class Trainer:
             images, targets = self.prepare(batch, step)
         self.ratios = {}
         try:
-            with self._perturbed(images, targets, step), self.world.watched():
+            with self._perturbed(images, targets, step), self.world.guard():
                 loss, correct = self.gradients(images, targets, step)
             with span("exchange"):
                 self._sum_over_processes([loss, correct])
             sampled = (step + 1) % (SAMPLE_RATIOS * config.log.every) == 0 and not self.gradients.sharded
-            if sampled and self.world.first:
+            if sampled and self.world.is_main:
                 self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
             return loss, correct, self.update.step(step)
         except NonFiniteGradientError as error:

@@ -20,7 +20,7 @@ from normfree.training.config import Config, ConfigError, loggers_in
 from normfree.training.config_io import with_overrides
 from normfree.training.console import RunLog
 from normfree.training.loggers import Logs, TensorBoard, WandB, open_logs, require, scalars
-from normfree.training.metrics import Meter, Metrics
+from normfree.training.metrics import Meter, MetricsWriter
 from normfree.training.recipes import RECIPES
 
 FLAGS = shlex.split(
@@ -37,7 +37,7 @@ def _offline(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def voice() -> tuple[RunLog, io.StringIO]:
+def run_log() -> tuple[RunLog, io.StringIO]:
     text = io.StringIO()
     return RunLog(Console(file=text)), text
 
@@ -202,9 +202,11 @@ class Failing:
 
 
 def test_a_logger_that_fails_is_named_once_and_the_rest_goes_on(tmp_path):
-    speaker, text = voice()
+    speaker, text = run_log()
     failing, board = Failing(), TensorBoard(tmp_path / "board")
-    log = Logs(Metrics(tmp_path / "metrics.jsonl", step=0), {"wandb": failing, "tensorboard": board}, speaker)
+    log = Logs(
+        MetricsWriter(tmp_path / "metrics.jsonl", step=0), {"wandb": failing, "tensorboard": board}, speaker
+    )
     for row in ROWS:
         log.write(**row)
     log.close()
@@ -268,8 +270,8 @@ def test_the_words_of_log_to():
 
 
 def test_no_logger_opens_nothing(tmp_path):
-    speaker, _ = voice()
-    open_logs(tmp_path, Config(), step=0, voice=speaker).close()
+    speaker, _ = run_log()
+    open_logs(tmp_path, Config(), step=0, run_log=speaker).close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

@@ -37,14 +37,14 @@ def train(
     stop: end by a signal after this step; 0 is never. copy: continue a copy of that run.
     """
     run = Path(folder) / name
-    if copy and world.first:
+    if copy and world.is_main:
         shutil.copytree(run.parent / copy, run)
     world.barrier()
     original = Trainer.step
 
     def step(self: Trainer, batch: Any, at: int) -> Any:
         result = original(self, batch, at)
-        if at + 1 == stop and world.first:
+        if at + 1 == stop and world.is_main:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
@@ -62,11 +62,11 @@ def restore(world: World, folder: str, flags: list[str], name: str, more: list[s
     run = Path(folder) / name
     trainer = Trainer(resolve(config(run, flags, more)), num_classes=3, samples=48, world=world)
     saved, _ = checkpoint.newest(run / "checkpoints")
-    trainer.state.restore_(saved if world.first else None)
+    trainer.state.restore_(saved if world.is_main else None)
     rows = trainer.optimizer.named_state()["head.weight"]
     here = (rows.to_local() if hasattr(rows, "to_local") else rows).shape[0]
     held = trainer.state.tensors()
-    if world.first:
+    if world.is_main:
         assert saved is not None
         same = {
             f"{file}:{k}": torch.equal(t, held[file][k])

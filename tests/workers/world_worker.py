@@ -132,7 +132,7 @@ def collectives(world: World, found: Found) -> None:
     world.barrier()
     for failing in ("last", "all", "none"):
         try:
-            with world.together():
+            with world.all_or_none():
                 if failing == "all" or (failing == "last" and world.rank == world.size - 1):
                     raise KeyError(f"process {world.rank}")
             found[failing] = "passed"
@@ -152,10 +152,10 @@ def runs(world: World, found: Found, flags: list[str], path: Path, console: Cons
                 loop.train(config(flags), path / "stopped", console=console)
             except loop.Stopped as stopped:
                 found["stopped"] = stopped.step, stopped.exit_code
-        if world.first:
+        if world.is_main:
             shutil.rmtree(path / "stopped" / "checkpoints" / "step-00000002")  # the third is what continues
     else:
-        if world.first:
+        if world.is_main:
             shutil.copytree(path / "stopped", path / f"continued{world.size}")
         world.barrier()
         stopped_config = load_config(path / "stopped" / "config.toml")

@@ -55,7 +55,7 @@ def gather_first(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tenso
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
-        if world.first:
+        if world.is_main:
             found[name] = full.cpu()
     return found
 
@@ -73,7 +73,7 @@ def scatter_first_(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], w
     from torch.distributed.tensor import distribute_tensor
 
     for name, target in targets.items():
-        source = saved[name] if world.first else torch.empty(target.shape)
+        source = saved[name] if world.is_main else torch.empty(target.shape)
         source = source.to(world.device, target.dtype).contiguous()
         if is_cut(target):
             like: Any = target

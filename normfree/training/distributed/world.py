@@ -51,7 +51,7 @@ class World:
     owned: bool = False  # whether `close` ends the process group
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
@@ -108,7 +108,7 @@ class World:
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (N_r C, on the CPU) of all processes, in order of rank; N_r may differ and be 0."""
-        return rows if self.size == 1 else torch.cat(self.tell(rows))
+        return rows if self.size == 1 else torch.cat(self.all_gather(rows))
 
     def largest(self, number: int) -> int:
         """The largest `number` of all processes: 0 means that nobody raised a flag."""
@@ -122,7 +122,7 @@ class World:
         """Whether `flag` is set in any process."""
         return bool(self.largest(int(flag)))
 
-    def tell(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """What every process said, in order of rank."""
         said: list[Any] = [value] * self.size
         if self.size > 1:
@@ -134,7 +134,7 @@ class World:
         self.largest(0)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def all_or_none(self) -> Iterator[None]:
         """All processes leave the block, or none does.
 
         Of those that raised, the one of lowest rank raises its error again, all others ElsewhereError with its words.
@@ -149,7 +149,7 @@ class World:
             problem = error
         words = "" if problem is None else str(problem) or type(problem).__name__
         try:
-            failed = {rank: text for rank, text in enumerate(self.tell(words)) if text}
+            failed = {rank: text for rank, text in enumerate(self.all_gather(words)) if text}
         except ElsewhereError:
             raise problem or ElsewhereError(
                 "another process of this run has ended. Its own output says why."
@@ -160,7 +160,7 @@ class World:
             raise ElsewhereError(f"process {min(failed)} of {self.size}: {failed[min(failed)]}")
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """Within the block, exchanges that FSDP2 makes by itself raise ElsewhereError too, when a process has ended."""
         try:
             yield
