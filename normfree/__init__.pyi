@@ -18,6 +18,7 @@ from .models.variants import VARIANTS as VARIANTS
 from .models.variants import list_models as list_models
 from .models.zoo import create_model as create_model
 from .optim.agc import adaptive_clip_grad_ as adaptive_clip_grad_
+from .optim.attach import attach_agc as attach_agc
 from .optim.clipping import clip_grad_ as clip_grad_
 from .optim.ema import Ema as Ema
 from .optim.groups import parameter_groups as parameter_groups

@@ -1,0 +1,167 @@
+"""AGC for a training loop that is not ours: a hook that clips before each step of any PyTorch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normfree.optim.agc import adaptive_clip_grad_
+from normfree.optim.classifier import find_classifier
+from normfree.optim.named_gradients import ClipReport, check_limit
+from normfree.optim.units import UnitNorms
+from normfree.suggest import did_you_mean, problem
+
+
+class AgcHandle:
+    """What `attach_agc` returns.
+
+    Attributes:
+        report: the `ClipReport` of the last step; None before the first one. Reading its numbers waits for the device.
+        exempt: names of the parameters that are not clipped.
+    """
+
+    def __init__(self, exempt: tuple[str, ...]) -> None:
+        self.report: ClipReport | None = None
+        self.exempt = exempt
+        self._remove: Callable[[], None] = lambda: None
+
+    def remove(self) -> None:
+        """Detach AGC from the optimizer."""
+        self._remove()
+
+
+def attach_agc(
+    optimizer: Optimizer,
+    clipping: float = 0.01,
+    *,
+    model: nn.Module | None = None,
+    unit: str = "filter",
+    exempt: str | Sequence[str] = "classifier",
+    eps: float = 1e-3,
+    error_if_nonfinite: bool = False,
+) -> AgcHandle:
+    """Clip the gradients adaptively before each step of `optimizer`, in a training loop that you do not control.
+
+    The hook runs inside `optimizer.step()`, so after gradient accumulation and after the sum over processes, and for
+    every caller of `step`: a plain loop, Accelerate, Lightning, the Hugging Face Trainer, timm. With a closure, it runs
+    after the closure. Under a `GradScaler` the gradients are unscaled first, also for fused optimizers, which would
+    otherwise unscale them only inside the step. Turn other clipping off: the Hugging Face Trainer clips the global norm
+    to 1.0 unless `max_grad_norm=0`.
+
+    One λ means different things: here and in the paper a unit is a filter; DreamerV3 clips whole tensors (λ 0.3,
+    unit="tensor"); timm's `--clip-mode agc` clips filters, but each element of a gain or bias by itself.
+
+    Args:
+        optimizer: any PyTorch optimizer. All parameters of its groups are clipped, except those exempt.
+        clipping: largest allowed ratio of gradient norm to weight norm, λ; a group's own `clipping` takes precedence.
+        model: the network that is trained, for the names of its parameters; needed unless `exempt` is ().
+        unit: "filter" or "tensor", see `adaptive_clip_grad_`.
+        exempt: "classifier" exempts the weight of the classifier (`get_classifier()`, else the last linear layer), as
+            the paper does; otherwise shell patterns of parameter names, such as ("head.*", "*.gain"); () is none.
+        eps: as for `adaptive_clip_grad_`.
+        error_if_nonfinite: raise for Inf and NaN. By default such gradients are left to the caller, as
+            `torch.nn.utils.clip_grad_norm_` does, and the host does not wait for the device.
+
+    Returns:
+        A handle with the last `report` and `remove()`.
+
+    Raises:
+        ValueError: `model` is missing, has no parameter of the optimizer or no classifier; a pattern matches no
+            parameter; `clipping` or `eps` is negative; `unit` is unknown.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> agc = normfree.attach_agc(optimizer, 0.1, model=model)
+        >>> agc.exempt  # the weight of the last layer
+        ('1.weight',)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> agc.report.units  # two rows of the first layer, one bias
+        3
+
+    Source: [B] section 4.1, equation 3.
+    """
+    check_limit("clipping", clipping)
+    check_limit("eps", eps)
+    UnitNorms(unit)
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = (
+        {id(p): name for name, p in model.named_parameters() if id(p) in ours} if model is not None else {}
+    )
+    skipped = _exempt(exempt, model, names)
+    handle = AgcHandle(tuple(names[i] for i in names if i in skipped))
+
+    def clip() -> None:
+        _unscale_(optimizer)
+        groups = [
+            {
+                "params": [(names.get(id(p), f"parameter {i} of group {g}"), p) for i, p in enumerate(group["params"])
+                           if id(p) not in skipped],
+                **({"clipping": group["clipping"]} if "clipping" in group else {}),
+            }
+            for g, group in enumerate(optimizer.param_groups)
+        ]  # fmt: skip
+        # A GradScaler skips the step itself if a gradient is not finite.
+        raises = error_if_nonfinite and getattr(optimizer, "found_inf", None) is None
+        handle.report = adaptive_clip_grad_(groups, clipping, eps=eps, unit=unit, error_if_nonfinite=raises)
+
+    def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            clip()
+            return None
+
+        def clipped_closure() -> Any:
+            loss = closure()
+            clip()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], clipped_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": clipped_closure}
+
+    handle._remove = optimizer.register_step_pre_hook(before_step).remove
+    return handle
+
+
+def _exempt(exempt: str | Sequence[str], model: nn.Module | None, names: dict[int, str]) -> set[int]:
+    """Return the ids of the parameters that are not clipped."""
+    if exempt == ():
+        return set()
+    if model is None:
+        fix = "pass model=model, or exempt=() to clip all parameters"
+        raise ValueError(problem(f"exempt is {exempt!r} without a model", fix=fix))
+    if not names:
+        given = "no parameter of the optimizer is one of the model"
+        raise ValueError(problem(given, fix="pass the model whose parameters the optimizer has"))
+    if exempt == "classifier":
+        weights = {f"{name}.weight" if name else "weight" for name in find_classifier(model)}
+        return {i for i, name in names.items() if name in weights}
+    patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names.values()):
+            hint = did_you_mean(pattern, names.values())
+            given = f"exempt has {pattern!r}, which matches no parameter.{hint}"
+            raise ValueError(problem(given, allowed="'classifier', or shell patterns of parameter names"))
+    return {i for i, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+@torch.no_grad()
+def _unscale_(optimizer: Optimizer) -> None:
+    """Unscale the gradients in place of a fused optimizer, to which a `GradScaler` leaves it."""
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    inverse = scale.double().reciprocal().float()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(inverse.to(parameter.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]

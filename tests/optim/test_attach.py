@@ -1,0 +1,234 @@
+"""`attach_agc` gives, bit for bit, the weights of a loop that clips by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from normfree.models.zoo import create_model
+from normfree.optim.agc import adaptive_clip_grad_
+from normfree.optim.attach import attach_agc
+from normfree.optim.classifier import find_classifier
+
+CLIPPING = 0.02
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(4, 3, 8, 8, generator=generator), torch.randint(3, (4,), generator=generator)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+    "fused adamw": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+}
+
+
+def make(kind: str, net: nn.Module) -> torch.optim.Optimizer:
+    if kind == "muon":  # takes matrices only
+        return torch.optim.Muon([p for p in net.parameters() if p.ndim == 2], lr=0.01)
+    return OPTIMIZERS[kind](net.parameters())
+
+
+def by_hand(net: nn.Module, optimizer: torch.optim.Optimizer, *, unit: str = "filter") -> None:
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    clipped = [(n, p) for n, p in net.named_parameters() if n != "5.weight" and id(p) in params]
+    adaptive_clip_grad_(clipped, CLIPPING, unit=unit)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, "muon"])
+def test_steps_are_those_of_a_loop_that_clips(kind, closure):
+    nets = [network(), network()]
+    optimizers = [make(kind, net) for net in nets]
+    handle = attach_agc(optimizers[0], CLIPPING, model=nets[0])
+    assert handle.exempt == ("5.weight",)
+    assert handle.report is None
+    for step in range(4):
+        x, y = batch(step)
+
+        def loss(x=x, y=y):
+            optimizers[0].zero_grad()
+            found = F.cross_entropy(nets[0](x), y)
+            found.backward()
+            return found
+
+        if closure:
+            assert optimizers[0].step(loss).item() > 0
+        else:
+            loss()
+            optimizers[0].step()
+        assert 0 < float(handle.report) <= 1
+        F.cross_entropy(nets[1](x), y).backward()
+        by_hand(nets[1], optimizers[1])
+    assert_same(*nets)
+
+
+def test_accumulated_gradients_are_clipped_once_at_the_step():
+    nets = [network(), network()]
+    optimizers = [make("sgd", net) for net in nets]
+    attach_agc(optimizers[0], CLIPPING, model=nets[0])
+    for step in range(4):
+        for net in nets:
+            (F.cross_entropy(net(batch(step)[0]), batch(step)[1]) / 2).backward()
+        if step % 2:
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+            by_hand(nets[1], optimizers[1])
+    assert_same(*nets)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "fused adamw"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_under_a_grad_scaler_the_unscaled_gradients_are_clipped(kind, explicit):
+    """A fused optimizer unscales inside its step, after the hook. The scale is a power of two, so nothing rounds."""
+    nets = [network(), network()]
+    optimizers = [make(kind, net) for net in nets]
+    handle = attach_agc(optimizers[0], CLIPPING, model=nets[0])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        x, y = batch(step)
+        scaler.scale(F.cross_entropy(nets[0](x), y)).backward()
+        if explicit:
+            scaler.unscale_(optimizers[0])
+        scaler.step(optimizers[0])
+        scaler.update()
+        optimizers[0].zero_grad()
+        F.cross_entropy(nets[1](x), y).backward()
+        norm = torch.cat([p.grad.flatten() for n, p in nets[1].named_parameters() if n != "5.weight"]).norm()
+        assert float(handle.report.grad_norm) == pytest.approx(float(norm), rel=1e-5)
+        by_hand(nets[1], optimizers[1])
+    assert_same(*nets)
+
+
+def test_a_step_that_the_scaler_skips_changes_nothing():
+    net = network()
+    optimizer = make("adamw", net)
+    attach_agc(optimizer, CLIPPING, model=net, error_if_nonfinite=True)
+    before = copy.deepcopy(net)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(F.cross_entropy(net(batch(0)[0]), batch(0)[1])).backward()
+    net[0].weight.grad[0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same(net, before)
+
+
+def test_unit_tensor_clips_whole_tensors():
+    nets = [network(), network()]
+    optimizers = [make("sgd", net) for net in nets]
+    handle = attach_agc(optimizers[0], CLIPPING, model=nets[0], unit="tensor")
+    for net in nets:
+        F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    optimizers[0].step()
+    by_hand(nets[1], optimizers[1], unit="tensor")
+    assert handle.report.units == 5  # weights and biases, without the classifier's weight
+    assert_same(*nets)
+
+
+def test_groups_may_have_their_own_clipping_and_patterns_exempt():
+    net = network()
+    groups = [{"params": net[0].parameters(), "clipping": 0.0}, {"params": net[3:].parameters()}]
+    optimizer = torch.optim.SGD(groups, 0.1)
+    handle = attach_agc(optimizer, CLIPPING, model=net, exempt=("5.*",))
+    assert handle.exempt == ("5.weight", "5.bias")
+    F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    optimizer.step()
+    assert handle.report.units == 8 + 1  # of layer 3
+
+
+def test_removed_it_clips_no_more():
+    nets = [network(), network()]
+    optimizers = [make("sgd", net) for net in nets]
+    attach_agc(optimizers[0], 1e-6, model=nets[0]).remove()
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+        optimizer.step()
+    assert_same(*nets)
+
+
+def test_a_gradient_that_is_not_finite_raises_only_on_request():
+    net = network()
+    for raises in (False, True):
+        optimizer = make("sgd", net)
+        handle = attach_agc(optimizer, CLIPPING, model=net, error_if_nonfinite=raises)
+        F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+        net[0].weight.grad[0] = float("nan")
+        if raises:
+            with pytest.raises(ValueError, match=r"gradients are not finite: '0\.weight'"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert handle.report.grad_norm.isnan()
+        handle.remove()
+        optimizer.zero_grad()
+
+
+def test_without_a_model_everything_can_be_clipped():
+    net = network()
+    optimizer = make("sgd", net)
+    handle = attach_agc(optimizer, CLIPPING, exempt=())
+    F.cross_entropy(net(batch(0)[0]), batch(0)[1]).backward()
+    optimizer.step()
+    assert handle.report.units == 4 + 8 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exempt is 'classifier' without a model. Fix: pass model=model, or exempt="),
+        (
+            {"model": nn.Linear(1, 1)},
+            "no parameter of the optimizer is one of the model. Fix: pass the model",
+        ),
+        ({"clipping": -1.0, "exempt": ()}, "clipping is -1.0"),
+        ({"unit": "layer", "exempt": ()}, "unknown unit 'layer'"),
+        ({"exempt": ("6.weight",)}, "exempt has '6.weight', which matches no parameter. Did you mean '"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    net = network()
+    if "6.weight" in options.get("exempt", ()):
+        options["model"] = net
+    clipping = options.pop("clipping", CLIPPING)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
+        attach_agc(make("sgd", net), clipping, **options)
+
+
+def test_the_classifier_is_found():
+    import timm
+    import torchvision
+
+    with torch.device("meta"):
+        nets = {
+            "head": create_model("nf_resnet_nano"),
+            "head.fc": timm.create_model("nfnet_l0"),
+            "fc": torchvision.models.resnet18(),
+            "classifier.6": torchvision.models.vgg11(),
+            "classifier.1": torchvision.models.squeezenet1_1(),
+            "heads.head": torchvision.models.vit_b_32(),
+        }
+        distilled = timm.create_model("deit_tiny_distilled_patch16_224")
+        bodies = [create_model("nf_resnet_nano", num_classes=0), timm.create_model("resnet18", num_classes=0)]
+    assert {name: find_classifier(net) for name, net in nets.items()} == {name: [name] for name in nets}
+    assert find_classifier(distilled) == ["head", "head_dist"]
+    assert [find_classifier(body) for body in bodies] == [[], []]
+    with pytest.raises(ValueError, match=r"no classifier was found in a ReLU\. Allowed"):
+        find_classifier(nn.ReLU())
