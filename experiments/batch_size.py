@@ -221,8 +221,8 @@ def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
 
     from normfree.data.sources.open import open_source
     from normfree.training.loop import train
-    from normfree.training.stop import Stopped
-    from normfree.training.trainer import Diverged
+    from normfree.training.stop import StoppedBySignal
+    from normfree.training.trainer import DivergedError
 
     keep_freed_memory()
     out, start = folder / cell.name, time.process_time()
@@ -232,10 +232,10 @@ def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
     try:
         result = train(config_of(preset, cell, data), out, console=Console(quiet=True))
         outcome["top1"] = result.weights.top1
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         code, outcome = stopped.exit_code, {"status": "stopped"}
     except ValueError as error:
-        if not isinstance(error, Diverged) and "not finite" not in str(error):
+        if not isinstance(error, DivergedError) and "not finite" not in str(error):
             raise
         outcome = {"status": "diverged", "top1": 100 / len(open_source(data).classes), "message": str(error)}
     outcome["cpu_seconds"] = round(time.process_time() - start + before.get("cpu_seconds", 0.0), 1)

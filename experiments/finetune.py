@@ -39,7 +39,7 @@ from normfree.training.config_io import with_overrides
 from normfree.training.early_stopping import Best
 from normfree.training.loop import train
 from normfree.training.recipes import RECIPES
-from normfree.training.stop import Stopped
+from normfree.training.stop import StoppedBySignal
 
 RUNS = Path("runs/finetune")
 RESULTS = Path(__file__).parent / "results"
@@ -335,5 +335,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         sys.exit(stopped.exit_code)  # everything is saved; the same command continues

@@ -131,21 +131,21 @@ def _train(config: Config, folder: Path) -> int:
     from normfree.training.allocator import keep_freed_memory
     from normfree.training.distributed.world import ElsewhereError
     from normfree.training.loop import train as run
-    from normfree.training.stop import Stopped
-    from normfree.training.trainer import Diverged
+    from normfree.training.stop import StoppedBySignal
+    from normfree.training.trainer import DivergedError
 
     if config.device in ("auto", "cpu"):
         keep_freed_memory()  # also harmless beside a GPU
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, this one alone speaks
     try:
         run(config, folder)
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         if first:
             print(
                 f"\nstopped after step {stopped.step}, everything is saved. Continue: normfree train {folder}"
             )
         return stopped.exit_code
-    except Diverged as error:
+    except DivergedError as error:
         if first:
             print(f"normfree: {error}", file=sys.stderr)
         return 3  # its own code, so that scripts can tell a diverged run from a wrong command

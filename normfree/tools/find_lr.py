@@ -26,7 +26,7 @@ from normfree.training import class_weights
 from normfree.training.config import Config
 from normfree.training.console import RunLog
 from normfree.training.resolve import open_data, resolve
-from normfree.training.trainer import Diverged, Trainer
+from normfree.training.trainer import DivergedError, Trainer
 
 LOW, HIGH, PER_DECADE = 1e-5, 10.0, 20
 STEPS = 1 + PER_DECADE * round(math.log10(HIGH / LOW))  # 121
@@ -60,7 +60,7 @@ def sweep_rates(*, low: float = LOW, high: float = HIGH, steps: int = STEPS) -> 
 
 def range_test(step: Callable[[float], float], rates: Sequence[float]) -> RangeTest:
     """Calls `step(rate)`, which returns the loss before its update, for rising rates until the loss explodes: not
-    finite, `Diverged`, or the median of five above 4 times that at the start.
+    finite, `DivergedError`, or the median of five above 4 times that at the start.
 
     Raises:
         ValueError: it explodes within the first five rates.
@@ -69,7 +69,7 @@ def range_test(step: Callable[[float], float], rates: Sequence[float]) -> RangeT
     for rate in rates:
         try:
             loss = step(rate)
-        except Diverged:
+        except DivergedError:
             break
         if not math.isfinite(loss):
             break

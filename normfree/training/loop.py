@@ -29,7 +29,7 @@ from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.profile import profiled
 from normfree.training.resolve import open_data, preprocessing, resolve
 from normfree.training.resume import restore_newest, save_checkpoint
-from normfree.training.stop import Stopped, stop_flag
+from normfree.training.stop import StoppedBySignal, stop_flag
 from normfree.training.trainer import Trainer
 
 IN_PROCESS = 2000  # images; scoring fewer takes less time than starting workers
@@ -40,8 +40,8 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
 
     Raises:
         ValueError: data, model or folder cannot be used; raised before the first step.
-        Diverged: a gradient was not finite.
-        Stopped: SIGTERM or SIGINT arrived; a checkpoint was written first.
+        DivergedError: a gradient was not finite.
+        StoppedBySignal: SIGTERM or SIGINT arrived; a checkpoint was written first.
     """
     start = time.monotonic()
     with start_world(config.device) as world, contextlib.ExitStack() as stack:
@@ -177,7 +177,7 @@ def _steps(
             if ended:
                 break
             if signalled:
-                raise Stopped(step, signalled)
+                raise StoppedBySignal(step, signalled)
     if step < total:
         run_log.info(
             f"no better score in {config.patience} evaluations: the best one, {best.score:.2f} %, was after step "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class Stopped(Exception):  # not an error: the run was asked to end and has saved itself
+class StoppedBySignal(Exception):  # not an error: the run was asked to end and has saved itself
     """A signal ended the run after `step` steps; `exit_code` is 128 + its number."""
 
     def __init__(self, step: int, number: int) -> None:

@@ -46,7 +46,7 @@ from normfree.training.update import Update
 SAMPLE_RATIOS = 10  # lines of metrics.jsonl between two samples of the ratios of gradients to weights
 
 
-class Diverged(ValueError):
+class DivergedError(ValueError):
     """A gradient was not finite. Weights and the last checkpoint are unchanged; the message names the parameters."""
 
 
@@ -155,7 +155,7 @@ class Trainer:
             Mean loss and number of correct answers, both 0-dim on the device, and the report of the clipping.
 
         Raises:
-            Diverged: a gradient was not finite; nothing was changed.
+            DivergedError: a gradient was not finite; nothing was changed.
         """
         config = self.config
         factor = schedule_multiplier(
@@ -175,7 +175,7 @@ class Trainer:
                 self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
             return loss, correct, self.update.step(step)
         except NonFiniteGradientError as error:
-            raise Diverged(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
+            raise DivergedError(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
                            f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip
 
     def _perturbed(

@@ -14,7 +14,7 @@ from normfree.optim.sgd import SGD
 from normfree.tools.find_lr import STEPS, find_lr, judge, lines, range_test, sweep_rates
 from normfree.training.config_io import with_overrides
 from normfree.training.recipes import RECIPES
-from normfree.training.trainer import Diverged
+from normfree.training.trainer import DivergedError
 
 FLAGS = shlex.split(
     "--data synthetic:classes=3,size=16,train=48,val=12 --model nf_resnet_nano --input.image_size 16 "
@@ -118,7 +118,7 @@ def test_a_loss_that_never_rises_says_so():
     )
 
 
-@pytest.mark.parametrize("end", [float("nan"), float("inf"), 9.0, Diverged("gradient")])
+@pytest.mark.parametrize("end", [float("nan"), float("inf"), 9.0, DivergedError("gradient")])
 def test_it_stops_when_the_loss_explodes(end):
     asked = []
 

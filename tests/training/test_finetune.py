@@ -290,7 +290,7 @@ def test_a_stopped_run_waits_no_longer_than_an_unbroken_one(tmp_path, monkeypatc
         return result
 
     monkeypatch.setattr(loop.Trainer, "step", stopping)
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(loop.StoppedBySignal):
         loop.train(config("--patience", "3"), tmp_path / "run", console=quiet())
     monkeypatch.setattr(loop.Trainer, "step", counted)
     result = loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())

@@ -26,7 +26,7 @@ from normfree.training.config_io import load_config, with_overrides
 from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
-from normfree.training.trainer import Diverged, Trainer
+from normfree.training.trainer import DivergedError, Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
@@ -101,7 +101,7 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 @pytest.mark.parametrize("step", range(1, 12))
 def test_stopped_at_any_step_and_continued_gives_the_same_bits(unbroken, tmp_path, monkeypatch, step):
     stop_after(monkeypatch, step)
-    with pytest.raises(loop.Stopped) as stopped:
+    with pytest.raises(loop.StoppedBySignal) as stopped:
         loop.train(config(), tmp_path / "run", console=quiet())
     assert (stopped.value.step, stopped.value.exit_code) == (step, 143)
     monkeypatch.undo()
@@ -116,7 +116,7 @@ def test_the_whole_recipe_stops_and_continues_too(tmp_path, monkeypatch):
     flags = ("--augment.mix_with", "fresh", "--augment.randaugment", "2x3", "--optim.sam_rho", "0.05")
     loop.train(config(*flags), tmp_path / "whole", console=quiet())
     stop_after(monkeypatch, 7)
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(loop.StoppedBySignal):
         loop.train(config(*flags), tmp_path / "run", console=quiet())
     monkeypatch.undo()
     continued = load_config(tmp_path / "run" / "config.toml")
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_pat
         return result
 
     monkeypatch.setattr(BatchGradient, "__call__", poisoned)
-    with pytest.raises(Diverged) as error:
+    with pytest.raises(DivergedError) as error:
         loop.train(config("--optim.clip", mode), tmp_path / "run", console=quiet())
     text = str(error.value)
     assert text.startswith("step 7: 1 of ")

@@ -11,7 +11,7 @@ import torch
 from normfree.data.loader import Batch
 from normfree.native.library import library
 from normfree.training.config import OptimConfig
-from normfree.training.trainer import Diverged, Trainer
+from normfree.training.trainer import DivergedError, Trainer
 from normfree.training.update import Update
 
 Make, Batches = Callable[..., Trainer], Callable[[int], Batch]
@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_gives_the_same_error_and_changes_nothing(
         before = {f: {n: t.clone() for n, t in part.items()} for f, part in trainer.state.tensors().items()}
         weight = trainer.net.stages[1][0].conv1.gain
         handle = weight.register_hook(lambda grad: grad * float("inf"))
-        with pytest.raises(Diverged) as error:
+        with pytest.raises(DivergedError) as error:
             trainer.step(some_batch(1), 1)
         handle.remove()
         messages.append(str(error.value))

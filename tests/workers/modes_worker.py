@@ -51,7 +51,7 @@ def train(
     with patched(Trainer, "step", step):
         try:
             loop.train(config(run, flags, more), run, console=Console(file=io.StringIO()))
-        except loop.Stopped as stopped:
+        except loop.StoppedBySignal as stopped:
             if stopped.step != stop:
                 raise
 

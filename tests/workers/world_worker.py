@@ -28,7 +28,7 @@ from normfree.training.distributed.world import World
 from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
-from normfree.training.trainer import Diverged, Trainer
+from normfree.training.trainer import DivergedError, Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=13"
 Found = dict[Any, Any]
@@ -150,7 +150,7 @@ def runs(world: World, found: Found, flags: list[str], path: Path, console: Cons
         with patched(Trainer, "step", _stopped_by_one_rank(world)):
             try:
                 loop.train(config(flags), path / "stopped", console=console)
-            except loop.Stopped as stopped:
+            except loop.StoppedBySignal as stopped:
                 found["stopped"] = stopped.step, stopped.exit_code
         if world.is_main:
             shutil.rmtree(path / "stopped" / "checkpoints" / "step-00000002")  # the third is what continues
@@ -163,7 +163,7 @@ def runs(world: World, found: Found, flags: list[str], path: Path, console: Cons
     with patched(BatchGradient, "__call__", _nan_in_the_last_rank(world)):
         try:
             loop.train(config(flags), path / f"diverged{world.size}", console=console)
-        except Diverged as error:
+        except DivergedError as error:
             found["diverged"] = str(error)
 
 
