@@ -147,7 +147,7 @@ def test_list_and_show(trained, capsys):
         ),
         (
             "train --lr 1 --length 5",
-            "unknown key 'lr'. Did you mean 'optim.lr'?\nnormfree: length='5': expected ",
+            "unknown key 'lr'. Did you mean 'optim.lr'?\nnormfree: length='5'. Allowed: ",
         ),
         ("list vgg*", "no model matches 'vgg*'. All names: normfree list models"),
         ("show vgg", "unknown model 'vgg'."),

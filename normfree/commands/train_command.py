@@ -85,13 +85,15 @@ def _find_lr(words: list[str]) -> int:
 
 def _base(source: str, words: list[str]) -> tuple[Config, str]:
     from normfree.training.config_io import load_config, with_overrides
-    from normfree.training.recipes import RECIPES
+    from normfree.training.recipes import DEFAULT_RECIPE, RECIPES
 
     if source.endswith(".toml"):
         return with_overrides(load_config(Path(source)), words), Path(source).stem
     if not source:
         given = {word.partition("=")[0] for word in words}
-        source = "demo" if "--data" not in given else "finetune" if "--weights" in given else "scratch"
+        source = (
+            DEFAULT_RECIPE if "--data" not in given else "finetune" if "--weights" in given else "scratch"
+        )
     if source not in RECIPES:
         hint = did_you_mean(source, RECIPES)
         raise UsageError(f"{source!r} is no recipe, run folder or .toml file.{hint} Recipes: {', '.join(RECIPES)}. "
@@ -175,10 +177,17 @@ def _take_option(words: list[str], option: str) -> tuple[str, list[str]]:
 
 def train_help() -> int:
     from normfree.training.config import Config
+    from normfree.training.recipes import DEFAULT_RECIPE, RECIPES
 
     print(TRAIN_WORDS)
     try:
-        tyro.cli(Config, args=["--help"], prog="normfree train", config=(tyro.conf.FlagConversionOff,))
+        tyro.cli(
+            Config,
+            args=["--help"],
+            prog="normfree train",
+            default=RECIPES[DEFAULT_RECIPE](),
+            config=(tyro.conf.FlagConversionOff,),
+        )
     except SystemExit:
         return 0
     return 0

@@ -1,26 +1,28 @@
-"""The config of a run: a strict, frozen tree of at most 50 keys, one file and one set of flags.
+"""The config of a run: a strict, frozen tree of at most 50 keys, the same for TOML files and command-line flags.
 
-    recipe (a function, a TOML file, or a run's own config) -> overrides, left to right -> checked -> written
+    recipe (a function, a TOML file or the config of a run) -> overrides, left to right -> checked -> written
 
-Every error is collected and reported once, each with the nearest key or the values allowed. This file imports
-neither torch nor any room, so that `normfree train --help` answers at once. TOML has no null, hence no `None`:
-"auto" takes a value from the model's row, "" and 0 mean none.
+The docstring under each field is its text in `normfree train --help`. All errors are collected and reported at once,
+each with the nearest key or the allowed values (`config_io.py`). This file does not import PyTorch, so that `--help`
+answers at once. TOML has no null, so no value is None: "auto" takes the value from the model's variant (or from the
+weights), "" and 0 mean none.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from normfree.suggest import did_you_mean
+
 Auto = Literal["auto"]
 
 
 class ConfigError(ValueError):
-    """One or more keys or values of a config are wrong; the message lists all of them."""
+    """Error in one or more keys or values of a config; the message lists all of them, one per line."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -28,204 +30,229 @@ class ConfigError(ValueError):
 
 
 class ConfigSection(BaseModel):
-    """Base of all sections: strict types, finite numbers, no unknown keys, no change after creation."""
+    """Base class of all sections: strict types, finite numbers, no unknown keys, immutable."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
+# --- validators: a ValueError holds the allowed values, which config_io.py reports together with the given one ----
+
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
+LOGGERS = ("tensorboard", "wandb")
 
 
 def _check_length(value: str) -> str:
     if not _LENGTH.fullmatch(value):
-        raise ValueError("expected a number of epochs or steps, for example '90ep' or '5000st'")
+        raise ValueError("a number of epochs or steps, for example '90ep' or '5000st'")
     return value
 
 
 def _check_size(value: int | str) -> int | str:
     if isinstance(value, int) and value < 1:
-        raise ValueError("expected 1 pixel or more, or 'auto'")
+        raise ValueError("1 pixel or more, or 'auto'")
     return value
 
 
 def _check_count(value: int | str) -> int | str:
     if isinstance(value, int) and value < 0:
-        raise ValueError("expected 0 or more images, or 'auto'")
+        raise ValueError("0 or more images, or 'auto'")
     return value
 
 
 def _check_rate(value: float | str) -> float | str:
     if isinstance(value, float) and not 0.0 <= value < 1.0:
-        raise ValueError("expected a number from 0 to below 1, or 'auto'")
+        raise ValueError("a number from 0 to below 1, or 'auto'")
     return value
-
-
-LOGGERS = ("tensorboard", "wandb")
-
-
-def loggers_in(to: str) -> tuple[str, ...]:
-    """The loggers that a value of `log.to` names, each once, in their own order."""
-    named = [word.strip() for word in to.split(",")]
-    return tuple(logger for logger in LOGGERS if logger in named)
 
 
 def _check_loggers(value: str) -> str:
-    for word in value.split(",") if value else ():
-        if word.strip() not in LOGGERS:
-            near = difflib.get_close_matches(word.strip(), LOGGERS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"expected tensorboard, wandb, or both with a comma between them. Nearest to {word.strip()!r}: {near}"
-            )
+    for name in value.split(",") if value else ():
+        if name.strip() not in LOGGERS:
+            hint = did_you_mean(name.strip(), LOGGERS)
+            raise ValueError(f"tensorboard, wandb, or both separated by a comma.{hint}")
     return value
 
 
+def loggers_in(to: str) -> tuple[str, ...]:
+    """Return the loggers named in a value of `log.to`, each once, in the order of LOGGERS.
+
+    >>> loggers_in("wandb, tensorboard")
+    ('tensorboard', 'wandb')
+    """
+    named = [name.strip() for name in to.split(",")]
+    return tuple(logger for logger in LOGGERS if logger in named)
+
+
 def steps_of(length: str, *, samples: int, batch_size: int) -> int:
-    """A length in optimizer steps: "90ep" of `samples` images at `batch_size` a step, or "5000st". Rounded."""
+    """Return a length in optimizer steps, rounded to the nearest integer.
+
+    Args:
+        length: "90ep" (epochs) or "5000st" (steps).
+        samples: Images per epoch.
+        batch_size: Images per step.
+
+    >>> steps_of("10ep", samples=50, batch_size=32)
+    16
+    """
     match = _LENGTH.fullmatch(length)
     assert match, length
     number = float(match[1])
     return round(number * samples / batch_size) if match[2] == "ep" else round(number)
 
 
+# --- the schema -----------------------------------------------------------------------------------------
+
+
 class NetConfig(ConfigSection):
-    """Changes to the model's row."""
+    """Changes to the network's variant."""
 
     activation: str = "auto"
-    """Activation by the reference's name, for example silu; auto: that of the weights, else the row's."""
+    """Name of the activation, for example silu. auto: that of the weights, else the variant's."""
     drop_rate: Auto | float = "auto"
-    """Dropout before the classifier; auto: the row's."""
+    """Dropout rate before the classifier. auto: the variant's."""
     stochdepth_rate: Auto | float = "auto"
-    """Stochastic depth of the last block; auto: the row's."""
+    """Stochastic depth rate of the last block; earlier blocks use proportionally less. auto: the variant's."""
     skip_gain: Auto | float = "auto"
-    """Initial value of each branch's learnable scalar; auto: the row's, 0 in the published ones."""
+    """Initial value of the learnable gain of each residual branch. auto: the variant's (0 in the published
+    networks)."""
     alpha: Auto | float = "auto"
-    """Scale of each residual branch; auto: that of the weights, else the row's."""
+    """Scale of each residual branch. auto: that of the weights, else the variant's."""
 
     _rates = field_validator("drop_rate", "stochdepth_rate")(_check_rate)
 
 
 class InputConfig(ConfigSection):
-    """From files to batches."""
+    """Reading images and forming batches."""
 
     image_size: Auto | int = "auto"
-    """Side of the training images in pixels; auto: the row's train_size, or in its ratio to the weights' test size."""
+    """Side of training images in pixels. auto: the variant's train_size, scaled to match the evaluation size of the
+    weights if they were trained at another."""
     eval_size: Auto | int = "auto"
-    """Side of the evaluation images; auto: the weights', else the row's test_size, or image_size when that is given."""
+    """Side of evaluation images in pixels. auto: image_size if that is given, else the evaluation size of the weights,
+    else the variant's test_size."""
     eval_crop: Literal["auto", "resize_crop_32", "crop_resize", "squash"] = "auto"
-    """Preprocessing for evaluation; auto: squash up to 96 px, resize_crop_32 above."""
+    """Resizing and cropping for evaluation. auto: squash up to 96 pixels, resize_crop_32 above."""
     batch_size: int = Field(default=64, ge=1)
-    """Images per optimizer step, over all processes."""
+    """Images per optimizer step, summed over all processes."""
     micro_batch: Auto | int = 0
-    """Images per forward and backward pass, to save memory; 0: the whole batch at once; auto: as many as fit."""
+    """Images per forward and backward pass; smaller values need less memory. 0: the whole batch at once. auto: as
+    many as fit in memory."""
     workers: int = Field(default=1, ge=0)
-    """Processes that read images; 0 reads in the training process. Batches do not depend on it."""
+    """Number of processes that load images; 0 loads them in the training process. It does not change the batches."""
     val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
-    """Share of a folder without a val/ of its own that is kept for validation."""
+    """Fraction of each class that is held out for validation if the folder has no val/."""
 
     _sizes = field_validator("image_size", "eval_size")(_check_size)
     _count = field_validator("micro_batch")(_check_count)
 
 
 class AugmentConfig(ConfigSection):
-    """What happens to training images."""
+    """Augmentation of training images."""
 
     crop_min: float = Field(default=0.08, gt=0.0, le=1.0)
-    """Smallest share of the area that a random crop keeps."""
+    """Smallest fraction of the image area that a random crop keeps."""
     repeats: int = Field(default=1, ge=1)
-    """How often an image stands in its batch, each time augmented anew."""
+    """How many times each image occurs in a batch, each time with another augmentation."""
     flip: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Probability of a mirror image."""
+    """Probability of a horizontal flip."""
     randaugment: str = "off"
-    """off, auto (the row's), trivial, <layers>x<magnitude> of DeepMind's (4x5), or tv:2x9, torchvision's."""
+    """RandAugment: off, auto (the variant's), trivial (TrivialAugment), LAYERSxMAGNITUDE as in DeepMind's code, for
+    example 4x5, or tv:LAYERSxMAGNITUDE as in torchvision, for example tv:2x9."""
     mixup: float = Field(default=0.0, ge=0.0)
-    """Beta parameter of mixup; 0: none. With cutmix too, each gets half of the batch."""
+    """Parameter of the Beta distribution of mixup; 0: no mixup. With cutmix too, each is used for half of the batch."""
     cutmix: float = Field(default=0.0, ge=0.0)
-    """Beta parameter of cutmix; 0: none, 1: uniform."""
+    """Parameter of the Beta distribution of cutmix; 0: no cutmix, 1: uniform."""
     mix_with: Literal["batch", "fresh"] = "batch"
-    """Partners: others of the batch, or images read for it alone and augmented after mixing, as the papers did."""
+    """Which images are mixed in. batch: other images of the batch. fresh: additional images, augmented after mixing, as
+    in the papers."""
     label_smoothing: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Probability mass spread over all classes, after mixing."""
+    """Probability mass that is spread evenly over all classes, after mixing."""
 
 
 class OptimConfig(ConfigSection):
-    """SGD with momentum, clipping and averaging."""
+    """SGD with momentum, gradient clipping and weight averaging."""
 
     lr: float = Field(default=0.1, gt=0.0)
-    """Peak learning rate, as applied (the papers: 0.1 * batch_size / 256)."""
+    """Peak learning rate, used as given. The papers use 0.1 * batch_size / 256."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Momentum, in Nesterov's form."""
+    """Nesterov momentum."""
     weight_decay: float = Field(default=2e-5, ge=0.0)
-    """Coupled L2 decay; gains, biases and skip gains are exempt."""
+    """L2 weight decay, added to the gradient; not applied to gains, biases and skip gains."""
     clip: Literal["agc", "norm", "value", "off"] = "agc"
-    """Adaptive gradient clipping, or clipping by global norm or by value for comparison."""
+    """Gradient clipping: agc (adaptive gradient clipping), norm (global norm), value (each element) or off."""
     clipping: float = Field(default=0.01, gt=0.0)
-    """AGC: largest ratio of a unit's gradient norm to its weight norm. norm, value: the bound itself."""
+    """agc: largest allowed ratio of a unit's gradient norm to its weight norm. norm, value: largest allowed norm or
+    absolute value."""
     clipping_eps: float = Field(default=1e-3, gt=0.0)
-    """AGC: floor of the weight norm, so that zeros can move."""
+    """agc: lower bound of the weight norm, so that weights that are zero can change."""
     unclipped: str = "head.weight"
-    """AGC: parameters that are not clipped, as patterns of names with commas between them; nothing: all are."""
+    """agc: parameters that are not clipped, as name patterns separated by commas. Empty: all are clipped."""
     class_balance: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Weight of an image in the loss: 1 / (images of its class) to this power; 0: all alike, 1: all classes alike."""
+    """Exponent p of the loss weights: an image of a class with n images has a weight proportional to 1 / n^p.
+    0: all images count equally. 1: all classes count equally."""
     warmup: str = "5ep"
-    """Linear warm-up from 0."""
+    """Length of the linear warm-up from a learning rate of 0, in epochs (5ep) or steps (1000st)."""
     schedule: Literal["warmup_cosine", "warmup_linear", "constant"] = "warmup_cosine"
-    """Course of the learning rate."""
+    """Learning rate after the warm-up: cosine decay, linear decay or constant."""
     final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Where the schedule ends, as a share of the peak."""
+    """Learning rate at the end of the schedule, as a fraction of lr."""
     sam_rho: float = Field(default=0.0, ge=0.0)
-    """Sharpness-aware minimization: length of the step uphill at which the gradient is taken; 0: none."""
+    """Radius of sharpness-aware minimization (SAM); 0: no SAM."""
     ema_decay: float = Field(default=0.99999, ge=0.0, le=1.0)
-    """Decay of the weight average, reached by the ramp (1 + t) / (10 + t)."""
+    """Decay of the exponential moving average of the weights. In step t it is at most (1 + t) / (10 + t)."""
 
     _length = field_validator("warmup")(_check_length)
 
 
 class LogConfig(ConfigSection):
-    """What is written, and when."""
+    """Logging, evaluation and checkpoints."""
 
     every: int = Field(default=10, ge=1)
-    """Steps between lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl."""
     evaluate_every: str = "1ep"
-    """Between evaluations."""
+    """Epochs (1ep) or steps (500st) between evaluations."""
     checkpoint_every: str = "5ep"
-    """Between checkpoints; one is always written at the end and when the run is stopped."""
+    """Epochs (5ep) or steps (500st) between checkpoints. One is also written at the end and when the run is stopped."""
     keep: int = Field(default=2, ge=2)
-    """Newest checkpoints to keep, besides the best."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     to: str = ""
-    """Loggers beside metrics.jsonl: tensorboard, wandb, or both with a comma between them."""
+    """Loggers in addition to metrics.jsonl: tensorboard, wandb, or both separated by a comma. Empty: none."""
     profile: int = Field(default=0, ge=0)
-    """Steps to record with PyTorch's profiler, after the first few; 0: none."""
+    """Steps to record with PyTorch's profiler, after a few steps of warm-up; 0: no profile."""
 
     _length = field_validator("evaluate_every", "checkpoint_every")(_check_length)
     _loggers = field_validator("to")(_check_loggers)
 
 
 class Config(ConfigSection):
-    """Everything that decides a run."""
+    """All settings that determine a run."""
 
     data: str = "emoji"
-    """A folder of images, emoji, synthetic, cifar10:root=data,download=no, or another word of docs/data.md."""
+    """Training data: a folder with one subfolder of images per class, emoji, synthetic,
+    cifar10:root=data,download=no, or another source described in docs/data.md."""
     model: str = "nf_resnet_nano"
-    """A name from `normfree list`; auto: the network of weights."""
+    """Name of a variant, see `normfree list`. auto: the variant of the weights."""
     weights: str = ""
-    """A model or run folder to start from, with a new classifier if it knows other classes; empty: random weights."""
+    """Model or run folder to initialize from; the classifier is replaced if the classes differ. Empty: random
+    weights."""
     length: str = "60ep"
-    """How long to train: epochs (90ep) or steps (5000st)."""
+    """Length of training in epochs (90ep) or steps (5000st)."""
     patience: int = Field(default=0, ge=0)
-    """Evaluations without a better averaged score after which the run ends, its best weights kept; 0: to the end."""
+    """Early stopping: end the run after this many evaluations in which the averaged weights do not improve, and keep
+    the best ones. 0: never."""
     seed: int = Field(default=0, ge=0)
-    """Decides initial weights, order, augmentation and dropout."""
+    """Seed of initial weights, sample order, augmentation and dropout."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto: the first GPU, else the CPU."""
+    """cpu, cuda, cuda:1, mps. auto: the first GPU if there is one, else the CPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; weights, momentum and average are always float32."""
+    """Data type of activations. Weights, momentum and averaged weights are always float32."""
     parallel: Literal["replicated", "sharded", "exact"] = "replicated"
-    """Several processes: each with the whole network, with a part of it (FSDP2), or with bits that do not depend on
-    their number."""
+    """How several processes share the model: replicated (DDP), sharded (FSDP2), or exact (replicated, with
+    bit-identical results for any number of processes)."""
     compile: bool = False
-    """Compile stem and blocks with torch.compile, one graph for each shape."""
+    """Compile the stem and the blocks with torch.compile, one graph for each input shape."""
     net: NetConfig = NetConfig()
     input: InputConfig = InputConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -233,9 +260,3 @@ class Config(ConfigSection):
     log: LogConfig = LogConfig()
 
     _length = field_validator("length")(_check_length)
-
-
-# --- keys --------------------------------------------------------------------------------------------
-
-
-# --- in and out --------------------------------------------------------------------------------------

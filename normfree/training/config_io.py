@@ -1,8 +1,7 @@
-"""normfree.training.config_io."""
+"""Reading, overriding and writing configs, and the translation of pydantic's errors into our form."""
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from normfree.suggest import closest, problem
 from normfree.training.config import Config, ConfigError
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every key, dotted: "data", ..., "optim.lr", ..."""
+    """Return all keys with their sections: "data", ..., "optim.lr", ..."""
     found: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -26,22 +26,26 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def _unknown(key: str) -> str:
+    """Return the message for an unknown key, with the most similar key or section."""
     known = keys()
     leaf = key.rpartition(".")[2]
+    leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
     sections = {k.partition(".")[0] for k in known}
-    close = [k for k in known if k.rpartition(".")[2] == leaf]  # the right key without its section
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    close = close or difflib.get_close_matches(key, sections, n=1, cutoff=0.6)
-    close = close or [k for k in known if difflib.get_close_matches(leaf, [k.rpartition(".")[2]], cutoff=0.6)]
-    hint = f" Did you mean {close[0]!r}?" if close else " All keys: normfree train --help"
+    near = (
+        leaves.get(leaf)  # the right key without its section
+        or closest(key, known)
+        or closest(key, sections)
+        or leaves.get(closest(leaf, leaves) or "")
+    )
+    hint = f" Did you mean {near!r}?" if near else " All keys: normfree train --help"
     return f"unknown key {key!r}.{hint}"
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
-    """pydantic's findings in our three parts: what was given, what is allowed."""
+    """Yield one message for each wrong key of a pydantic error: the given and the allowed value."""
     seen: set[str] = set()
     for item in error.errors():
-        # a union reports once per member and ends the location with the member's name
+        # For a union, pydantic reports each member and appends the member's name to the location.
         path = [str(p) for p in item["loc"]]
         while path and ".".join(path) not in keys() and item["type"] != "extra_forbidden":
             path = path[:-1]
@@ -54,22 +58,33 @@ def _problems(error: ValidationError) -> Iterator[str]:
         elif not key:
             yield item["msg"]
         else:
-            yield f"{key}={item['input']!r}: {_allowed(key, item['msg'])}."
+            yield problem(f"{key}={item['input']!r}", allowed=_allowed(key, item["type"], item["msg"]))
 
 
-def _allowed(key: str, message: str) -> str:
-    if message.startswith("Value error, "):  # from a check of ours
+# Our text for the types of pydantic's errors.
+_KINDS = {
+    "bool": "true or false", "int": "a whole number", "float": "a number", "string": "a text",
+    "finite_number": "a finite number",
+}  # fmt: skip
+
+
+def _allowed(key: str, kind: str, message: str) -> str:
+    """Return what a key allows, from the type and the message of a pydantic error."""
+    if message.startswith("Value error, "):
         return message.removeprefix("Value error, ")
-    kind = _annotation(key)
-    if "Literal" in str(kind) and "float" in str(kind):
-        return "expected a number or 'auto'"
-    if "Literal" in str(kind) and "int" in str(kind):
-        return "expected a whole number or 'auto'"
-    message = message.replace("Input should be", "expected")
-    return message[0].lower() + message[1:]
+    annotation = str(_annotation(key))
+    if "Literal" in annotation and "float" in annotation:
+        return "a number or 'auto'"
+    if "Literal" in annotation and "int" in annotation:
+        return "a whole number or 'auto'"
+    for prefix, text in _KINDS.items():
+        if kind.startswith(prefix):
+            return text
+    return message.removeprefix("Input should be ")
 
 
 def _annotation(key: str) -> Any:
+    """Return the type annotation of a key."""
     model: type[BaseModel] = Config
     *sections, leaf = key.split(".")
     for section in sections:
@@ -80,40 +95,44 @@ def _annotation(key: str) -> Any:
 
 
 def with_overrides(base: Config, flags: Sequence[str]) -> Config:
-    """`base` with flags `--section.key value` (or `--section.key=value`) applied from left to right.
+    """Return `base` with flags `--section.key value` or `--section.key=value` applied from left to right.
 
-    pydantic, not the command-line library, judges the values, so that all errors come at once and files and
-    flags obey one rule.
+    The values are checked by pydantic, not by a command-line library, so that all errors are reported at once and
+    files and flags follow the same rules.
 
     Raises:
-        ConfigError: unknown keys, missing or impossible values; all of them.
+        ConfigError: Keys are unknown, values are missing or not allowed; the message lists all of them.
+
+    Example:
+        >>> with_overrides(Config(), ["--optim.lr", "0.05", "--compile=true"]).optim.lr
+        0.05
     """
     problems: list[str] = []
     given: dict[str, Any] = {}
     known = keys()
-    words = list(flags)
-    while words:
-        word = words.pop(0)
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not key:
-            problems.append(f"unexpected {word!r}: expected --key value, for example --optim.lr 0.05.")
+    args = list(flags)
+    while args:
+        arg = args.pop(0)
+        key, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or not key:
+            problems.append(
+                problem(f"unexpected argument {arg!r}", allowed="--key value, for example --optim.lr 0.05")
+            )
             continue
         key = key.replace("-", "_")
         if not equals:
-            if not words or (words[0].startswith("--") and len(words[0]) > 2):
-                problems.append(
-                    _unknown(key) if key not in known else f"{key}: a value is missing after --{key}."
-                )
+            if not args or (args[0].startswith("--") and len(args[0]) > 2):
+                problems.append(_unknown(key) if key not in known else f"--{key} needs a value.")
                 continue
-            value = words.pop(0)
+            value = args.pop(0)
         if key not in known:
             problems.append(_unknown(key))
             continue
         *sections, leaf = key.split(".")
-        place = given
+        section_values = given
         for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
+            section_values = section_values.setdefault(section, {})
+        section_values[leaf] = value
     try:
         read = Config.model_validate_strings(given)
     except ValidationError as error:
@@ -124,6 +143,7 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
 
 
 def _merge(base: dict[str, Any], read: BaseModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace in `base` the values of the keys in `given` by those of `read`; return `base`."""
     for name, value in given.items():
         new = getattr(read, name)
         base[name] = _merge(base[name], new, value) if isinstance(value, Mapping) else new
@@ -131,10 +151,10 @@ def _merge(base: dict[str, Any], read: BaseModel, given: Mapping[str, Any]) -> d
 
 
 def load_config(path: Path) -> Config:
-    """A config from a TOML file; keys that it leaves out have their defaults.
+    """Return the config in a TOML file; missing keys have the defaults of `Config`.
 
     Raises:
-        ConfigError: the file cannot be read, or keys or values are wrong; all of them.
+        ConfigError: The file cannot be read, or keys or values are wrong; the message lists all of them.
     """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -143,11 +163,11 @@ def load_config(path: Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in _problems(error)]) from None
+        raise ConfigError([f"{path}: {text}" for text in _problems(error)]) from None
 
 
 def to_toml(config: Config) -> str:
-    """The complete config as TOML; `load_config` of it gives the same config."""
+    """Return the complete config as TOML text; `load_config` of it gives the same config."""
     import tomli_w
 
     return tomli_w.dumps(config.model_dump())

@@ -1,6 +1,7 @@
-"""Recipes: functions that return a `Config`. Each states command, hardware, time and accuracy seen, or "not yet run".
+"""Recipes: functions that return a `Config`.
 
-Derived numbers are computed here, so that they stay derived. No torch in this file.
+Each docstring gives the command and the measured hardware, time and accuracy, or "Not yet run". Values that follow from
+others are computed, for example the learning rate from the batch size. This file does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from normfree.training.config import AugmentConfig, Config, InputConfig, LogConf
 
 
 def demo() -> Config:
-    """The main job: a small NF-ResNet with AGC on the embedded emoji, 72 px pictures in nine groups.
+    """A small NF-ResNet with AGC on the embedded emoji: 72 px images in nine classes. The default recipe.
 
-    Command: `normfree train`. Two cores of an AMD EPYC: 169 s; top-1 on 374 unseen emoji, seed 0: 72.2 %, and 68.7 %
-    after a change in rounding alone (three seeds of the former, averaged weights: 70.9 ± 1.1 %; largest class 19.3 %).
+    Command: `normfree train`. Measured on two cores of an AMD EPYC: 169 s; top-1 on 374 held-out emoji with seed 0:
+    72.2 %, and 68.7 % after a change that affects only rounding (before this change, over three seeds, averaged
+    weights: 70.9 ± 1.1 %). The largest class has 19.3 % of the images.
     """
     return Config(
         data="emoji",
         model="nf_resnet_micro_64",
         length="45ep",
-        input=InputConfig(
-            batch_size=32, workers=0
-        ),  # small pictures in memory: a worker would only take a core
+        # The images are small and in memory: a worker would only occupy a core.
+        input=InputConfig(batch_size=32, workers=0),
         augment=AugmentConfig(crop_min=0.4, mixup=0.2, cutmix=1.0),
         optim=OptimConfig(lr=0.1, weight_decay=3e-4, clipping=0.05, warmup="2ep", ema_decay=0.999),
         log=LogConfig(evaluate_every="5ep", checkpoint_every="10ep"),
@@ -31,12 +32,12 @@ def demo() -> Config:
 
 
 def scratch() -> Config:
-    """A folder of one's own from random weights: the NFNet recipe of [B], at a batch that fits one device.
+    """Training on your own folder from random weights: the NFNet recipe of [B] with a batch that fits on one device.
 
-    Sizes, dropout, stochastic depth and RandAugment come from the model's row. λ is above the paper's 0.01
-    because small batches want more ([B] section 4.1), and branches start open: in the few thousand steps of a small
-    folder a skip gain that starts at 0 would hardly move. Command: `normfree train --data photos/`. Not yet run
-    at full size.
+    Image sizes, dropout, stochastic depth and RandAugment come from the model's variant. The clipping threshold λ is
+    above the paper's 0.01 because small batches need a larger one ([B] section 4.1). Skip gains start at 1 because in
+    the few thousand steps of a small folder a skip gain that starts at 0 would hardly change.
+    Command: `normfree train --data photos/`. Not yet run at full size.
     """
     batch_size = 32
     return Config(
@@ -50,7 +51,10 @@ def scratch() -> Config:
 
 
 def cifar() -> Config:
-    """CIFAR-10 with a small NF-ResNet: `normfree train cifar --data cifar10:download=yes`. Not yet run to the end."""
+    """A small NF-ResNet on CIFAR-10.
+
+    Command: `normfree train cifar --data cifar10:download=yes`. Not yet run to the end.
+    """
     return Config(
         data="cifar10",
         model="nf_resnet_micro",
@@ -62,15 +66,15 @@ def cifar() -> Config:
 
 
 def finetune() -> Config:
-    """A folder of one's own from a trained network, with a new head if its classes are others.
+    """Fine-tuning a trained network on your own folder; the classifier is replaced if the classes differ.
 
-    The network is the folder's, and so are the sizes, or the row's where they agree. A low rate, gentle crops, no
-    mixing, an average over about a hundred steps; branches are open already. The run ends when a third of it has
-    brought no better score: the rate falls to 0 along a cosine, so early on a shorter wait would take the noise of a
-    high rate for a plateau. The published fine-tuning (`imagenet_finetune`) is for millions of images.
-    Command: `normfree train finetune --data photos/ --weights FOLDER`. Seen, with rate 0.04, on 1,311 photographs of
-    solar cells in four grades from the emoji's nf_resnet_nano_64: 70.6 ± 0.3 % (largest class 57.4 %). Not yet run on a
-    large network.
+    The network and the image sizes come from the weights. Low learning rate, moderate crops, no mixing, and a weight
+    average over about a hundred steps; skip gains are already trained. The run ends when a third of its length has
+    brought no better score. A shorter patience would mistake the noise at the high learning rates early in the cosine
+    schedule for a plateau. The published fine-tuning (`imagenet_finetune`) is for millions of images.
+    Command: `normfree train finetune --data photos/ --weights FOLDER`. Measured with learning rate 0.04 on 1,311
+    photographs of solar cells in four grades, starting from nf_resnet_nano_64 trained on emoji: 70.6 ± 0.3 % (largest
+    class 57.4 %). Not yet run on a large network.
     """
     epochs = 30
     return Config(
@@ -83,13 +87,14 @@ def finetune() -> Config:
     )
 
 
-# --- the papers' --------------------------------------------------------------------------------------
+# --- recipes of the papers --------------------------------------------------------------------------------------
 
-_IMAGENET = "data/imagenet"  # train/ and val/, a folder for each class; say --data FOLDER for another place
+# Folder with train/ and val/, each with one folder per class. Use --data FOLDER for another one.
+_IMAGENET = "data/imagenet"
 
 
 def imagenet_nfnet(level: int) -> Config:
-    """NFNet-F{level} on ImageNet, as published.
+    """NFNet-F{level} on ImageNet, with the published settings.
 
     Batch 4096, 360 epochs, AGC 0.01, half mixup and half cutmix of fresh images, RandAugment after mixing, bfloat16
     ([B] section 4.3 and table 1; released code).
@@ -109,9 +114,9 @@ def imagenet_nfnet(level: int) -> Config:
 
 
 def imagenet_nf_regnet(level: int) -> Config:
-    """NF-RegNet-B{level} on ImageNet, as in the released config.
+    """NF-RegNet-B{level} on ImageNet, with the settings of the released config.
 
-    Batch 1024, 360 epochs, peak rate 0.4, no clipping, mixup and cutmix of fresh images, float32.
+    Batch 1024, 360 epochs, peak learning rate 0.4, no clipping, mixup and cutmix of fresh images, float32.
     Command: `normfree train imagenet-nf-regnet-b{level} --data FOLDER`. Not yet run. Published top-1: {top1}.
     """
     return Config(
@@ -120,17 +125,17 @@ def imagenet_nf_regnet(level: int) -> Config:
         length="360ep",
         input=InputConfig(batch_size=1024, micro_batch=64, workers=16, eval_crop="crop_resize"),
         augment=AugmentConfig(mixup=0.2, cutmix=1.0, mix_with="fresh"),
-        # [A]'s listing halves these decays; the released config has them so
+        # These weight decays are from the released config; the listing in [A] has half of them.
         optim=OptimConfig(lr=0.4, final_lr=0.001 / 0.4, weight_decay=5e-5 + 1e-5 * level, clip="off"),
         log=LogConfig(evaluate_every="5ep"),
     )
 
 
 def agc_ablation(model: str, clip: str) -> Config:
-    """{model} in the large-batch ablation, clipping {clip}.
+    """{model} in the ablation of batch sizes, with clipping {clip}.
 
-    [B] section 4.1 and appendix D: 90 epochs, rate 0.1 · batch / 256, plain augmentation. For other batches, of 256 to
-    4096: `--input.batch_size 4096 --optim.lr 1.6`.
+    [B] section 4.1 and appendix D: 90 epochs, learning rate 0.1 · batch / 256, only crops and flips. For other batch
+    sizes, from 256 to 4096, set both: `--input.batch_size 4096 --optim.lr 1.6`.
     Command: `normfree train {name} --data FOLDER`. Not yet run. Published top-1 at batch 1024: {top1}.
     """
     batch_size = 1024
@@ -141,16 +146,17 @@ def agc_ablation(model: str, clip: str) -> Config:
         net=NetConfig(stochdepth_rate=0.0),
         input=InputConfig(batch_size=batch_size, micro_batch=64, workers=16, image_size=224, eval_crop="crop_resize"),
         optim=OptimConfig(lr=0.1 * batch_size / 256, weight_decay=1e-4, clip="agc" if clip == "agc" else "off",
-                    ema_decay=0.0),  # no average: it equals the weights
+                    ema_decay=0.0),  # with decay 0 the average equals the weights
         log=LogConfig(evaluate_every="5ep"),
     )  # fmt: skip
 
 
 def imagenet_finetune(model: str) -> Config:
-    """{model}, from large-scale pretraining to ImageNet.
+    """Fine-tuning of {model} on ImageNet after large-scale pretraining.
 
-    [B] section 5 and appendix: 15,000 steps of 2048, rate 0.1. NFNets add SAM with 0.05, decay 1e-5, dropout 0.25 and
-    stochastic depth 0.1; ResNets have none of these and see 384 px (the paper also gives 224 and 320).
+    [B] section 5 and appendix: 15,000 steps with batch 2048, learning rate 0.1. NFNets add SAM with radius 0.05, weight
+    decay 1e-5, dropout 0.25 and stochastic depth 0.1; ResNets use none of these and images of 384 px (the paper also
+    reports 224 and 320).
     Command: `normfree train {name} --data FOLDER --weights FOLDER`. Not yet run: no such weights are public.
     """
     big = model.startswith("nfnet")
@@ -168,10 +174,10 @@ def imagenet_finetune(model: str) -> Config:
 
 
 def large_pretraining(model: str) -> Config:
-    """{model}, pretraining on a large labelled set.
+    """Pretraining of {model} on a large labeled data set.
 
-    As [B] section 5 did on JFT-300M: 224 px, crops and flips only, decay 1e-6 (ResNets 1e-5, batch 1024, rate 0.4), no
-    average.
+    As in [B] section 5 on JFT-300M: 224 px, only crops and flips, weight decay 1e-6 (ResNets: 1e-5, batch 1024,
+    learning rate 0.4), no weight average.
     Command: `normfree train {name} --data FOLDER`. Not yet run: that data set is not public.
     """
     big = model.startswith("nfnet")
@@ -189,30 +195,30 @@ def large_pretraining(model: str) -> Config:
 
 
 def _named(
-    make: Callable[..., Config], name: str, arguments: dict[str, Any], **words: str
+    make: Callable[..., Config], name: str, arguments: dict[str, Any], **texts: str
 ) -> dict[str, Callable[[], Config]]:
-    """`make` with its arguments given, under `name`, with a docstring that says which one it is."""
+    """Return {name: recipe}, where recipe() calls `make` with `arguments` and has its docstring, filled in."""
 
     def recipe() -> Config:
         return make(**arguments)
 
-    recipe.__doc__ = (make.__doc__ or "").format(name=name, **arguments, **words)
+    recipe.__doc__ = (make.__doc__ or "").format(name=name, **arguments, **texts)
     return {name: recipe}
 
 
 def _all() -> dict[str, Callable[[], Config]]:
+    """Return all recipes by name."""
     recipes: dict[str, Callable[[], Config]] = {
         "demo": demo,
         "scratch": scratch,
         "finetune": finetune,
         "cifar": cifar,
     }
-    # [B] table 3; F6 was trained with SAM at a distance that the paper does not state (--optim.sam_rho), F7 not at all
+    # [B] table 3. F6 was trained with SAM, whose radius (--optim.sam_rho) is not stated; F7 was not trained.
     for level, top1 in enumerate(("83.6", "84.7", "85.1", "85.7", "85.9", "86.0", "86.5 with SAM", "none")):
         recipes |= _named(imagenet_nfnet, f"imagenet-nfnet-f{level}", {"level": level}, top1=top1)
-    for level, top1 in enumerate(
-        ("77.0", "78.7", "80.0", "81.2", "82.5", "83.0")
-    ):  # [A] figure, mixup and cutmix
+    # [A], figure of NF-RegNets with mixup and cutmix.
+    for level, top1 in enumerate(("77.0", "78.7", "80.0", "81.2", "82.5", "83.0")):
         recipes |= _named(imagenet_nf_regnet, f"imagenet-nf-regnet-b{level}", {"level": level}, top1=top1)
     # [B] figure 2a at batch 1024
     for model, clip, top1 in (
@@ -222,11 +228,13 @@ def _all() -> dict[str, Callable[[], Config]]:
         name = f"ablation-{model.replace('_', '-')}{'-agc' if clip == 'agc' else ''}"
         recipes |= _named(agc_ablation, name, {"model": model, "clip": clip}, top1=top1)
     for model in ("nfnet_f4_plus", "nfnet_f4", "nf_resnet50", "nf_resnet101", "nf_resnet152", "nf_resnet200"):
-        word = model.replace("_", "-")
-        recipes |= _named(large_pretraining, f"pretrain-{word}", {"model": model})
-        recipes |= _named(imagenet_finetune, f"imagenet-finetune-{word}", {"model": model})
+        suffix = model.replace("_", "-")
+        recipes |= _named(large_pretraining, f"pretrain-{suffix}", {"model": model})
+        recipes |= _named(imagenet_finetune, f"imagenet-finetune-{suffix}", {"model": model})
     return recipes
 
 
-#: Recipes by the name that `normfree train NAME` takes.
+# Recipes by the NAME in `normfree train NAME`. The defaults of a recipe are RECIPES[NAME]().
 RECIPES: dict[str, Callable[[], Config]] = _all()
+# The recipe that `normfree train` runs if none is named.
+DEFAULT_RECIPE = "demo"

@@ -1,4 +1,4 @@
-"""The config: every error at once and word for word, files and flags alike, and a pinned list of keys."""
+"""The config: all errors at once with their exact text, the same rules for files and flags, a pinned list of keys."""
 
 import subprocess
 import sys
@@ -30,12 +30,12 @@ KEYS = [
 ]
 
 
-def test_the_keys_are_these_and_at_most_50():
+def test_the_keys_are_pinned_and_at_most_50():
     assert keys() == KEYS
     assert len(KEYS) <= 50
 
 
-def test_all_errors_come_at_once_each_with_what_is_allowed():
+def test_all_errors_are_reported_at_once_with_the_allowed_values():
     flags = (
         "--lr 0.1 --optim.lrr 3 --optim.lr -1 --net.drop_rate x --compile maybe --length 90 --log.keep 1 stray "
         "--input.batch_size 1.5 --optim.clip agcc --input.image_size big --zzzz 1 --model"
@@ -45,29 +45,29 @@ def test_all_errors_come_at_once_each_with_what_is_allowed():
     assert error.value.problems == (
         "unknown key 'lr'. Did you mean 'optim.lr'?",
         "unknown key 'optim.lrr'. Did you mean 'optim.lr'?",
-        "unexpected 'stray': expected --key value, for example --optim.lr 0.05.",
+        "unexpected argument 'stray'. Allowed: --key value, for example --optim.lr 0.05.",
         "unknown key 'zzzz'. All keys: normfree train --help",
-        "model: a value is missing after --model.",
-        "length='90': expected a number of epochs or steps, for example '90ep' or '5000st'.",
-        "compile='maybe': expected a valid boolean, unable to interpret input.",
-        "net.drop_rate='x': expected a number or 'auto'.",
-        "input.image_size='big': expected a whole number or 'auto'.",
-        "input.batch_size='1.5': expected a valid integer, unable to parse string as an integer.",
-        "optim.lr='-1': expected greater than 0.",
-        "optim.clip='agcc': expected 'agc', 'norm', 'value' or 'off'.",
-        "log.keep='1': expected greater than or equal to 2.",
+        "--model needs a value.",
+        "length='90'. Allowed: a number of epochs or steps, for example '90ep' or '5000st'.",
+        "compile='maybe'. Allowed: true or false.",
+        "net.drop_rate='x'. Allowed: a number or 'auto'.",
+        "input.image_size='big'. Allowed: a whole number or 'auto'.",
+        "input.batch_size='1.5'. Allowed: a whole number.",
+        "optim.lr='-1'. Allowed: greater than 0.",
+        "optim.clip='agcc'. Allowed: 'agc', 'norm', 'value' or 'off'.",
+        "log.keep='1'. Allowed: greater than or equal to 2.",
     )
 
 
-def test_files_obey_the_same_rules(tmp_path):
+def test_files_follow_the_same_rules(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('seed = "1"\n[optim]\nlrr = 0.1\nclipping = 0\n[nett]\nalpha = 1.0\n')
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert set(error.value.problems) == {
-        f"{path}: seed='1': expected a valid integer.",
+        f"{path}: seed='1'. Allowed: a whole number.",
         f"{path}: unknown key 'optim.lrr'. Did you mean 'optim.lr'?",
-        f"{path}: optim.clipping=0: expected greater than 0.",
+        f"{path}: optim.clipping=0. Allowed: greater than 0.",
         f"{path}: unknown key 'nett'. Did you mean 'net'?",
     }
     path.write_text("seed = ")
@@ -82,7 +82,7 @@ def test_toml_round_trip(name, tmp_path):
     assert load_config(tmp_path / "c.toml") == config
 
 
-def test_flags_apply_from_left_to_right_and_leave_the_rest():
+def test_flags_apply_from_left_to_right_and_keep_other_values():
     base = RECIPES["demo"]()
     flags = ["--optim.lr", "1", "--optim.lr=0.05", "--compile", "true", "--net.drop-rate", "0.3",
              "--input.image_size=auto"]  # fmt: skip
@@ -98,13 +98,13 @@ def test_lengths(length, steps):
     assert steps_of(length, samples=50, batch_size=32) == steps
 
 
-WORDS = [["--help"], ["train", "--help"], ["list", "--help"], ["--version"], ["train", "--x", "1"]]
+ARGUMENTS = [["--help"], ["train", "--help"], ["list", "--help"], ["--version"], ["train", "--x", "1"]]
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_help_and_wrong_words_need_no_torch(words):
+@pytest.mark.parametrize("args", ARGUMENTS)
+def test_help_and_usage_errors_do_not_import_torch(args):
     code = (
-        f"import sys; from normfree.cli import main\ntry: main({words!r})\nexcept SystemExit: pass\n"
+        f"import sys; from normfree.cli import main\ntry: main({args!r})\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -114,34 +114,34 @@ def test_help_and_wrong_words_need_no_torch(words):
 @pytest.mark.parametrize(
     ("flag", "problem"),
     [
-        ("--optim.lr inf", "optim.lr='inf': expected a finite number."),
-        ("--augment.mixup nan", "augment.mixup='nan': expected a finite number."),
-        ("--net.drop_rate 1", "net.drop_rate='1': expected a number from 0 to below 1, or 'auto'."),
-        ("--net.stochdepth_rate -0.1", "net.stochdepth_rate='-0.1': expected a number from 0 to below 1, or 'auto'."),
-        ("--input.eval_size 0", "input.eval_size='0': expected 1 pixel or more, or 'auto'."),
-        ("--input.image_size=-4", "input.image_size='-4': expected 1 pixel or more, or 'auto'."),
-        ("--net.alpha x", "net.alpha='x': expected a number or 'auto'."),
+        ("--optim.lr inf", "optim.lr='inf'. Allowed: a finite number."),
+        ("--augment.mixup nan", "augment.mixup='nan'. Allowed: a finite number."),
+        ("--net.drop_rate 1", "net.drop_rate='1'. Allowed: a number from 0 to below 1, or 'auto'."),
+        ("--net.stochdepth_rate -0.1", "net.stochdepth_rate='-0.1'. Allowed: a number from 0 to below 1, or 'auto'."),
+        ("--input.eval_size 0", "input.eval_size='0'. Allowed: 1 pixel or more, or 'auto'."),
+        ("--input.image_size=-4", "input.image_size='-4'. Allowed: 1 pixel or more, or 'auto'."),
+        ("--net.alpha x", "net.alpha='x'. Allowed: a number or 'auto'."),
         ("--nett.alpha 1", "unknown key 'nett.alpha'. Did you mean 'net.alpha'?"),
         ("--optm 1", "unknown key 'optm'. Did you mean 'optim.lr'?"),
-        ("-x", "unexpected '-x': expected --key value, for example --optim.lr 0.05."),
+        ("-x", "unexpected argument '-x'. Allowed: --key value, for example --optim.lr 0.05."),
     ],
 )  # fmt: skip
-def test_one_error(flag, problem):
+def test_the_text_of_one_error(flag, problem):
     with pytest.raises(ConfigError) as error:
         with_overrides(Config(), flag.split())
     assert error.value.problems == (problem,)
 
 
-def test_a_rate_of_a_file_is_judged_like_a_flag(tmp_path):
+def test_a_rate_in_a_file_is_checked_like_a_flag(tmp_path):
     (tmp_path / "c.toml").write_text("[net]\ndrop_rate = 1.5\n[optim]\nlr = inf\n")
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "c.toml")
     assert error.value.problems == (
-        f"{tmp_path}/c.toml: net.drop_rate=1.5: expected a number from 0 to below 1, or 'auto'.",
-        f"{tmp_path}/c.toml: optim.lr=inf: expected a finite number.",
+        f"{tmp_path}/c.toml: net.drop_rate=1.5. Allowed: a number from 0 to below 1, or 'auto'.",
+        f"{tmp_path}/c.toml: optim.lr=inf. Allowed: a finite number.",
     )
 
 
-def test_a_config_does_not_change():
+def test_a_config_is_immutable():
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 1
