@@ -85,10 +85,7 @@ def adaptive_clip_grad_(
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(4, 2, bias=False)
-        >>> model.weight.data.fill_(1.0)  # each unit (row) has norm 2
-        Parameter containing:
-        tensor([[1., 1., 1., 1.],
-                [1., 1., 1., 1.]], requires_grad=True)
+        >>> _ = model.weight.data.fill_(1.0)  # each unit (a row) has norm 2
         >>> model.weight.grad = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.0, 0.0]])
         >>> report = normfree.adaptive_clip_grad_(model, 0.5)  # the limit is 0.5 * 2
         >>> model.weight.grad

@@ -1,8 +1,6 @@
-"""normfree.optim.clipping."""
+"""Gradient clipping by one of four rules, so that adaptive clipping can be compared with the common ones."""
 
 from __future__ import annotations
-
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from normfree.optim.named_gradients import (
     named_gradients,
     raise_if_nonfinite,
 )
+from normfree.suggest import problem, unknown
 
 MODES = ("agc", "norm", "value", "off")
 
@@ -29,30 +28,47 @@ def clip_grad_(
     eps: float = 1e-3,
     error_if_nonfinite: bool = True,
 ) -> ClipReport:
-    """Clip gradients in place by one of four rules, so that they can be compared under one option.
+    """Clip gradients in place by one of four rules.
 
-    mode: "agc" is `adaptive_clip_grad_`. "norm" and "value" are torch's clipping of the global norm (one
-        unit) and of every element (each a unit); `clipping` is then the bound in gradient units, and applies
-        to all parameters, since the groups' own values are meant for "agc". "off" changes nothing.
-    In every mode Inf and NaN raise NonFiniteGradientError first. With `error_if_nonfinite=False`, "norm" and
-    "value" treat them as torch does. Other arguments, result and errors as for `adaptive_clip_grad_`; an
-    unknown mode raises ValueError, and so does `clipping=0` for "norm" and "value": it would erase the gradient.
+    Args:
+        model_or_parameters: as for `adaptive_clip_grad_`.
+        mode: the rule.
+            "agc": `adaptive_clip_grad_`.
+            "norm": scale all gradients down to a global norm of at most `clipping`, as `clip_grad_norm_` of PyTorch.
+            "value": limit every element to [-clipping, clipping], as `clip_grad_value_` of PyTorch.
+            "off": change nothing, only report.
+        clipping: for "agc", the ratio λ. For "norm" and "value", a bound in the units of the gradient, which applies to
+            all parameters: the `clipping` of parameter groups is meant for "agc".
+        eps: for "agc", lower bound of the weight norm.
+        error_if_nonfinite: raise for Inf and NaN before anything changes, in every mode. If False, "norm" and "value"
+            treat them as PyTorch does.
+
+    Returns:
+        A `ClipReport`. The global norm counts as one unit for "norm", every element as a unit for "value".
+
+    Raises:
+        NonFiniteGradientError: a gradient contains Inf or NaN; no gradient was changed.
+        ValueError: the mode is unknown, `clipping` is negative, or it is 0 for "norm" or "value", which would erase the
+            gradient.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> report = normfree.clip_grad_(weight, mode="norm", clipping=1.0)
+        >>> weight.grad, report.grad_norm
+        (tensor([0.6000, 0.8000]), tensor(5.))
     """
     if mode not in MODES:
-        near = get_close_matches(mode, MODES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"Clipping mode {mode!r} is unknown. Allowed: {', '.join(map(repr, MODES))}. Nearest: {near!r}."
-        )
+        raise ValueError(unknown("clipping mode", mode, MODES))
     if mode == "agc":
         return adaptive_clip_grad_(
             model_or_parameters, clipping, eps=eps, error_if_nonfinite=error_if_nonfinite
         )
     check_limit("clipping", clipping)
     if clipping == 0.0 and mode != "off":
-        raise ValueError(
-            f"clipping is 0 with mode {mode!r}. It must be above 0, or every gradient is erased. "
-            "Pass mode='off'."
-        )
+        given = f"clipping is 0 with mode {mode!r}, which would erase every gradient"
+        raise ValueError(problem(given, allowed="above 0", fix="pass mode='off' to clip nothing"))
     entries = named_gradients(model_or_parameters, clipping)
     norms = norms_for(e.grad for e in entries)
     grad_norm = torch.zeros(())
@@ -74,7 +90,7 @@ def clip_grad_(
 
 
 def _plain(entry: NamedGradient) -> Tensor:
-    """The parameter with its gradient as torch's own functions take them: of a DTensor, the rows that lie here."""
+    """Return a plain tensor with its gradient for PyTorch's functions: the local rows of a DTensor."""
     if not is_sharded(entry.parameter):
         return entry.parameter
     rows = local(entry.parameter).detach()

@@ -1,9 +1,10 @@
 """Parameters that FSDP2 shards over processes (DTensors): their local rows, and norms and counts over all processes.
 
-`torch.distributed.fsdp.fully_shard` cuts every parameter along dimension 0, which is also the dimension of AGC's
-units. Each filter or row of a matrix is therefore whole in one process and needs no communication. A gain or a bias is
-one unit, cut in pieces, and needs the sum of the squares of its pieces. A process may hold fewer rows than another, or
-none. Parameters that are not sharded (skip gains: FSDP2 accepts no scalars) are equal in all processes.
+`torch.distributed.fsdp.fully_shard` splits every parameter along dimension 0, which is also the dimension of AGC's
+units. Each filter or row of a matrix is therefore complete in one process and needs no communication. A gain or a bias
+is one unit that is split, and its norm needs the sum of the squares over all processes. A process may have fewer rows
+than another, or none. Parameters that are not sharded (skip gains, since FSDP2 does not accept scalars) are equal in
+all processes.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import torch
 from torch import Tensor
 
 from normfree.optim.units import UnitNorms, Units, scale_shape, tensor_norms
+from normfree.suggest import problem
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # nearly all tensors there are, and the quicker question
+# The types of nearly all tensors; comparing types is faster than looking for an attribute.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor. Asked by attribute: the class is loaded only by those who use it."""
+    """Return True for a DTensor, without importing the class."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that lie here, sharing memory; a plain tensor is returned as it is."""
+    """Return the rows of a DTensor that this process has, as a view; return a plain tensor itself."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -34,50 +37,60 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_group(tensors: Iterable[Tensor]) -> Any:
-    """The process group over which the DTensors among `tensors` are cut along dimension 0, or None.
+    """Return the process group over which the DTensors among `tensors` are sharded along dimension 0, or None.
 
-    Raises ValueError when they are cut along another dimension, are sums not yet made, or lie on different groups.
+    Raises:
+        ValueError: they are sharded along another dimension, are partial sums, or have different groups.
     """
     found: dict[tuple[int, ...], Any] = {}
     for tensor in filter(is_sharded, tensors):
         mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
         placements: Any = tensor.placements  # type: ignore[attr-defined]
-        cut = [d for d, p in enumerate(placements) if not p.is_replicate()]
-        if len(cut) > 1 or any(not placements[d].is_shard(0) for d in cut):
+        sharded = [d for d, p in enumerate(placements) if not p.is_replicate()]
+        if len(sharded) > 1 or any(not placements[d].is_shard(0) for d in sharded):
             raise ValueError(
-                f"A parameter of shape {tuple(tensor.shape)} is distributed as {tuple(placements)}. Clipping takes "
-                "shards along dimension 0 of one mesh dimension, the others replicated. Use fully_shard as it comes."
+                problem(
+                    f"a parameter of shape {tuple(tensor.shape)} has the placements {tuple(placements)}",
+                    allowed="shards along dimension 0 over one mesh dimension, replicated over the others",
+                    fix="use fully_shard without shard_placement_fn",
+                )
             )
-        if cut:
-            group = mesh.get_group(cut[0])
+        if sharded:
+            group = mesh.get_group(sharded[0])
             found[tuple(torch.distributed.get_process_group_ranks(group))] = group
     if len(found) > 1:
         raise ValueError(
-            f"Parameters lie on {len(found)} different process groups. One clipping call takes one. Give fully_shard "
-            "the same mesh for all modules."
+            problem(
+                f"the parameters are sharded over {len(found)} different process groups",
+                allowed="one process group for each clipping call",
+                fix="pass the same mesh to fully_shard for all modules",
+            )
         )
     return next(iter(found.values()), None)
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Whether other processes hold other rows of it."""
+def is_split(tensor: Tensor) -> bool:
+    """Return True if other processes have other rows of the tensor."""
     return is_sharded(tensor) and any(p.is_shard() for p in tensor.placements)  # type: ignore[attr-defined]
 
 
-def counts_here(tensor: Tensor, group: Any) -> bool:
-    """Whether this process counts `tensor` in a sum over `group`, where each is to count once."""
-    return is_cut(tensor) or bool(torch.distributed.get_rank(group) == 0)
+def counts_in_this_process(tensor: Tensor, group: Any) -> bool:
+    """Return True if this process adds its part of `tensor` to a sum over `group`, in which each element counts once.
+
+    Each process adds its rows of a split tensor; the first process adds a replicated tensor.
+    """
+    return is_split(tensor) or bool(torch.distributed.get_rank(group) == 0)
 
 
 def sum_over(values: Tensor, group: Any) -> Tensor:
-    """Sum over `group`, computed in float64, in the type of `values`. The same bits everywhere; `values` stays."""
+    """Return the sum over `group`, computed in float64, in the dtype of `values`; the same bits in all processes."""
     total = values.detach().to(torch.float64, copy=True)
     torch.distributed.all_reduce(total, group=group)
     return total.to(values.dtype)
 
 
-def spread(values: Tensor, like: Tensor, *, rows: bool) -> Tensor:
-    """A DTensor of `like`'s mesh: of one value for each row of `like` that lies here, or the same value everywhere."""
+def as_dtensor(values: Tensor, like: Tensor, *, rows: bool) -> Tensor:
+    """Return a DTensor on the mesh of `like`: one value for each local row of `like`, or one replicated value."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
@@ -97,7 +110,10 @@ def norms_for(tensors: Iterable[Tensor], *, unit: str = "filter") -> UnitNorms:
 
 
 class ShardedUnitNorms(UnitNorms):
-    """`UnitNorms` of tensors of which some are sharded over the processes of `group`; all processes make each call."""
+    """`UnitNorms` for tensors of which some are sharded over the processes of `group`.
+
+    Every process must make each call.
+    """
 
     def __init__(self, group: Any, unit: str = "filter") -> None:
         super().__init__(unit)
@@ -111,7 +127,7 @@ class ShardedUnitNorms(UnitNorms):
             return super().unitwise(tensor)
         single = self.is_one_unit(tensor)
         norms = ShardedUnits([tensor], [single], self.group).norms()
-        return spread(norms.reshape(scale_shape(norms, tensor)), tensor, rows=not single)
+        return as_dtensor(norms.reshape(scale_shape(norms, tensor)), tensor, rows=not single)
 
     def tensor_norms(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return _sum_norms(tensor_norms([local(t) for t in tensors]), tensors, self.group)
@@ -122,14 +138,14 @@ class ShardedUnitNorms(UnitNorms):
 
     def count_above(self, tensor: Tensor, bound: float) -> Tensor:
         found = super().count_above(local(tensor), bound)
-        return found if counts_here(tensor, self.group) else torch.zeros_like(found)
+        return found if counts_in_this_process(tensor, self.group) else torch.zeros_like(found)
 
     def total(self, counts: list[Tensor]) -> Tensor:
         return sum_over(super().total(counts), self.group)
 
 
 class ShardedUnits(Units):
-    """The units of the rows that this process holds. A unit that several processes hold is counted by the first."""
+    """The units of the rows of this process. The first process counts the units that several processes share."""
 
     def __init__(self, tensors: Sequence[Tensor], single: Sequence[bool], group: Any) -> None:
         super().__init__([local(t) for t in tensors], single)
@@ -142,7 +158,7 @@ class ShardedUnits(Units):
     def counted(self, values: Tensor) -> Tensor:
         first = torch.distributed.get_rank(self.group) == 0
         here = [
-            counts_here(t, self.group) and (first or not one)
+            counts_in_this_process(t, self.group) and (first or not one)
             for t, one in zip(self.whole, self.single, strict=True)
         ]
         mask = torch.tensor([h for h, size in zip(here, self.sizes, strict=True) for _ in range(size)])
@@ -150,13 +166,13 @@ class ShardedUnits(Units):
 
 
 def _sum_norms(norms: list[Tensor], tensors: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """Return 0-dim norms of whole tensors from those of the local pieces, with one all-reduce for all."""
-    cut = [i for i, tensor in enumerate(tensors) if is_cut(tensor)]
-    if not cut:
+    """Return 0-dim norms of whole tensors from the norms of the local rows, with one all-reduce for all."""
+    split = [i for i, tensor in enumerate(tensors) if is_split(tensor)]
+    if not split:
         return norms
-    squares = torch.stack([norms[i].double() for i in cut]).square_()
+    squares = torch.stack([norms[i].double() for i in split]).square_()
     whole = sum_over(squares, group).sqrt()
     norms = list(norms)
-    for i, norm in zip(cut, whole, strict=True):
+    for i, norm in zip(split, whole, strict=True):
         norms[i] = norm.to(norms[i].dtype)
     return norms

@@ -1,9 +1,9 @@
-"""The whole update in two launches: clipping, SGD and EMA in one sweep over memory.
+"""The optimizer step in two kernel launches: clipping, SGD and EMA in one pass over memory.
 
 The first launch reads the gradients for their norms. The second reads weights, gradients, momentum and average once,
-writes all of them except the gradients, and writes nothing when the global norm is not finite. Together 32 bytes per
-parameter. `fused_native` runs it on CPUs; `fused_triton` on CUDA devices, only where it is asked for. The same result
-comes from `clip_grad_`, `SGD.step` and `Ema.update`.
+writes all of them except the gradients; it writes nothing if the global norm is not finite. Together they move 32 bytes
+for each parameter. `fused_native` runs on CPUs; `fused_triton` on CUDA devices, only if it is requested. `clip_grad_`,
+`SGD.step` and `Ema.update` compute the same in three calls.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from normfree.native.dispatch import same_layout
 from normfree.native.table import PointerTable, TableEntry, is_aligned, pointer_table, upload
 from normfree.optim.dtensor import is_sharded
 from normfree.optim.ema import Ema, ema_decay
-from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError
+from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError, sparse_gradient
 from normfree.optim.sgd import SGD
 from normfree.suggest import problem
 
-# What the kernels read for each parameter group, after the weight of the average.
+# Settings of a parameter group that the kernels read from `numbers`, after 1 - d of the average, its first element.
 GROUP_NUMBERS = ("lr", "weight_decay", "momentum", "nesterov", "clipping")
 
 
 class _Entry(NamedTuple):
+    """A parameter with the index of its group, its average if there is one, its units, and its strides at the start."""
+
     name: str
     group: int
     parameter: Tensor
@@ -39,8 +41,8 @@ class FusedUpdate(ABC):
     """Clip, decay, step and average all parameters of `optimizer` that have a gradient.
 
     A step equals `adaptive_clip_grad_(optimizer.param_groups)`, `optimizer.step()` and `ema.update(model)` to rounding,
-    except that the gradients are only read. The settings of the groups are read at every step. Momentum is the
-    optimizer's, the average that of `ema`. Subclasses run the two launches on one kind of device.
+    except that the gradients are only read. The settings of the groups are read at every step. Momentum
+    is stored in the optimizer and the average in `ema`. Subclasses run the two launches on one kind of device.
 
     Args:
         optimizer: built from groups with names and `clipping`, as `parameter_groups` returns them.
@@ -65,7 +67,7 @@ class FusedUpdate(ABC):
                 units = p.shape[0] if len(_layout(p)) > 1 else 1
                 self._all.append(_Entry(name, index, p, averages.get(id(p)), units, p.stride()))
         self._device = self._all[0].parameter.device
-        # The table of the gradients that exist now, what it was made from, and the tensors that have none.
+        # The table of the current gradients, the entries that it was built from, and the tensors without a gradient.
         self._table: PointerTable | None = None
         self._made_from: list[TableEntry] = []
         self._with_gradient: list[_Entry] = []
@@ -94,7 +96,7 @@ class FusedUpdate(ABC):
     def fits(self) -> bool:
         """Return True if the kernels can process all tensors.
 
-        That needs one device, float32, momentum in every group, no shards, no gaps in memory, dimension 0 outermost,
+        They need one device, float32, momentum in every group, no shards, no gaps in memory, dimension 0 outermost,
         and the average in the memory format of the weights.
         """
         return (
@@ -112,11 +114,11 @@ class FusedUpdate(ABC):
 
     @torch.no_grad()
     def step(self, *, error_if_nonfinite: bool = True) -> ClipReport:
-        """Take one step. Return what `adaptive_clip_grad_` would.
+        """Take one step and count it in `ema.num_updates`. Return what `adaptive_clip_grad_` would.
 
         Args:
             error_if_nonfinite: raise for Inf and NaN, which waits for the device, but only after all work is queued.
-                If False, such a step changes no tensor, and `grad_norm` of the report is not finite.
+                If False, such a step changes no tensor but is counted, and `grad_norm` of the report is not finite.
 
         Raises:
             NonFiniteGradientError: the global norm is not finite in float32; nothing was changed.
@@ -149,13 +151,16 @@ class FusedUpdate(ABC):
 
     @abstractmethod
     def _square_(self, table: PointerTable, squares: Tensor) -> None:
-        """First launch: write the sum of squares of each unit's gradient."""
+        """First launch: write the sum of squares of the gradient of each unit to `squares`."""
 
     @abstractmethod
     def _update_(
         self, table: PointerTable, numbers: Tensor, squares: Tensor, grad_norm: Tensor, clipped: Tensor
     ) -> None:
-        """Second launch: everything else, and which units were clipped; nothing if `grad_norm` is not finite."""
+        """Second launch: update weights, momentum and average, and write to `clipped` which units were clipped.
+
+        If `grad_norm` is not finite, write zeros to `clipped` and nothing else.
+        """
 
     def _raise_if_nonfinite(self, report: ClipReport) -> None:
         if not torch.isfinite(report.grad_norm):
@@ -164,7 +169,7 @@ class FusedUpdate(ABC):
             raise NonFiniteGradientError(names or list(grads), len(grads))
 
     def _numbers(self) -> Tensor:
-        """Return the weight of the average's next update and the settings of all groups, on the device."""
+        """Return the weight of the next update of the average and the settings of all groups, on the device."""
         weight = 0.0
         if self.ema is not None:
             weight = 1.0 - ema_decay(self.ema.num_updates, decay=self.ema.decay, ramp=self.ema.ramp)
@@ -182,9 +187,9 @@ class FusedUpdate(ABC):
             if p.stride() != entry.stride:
                 raise ValueError(
                     problem(
-                        f"the memory format of {entry.name!r} has changed since the update was made",
+                        f"the memory format of {entry.name!r} has changed since the update was created",
                         allowed="the format of its average",
-                        fix="change formats first, then make Ema and the update",
+                        fix="change formats first, then create Ema and the update",
                     )
                 )
             grads.append(_laid_out(p.grad, entry))
@@ -244,8 +249,7 @@ def _units_are_runs(tensor: Tensor) -> bool:
 def _laid_out(grad: Tensor, entry: _Entry) -> Tensor:
     """Return the gradient in float32 and the memory format of its parameter, copied only if needed."""
     if grad.layout != torch.strided:
-        given = f"the gradient of {entry.name!r} is sparse"
-        raise ValueError(problem(given, allowed="dense gradients", fix="build the layer with sparse=False"))
+        raise ValueError(sparse_gradient(entry.name))
     if grad.dtype == torch.float32 and same_layout(grad, entry.parameter):
         return grad
     return torch.empty_like(entry.parameter).copy_(grad)

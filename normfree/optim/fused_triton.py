@@ -1,10 +1,10 @@
-"""The fused update on CUDA devices, by Triton kernels in which a program is a unit of AGC.
+"""The fused update on CUDA devices, by Triton kernels in which each program processes one unit of AGC.
 
-Off unless it is asked for (`Update(..., engine="triton")`): it has not been measured on a GPU. Its arithmetic is tested
+Off unless it is requested (`Update(..., engine="triton")`): it has not been measured on a GPU. Its arithmetic is tested
 through Triton's interpreter, its memory accesses as compiled for sm_90. Pointers come from `normfree.native.table`; in
-its rows the four addresses are those of weights, gradient, momentum and average, and the extra number is the group.
+its rows, the four addresses are those of weights, gradient, momentum and average, and the extra number is the group.
 
-    numbers  float32        weight of the average's update; then `GROUP_NUMBERS` for each group
+    numbers  float32        1 - d of the average's update; then `GROUP_NUMBERS` for each group
 
 A unit is one range of memory, in contiguous tensors and in channels_last ones. `ALIGNED` promises the compiler 16-byte
 accesses, so units that cannot keep the promise have a launch of their own.
@@ -25,7 +25,8 @@ WIDTH = tl.constexpr(8)
 FLOOR = tl.constexpr(GRADIENT_FLOOR)
 INFINITY = tl.constexpr(float("inf"))
 
-# Elements that a program takes at a time, and its warps: eight for each lane, two 16-byte accesses per tensor.
+# Elements that a program processes at a time, and its warps: eight elements for each lane, two 16-byte accesses per
+# tensor.
 BLOCK, WARPS = 2048, 8
 
 STRIDE = tl.constexpr(len(GROUP_NUMBERS))
@@ -71,10 +72,10 @@ def update(
     ALIGNED: tl.constexpr,
     EMA: tl.constexpr,
 ) -> None:
-    """Clipping, decay, momentum, step and average of the units from `start` on; clipped[unit] says who was over.
+    """Clip, decay, step and average the units from `start` on; clipped[unit] = 1 if the unit was clipped.
 
-    Where the global norm is not finite, no weight, momentum or average is written, and nobody was clipped. The
-    gradients stay as they are in any case: what is clipped is what enters the momentum.
+    If the global norm is not finite, no weight, momentum or average is written, and no unit is clipped. Gradients are
+    only read: the clipped gradient enters the momentum.
     """
     unit = tl.program_id(0) + start
     if tl.load(grad_norm) < INFINITY:
@@ -121,7 +122,7 @@ def update(
             tl.store(momenta + at, m, mask=here)
             if EMA:
                 e = tl.load(averages + at, mask=here)
-                # torch.lerp's two forms: each is exact at its end of [0, 1].
+                # The two formulas of torch.lerp; each is exact at one end of [0, 1].
                 e = tl.where(step < 0.5, e + step * (p - e), p - (p - e) * (1.0 - step))
                 tl.store(averages + at, e, mask=here)
     else:

@@ -1,8 +1,7 @@
-"""Ordered name rules turn a network into parameter groups: who decays, who is clipped, who learns faster.
+"""Parameter groups by ordered name rules: which parameters decay, which are clipped, which learn faster.
 
-The published recipe has three kinds of parameters ([B] sections 4.1 and 4.3, reference code): gains, biases
-and skip gains are clipped and do not decay, the classifier's weight decays and is not clipped, all else does
-both.
+The published recipe has three kinds of parameters ([B] sections 4.1 and 4.3, reference code). Gains, biases and skip
+gains are clipped and do not decay; the weight of the classifier decays and is not clipped; all others do both.
 """
 
 from __future__ import annotations
@@ -10,24 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from normfree.suggest import some_names
+from normfree.suggest import closest, problem, some_names
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the parameters whose name matches `pattern` are updated.
+    """How to update the parameters whose name matches a pattern.
 
-    name: what the resulting group is called.
-    pattern: regular expression, looked for anywhere in the parameter's name (`re.search`).
-    weight_decay: factor on the weight decay of the run (False or 0: none; True or 1: all of it).
-    clipping: whether adaptive gradient clipping acts on these parameters.
-    lr_multiplier: factor on the learning rate of the run.
+    Args:
+        name: name of the resulting group.
+        pattern: regular expression, searched anywhere in the name of the parameter (`re.search`).
+        weight_decay: factor on the weight decay of the run.
+        clipping: whether adaptive gradient clipping applies to these parameters.
+        lr_multiplier: factor on the learning rate of the run.
     """
 
     name: str
@@ -37,9 +36,9 @@ class Rule:
     lr_multiplier: float = 1.0
 
 
-# The reference code's grouping in our names. It exempts the classifier's weight alone: the classifier's
-# bias is an ordinary bias, clipped and not decayed. The normalization rule serves the batch-norm twins,
-# whose scales are what gains are to a normalizer-free network.
+# The groups of the reference code, in our names. Only the weight of the classifier is exempt from clipping; its bias is
+# clipped and not decayed like every bias. The normalization rule is for batch-norm twins, whose scales correspond to
+# the gains of a normalizer-free network.
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule("gains and biases", r"(^|\.)(gain|bias|skip_gain)$", weight_decay=0.0),
     Rule("normalization", r"(^|\.)[^.]*norm[^.]*\.weight$", weight_decay=0.0),
@@ -57,22 +56,41 @@ def parameter_groups(
     lr_multipliers: Mapping[str, float] | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters of `model` into groups, as any torch optimizer takes them.
+    """Return the trainable parameters of a model in groups, for any PyTorch optimizer and for `adaptive_clip_grad_`.
 
-    Each parameter goes to the first rule that matches its name, hence into exactly one group. Parameters with
-    `requires_grad=False` are left out. A group is a dictionary with `params`, `param_names`, `name`,
-    `weight_decay`, `clipping` (0.0: not clipped) and `lr_multiplier`; rules that match nothing make no group.
+    Each parameter belongs to the first rule that matches its name, and so to exactly one group. Parameters with
+    `requires_grad=False` are left out, and rules that match nothing make no group.
 
-    weight_decay, clipping: the run's values, for the groups to which they apply ([B] section 4.3: 2e-5,
-    0.01).
-    unclipped: whose gradients AGC leaves alone, as shell patterns of whole names ("head.weight", "stem.*",
-        "*.gain"; * stands for dots too), in place of what `rules` say of clipping; () clips everything. [B] section
-        4.1: the classifier is never clipped, the stem need not be, the stages must be at large batches.
-    lr_multipliers: pattern -> further factor on the learning rate, first match wins, so that fine-tuning can
-        slow the trunk down and keep `rules`.
-    Raises ValueError for a parameter that no rule matches, for a pattern of `lr_multipliers` that decides for no
-    trainable parameter, and for one of `unclipped` that matches no parameter.
-    Source: the grouping of the reference code (151, 1 and 81 tensors on NFNet-F0).
+    Args:
+        model: any module.
+        weight_decay: weight decay of the groups that decay, 2e-5 in [B] section 4.3.
+        clipping: clipping factor λ of the groups that are clipped, 0.01 in [B] section 4.3.
+        unclipped: shell patterns of the full names of parameters that are not clipped, such as "head.weight",
+            "stem.*" or "*.gain" (* also matches dots). They replace what `rules` define about clipping; () clips
+            everything. According to [B] section 4.1 the classifier is never clipped, the stem need not be, and the
+            stages must be for large batches.
+        lr_multipliers: further factors on the learning rate by regular expression; the first match counts. Fine-tuning
+            can lower the rate of the trunk with them and keep `rules`.
+        rules: the rules in order.
+
+    Returns:
+        Dictionaries with `params`, `param_names`, `name`, `weight_decay`, `clipping` (0.0 means not clipped) and
+        `lr_multiplier`.
+
+    Raises:
+        ValueError: no rule matches a parameter, a pattern of `lr_multipliers` matches no trainable parameter that an
+            earlier one does not match, or a pattern of `unclipped` matches no parameter.
+
+    Example:
+        >>> net = normfree.create_model("nf_resnet_nano", num_classes=3)
+        >>> groups = normfree.parameter_groups(net, weight_decay=2e-5, clipping=0.01)
+        >>> for group in groups:
+        ...     print(group["name"], group["weight_decay"], group["clipping"])
+        gains and biases 0.0 0.01
+        classifier 2e-05 0.0
+        weights 2e-05 0.01
+
+    Source: the groups of the reference code (151, 1 and 81 tensors for NFNet-F0).
     """
     multipliers = dict(lr_multipliers or {})
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -105,48 +123,60 @@ def parameter_groups(
 
 
 def parse_unclipped(text: str) -> tuple[str, ...]:
-    """The patterns of one line with commas between, as `parameter_groups` takes them; "" is none, so all is clipped.
+    """Split a line of comma-separated patterns for `unclipped` of `parameter_groups`; "" gives none.
 
-    Raises ValueError for a line with an empty pattern.
+    Raises:
+        ValueError: a pattern is empty.
     """
-    patterns = tuple(word.strip() for word in text.split(",")) if text.strip() else ()
+    patterns = tuple(pattern.strip() for pattern in text.split(",")) if text.strip() else ()
     if "" in patterns:
         fix = ",".join(pattern for pattern in patterns if pattern)
         raise ValueError(
-            f"unclipped={text!r} has an empty pattern. Allowed: names with commas between, with * for any part. "
-            f"Fix: {fix!r}"
+            problem(
+                f"unclipped={text!r} has an empty pattern",
+                allowed="names separated by commas, with * for any part",
+                fix=f"pass {fix!r}",
+            )
         )
     return patterns
 
 
 def _first(patterns: list[str], name: str) -> int:
-    """Index of the first pattern found in `name`, -1 for none."""
+    """Return the index of the first pattern found in `name`, or -1."""
     return next((i for i, pattern in enumerate(patterns) if re.search(pattern, name)), -1)
 
 
 def _check_rules(
     chosen: dict[str, int], slowed: dict[str, int], *, rules: Sequence[Rule], patterns: list[str]
 ) -> None:
+    """Raise ValueError for a parameter without a rule, and for a pattern of `lr_multipliers` without a parameter."""
     unmatched = [name for name, index in chosen.items() if index < 0]
     if unmatched:
         listed = ", ".join(f"{rule.name} {rule.pattern!r}" for rule in rules) or "none"
         raise ValueError(
-            f"No rule matches {some_names(unmatched)}. Every trainable parameter needs one; the rules in "
-            f"order are: {listed}. Add a Rule for it, or end the rules with Rule('rest', '')."
+            problem(
+                f"no rule matches {some_names(unmatched)}",
+                allowed=f"names that one of the rules matches, which are in order: {listed}",
+                fix="add a Rule for it, or end the rules with Rule('rest', '')",
+            )
         )
     unused = [pattern for i, pattern in enumerate(patterns) if i not in slowed.values()]
     if unused:
         raise ValueError(
-            f"lr_multipliers has {some_names(unused)}, which decides for no trainable parameter. Patterns are "
-            f"searched in names such as {some_names(slowed)}, and the first match wins. "
-            "Correct the pattern, or move it up."
+            problem(
+                f"lr_multipliers has {some_names(unused)}, which applies to no trainable parameter",
+                allowed=f"patterns found in names such as {some_names(slowed)}, of which the first match counts",
+                fix="correct the pattern, or move it up",
+            )
         )
 
 
 def _check_unclipped(patterns: Sequence[str], names: Sequence[str], rules: Sequence[Rule]) -> None:
-    if isinstance(patterns, str):  # its letters would be taken for patterns
+    """Raise ValueError for a pattern of `unclipped` that matches no parameter."""
+    if isinstance(patterns, str):  # each of its characters would be a pattern
+        fix = f"pass unclipped=({patterns!r},)"
         raise ValueError(
-            f"unclipped={patterns!r} is one text. Allowed: a sequence of patterns. Fix: unclipped=({patterns!r},)"
+            problem(f"unclipped={patterns!r} is a string", allowed="a sequence of patterns", fix=fix)
         )
     wrong = next((p for p in patterns if not any(fnmatchcase(name, p) for name in names)), None)
     if wrong is None:
@@ -156,11 +186,14 @@ def _check_unclipped(patterns: Sequence[str], names: Sequence[str], rules: Seque
         parts = name.split(".")
         heads = [".".join(parts[:i]) + ".*" for i in range(1, len(parts))]
         near |= dict(zip(heads, heads, strict=True))
-        for rule in rules:  # "classifier" is called head.weight
+        for rule in rules:  # suggest head.weight for "classifier"
             if re.search(rule.pattern, name):
                 near.setdefault(rule.name, name)
-    close = get_close_matches(wrong, near, n=1, cutoff=0.0)
+    close = closest(wrong, near)
+    hint = f". Did you mean {near[close]!r}?" if close else ""
     raise ValueError(
-        f"unclipped has {wrong!r}, which matches no parameter. Allowed: names of parameters, with * for any part. "
-        + (f"Did you mean {near[close[0]]!r}?" if close else "This model has none.")
+        problem(
+            f"unclipped has {wrong!r}, which matches no parameter{hint}",
+            allowed="names of parameters, with * for any part",
+        )
     )

@@ -1,4 +1,4 @@
-"""normfree.optim.named_gradients."""
+"""Gradients with the names of their parameters, from any input that clipping accepts; its report and its errors."""
 
 from __future__ import annotations
 
@@ -10,32 +10,64 @@ import torch
 from torch import Tensor, nn
 
 from normfree.optim.units import UnitNorms
-from normfree.suggest import some_names
+from normfree.suggest import problem, some_names
 
+# What clipping accepts: a module, a tensor, tensors, (name, tensor) pairs, or parameter groups.
 Clippable: TypeAlias = (
     nn.Module | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
 )
 
 
 class NonFiniteGradientError(ValueError):
-    """A gradient holds Inf or NaN. `names` lists the parameters; no gradient was changed."""
+    """A gradient contains Inf or NaN. No gradient was changed.
+
+    Args:
+        names: the parameters whose gradients are not finite.
+        total: number of all gradients.
+
+    Attributes:
+        names: the parameters, as a tuple.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> model(torch.tensor([[float("inf"), 0.0]])).sum().backward()
+        >>> try:
+        ...     normfree.adaptive_clip_grad_(model)
+        ... except normfree.NonFiniteGradientError as error:
+        ...     print(error.names)
+        ('weight',)
+    """
 
     def __init__(self, names: list[str], total: int) -> None:
         self.names = tuple(names)
         super().__init__(
-            f"{len(names)} of {total} gradients are not finite: {some_names(names)}. Only finite gradients "
-            "can be applied; none was changed. Skip this step or lower the learning rate; under a "
-            "GradScaler pass error_if_nonfinite=False."
+            problem(
+                f"{len(names)} of {total} gradients are not finite: {some_names(names)}; none was changed",
+                allowed="finite gradients",
+                fix="skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False",
+            )
         )
 
 
 @dataclass(frozen=True, eq=False)
 class ClipReport:
-    """What a clipping call did. Its tensors stay on the device of the gradients until somebody reads them.
+    """Result of a clipping call.
 
-    fraction: 0-dim, the part of the `units` that was clipped, in [0, 1]; `float(report)` reads it.
-    units: how many units were subject to clipping.
-    grad_norm: 0-dim, global L2 norm of all gradients before clipping.
+    The tensors stay on the device of the gradients, so that the host waits for the device only if it reads them.
+
+    Attributes:
+        fraction: 0-dim, the fraction of the `units` that was clipped, in [0, 1]; `float(report)` returns it.
+        units: number of units that clipping applied to.
+        grad_norm: 0-dim, global L2 norm of all gradients before clipping.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(2, 4, requires_grad=True)
+        >>> weight.grad = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.01]])
+        >>> report = normfree.adaptive_clip_grad_(weight, 0.01)  # the limit of each row is 0.02
+        >>> float(report), report.units, round(report.grad_norm.item(), 3)
+        (0.5, 2, 3.0)
     """
 
     fraction: Tensor
@@ -47,7 +79,7 @@ class ClipReport:
 
 
 class NamedGradient(NamedTuple):
-    """A parameter with its gradient, and how far that may go; 0: it is not clipped."""
+    """A parameter with its name, its gradient and its clipping factor λ; 0 means not clipped."""
 
     name: str
     parameter: Tensor
@@ -56,7 +88,15 @@ class NamedGradient(NamedTuple):
 
 
 def named_gradients(source: Clippable, clipping: float) -> list[NamedGradient]:
-    """Every parameter with a gradient, once, with its name and its own clipping."""
+    """Return each parameter that has a gradient, once, in order.
+
+    Args:
+        source: see `Clippable`. Parameters without a name are called "parameter INDEX of shape SHAPE".
+        clipping: factor of the parameters whose group has none of its own.
+
+    Raises:
+        ValueError: a gradient is sparse, a group's clipping is negative, or `source` is of another type.
+    """
     entries: list[NamedGradient] = []
     seen: set[int] = set()
     for index, (name, parameter, own) in enumerate(_walk(source, clipping)):
@@ -66,15 +106,13 @@ def named_gradients(source: Clippable, clipping: float) -> list[NamedGradient]:
         seen.add(id(parameter))
         called = name if name is not None else f"parameter {index} of shape {tuple(parameter.shape)}"
         if grad.layout != torch.strided:
-            raise ValueError(
-                f"The gradient of {called!r} is sparse. Clipping takes dense gradients only. Build the "
-                "layer with sparse=False."
-            )
+            raise ValueError(sparse_gradient(called))
         entries.append(NamedGradient(called, parameter, grad, own))
     return entries
 
 
 def _walk(source: Clippable, clipping: float) -> Iterator[tuple[str | None, Tensor, float]]:
+    """Yield (name or None, parameter, clipping) for every parameter of `source`."""
     if isinstance(source, nn.Module):
         source = source.named_parameters()
     for item in [source] if isinstance(source, Tensor) else source:
@@ -91,22 +129,32 @@ def _walk(source: Clippable, clipping: float) -> Iterator[tuple[str | None, Tens
             yield str(item[0]), item[1], clipping
         else:
             raise ValueError(
-                f"Cannot clip an object of type {type(item).__name__}. Allowed: a module, a tensor, tensors, "
-                "(name, tensor) pairs, or parameter groups. Pass model.named_parameters() or "
-                "optimizer.param_groups."
+                problem(
+                    f"cannot clip an object of type {type(item).__name__}",
+                    allowed="a module, a tensor, tensors, (name, tensor) pairs, or parameter groups",
+                    fix="pass model.named_parameters() or optimizer.param_groups",
+                )
             )
 
 
-def check_limit(what: str, value: float) -> None:
+def sparse_gradient(name: str) -> str:
+    """Return the error message for a sparse gradient of the parameter `name`."""
+    given = f"the gradient of {name!r} is sparse"
+    return problem(given, allowed="dense gradients", fix="build the layer with sparse=False")
+
+
+def check_limit(argument: str, value: float) -> None:
+    """Raise ValueError if the argument "clipping" or "eps" is negative or NaN."""
     if not value >= 0.0:
-        published = {"clipping": 0.01, "eps": 1e-3}[what]
-        raise ValueError(f"{what} is {value}. It must be 0 or more. The published value is {published}.")
+        published = {"clipping": 0.01, "eps": 1e-3}[argument]
+        fix = f"pass {argument}={published}, the published value"
+        raise ValueError(problem(f"{argument} is {value}", allowed="0 or more", fix=fix))
 
 
 def raise_if_nonfinite(grad_norm: Tensor, entries: list[NamedGradient], norms: UnitNorms) -> None:
-    """Raise NonFiniteGradientError if the global norm is not finite because of a gradient; this waits for the device.
+    """Raise NonFiniteGradientError if the global norm is not finite because a gradient is not.
 
-    A norm that overflows although every gradient is finite raises nothing.
+    The host waits for the device. A norm that overflows although every gradient is finite raises nothing.
     """
     if torch.isfinite(grad_norm):
         return

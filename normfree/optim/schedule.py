@@ -1,22 +1,37 @@
 """Learning-rate schedules: pure functions of progress.
 
-Progress is step / total steps, in [0, 1]; the result multiplies the peak learning rate. Without state there
-is nothing to save: a resumed run asks for the same numbers.
+Progress is step / total steps, in [0, 1]; the result multiplies the peak learning rate. Schedules have no state, so
+there is nothing to save: a resumed run computes the same values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
+
+from normfree.suggest import problem, unknown
 
 
 def warmup_cosine(progress: float, *, warmup: float = 0.0, final: float = 0.0) -> float:
-    """Linear from 0 to 1 while progress <= warmup, then half a cosine from 1 down to `final` at progress 1.
+    """Return the factor on the peak learning rate: a linear warm-up, then a cosine decay.
 
-    warmup: fraction of the run. final: last value as a fraction of the peak. NFNets end at 0; NF-RegNets end
-    at 0.001 of a peak of 0.4. Raises ValueError for an argument outside [0, 1].
-    Source: the reference code's WarmupCosineDecay, [B] section 4.3 (5 of 360 epochs of warm-up).
+    The factor rises linearly from 0 to 1 while progress <= warmup, then falls along half a cosine from 1 to `final` at
+    progress 1.
+
+    Args:
+        progress: step / total steps, in [0, 1].
+        warmup: fraction of the run that the warm-up takes, in [0, 1].
+        final: last value as a fraction of the peak, in [0, 1]. NFNets end at 0; NF-RegNets end at a learning rate of
+            0.001 with a peak of 0.4.
+
+    Raises:
+        ValueError: an argument is outside [0, 1].
+
+    Example:
+        >>> [normfree.warmup_cosine(step / 10, warmup=0.2) for step in (0, 1, 2, 6, 10)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+
+    Source: `WarmupCosineDecay` of the reference code; [B] section 4.3 (5 of 360 epochs of warm-up).
     """
     rising = _warmup(progress, warmup=warmup, final=final)
     if rising is not None:
@@ -26,9 +41,9 @@ def warmup_cosine(progress: float, *, warmup: float = 0.0, final: float = 0.0) -
 
 
 def warmup_linear(progress: float, *, warmup: float = 0.0, final: float = 0.0) -> float:
-    """Linear from 0 to 1 while progress <= warmup, then linear from 1 down to `final` at progress 1.
+    """Return the factor on the peak learning rate: a linear warm-up, then a linear decay to `final` at progress 1.
 
-    Arguments and errors as for `warmup_cosine`.
+    Arguments and errors are those of `warmup_cosine`.
     """
     rising = _warmup(progress, warmup=warmup, final=final)
     if rising is not None:
@@ -37,10 +52,9 @@ def warmup_linear(progress: float, *, warmup: float = 0.0, final: float = 0.0) -
 
 
 def constant(progress: float, *, warmup: float = 0.0, final: float = 0.0) -> float:
-    """Linear from 0 to 1 while progress <= warmup, then 1.
+    """Return the factor on the peak learning rate: a linear warm-up, then 1.
 
-    `final` is there so that schedules can stand in for each other; a constant one never falls.
-    Arguments and errors as for `warmup_cosine`.
+    Arguments and errors are those of `warmup_cosine`. `final` is accepted for a common signature and ignored.
     """
     rising = _warmup(progress, warmup=warmup, final=final)
     return 1.0 if rising is None else rising
@@ -54,27 +68,25 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 
 def schedule_multiplier(name: str, progress: float, *, warmup: float = 0.0, final: float = 0.0) -> float:
-    """The value of the schedule called `name` (a key of SCHEDULES) at `progress`.
+    """Return the value at `progress` of the schedule with this name, a key of `SCHEDULES`.
 
-    Raises ValueError for an unknown name, with the nearest one, and as `warmup_cosine` does.
+    Raises:
+        ValueError: the name is unknown, or an argument is outside [0, 1].
     """
     if name not in SCHEDULES:
-        near = get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"Schedule {name!r} is unknown. Allowed: {', '.join(map(repr, SCHEDULES))}. Nearest: {near!r}."
-        )
+        raise ValueError(unknown("schedule", name, SCHEDULES))
     return SCHEDULES[name](progress, warmup=warmup, final=final)
 
 
 def _warmup(progress: float, *, warmup: float, final: float) -> float | None:
-    """The rising part, or None past it. Also checks the arguments, since every schedule starts here."""
-    for what, value, hint in (
+    """Check the arguments. Return the factor during the warm-up, or None after it."""
+    for argument, value, hint in (
         ("progress", progress, "step / total steps"),
         ("warmup", warmup, "warm-up steps / total steps"),
         ("final", final, "last learning rate / peak learning rate"),
     ):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{what} is {value}. It must lie in [0, 1]. Pass {hint}.")
+            raise ValueError(problem(f"{argument} is {value}", allowed="0 to 1", fix=f"pass {hint}"))
     if progress > warmup or warmup == 0.0:
         return None
     return progress / warmup

@@ -1,7 +1,7 @@
 """SGD with Nesterov momentum and coupled weight decay, in the order of the reference code.
 
-The arithmetic is torch's own. What is added: the fast kernel where there is one and its inputs are sound, one
-learning rate times a multiplier per group, and a state that is a flat dictionary of named tensors.
+PyTorch does the arithmetic. This class adds: the fused kernel wherever it exists and its inputs are valid for it, one
+learning rate times a multiplier for each group, and a state that is a flat dictionary of named tensors.
 """
 
 from __future__ import annotations
@@ -17,25 +17,45 @@ from torch.optim.sgd import sgd
 from normfree.native.dispatch import laid_out_as, same_layout
 from normfree.optim.dtensor import is_sharded, local
 from normfree.optim.named_state import copy_named_
+from normfree.suggest import problem
 
-# torch has one fused update kernel for each of these; on the CPU it takes half of the loop's time, while
-# the foreach path is slower than the loop (measured on the shapes of NFNet-F0).
+# Devices for which torch has a fused kernel. On the CPU it takes half the time of the loop over tensors; the foreach
+# path takes longer than the loop (measured on the shapes of NFNet-F0).
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 class SGD(Optimizer):
-    """Per parameter p with gradient g: g += decay * p, m = momentum * m + g, g += momentum * m, p -= lr * g.
+    """SGD with Nesterov momentum and coupled weight decay.
 
-    m starts at 0, which makes the first m equal to the first g. Without `nesterov`, p -= lr * m.
-    Clipping acts on the raw gradient and therefore before this (`normfree.optim.clipping.clip_grad_`).
+    For each parameter p with gradient g: g += decay * p, m = momentum * m + g, g += momentum * m, p -= lr * g. Without
+    `nesterov`, p -= lr * m. m starts at 0, so the first m equals the first g. Clip gradients before the step: clipping
+    is defined on the raw gradient (`adaptive_clip_grad_`).
 
-    params: tensors, (name, tensor) pairs, or groups such as `parameter_groups` makes. A group may carry its
-        own `weight_decay`, `momentum`, `nesterov`, and `lr_multiplier` (factor on the learning rate, default
-        1).
-    lr: base learning rate. Defaults of the others: [B] section 4.3 and the reference code.
-    fused: None takes torch's fused kernel on CPU and CUDA; False never does.
-    Raises ValueError for a negative lr, momentum or weight_decay, for Nesterov without momentum, and for a
-    group with its own `lr`.
+    Args:
+        params: tensors, (name, tensor) pairs, or groups as `parameter_groups` returns. A group may have its own
+            `weight_decay`, `momentum`, `nesterov`, and `lr_multiplier`, a factor on the learning rate with default 1.
+        lr: base learning rate.
+        momentum: 0.9 in [B].
+        nesterov: use Nesterov momentum, as [B].
+        weight_decay: of the groups that have none of their own.
+        fused: None uses torch's fused kernel on CPU and CUDA where it is valid; False never does.
+
+    Raises:
+        ValueError: lr, momentum or weight_decay is negative, momentum is 0 with `nesterov`, or a group has its own
+            `lr`.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([1.0], requires_grad=True)
+        >>> optimizer = normfree.SGD([("weight", weight)], 0.1)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     weight.square().sum().backward()
+        ...     optimizer.step()
+        >>> weight.data, optimizer.named_state()
+        (tensor([0.2224]), {'weight': tensor([3.0400])})
+
+    Source: [B] section 4.3, reference code.
     """
 
     def __init__(
@@ -48,13 +68,12 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
         fused: bool | None = None,
     ) -> None:
-        for what, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not value >= 0.0:
-                raise ValueError(f"{what} is {value}. It must be 0 or more. Nearest: 0.0.")
+                raise ValueError(problem(f"{name} is {value}", allowed="0 or more", fix=f"pass {name}=0.0"))
         if nesterov and momentum == 0.0:
-            raise ValueError(
-                "nesterov is True with momentum 0. Nesterov needs momentum above 0. Pass nesterov=False."
-            )
+            given = "nesterov is True with momentum 0"
+            raise ValueError(problem(given, allowed="momentum above 0", fix="pass nesterov=False"))
         self.fused = fused
         super().__init__(
             params,
@@ -68,11 +87,18 @@ class SGD(Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as described for the class; the dictionary itself is left as it was."""
+        """Add a group as described for the class; the dictionary itself is not changed.
+
+        Raises:
+            ValueError: the group has its own `lr`.
+        """
         if "lr" in param_group:
             raise ValueError(
-                f"A parameter group has lr {param_group['lr']}. Groups take lr_multiplier, a factor on the "
-                f"one learning rate {self.defaults['lr']}. Replace lr by lr_multiplier."
+                problem(
+                    f"a parameter group has lr {param_group['lr']}",
+                    allowed=f"lr_multiplier, a factor on the learning rate {self.defaults['lr']} of the optimizer",
+                    fix="replace lr by lr_multiplier",
+                )
             )
         group = dict(param_group)
         group["lr"] = self.defaults["lr"] * group.get("lr_multiplier", 1.0)
@@ -85,9 +111,10 @@ class SGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; returns what `closure` returned, or None.
+        """Update every parameter that has a gradient. Return what `closure` returned, or None.
 
-        Raises ValueError for a sparse gradient.
+        Raises:
+            ValueError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -96,22 +123,21 @@ class SGD(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):
-                raise ValueError(
-                    "A gradient is sparse. SGD takes dense gradients only. Build the layer with sparse=False."
-                )
+                fix = "build the layer with sparse=False"
+                raise ValueError(problem("a gradient is sparse", allowed="dense gradients", fix=fix))
             grads = [p.grad for p in params]
             buffers: list[Tensor | None] = [self._buffer(p) if group["momentum"] else None for p in params]
-            if any(map(is_sharded, params)):  # each process updates the rows that lie with it, if any
+            if any(map(is_sharded, params)):  # each process updates its own rows, if it has any
                 here = [i for i, p in enumerate(params) if local(p).numel()]
                 buffers = [None if (b := buffers[i]) is None else local(b) for i in here]
                 grads = [local(grads[i]) for i in here]
                 params = [local(params[i]) for i in here]
             fused = self.fused is not False and _fusable(params, buffers)
             if fused:
-                # The fused kernels walk memory side by side and never look at strides: a gradient in another
-                # memory format than its parameter would update the wrong weights without a word.
+                # The fused kernels ignore strides: a gradient in another memory format than its parameter would
+                # silently update the wrong weights.
                 grads = [laid_out_as(p, g) for p, g in zip(params, grads, strict=True)]
-                # For CPUs they copy a gradient first that is not row-major.
+                # On CPUs they first copy a gradient that is not row-major; a permuted view avoids the copy.
                 params, grads = ([_row_major(t) for t in column] for column in (params, grads))
                 buffers = [None if b is None else _row_major(b) for b in buffers]
             sgd(
@@ -130,24 +156,28 @@ class SGD(Optimizer):
         return loss
 
     def named_state(self) -> dict[str, Tensor]:
-        """Momentum of every parameter by the parameter's name, live, zero where no step was taken yet.
+        """Return the momentum of every parameter by the parameter's name; zero if no step was taken yet.
 
-        Raises ValueError when the optimizer was built without names, or when two parameters share one.
+        The tensors are live, not copies.
+
+        Raises:
+            ValueError: the optimizer was built without names, or two parameters have the same name.
         """
         return {name: self._buffer(p) for name, p, group in self._named() if group["momentum"]}
 
     def load_named_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `named_state` gave into this optimizer; it then continues bit for bit.
+        """Copy what `named_state` returned into this optimizer, which then continues bit for bit.
 
-        Raises ValueError that lists unknown or missing names and shapes that differ, before anything changes.
+        Raises:
+            ValueError: names are unknown or missing, or shapes differ; the message lists them, and nothing was changed.
         """
         copy_named_(self.named_state(), state, owner="the momentum of this optimizer")
 
     def _buffer(self, parameter: Tensor) -> Tensor:
-        """The momentum of `parameter`, in the parameter's memory format (see `step`), made when first needed.
+        """Return the momentum of `parameter` in the parameter's memory format, and create it if it does not exist.
 
-        Zeros instead of torch's "none yet": the first update is the same, and a parameter whose first
-        gradient comes late, which breaks torch's fused path, needs no special case.
+        It starts at zero instead of None as in torch. The first update is the same, and parameters that get their first
+        gradient later, which torch's fused path does not support, need no special case.
         """
         state = self.state[parameter]
         buffer = state.get("momentum_buffer")
@@ -158,32 +188,39 @@ class SGD(Optimizer):
         return buffer
 
     def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Yield (name, parameter, group)."""
         seen: set[str] = set()
         for group in self.param_groups:
             if "param_names" not in group:
                 raise ValueError(
-                    "This optimizer was built from bare tensors. Its state is keyed by parameter name. "
-                    "Build it from model.named_parameters() or parameter_groups(model, ...)."
+                    problem(
+                        "this optimizer was built from tensors without names",
+                        allowed="named parameters, whose names are the keys of the state",
+                        fix="build it from model.named_parameters() or parameter_groups(model, ...)",
+                    )
                 )
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if name in seen:
                     raise ValueError(
-                        f"Two parameters are called {name!r}. Names must be unique. Put both networks into "
-                        "one module and take its named_parameters()."
+                        problem(
+                            f"two parameters have the name {name!r}",
+                            allowed="unique names",
+                            fix="put both networks into one module and pass its named_parameters()",
+                        )
                     )
                 seen.add(name)
                 yield name, parameter, group
 
 
 def _row_major(tensor: Tensor) -> Tensor:
-    """A view whose dimensions come in the order in which memory is walked."""
+    """Return a view whose dimensions are in the order of memory."""
     if tensor.is_contiguous():
         return tensor
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
 
 
 def _fusable(params: list[Tensor], buffers: list[Tensor | None]) -> bool:
-    """Whether the fused kernel may run: real floating point, a device that has it, and no gaps in memory."""
+    """Return True if torch's fused kernel is valid: a device that has it, floating point, and no gaps in memory."""
     for p, buffer in zip(params, buffers, strict=True):
         if p.device.type not in FUSED_DEVICES or not p.is_floating_point():
             return False

@@ -1,4 +1,4 @@
-"""Laws of adaptive gradient clipping."""
+"""Tests of adaptive gradient clipping."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every law holds for the kernels in C and without them."""
+    """Run every test with the compiled kernels and without them."""
     if request.param == "plain":
         monkeypatch.setattr("normfree.optim.units.library", lambda: None)
     else:
@@ -47,7 +47,7 @@ def parameter(
 
 
 def by_hand(p: Tensor, g: Tensor, clipping: float, eps: float) -> Tensor:
-    """The formula in float64, one unit after another."""
+    """Return the clipped gradient by the formula in float64, one unit after another."""
     p, g = p.detach().double(), g.double().clone()
     single = sum(n != 1 for n in p.shape) <= 1
     pairs = [(p, g)] if single else list(zip(p, g, strict=True))
@@ -60,7 +60,7 @@ def by_hand(p: Tensor, g: Tensor, clipping: float, eps: float) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("clipping", [0.01, 0.16])
-def test_equals_the_formula_written_out(shape: tuple[int, ...], clipping: float) -> None:
+def test_equals_the_formula(shape: tuple[int, ...], clipping: float) -> None:
     p = parameter(shape)
     expected = by_hand(p, p.grad, clipping, 1e-3)
     adaptive_clip_grad_(p, clipping)
@@ -83,7 +83,7 @@ def test_equals_the_formula_written_out(shape: tuple[int, ...], clipping: float)
         ((5, 2, 3, 3, 3), (5, 1, 1, 1, 1)),
     ],
 )
-def test_which_units_a_shape_has(shape: tuple[int, ...], norm_shape: tuple[int, ...]) -> None:
+def test_units_of_each_shape(shape: tuple[int, ...], norm_shape: tuple[int, ...]) -> None:
     ones = torch.ones(shape)
     norm = unitwise_norm(ones)
     assert norm.shape == norm_shape
@@ -102,7 +102,7 @@ def test_no_unit_exceeds_its_limit_and_none_grows() -> None:
         assert bool((after <= before).all())
 
 
-def test_below_the_limit_every_bit_stays() -> None:
+def test_below_the_limit_every_bit_is_kept() -> None:
     p = parameter((64, 9), grad_scale=3.0)
     before, norms = p.grad.clone(), unitwise_norm(p.grad).flatten()
     below = norms < 0.0099 * unitwise_norm(p).flatten()
@@ -124,21 +124,21 @@ def test_clipping_twice_is_clipping_once() -> None:
 def test_scaling_weights_and_gradients_scales_the_result() -> None:
     p, q = parameter((16, 12)), parameter((16, 12))
     with torch.no_grad():
-        q.mul_(8.0)  # a power of two: the scaling itself rounds nothing
+        q.mul_(8.0)  # a power of two, so that scaling is exact
     q.grad.mul_(8.0)
     adaptive_clip_grad_(p)
     adaptive_clip_grad_(q)
     assert torch.equal(q.grad, 8.0 * p.grad)
 
 
-def test_a_gain_that_starts_at_zero_moves_by_the_floor() -> None:
+def test_a_gain_of_zero_is_clipped_to_eps_times_clipping() -> None:
     gain = nn.Parameter(torch.zeros(()))
     gain.grad = torch.tensor(-3.0)
     adaptive_clip_grad_(gain, clipping=0.01, eps=1e-3)
     assert float(gain.grad) == pytest.approx(-1e-5, rel=1e-6)
 
 
-def test_the_division_has_the_floor_of_the_reference() -> None:
+def test_the_division_has_the_lower_bound_of_the_reference() -> None:
     # |g| = 1e-7 exceeds the limit 1e-5 * 1e-3 = 1e-8, and is divided by 1e-6 instead of itself.
     gain = nn.Parameter(torch.zeros(()))
     gain.grad = torch.tensor(1e-7)
@@ -146,17 +146,17 @@ def test_the_division_has_the_floor_of_the_reference() -> None:
     assert float(gain.grad) == pytest.approx(1e-9, rel=1e-6)
 
 
-def test_an_empty_parameter_is_no_unit() -> None:
+def test_an_empty_parameter_has_no_unit() -> None:
     many = [nn.Parameter(torch.zeros(shape)) for shape in ((0, 3), (0,))]
     for p in many:
         p.grad = torch.zeros_like(p)
     assert adaptive_clip_grad_(many).units == 0
 
 
-def test_a_gain_vector_at_one_keeps_a_gradient_that_fits_its_norm() -> None:
+def test_a_gain_vector_is_one_unit() -> None:
     gain = nn.Parameter(torch.ones(64))
     gain.grad = torch.zeros(64)
-    gain.grad[3] = 0.05  # limit of the vector 0.01 * 8; element by element it would be cut to 0.01
+    gain.grad[3] = 0.05  # the limit of the vector is 0.01 * 8; an element alone would be clipped to 0.01
     assert float(adaptive_clip_grad_(gain)) == 0.0
     assert gain.grad[3] == 0.05
 
@@ -202,11 +202,11 @@ def test_mixed_dtypes_in_one_call() -> None:
         assert torch.equal(p.grad, torch.full_like(p, 0.5))
 
 
-def test_every_way_to_pass_parameters_gives_the_same() -> None:
+def test_every_kind_of_input_gives_the_same_result() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 5))
     image = torch.randn(2, 3, 4, 4)
-    ways = [
+    inputs = [
         lambda: net,
         lambda: net.parameters(),
         lambda: list(net.parameters()),
@@ -216,10 +216,10 @@ def test_every_way_to_pass_parameters_gives_the_same() -> None:
         lambda: torch.optim.AdamW(net.named_parameters(), eps=1e-8).param_groups,
     ]
     results = []
-    for way in ways:
+    for make in inputs:
         net.zero_grad()
         net(image).square().sum().backward()
-        report = adaptive_clip_grad_(way(), clipping=0.01)
+        report = adaptive_clip_grad_(make(), clipping=0.01)
         results.append((float(report), report.units, torch.cat([p.grad.flatten() for p in net.parameters()])))
     assert results[0][1] == 8 + 1 + 5 + 1
     assert results[0][0] > 0
@@ -286,8 +286,8 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_changes(bad: float) 
     with pytest.raises(NonFiniteGradientError) as caught:
         adaptive_clip_grad_(net)
     assert str(caught.value) == (
-        "1 of 4 gradients are not finite: '1.weight'. Only finite gradients can be applied; none was changed. "
-        "Skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
+        "1 of 4 gradients are not finite: '1.weight'; none was changed. Allowed: finite gradients. "
+        "Fix: skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
     )
     assert caught.value.names == ("1.weight",)
     for p, old in zip(net.parameters(), before, strict=True):
@@ -306,12 +306,12 @@ def test_five_names_are_listed_and_the_rest_counted() -> None:
     for p in many:
         p.grad = torch.full((2,), float("inf"))
     with pytest.raises(
-        NonFiniteGradientError, match=r"7 of 7 .*'parameter 4 of shape \(2,\)' and 2 more\. Only"
+        NonFiniteGradientError, match=r"7 of 7 .*'parameter 4 of shape \(2,\)' and 2 more; none was changed"
     ):
         adaptive_clip_grad_(many)
 
 
-def test_without_the_check_bad_units_stay_and_good_ones_are_clipped() -> None:
+def test_without_the_check_only_finite_units_are_clipped() -> None:
     p = nn.Parameter(torch.ones(3, 4))
     p.grad = torch.ones(3, 4)
     p.grad[0, 0], p.grad[1, 0] = float("inf"), float("nan")
@@ -335,28 +335,31 @@ def test_the_classifier_weight_is_exempt_and_its_bias_is_not() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clipping": -1.0}, "clipping is -1.0. It must be 0 or more. The published value is 0.01."),
-        ({"clipping": float("nan")}, "clipping is nan. It must be 0 or more. The published value is 0.01."),
-        ({"eps": -1.0}, "eps is -1.0. It must be 0 or more. The published value is 0.001."),
+        (
+            {"clipping": -1.0},
+            "clipping is -1.0. Allowed: 0 or more. Fix: pass clipping=0.01, the published value.",
+        ),
+        (
+            {"clipping": float("nan")},
+            "clipping is nan. Allowed: 0 or more. Fix: pass clipping=0.01, the published value.",
+        ),
+        ({"eps": -1.0}, "eps is -1.0. Allowed: 0 or more. Fix: pass eps=0.001, the published value."),
     ],
 )
 def test_negative_arguments(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}, the published value\\.$"):
         adaptive_clip_grad_(nn.Linear(2, 2), **arguments)
 
 
-def test_sparse_gradients_and_strange_inputs_are_refused() -> None:
+def test_sparse_gradients_and_other_types_are_errors() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1, 2])).sum().backward()
-    message = (
-        "The gradient of 'weight' is sparse. Clipping takes dense gradients only. "
-        "Build the layer with sparse=False."
-    )
+    message = "the gradient of 'weight' is sparse. Allowed: dense gradients. Fix: build the layer with sparse=False."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         adaptive_clip_grad_(table)
     message = (
-        "Cannot clip an object of type str. Allowed: a module, a tensor, tensors, (name, tensor) pairs, or "
-        "parameter groups. Pass model.named_parameters() or optimizer.param_groups."
+        "cannot clip an object of type str. Allowed: a module, a tensor, tensors, (name, tensor) pairs, or "
+        "parameter groups. Fix: pass model.named_parameters() or optimizer.param_groups."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         adaptive_clip_grad_(dict(nn.Linear(2, 2).named_parameters()))

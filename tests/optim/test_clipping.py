@@ -1,4 +1,4 @@
-"""The clipping rules that adaptive clipping is compared with."""
+"""Tests of the clipping modes that adaptive clipping is compared with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_agc_mode_is_adaptive_clipping() -> None:
 
 
 @pytest.mark.parametrize("clipping", [0.5, 1e6])
-def test_norm_mode_is_torchs(clipping: float) -> None:
+def test_norm_mode_equals_torch(clipping: float) -> None:
     a, b = net(), net()
     norm = float(flat(a).norm())
     report = clip_grad_(a, mode="norm", clipping=clipping)
@@ -43,7 +43,7 @@ def test_norm_mode_is_torchs(clipping: float) -> None:
     assert (float(report), report.units) == (float(norm > clipping), 1)
 
 
-def test_value_mode_is_torchs_and_counts_elements() -> None:
+def test_value_mode_equals_torch_and_counts_elements() -> None:
     a, b = net(), net()
     clipping = float(flat(a).abs().quantile(0.8))
     expected = float((flat(a).abs() > clipping).float().mean())
@@ -55,7 +55,7 @@ def test_value_mode_is_torchs_and_counts_elements() -> None:
     assert report.units == flat(a).numel()
 
 
-def test_off_changes_nothing_and_still_measures() -> None:
+def test_off_changes_nothing_and_reports_the_norm() -> None:
     a = net()
     before = flat(a)
     report = clip_grad_(a, mode="off", clipping=0.0)
@@ -85,7 +85,9 @@ def test_every_mode_refuses_nan_before_it_changes_anything(mode: str) -> None:
     a = net()
     a[0].bias.grad[0] = float("nan")
     before = copy.deepcopy(flat(a))
-    with pytest.raises(NonFiniteGradientError, match=r"^1 of 4 gradients are not finite: '0\.bias'\. "):
+    with pytest.raises(
+        NonFiniteGradientError, match=r"^1 of 4 gradients are not finite: '0\.bias'; none was changed\. "
+    ):
         clip_grad_(a, mode=mode, clipping=0.01)
     assert torch.equal(flat(a).nan_to_num(7.0), before.nan_to_num(7.0))
 
@@ -96,14 +98,19 @@ def test_every_mode_refuses_nan_before_it_changes_anything(mode: str) -> None:
         (
             "nrom",
             1.0,
-            "Clipping mode 'nrom' is unknown. Allowed: 'agc', 'norm', 'value', 'off'. Nearest: 'norm'.",
+            "unknown clipping mode 'nrom'. Did you mean 'norm'? Allowed: 'agc', 'norm', 'value', 'off'.",
         ),
         (
             "norm",
             0.0,
-            "clipping is 0 with mode 'norm'. It must be above 0, or every gradient is erased. Pass mode='off'.",
+            "clipping is 0 with mode 'norm', which would erase every gradient. Allowed: above 0. "
+            "Fix: pass mode='off' to clip nothing.",
         ),
-        ("value", -2.0, "clipping is -2.0. It must be 0 or more. The published value is 0.01."),
+        (
+            "value",
+            -2.0,
+            "clipping is -2.0. Allowed: 0 or more. Fix: pass clipping=0.01, the published value.",
+        ),
     ],
 )
 def test_wrong_arguments(mode: str, clipping: float, message: str) -> None:

@@ -26,7 +26,7 @@ def assert_close(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], 
         assert float((ours[name] - value).norm()) <= bound * float(value.norm()), name
 
 
-def test_the_pieces_are_uneven_and_some_are_empty(found):
+def test_the_shards_are_uneven_and_some_are_empty(found):
     rows = {
         name: [found[f"4-{rank}"]["pieces"][name][0] for rank in range(4)] for name in found["4-0"]["pieces"]
     }
@@ -76,7 +76,7 @@ def test_three_steps_of_training_are_those_of_one_process(found, size):
 
 
 @pytest.mark.parametrize("size", WORLDS)
-def test_what_is_not_finite_in_one_piece_is_named_by_all(found, size):
+def test_all_processes_name_a_gradient_that_is_not_finite_in_one(found, size):
     plain = found["plain"]["not finite"]
     assert len(plain) == 2
     for name in names(size):
@@ -88,9 +88,9 @@ def test_what_is_not_finite_in_one_piece_is_named_by_all(found, size):
             )
 
 
-def test_shards_of_columns_are_refused(found):
+def test_shards_of_columns_are_an_error(found):
     for name in names(2):
         assert found[name]["columns"] == (
-            "A parameter of shape (4, 6) is distributed as (Shard(dim=1),). Clipping takes shards along dimension 0 of "
-            "one mesh dimension, the others replicated. Use fully_shard as it comes."
+            "a parameter of shape (4, 6) has the placements (Shard(dim=1),). Allowed: shards along dimension 0 over "
+            "one mesh dimension, replicated over the others. Fix: use fully_shard without shard_placement_fn."
         )

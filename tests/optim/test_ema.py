@@ -136,8 +136,8 @@ def test_copy_to_the_model() -> None:
 def test_another_network_is_refused() -> None:
     average = Ema(nn.Linear(2, 2))
     message = (
-        "The saved tensors do not fit the averaged network (shapes: 'weight' is (2, 3) instead of (2, 2)). "
-        "Exactly its 2 names and shapes are allowed. Nearest: the tensors saved from the same network."
+        "the saved tensors do not fit the averaged network (shapes: 'weight' is (2, 3) instead of (2, 2)). "
+        "Allowed: exactly its 2 names and shapes. Fix: load tensors saved from the same network."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         average.load_state_dict({"num_updates": 0, "module": nn.Linear(3, 2).state_dict()})

@@ -161,8 +161,8 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
     set_grads_(made[0], 1, change=spoil)
     before = state(made)
     message = (
-        f"1 of 16 gradients are not finite: '{where}'. Only finite gradients can be applied; none was changed. "
-        "Skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
+        f"1 of 16 gradients are not finite: '{where}'; none was changed. Allowed: finite gradients. "
+        "Fix: skip this step or lower the learning rate; under a GradScaler pass error_if_nonfinite=False."
     )
     with pytest.raises(NonFiniteGradientError, match=f"^{re.escape(message)}$"):
         update.step()
@@ -291,8 +291,8 @@ def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None
     set_grads_(model, 0)
     before = state((model, optimizer, ema))
     message = (
-        "the memory format of 'stem.weight' has changed since the update was made. Allowed: the format of its average. "
-        "Fix: change formats first, then make Ema and the update."
+        "the memory format of 'stem.weight' has changed since the update was created. Allowed: the format of its average. "
+        "Fix: change formats first, then create Ema and the update."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         update.step()

@@ -1,4 +1,4 @@
-"""Name rules and parameter groups."""
+"""Tests of name rules and parameter groups, and of copying tensors by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normfree.suggest import some_names
 
 
 class Twin(nn.Module):
-    """The names that a batch-norm twin has."""
+    """A module with the parameter names of a batch-norm twin."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
             assert model.get_parameter(name) is p
 
 
-def test_rules_of_the_user_first_match_wins() -> None:
+def test_the_first_of_several_own_rules_counts() -> None:
     rules = [
         Rule("frozen-ish", r"^0\.", weight_decay=0.5, lr_multiplier=0.1),
         Rule("rest", "", clipping=False),
@@ -118,7 +118,7 @@ def unclipped_names(model: nn.Module, **options: object) -> list[str]:
         (("stages.0.*",), ["stages.0.0.se.bias", "stages.0.0.se.weight"]),
     ],
 )
-def test_patterns_say_what_is_not_clipped_and_change_nothing_else(patterns: object, names: list[str]) -> None:
+def test_patterns_exempt_from_clipping_and_change_nothing_else(patterns: object, names: list[str]) -> None:
     model = Twin()
     assert unclipped_names(model, unclipped=patterns) == names
 
@@ -131,7 +131,7 @@ def test_patterns_say_what_is_not_clipped_and_change_nothing_else(patterns: obje
     assert unclipped_names(model, unclipped=("head.bias",), rules=rest) == ["head.bias"]
 
 
-def test_the_published_choice_gives_the_groups_of_the_rules() -> None:
+def test_the_published_exemption_gives_the_groups_of_the_default_rules() -> None:
     model = Twin()
     plain, named = (
         parameter_groups(model, weight_decay=0.5, clipping=0.1, unclipped=choice)
@@ -142,7 +142,7 @@ def test_the_published_choice_gives_the_groups_of_the_rules() -> None:
     ]
 
 
-def test_clipping_acts_on_the_others_alone() -> None:
+def test_only_other_parameters_are_clipped() -> None:
     model = Twin()
     for p in model.parameters():
         p.grad = torch.full_like(p, 100.0)
@@ -161,49 +161,49 @@ def test_clipping_acts_on_the_others_alone() -> None:
         ("head.weigh", "head.weight"),
     ],
 )
-def test_a_pattern_that_matches_nothing_word_for_word(pattern: str, near: str) -> None:
+def test_a_pattern_that_matches_nothing_is_an_error(pattern: str, near: str) -> None:
     message = (
-        f"unclipped has {pattern!r}, which matches no parameter. Allowed: names of parameters, with * for any "
-        f"part. Did you mean {near!r}?"
+        f"unclipped has {pattern!r}, which matches no parameter. Did you mean {near!r}? Allowed: names of "
+        "parameters, with * for any part."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         unclipped_names(Twin(), unclipped=("head.weight", pattern))
 
 
-def test_a_frozen_parameter_may_be_named_and_a_text_is_no_sequence() -> None:
+def test_a_frozen_parameter_may_be_named_and_a_string_is_an_error() -> None:
     model = Twin()
     model.stem.requires_grad_(False)
     assert unclipped_names(model, unclipped=("stem.*", "head.weight")) == ["head.weight"]
-    message = "unclipped='stem' is one text. Allowed: a sequence of patterns. Fix: unclipped=('stem',)"
+    message = "unclipped='stem' is a string. Allowed: a sequence of patterns. Fix: pass unclipped=('stem',)."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         unclipped_names(model, unclipped="stem")
 
 
-def test_patterns_in_one_line() -> None:
+def test_comma_separated_patterns() -> None:
     assert parse_unclipped("head.weight") == ("head.weight",)
     assert parse_unclipped("head.weight, stem.*") == ("head.weight", "stem.*")
     assert parse_unclipped("") == ()
     message = (
-        "unclipped='stem.*,,head.weight' has an empty pattern. Allowed: names with commas between, with * for "
-        "any part. Fix: 'stem.*,head.weight'"
+        "unclipped='stem.*,,head.weight' has an empty pattern. Allowed: names separated by commas, with * for "
+        "any part. Fix: pass 'stem.*,head.weight'."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parse_unclipped("stem.*,,head.weight")
 
 
-def test_groups_are_fit_for_any_torch_optimizer() -> None:
+def test_groups_work_with_any_torch_optimizer() -> None:
     model = Twin()
     groups = parameter_groups(model, weight_decay=0.125, clipping=0.1)
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.125}
 
 
-def test_unmatched_parameter_word_for_word() -> None:
+def test_a_parameter_without_a_rule_is_an_error() -> None:
     model = nn.Module()
     model.register_parameter("alpha", nn.Parameter(torch.ones(2)))
     message = (
-        "No rule matches 'alpha'. Every trainable parameter needs one; the rules in order are: "
-        r"biases '\\.bias$', weights 'weight'. Add a Rule for it, or end the rules with Rule('rest', '')."
+        "no rule matches 'alpha'. Allowed: names that one of the rules matches, which are in order: "
+        r"biases '\\.bias$', weights 'weight'. Fix: add a Rule for it, or end the rules with Rule('rest', '')."
     )
     rules = [Rule("biases", r"\.bias$"), Rule("weights", "weight")]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -212,10 +212,10 @@ def test_unmatched_parameter_word_for_word() -> None:
     assert parameter_groups(model, weight_decay=0.0, clipping=0.0, rules=rules) == []
 
 
-def test_unused_multiplier_word_for_word() -> None:
+def test_a_multiplier_that_applies_to_nothing_is_an_error() -> None:
     message = (
-        "lr_multipliers has '^haed', which decides for no trainable parameter. Patterns are searched in names "
-        "such as 'weight', 'bias', and the first match wins. Correct the pattern, or move it up."
+        "lr_multipliers has '^haed', which applies to no trainable parameter. Allowed: patterns found in names "
+        "such as 'weight', 'bias', of which the first match counts. Fix: correct the pattern, or move it up."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parameter_groups(nn.Linear(2, 2), weight_decay=0.0, clipping=0.0, lr_multipliers={"^haed": 2.0})
@@ -230,9 +230,9 @@ def test_tensors_that_do_not_fit_are_all_listed_and_nothing_is_copied() -> None:
     targets = {"stem.weight": torch.zeros(2), "head.weight": torch.zeros(3), "head.bias": torch.zeros(3)}
     source = {"stem.wieght": torch.ones(2), "head.weight": torch.ones(4), "head.bias": torch.ones(3)}
     message = (
-        "The saved tensors do not fit the box (unknown: 'stem.wieght', missing: 'stem.weight', shapes: "
-        "'head.weight' is (4,) instead of (3,)). Exactly its 3 names and shapes are allowed. "
-        "Nearest: 'stem.wieght' -> 'stem.weight'."
+        "the saved tensors do not fit the box (unknown: 'stem.wieght', missing: 'stem.weight', shapes: "
+        "'head.weight' is (4,) instead of (3,)). Allowed: exactly its 3 names and shapes. "
+        "Fix: rename 'stem.wieght' to 'stem.weight'."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         copy_named_(targets, source, owner="the box")

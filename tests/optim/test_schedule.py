@@ -1,4 +1,4 @@
-"""Schedules as functions of progress."""
+"""Tests of learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_never_rises_after_the_warmup(name: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values())
-def test_without_warmup_it_begins_at_the_peak(schedule: Callable[..., float]) -> None:
+def test_without_warmup_it_starts_at_the_peak(schedule: Callable[..., float]) -> None:
     assert schedule(0.0) == 1.0
 
 
-def test_values_between() -> None:
-    # Half way down: the cosine and the line are both at the middle; at a quarter they differ.
+def test_intermediate_values() -> None:
+    # Halfway down, the cosine and the line have the same value; after a quarter they differ.
     assert warmup_cosine(0.6, warmup=0.2, final=0.0) == pytest.approx(0.5)
     assert warmup_linear(0.6, warmup=0.2, final=0.0) == pytest.approx(0.5)
     assert warmup_cosine(0.4, warmup=0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
@@ -55,8 +55,8 @@ def test_values_between() -> None:
     assert constant(0.9, warmup=0.2) == 1.0
 
 
-def test_the_end_of_nf_regnets() -> None:
-    # Peak 0.4 and last value 0.001.
+def test_the_last_rate_of_nf_regnets() -> None:
+    # From a peak of 0.4 to 0.001.
     assert 0.4 * warmup_cosine(1.0, warmup=5 / 360, final=0.001 / 0.4) == pytest.approx(0.001)
 
 
@@ -67,14 +67,14 @@ def test_a_warmup_of_the_whole_run_only_rises() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"progress": 1.5}, "progress is 1.5. It must lie in [0, 1]. Pass step / total steps."),
+        ({"progress": 1.5}, "progress is 1.5. Allowed: 0 to 1. Fix: pass step / total steps."),
         (
             {"progress": 0.5, "warmup": 5.0},
-            "warmup is 5.0. It must lie in [0, 1]. Pass warm-up steps / total steps.",
+            "warmup is 5.0. Allowed: 0 to 1. Fix: pass warm-up steps / total steps.",
         ),
         (
             {"progress": 0.5, "final": -0.1},
-            "final is -0.1. It must lie in [0, 1]. Pass last learning rate / peak learning rate.",
+            "final is -0.1. Allowed: 0 to 1. Fix: pass last learning rate / peak learning rate.",
         ),
     ],
 )
@@ -88,8 +88,8 @@ def test_arguments_outside_the_unit_interval(
 
 def test_unknown_name() -> None:
     message = (
-        "Schedule 'cosine' is unknown. Allowed: 'warmup_cosine', 'warmup_linear', 'constant'. "
-        "Nearest: 'warmup_cosine'."
+        "unknown schedule 'cosine'. Did you mean 'warmup_cosine'? "
+        "Allowed: 'warmup_cosine', 'warmup_linear', 'constant'."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         schedule_multiplier("cosine", 0.5)

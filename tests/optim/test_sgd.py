@@ -1,4 +1,4 @@
-"""SGD against the formula, against torch, and across a save."""
+"""Tests of SGD: it equals the formula and torch, and continues exactly from a saved state."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_a_gradient_in_another_memory_format_updates_the_right_weights() -> None
     optimizers = [SGD(m.named_parameters(), 0.1) for m in (one, two)]
     for step in range(3):
         for model, optimizer in zip((one, two), optimizers, strict=True):
-            set_grads_(model, step)  # contiguous gradients for both, unlike the weights of the second
+            set_grads_(model, step)  # contiguous, unlike the weights of the second
             optimizer.step()
-        if step == 1:  # and now the momentum differs as well
+        if step == 1:  # from here on the momentum differs too
             two[0].to(memory_format=torch.contiguous_format)
     assert torch.equal(one[0].weight, two[0].weight)
-    # The momentum follows its parameter, or every later step would miss the fused kernel.
+    # The momentum is stored in the format of its parameter; otherwise no later step could use the fused kernel.
     assert optimizers[1].named_state()["0.weight"].stride() == two[0].weight.stride()
 
 
@@ -86,7 +86,7 @@ def test_weights_with_gaps_in_memory_are_updated_in_place() -> None:
     assert torch.equal(storage[:, 1::2], torch.arange(24.0).reshape(4, 6)[:, 1::2])
 
 
-def test_a_gradient_that_comes_late_starts_its_own_momentum() -> None:
+def test_a_parameter_whose_first_gradient_comes_later_starts_its_own_momentum() -> None:
     early, late = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = SGD([early, late], 1.0, momentum=0.5, nesterov=False)
     early.grad = torch.ones(2)
@@ -169,11 +169,11 @@ def test_hooks_run_once_per_step() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": -1.0}, "lr is -1.0. It must be 0 or more. Nearest: 0.0."),
-        ({"lr": 1.0, "momentum": -0.5}, "momentum is -0.5. It must be 0 or more. Nearest: 0.0."),
+        ({"lr": -1.0}, "lr is -1.0. Allowed: 0 or more. Fix: pass lr=0.0."),
+        ({"lr": 1.0, "momentum": -0.5}, "momentum is -0.5. Allowed: 0 or more. Fix: pass momentum=0.0."),
         (
             {"lr": 1.0, "momentum": 0.0},
-            "nesterov is True with momentum 0. Nesterov needs momentum above 0. Pass nesterov=False.",
+            "nesterov is True with momentum 0. Allowed: momentum above 0. Fix: pass nesterov=False.",
         ),
     ],
 )
@@ -185,34 +185,34 @@ def test_wrong_arguments(arguments: dict[str, float], message: str) -> None:
 def test_errors_about_groups_names_and_sparse_gradients() -> None:
     p = nn.Parameter(torch.zeros(1))
     message = (
-        "A parameter group has lr 0.5. Groups take lr_multiplier, a factor on the one learning rate 1.0. "
-        "Replace lr by lr_multiplier."
+        "a parameter group has lr 0.5. Allowed: lr_multiplier, a factor on the learning rate 1.0 of the optimizer. "
+        "Fix: replace lr by lr_multiplier."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SGD([{"params": [p], "lr": 0.5}], 1.0)
     message = (
-        "This optimizer was built from bare tensors. Its state is keyed by parameter name. Build it from "
-        "model.named_parameters() or parameter_groups(model, ...)."
+        "this optimizer was built from tensors without names. Allowed: named parameters, whose names are the keys of "
+        "the state. Fix: build it from model.named_parameters() or parameter_groups(model, ...)."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SGD([p], 1.0).named_state()
     twins = SGD([("a", p), ("a", nn.Parameter(torch.zeros(1)))], 1.0)
-    with pytest.raises(ValueError, match=r"^Two parameters are called 'a'\. Names must be unique\. "):
+    with pytest.raises(ValueError, match=r"^two parameters have the name 'a'\. Allowed: unique names\. "):
         twins.named_state()
     table = nn.Embedding(3, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    message = "A gradient is sparse. SGD takes dense gradients only. Build the layer with sparse=False."
+    message = "a gradient is sparse. Allowed: dense gradients. Fix: build the layer with sparse=False."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SGD(table.parameters(), 1.0).step()
 
 
-def test_state_that_does_not_fit_is_refused_whole() -> None:
+def test_state_that_does_not_fit_changes_nothing() -> None:
     optimizer = SGD(net().named_parameters(), 0.1)
     state = {name: tensor + 1.0 for name, tensor in optimizer.named_state().items()}
     del state["0.bias"]
     message = (
-        "The saved tensors do not fit the momentum of this optimizer (missing: '0.bias'). Exactly its 4 names and "
-        "shapes are allowed. Nearest: the tensors saved from the same network."
+        "the saved tensors do not fit the momentum of this optimizer (missing: '0.bias'). Allowed: exactly its 4 names "
+        "and shapes. Fix: load tensors saved from the same network."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         optimizer.load_named_state(state)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models.net import Net
-from normfree.optim.dtensor import is_cut, is_sharded, local
+from normfree.optim.dtensor import is_sharded, is_split, local
 from normfree.optim.named_state import copy_named_
 from normfree.training.distributed.world import World
 
@@ -75,7 +75,7 @@ def scatter_first_(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], w
     for name, target in targets.items():
         source = saved[name] if world.is_main else torch.empty(target.shape)
         source = source.to(world.device, target.dtype).contiguous()
-        if is_cut(target):
+        if is_split(target):
             like: Any = target
             local(target).copy_(local(distribute_tensor(source, like.device_mesh, like.placements)))
         else:
