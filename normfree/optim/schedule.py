@@ -28,8 +28,8 @@ def warmup_cosine(progress: float, *, warmup: float = 0.0, final: float = 0.0) -
         ValueError: an argument is outside [0, 1].
 
     Example:
-        >>> [normfree.warmup_cosine(step / 10, warmup=0.2) for step in (0, 1, 2, 6, 10)]
-        [0.0, 0.5, 1.0, 0.5, 0.0]
+        >>> [round(normfree.warmup_cosine(step / 10, warmup=0.2), 2) for step in (0, 1, 2, 4, 6, 10)]
+        [0.0, 0.5, 1.0, 0.85, 0.5, 0.0]
 
     Source: `WarmupCosineDecay` of the reference code; [B] section 4.3 (5 of 360 epochs of warm-up).
     """

@@ -291,8 +291,8 @@ def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None
     set_grads_(model, 0)
     before = state((model, optimizer, ema))
     message = (
-        "the memory format of 'stem.weight' has changed since the update was created. Allowed: the format of its average. "
-        "Fix: change formats first, then create Ema and the update."
+        "the memory format of 'stem.weight' has changed since the update was created. Allowed: the format of its "
+        "average. Fix: change formats first, then create Ema and the update."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         update.step()
