@@ -176,6 +176,8 @@ def gradients(
         backend, x, weight = TORCH, x.to(grad.dtype), weight.to(grad.dtype)
     elif backend.bypasses_dispatcher and not (type(grad) is Tensor and can_bypass_dispatcher()):
         backend = TORCH
+    if backend is TORCH:  # one call is faster than one for each gradient
+        return _convolution_backward(grad, x, weight, geometry, needs)
     by_weight = by_bias = None
     if any(needs[1:]):
         by_weight, by_bias = backend.weight_gradient(grad, x, weight, geometry, needs=needs[1:])

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from normfree.models.activations import ACTIVATIONS
 from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.zoo import create_model
+from normfree.native.library import library
+from normfree.ops.conv2d_backends import PRODUCTS, TORCH, WINOGRAD, Geometry, gradients
+from normfree.ops.winograd import is_fast
 
 SMOOTH = ("gelu", "silu", "gelu_erf", "identity", "relu")
 
@@ -108,3 +111,29 @@ def test_a_network_needs_a_third_less_memory():
         patch.setattr("normfree.ops.conv2d.eager_training", lambda: False)
         plain = [saved_bytes(lambda x=x: net(x)) for x in images]
     assert many - few < 0.67 * (plain[1] - plain[0])  # of what grows with the batch
+
+
+@pytest.mark.parametrize("backend", [TORCH, PRODUCTS, WINOGRAD], ids=lambda b: type(b).__name__)
+def test_backends_have_the_gradients_of_autograd(backend):
+    """All four methods of each backend, on a convolution that all of them can compute."""
+    avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if backend is WINOGRAD and (library() is None or not avx2):
+        pytest.skip("the kernels were not compiled, or the processor has no AVX2")
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    bias, grad, geometry = torch.randn(64), torch.randn(2, 64, 16, 16), Geometry(1, (1, 1), 1)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = F.conv2d(*exact, padding=1)
+    wanted = [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
+    assert backend.supports(x, weight, bias, geometry) or not is_fast()
+    found = [
+        backend.forward(x, weight, bias, geometry),
+        backend.input_gradient(grad, x, weight, geometry),
+        *backend.weight_gradient(grad, x, weight, geometry, needs=(True, True)),
+    ]
+    together = gradients(backend, grad, x, weight, geometry, (True, True, True))
+    for got, exactly in zip([*found, *together], [*wanted, *wanted[1:]], strict=True):
+        assert got is not None
+        assert float((got - exactly).norm() / exactly.norm()) < 2e-6
+    assert backend.weight_gradient(grad, x, weight, geometry, needs=(False, False)) == (None, None)
