@@ -56,14 +56,14 @@ class PackedConv2d(Conv2d):
     _packed: _Packed | None = None
     _shape: torch.Size | None = None  # of the last input
 
-    def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, act: Activation | None = None) -> Tensor:
         """Return the convolution of `x`, or of `act(x)`."""
         if not _can_pack(x, self.weight):
-            return super().forward(x, act)
+            return super().forward(x, act=act)
         shape, packed, weight = x.shape, self._packed, self.weight.detach()
         again, self._shape = shape == self._shape, shape
         if not again and (packed is None or packed.shape != shape):
-            return super().forward(x, act)
+            return super().forward(x, act=act)
         size, stride = weight.shape[-1], self.stride[0]
         x, sides = pad_input(x if act is None else act(x), size, stride, padding=self.pad_mode)
         geometry = Geometry(stride, sides, self.groups)

@@ -147,7 +147,7 @@ class WSConv2d(nn.Module):
                 return self.shared_weight
             return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
-    def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, act: Activation | None = None) -> Tensor:
         """Return the convolution of `x`, or of `act(x)`, which is then not saved for the backward pass."""
         weight = self.standardized_weight()
         return conv2d(
@@ -185,7 +185,7 @@ class Conv2d(nn.Conv2d):
         # He et al. 2015: variance 2 / fan-in, as in the papers' signal propagation plots with batch norm.
         nn.init.kaiming_normal_(self.weight, mode="fan_in", nonlinearity="relu")
 
-    def forward(self, x: Tensor, act: Activation | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, act: Activation | None = None) -> Tensor:
         """Return the convolution of `x`, or of `act(x)`, which is then not saved for the backward pass."""
         stride = self.stride[0]
         return conv2d(

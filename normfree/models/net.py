@@ -115,7 +115,7 @@ class Stem(Region):
     def compute(self, x: Tensor) -> Tensor:
         x = self.get_submodule("conv0")(x)
         for i in range(1, self.depth):
-            x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), self.act)
+            x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), act=self.act)
         return max_pool(x, padding=self.padding) if self.max_pool else x
 
 
@@ -187,19 +187,19 @@ class Block(Region):
             shortcut = self.conv_shortcut(avg_pool_same(a))
             r = self.conv0(take_images(a, kept))
         else:
-            shortcut = self.conv_shortcut(normed, self.act) if self.transition else x
-            r = self.conv0(take_images(normed, kept), self.act)
+            shortcut = self.conv_shortcut(normed, act=self.act) if self.transition else x
+            r = self.conv0(take_images(normed, kept), act=self.act)
         r = self.branch(r)
         return gated_add(shortcut, r, self.branch_gate(r, mask), kept=kept)
 
     def branch(self, r: Tensor) -> Tensor:
         """Return the residual branch after its first convolution, without its final gate."""
-        r = self.conv1(self.norm1(r), self.act)
+        r = self.conv1(self.norm1(r), act=self.act)
         if self.second_conv:
-            r = self.conv1b(self.norm1b(r), self.act)
+            r = self.conv1b(self.norm1b(r), act=self.act)
         if self.attention is not None and self.attention_in_middle:
             r = r * (self.attention(r) * self.gate_scale)
-        return self.conv2(self.norm2(r), self.act)
+        return self.conv2(self.norm2(r), act=self.act)
 
     def branch_gate(self, branch: Tensor, mask: Tensor | None = None) -> Tensor | float:
         """Return the factor of the branch: a number, or a tensor that broadcasts to B C H W.

@@ -93,10 +93,15 @@ class _Conv2d(torch.autograd.Function):
         return backend.forward(a, weight, bias, geometry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again
+            needs = needs_x, needs_weight, needs_bias
+            by_x, by_weight, by_bias = _differentiable(
+                x, weight, grad, ctx.act, ctx.border, ctx.geometry, needs
+            )
+            return by_x, None, by_weight, by_bias, *(None,) * 4
         source = x.detach().requires_grad_(needs_x)
         with torch.enable_grad():
             activated = source if ctx.act is None else ctx.act(source)
@@ -112,3 +117,26 @@ class _Conv2d(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, None, grad_weight, grad_bias, *(None,) * 4
+
+
+def _differentiable(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    act: Activation | None,
+    border: Border | None,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias as functions of x, weight and `grad` made of plain ops."""
+    a = x if act is None else act(x)
+    a = a if border is None else F.pad(a, border)
+    typed = (
+        a.to(grad.dtype),
+        weight.to(grad.dtype),
+    )  # under autocast the result has another dtype than the input
+    y = F.conv2d(*typed, None, geometry.stride, geometry.padding, 1, geometry.groups)
+    wanted = [t for t, needed in zip((x, weight), needs, strict=False) if needed]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+    by_x, by_weight = (next(found) if needed else None for needed in needs[:2])
+    return by_x, by_weight, grad.sum((0, 2, 3)) if needs[2] else None

@@ -45,7 +45,9 @@ def test_results_equal_those_of_the_plain_convolution(case, memory_format, act):
         x = torch.randn(shape[0], case[0], *shape[1:]).to(memory_format=memory_format)
         for _ in range(3):
             with torch.no_grad():
-                torch.testing.assert_close(conv(x, fn).double(), plain(x.double(), fn), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    conv(x, act=fn).double(), plain(x.double(), act=fn), rtol=1e-5, atol=1e-5
+                )
         assert conv._packed.shape == x.shape
 
 

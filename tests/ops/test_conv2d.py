@@ -33,7 +33,7 @@ def results(conv: nn.Module, x: Tensor, act, *, fused: bool, half: bool = False)
     conv.zero_grad()
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        y = conv(x, act) if fused else conv(act(x))
+        y = conv(x, act=act) if fused else conv(act(x))
     y.square().sum().backward()
     return [y.detach(), x.grad, *(p.grad for p in conv.parameters())]
 
@@ -57,10 +57,10 @@ def test_values_and_gradients_have_the_same_bits(kind, stride, padding, half):
 def test_the_output_of_the_activation_is_not_saved():
     conv, x = WSConv2d(8, 8, kernel_size=3), torch.randn(4, 8, 10, 10, requires_grad=True)
     size = x.numel() * 4
-    plain, fused = (saved_bytes(run) for run in (lambda: conv(F.silu(x)), lambda: conv(x, F.silu)))
+    plain, fused = (saved_bytes(run) for run in (lambda: conv(F.silu(x)), lambda: conv(x, act=F.silu)))
     assert plain - fused == size
     # the output of a ReLU is saved anyway, so nothing is recomputed
-    assert saved_bytes(lambda: conv(F.relu(x))) == saved_bytes(lambda: conv(x, F.relu))
+    assert saved_bytes(lambda: conv(F.relu(x))) == saved_bytes(lambda: conv(x, act=F.relu))
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias", "gain", "all but the input"])
@@ -72,16 +72,41 @@ def test_frozen_tensors_get_no_gradient_and_the_others_the_same(frozen):
     for name, tensor in parts.items():
         tensor.requires_grad_(name in free)
     wanted, found = (
-        torch.autograd.grad(y.square().sum(), list(free.values())) for y in (conv(F.silu(x)), conv(x, F.silu))
+        torch.autograd.grad(y.square().sum(), list(free.values()))
+        for y in (conv(F.silu(x)), conv(x, act=F.silu))
     )
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-def test_second_derivatives_are_refused():
-    conv, x = WSConv2d(4, 4, kernel_size=3), torch.randn(2, 4, 5, 5, requires_grad=True)
-    (first,) = torch.autograd.grad(conv(x, F.silu).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize(
+    "name", ["nf_resnet_nano", "nfnet_f0", "nf_regnet_b0", "timm_test_nfnet", "resnet_nano"]
+)
+def test_second_derivatives_are_those_of_plain_ops(name):
+    """The gradient of a gradient penalty, in training mode, for every family and a batch-norm twin."""
+    fields = {} if "nano" in name else {"depths": (1, 1, 1, 1), "widths": (16, 16, 32, 32)}
+    fields |= {"group_width": 8} if name == "nfnet_f0" else {}
+    net = create_model(name, num_classes=3, drop_rate=0.0, stochdepth_rate=0.0, **fields).double().train()
+    images, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 2])
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if key.endswith("skip_gain"):
+                parameter.fill_(0.5)
+
+    def penalty_gradients() -> list[torch.Tensor]:
+        x = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(x), labels), x, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True))
+
+    found = penalty_gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("conv2d", "conv2d_backends", "gated_add"):
+            patch.setattr(f"normfree.ops.{module}.eager_training", lambda: False)
+        plain = penalty_gradients()
+    scale = max(float(p.abs().max()) for p in plain if p is not None)
+    for one, other in zip(found, plain, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12 * scale)
 
 
 def test_torch_func_gives_gradients_of_single_examples():

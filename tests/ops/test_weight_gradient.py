@@ -59,7 +59,7 @@ def test_gradients_of_a_layer_do_not_depend_on_it(trains, half, monkeypatch):
             x = image.clone().requires_grad_(trains != "not the input")
             conv.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                y = conv(x, act)
+                y = conv(x, act=act)
             y.float().square().mean().backward()
             found.append([t.grad for t in (x, *conv.parameters())])
     assert len(calls) == (0 if half or trains == "not the weight" else 3)  # bfloat16 uses oneDNN

@@ -199,7 +199,7 @@ def test_gradients_of_a_layer_do_not_depend_on_it(
     def results(act: object) -> list[Tensor | None]:
         conv.zero_grad(set_to_none=True)
         x = image.clone(memory_format=torch.preserve_format).requires_grad_(trains[0])
-        y = conv(x, act)
+        y = conv(x, act=act)
         if any(trains):
             y.square().mean().backward()
         return [y.detach(), x.grad, *(p.grad for p in conv.parameters())]
