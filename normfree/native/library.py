@@ -13,8 +13,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from normfree.suggest import problem
-
 # `native_version` in update.c; increase both with any change of a signature below.
 VERSION = 2
 
@@ -54,11 +52,8 @@ def library() -> ctypes.CDLL | None:
     version = ctypes.c_int.in_dll(found, "native_version").value
     if version != VERSION:
         raise ImportError(
-            problem(
-                f"{spec.origin} was compiled from version {version} of its source",
-                allowed=f"version {VERSION}",
-                fix="install the package again, in a checkout with: pip install --editable .",
-            )
+            f"{spec.origin} was compiled from version {version} of its source. Allowed: version {VERSION}. "
+            "Fix: install the package again, in a checkout with: pip install --editable ."
         )
     for name, types in _SIGNATURES.items():
         function = getattr(found, name)
