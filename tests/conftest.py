@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -60,17 +61,26 @@ WORLD_FILES = ("test_dtensor.py", "test_modes.py", "test_world.py")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Distribute single tests over the processes of pytest-xdist, but keep those of `WORLD_FILES` together.
+    """Distribute tests over the processes of pytest-xdist so that no expensive fixture is made twice.
 
-    The mark `xdist_group` would do the same, but has no effect with pytest 9.2 and pytest-xdist 3.8.
+    The tests of `WORLD_FILES` stay together, and those of each file with fixtures of module scope; all other tests are
+    distributed one by one. The mark `xdist_group` has no effect with pytest 9.2 and pytest-xdist 3.8.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "worlds" if nodeid.split("::")[0].endswith(WORLD_FILES) else nodeid
+            file = nodeid.split("::")[0]
+            if file.endswith(WORLD_FILES):
+                return "worlds"
+            return file if _has_module_fixtures(config.rootpath / file) else nodeid
 
     return Scheduling(config, log)
+
+
+@cache
+def _has_module_fixtures(file: Path) -> bool:
+    return 'scope="module"' in file.read_text(encoding="utf-8")
 
 
 def _environment() -> dict[str, str]:
