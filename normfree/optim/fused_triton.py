@@ -130,18 +130,22 @@ def update(
 
 
 class TritonUpdate(FusedUpdate):
-    """`FusedUpdate` for float32 parameters on a CUDA device."""
+    """`FusedUpdate` for float32 parameters on a CUDA device, or on any device if Triton interprets the kernels."""
+
+    # Elements that a program processes at a time.
+    block = BLOCK
 
     @classmethod
     def supports_device(cls, kind: str) -> bool:
-        return kind == "cuda"
+        interpreted = not isinstance(update, triton.JITFunction)
+        return kind == "cuda" or interpreted
 
     def _square_(self, table: PointerTable, squares: Tensor) -> None:
         with torch.cuda.device_of(squares):
             for start, count, hint in _launches(table):
                 unit_squares[(count,)](
                     table.table, table.owner, squares, start,
-                    BLOCK=BLOCK, ALIGNED=hint, num_warps=WARPS, enable_fp_fusion=False,
+                    BLOCK=self.block, ALIGNED=hint, num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
 
     def _update_(
@@ -151,7 +155,7 @@ class TritonUpdate(FusedUpdate):
             for start, count, hint in _launches(table):
                 update[(count,)](
                     table.table, table.owner, numbers, squares, grad_norm, clipped, start, self.eps,
-                    BLOCK=BLOCK, ALIGNED=hint, EMA=self.ema is not None, num_warps=WARPS, enable_fp_fusion=False,
+                    BLOCK=self.block, ALIGNED=hint, EMA=self.ema is not None, num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What follows the gradient: clipping, decay, momentum, average; in one sweep over memory, or by three calls."""
+"""The update after the gradients: clipping, decay, momentum and average, by fused kernels or by three calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the exponential moving average."""
+"""Tests of the exponential moving average."""
 
 from __future__ import annotations
 

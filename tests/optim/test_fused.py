@@ -1,4 +1,4 @@
-"""The update in two launches against the three plain calls: Triton kernels, interpreted on a CPU, and C kernels."""
+"""Tests of the fused update against three calls: Triton kernels, interpreted on the CPU, and kernels in C."""
 
 from __future__ import annotations
 
@@ -24,23 +24,27 @@ Kind = type[FusedUpdate]
 
 
 @pytest.fixture
-def triton(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, interpret: Callable[..., None]
-) -> Kind:
-    """On a CPU the kernels are interpreted, in short blocks, so that units span several of them."""
+def triton(request: pytest.FixtureRequest, interpret: Callable[..., None]) -> Kind:
+    """`TritonUpdate`; without a GPU the kernels are interpreted, in short blocks so that units span several of them."""
     if request.node.get_closest_marker("gpu"):
-        pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
-    else:
-        interpret("normfree.optim.fused_triton", "unit_squares", "update")
-        monkeypatch.setattr("normfree.optim.fused_triton.BLOCK", 32)
+        pytest.importorskip(
+            "triton", reason="Triton is not installed; the Linux wheels of PyTorch install it"
+        )
+        from normfree.optim.fused_triton import TritonUpdate
+
+        return TritonUpdate
+    interpret("normfree.optim.fused_triton", "unit_squares", "update")
     from normfree.optim.fused_triton import TritonUpdate
 
-    return TritonUpdate
+    class ShortBlocks(TritonUpdate):
+        block = 32
+
+    return ShortBlocks
 
 
 @pytest.fixture
 def native(compiled: None) -> Kind:
-    """The kernels in C."""
+    """`NativeUpdate`, with the kernels in C."""
     return NativeUpdate
 
 
@@ -50,7 +54,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 class Small(nn.Module):
-    """A unit of each kind: rows of 27, 6, 36 and 10 weights, vectors, a scalar, a weight of one row."""
+    """A module with units of every kind: rows of 27, 6, 36 and 10 weights, vectors, a scalar, a weight of one row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ def make(*, double: bool = False, device: str = "cpu", nesterov: bool = True) ->
     torch.manual_seed(0)
     model = Small()
     with torch.no_grad():
-        model.conv.weight[:2] = 0.0  # eps decides
+        model.conv.weight[:2] = 0.0  # below eps
     model = model.to(device, torch.float64 if double else torch.float32)
     groups = parameter_groups(model, weight_decay=0.02, clipping=0.05, lr_multipliers={r"^stem\.": 0.3})
     return model, SGD(groups, 0.2, nesterov=nesterov), Ema(model)
@@ -173,7 +177,7 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
         assert torch.equal(tensor, before[name]), name
 
 
-def test_below_the_limit_the_gradient_enters_with_all_its_bits(kind: Kind) -> None:
+def test_below_the_limit_the_gradient_is_used_bit_for_bit(kind: Kind) -> None:
     free, loose = make(), make()
     for made, clipping in ((free, 0.0), (loose, 1e9)):
         for group in made[1].param_groups:
@@ -191,9 +195,8 @@ def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
     update = kind(odd[1], model=odd[0], ema=odd[2])
     assert update.fits()
 
-    def shift(
-        name: str, grad: Tensor
-    ) -> Tensor:  # contiguous, and four bytes behind where 16-byte accesses may begin
+    def shift(name: str, grad: Tensor) -> Tensor:
+        """Return the gradient in contiguous memory that starts 4 bytes after a multiple of 16."""
         return torch.empty(grad.numel() + 1)[1:].view(grad.shape).copy_(grad)
 
     reference = kind(plain[1], model=plain[0], ema=plain[2])
@@ -207,16 +210,16 @@ def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
 
 
 class Recorder:
-    """A kernel that does nothing but note how many units were promised to lie on 16-byte boundaries, or not."""
+    """A stand-in for a kernel that records the number of units of each launch and whether they are aligned."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, bool]] = []
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return lambda *args, **words: self.seen.append((grid[0], words["ALIGNED"]))
+        return lambda *args, **kwargs: self.seen.append((grid[0], kwargs["ALIGNED"]))
 
 
-def test_only_units_on_16_byte_boundaries_are_promised_to_be(
+def test_only_units_on_16_byte_boundaries_are_launched_as_aligned(
     triton: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from normfree.optim import fused_triton
@@ -228,7 +231,7 @@ def test_only_units_on_16_byte_boundaries_are_promised_to_be(
     monkeypatch.setattr(fused_triton, "update", recorders[1])
     units = {"stem.weight": 4, "conv.weight": 4, "grouped.weight": 6, "head.weight": 3}
     total = sum(units.get(name, 1) for name, _ in model.named_parameters())
-    # Rows of 36 weights, and gain and bias of stem and conv: four each. Zero gradients, so that no error is looked for.
+    # Lengths divisible by 4: six rows of 36 weights, and gain and bias of stem and conv.
     whole = 6 + 4
     for behind in (0, 1):
         for p in model.parameters():
@@ -240,7 +243,7 @@ def test_only_units_on_16_byte_boundaries_are_promised_to_be(
             recorder.seen.clear()
 
 
-def test_weights_without_a_gradient_stay_and_are_averaged_with_the_buffers(kind: Kind) -> None:
+def test_weights_without_a_gradient_are_kept_and_averaged_with_the_buffers(kind: Kind) -> None:
     def drop(name: str, grad: Tensor) -> Tensor | None:
         return None if name.startswith("conv") else grad
 
@@ -273,18 +276,18 @@ def test_without_an_average_and_without_gradients(kind: Kind) -> None:
     assert_near(dict(ours[0].state_dict()), dict(exact[0].state_dict()))
 
 
-def test_a_tiny_gradient_counts_as_one_of_1e_6(kind: Kind) -> None:
+def test_the_norm_of_a_tiny_gradient_counts_as_1e_6(kind: Kind) -> None:
     ours, exact = make(), make(double=True)
     for made in (ours, exact):
         for group in made[1].param_groups:
-            group.update(clipping=1e-8, weight_decay=0.0)  # nothing but gradients in the momentum
+            group.update(clipping=1e-8, weight_decay=0.0)  # so that the momentum has only gradients
         set_grads_(made[0], 0, change=lambda name, grad: 1e-8 * grad)
     kind(ours[1], model=ours[0], ema=ours[2]).step()
     assert plain_step(exact, 0)[0] > 0.3
     assert_near(state(ours), state(exact))
 
 
-def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None:
+def test_a_changed_memory_format_is_an_error(kind: Kind) -> None:
     model, optimizer, ema = make()
     update = kind(optimizer, model=model, ema=ema)
     model.to(memory_format=torch.channels_last)
@@ -299,8 +302,7 @@ def test_a_memory_format_changed_behind_its_back_is_an_error(kind: Kind) -> None
     assert all(torch.equal(t, before[name]) for name, t in state((model, optimizer, ema)).items())
 
 
-def test_what_the_kernels_cannot_process_is_refused(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kind, "supports_device", classmethod(lambda cls, device: True))
+def test_create_returns_none_for_what_the_kernels_cannot_process(kind: Kind) -> None:
     model, optimizer, ema = make()
     assert isinstance(kind.create(optimizer, model=model, ema=ema), kind)
     assert kind.create(SGD(model.parameters(), 0.1), model=model, ema=ema) is None  # no names, no clipping
@@ -318,13 +320,14 @@ def test_what_the_kernels_cannot_process_is_refused(kind: Kind, monkeypatch: pyt
 
 
 def test_devices_are_those_of_the_kernels(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # compiled, not interpreted
     device = "cpu" if kind is NativeUpdate else "cuda"
     assert [name for name in ("cpu", "cuda", "mps") if kind.supports_device(name)] == [device]
     monkeypatch.setattr("normfree.optim.fused_native.library", lambda: None)
     assert not NativeUpdate.supports_device("cpu")
 
 
-def test_a_sparse_gradient_is_refused(kind: Kind) -> None:
+def test_a_sparse_gradient_is_an_error(kind: Kind) -> None:
     model, optimizer, ema = make()
     model.head.weight.grad = torch.zeros(3, 10).to_sparse()
     message = "the gradient of 'head.weight' is sparse. Allowed: dense gradients."
@@ -335,7 +338,8 @@ def test_a_sparse_gradient_is_refused(kind: Kind) -> None:
 def test_aligned_units_pass_through_memory_in_16_byte_accesses(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Compiled for sm_90, which needs no GPU. What is left of 4-byte accesses are single numbers, outside the loops."""
+    """The kernels are compiled for sm_90, which needs no GPU. Only accesses to single numbers, outside the loops, have
+    4 bytes."""
     monkeypatch.undo()  # compiled, not interpreted
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
@@ -357,6 +361,6 @@ def test_aligned_units_pass_through_memory_in_16_byte_accesses(
         ).asm["ptx"]
         wide[aligned] = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx))
         narrow[aligned] = len(re.findall(r"st\.global\.b32", ptx))
-    # 2048 elements over 8 warps are two accesses per lane: weights twice, g, m, e read; p, m, e written.
+    # 2048 elements over 8 warps are two accesses for each lane: p is read twice, g, m and e once; p, m, e are written.
     assert wide == {True: 2 * (5 + 3), False: 0}
     assert narrow == {True: 0, False: 8 * 3}

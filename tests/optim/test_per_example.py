@@ -1,4 +1,4 @@
-"""Gradients of single examples against a loop over examples."""
+"""Tests of per-example gradients against a loop over examples."""
 
 import pytest
 import torch

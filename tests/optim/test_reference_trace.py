@@ -1,4 +1,4 @@
-"""Agreement with the reference code, number by number (tests/reference/README.md says where they come from)."""
+"""Tests of agreement with traces of the reference code; tests/reference/README.md describes how they were made."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUP_NUMBER = {"gains and biases": 0, "classifier": 1, "weights": 2}
 
 
 def ours(array: np.ndarray) -> Tensor:
-    """HWIO -> OIHW and IO -> OI. The reference's one rank-3 case has a unit per pair of trailing indices."""
+    """Convert HWIO to OIHW and IO to OI. In the one rank-3 case each pair of trailing indices is a unit."""
     tensor = torch.from_numpy(np.array(array))
     if tensor.ndim == 4:
         return tensor.permute(3, 2, 0, 1).contiguous()
@@ -43,7 +43,7 @@ def our_name(key: str) -> str:
 
 
 def tree(tensors: dict[str, Tensor]) -> nn.Module:
-    """A module whose parameters have these dotted names."""
+    """Return a module whose parameters have these dotted names."""
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
@@ -83,7 +83,7 @@ def test_group_of_every_parameter() -> None:
     groups = parameter_groups(model, weight_decay=2e-5, clipping=0.01)
     number = {name: GROUP_NUMBER[group["name"]] for group in groups for name in group["param_names"]}
     assert number == {our_name(key): int(TRACE[f"group|{key}"]) for key in GROUPED}
-    # Spec of the three groups, in the order 0, 1, 2.
+    # The three groups in the order 0, 1, 2.
     assert [len(g["params"]) for g in groups] == [85, 1, 45]
     assert [g["weight_decay"] for g in groups] == [0.0, 2e-5, 2e-5]
     assert [g["clipping"] for g in groups] == [0.01, 0.0, 0.01]

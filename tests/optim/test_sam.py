@@ -1,4 +1,4 @@
-"""SAM by its formula on a problem whose gradients are known."""
+"""Tests of SAM by its formula, on a problem with known gradients."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from normfree.models.zoo import create_model
 from normfree.optim.sam import SAM, ascend_, descend_
 
 
-def test_the_gradient_is_that_of_the_point_uphill():
-    """f(w) = wᵀAw/2: uphill of w by rho·g/|g| the gradient is A(w + rho·g/|g|)."""
+def test_the_gradient_is_that_of_the_perturbed_weights():
+    """The gradient of f(w) = wᵀAw/2 at w + rho·g/|g| is A(w + rho·g/|g|)."""
     torch.manual_seed(0)
     root = torch.randn(5, 5, dtype=torch.float64)
     matrix = root @ root.T
@@ -31,7 +31,7 @@ def test_the_gradient_is_that_of_the_point_uphill():
     torch.testing.assert_close(weight.grad, matrix @ uphill)
 
 
-def test_the_distance_is_over_all_parameters_together_and_the_way_back_is_exact():
+def test_rho_is_the_distance_over_all_parameters_and_restoring_is_exact():
     net = create_model("nf_resnet_nano", num_classes=3)
     frozen = net.stem.conv0.gain.requires_grad_(False)
     parameters = list(net.parameters())
@@ -46,14 +46,14 @@ def test_the_distance_is_over_all_parameters_together_and_the_way_back_is_exact(
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_gradient_that_points_nowhere_moves_nothing(value):
+def test_a_zero_or_nonfinite_gradient_moves_nothing(value):
     weights = [torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)]
     weights[0].grad, weights[1].grad = torch.full((3,), value), torch.tensor(0.0)
     ascend_(weights, rho=0.1)
     assert all(torch.equal(w.detach(), torch.ones_like(w)) for w in weights)
 
 
-def test_the_class_moves_inside_and_restores_outside_also_after_an_error():
+def test_the_class_perturbs_inside_and_restores_outside_even_after_an_error():
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     sam = SAM([weight], rho=0.1)
     (weight**2).sum().backward()

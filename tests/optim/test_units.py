@@ -1,4 +1,4 @@
-"""Norms and scaling of units, by the compiled kernels and by PyTorch."""
+"""Tests of norms and scaling of units, by the compiled kernels and by PyTorch."""
 
 from __future__ import annotations
 

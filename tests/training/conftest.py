@@ -19,9 +19,12 @@ SIZE, IMAGES = 16, 6
 
 @pytest.fixture
 def small_trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
-    """Makes trainers of one seed, whose steps draw mixing, dropout and stochastic depth; keywords are of the config."""
-    row = replace(VARIANTS["nf_resnet_nano"], depths=(1, 1), widths=(8, 16), strides=(1, 2))
-    monkeypatch.setitem(VARIANTS, "small", row)
+    """Return a function that creates trainers with the same seed; its keywords are fields of the config.
+
+    The steps draw random numbers for mixing, dropout and stochastic depth.
+    """
+    variant = replace(VARIANTS["nf_resnet_nano"], depths=(1, 1), widths=(8, 16), strides=(1, 2))
+    monkeypatch.setitem(VARIANTS, "small", variant)
 
     def make(**changes: object) -> Trainer:
         values = {
@@ -38,7 +41,7 @@ def small_trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
 
 @pytest.fixture
 def some_batch() -> Callable[[int], Batch]:
-    """The batch of a step."""
+    """Return a function that returns the batch of a step."""
 
     def make(step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)
@@ -50,9 +53,6 @@ def some_batch() -> Callable[[int], Batch]:
 
 
 @pytest.fixture
-def interpreted_update(monkeypatch: pytest.MonkeyPatch, interpret: Callable[..., None]) -> None:
-    """`Update(..., engine="triton")` works on a CPU, through Triton's interpreter."""
+def interpreted_update(interpret: Callable[..., None]) -> None:
+    """Run the kernels of `Update(..., engine="triton")` in Triton's interpreter, which works on the CPU."""
     interpret("normfree.optim.fused_triton", "unit_squares", "update")
-    monkeypatch.setattr("normfree.optim.fused_triton.BLOCK", 256)
-    supports = classmethod(lambda cls, device: True)
-    monkeypatch.setattr("normfree.optim.fused_triton.TritonUpdate.supports_device", supports)

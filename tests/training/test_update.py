@@ -1,4 +1,4 @@
-"""The update in one sweep and by three calls, as `Trainer.step` uses it."""
+"""Tests of the update by fused kernels and by three calls, as `Trainer.step` uses it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_near(one: Trainer, other: Trainer) -> None:
 
 @pytest.fixture(params=["triton", "native"])
 def engine(request: pytest.FixtureRequest) -> str:
-    """An engine that takes a step in one sweep: Triton's kernels through the interpreter, or those in C."""
+    """An engine with fused kernels: Triton's, in the interpreter, or those in C."""
     request.getfixturevalue("interpreted_update" if request.param == "triton" else "compiled")
     return request.param
 
@@ -59,9 +59,7 @@ def test_an_engine_that_cannot_work_here_is_an_error(small_trainer: Make, engine
         with_engine(small_trainer(), engine)
 
 
-def test_steps_by_kernel_are_those_by_three_calls(
-    small_trainer: Make, some_batch: Batches, engine: str
-) -> None:
+def test_fused_steps_equal_three_calls(small_trainer: Make, some_batch: Batches, engine: str) -> None:
     ours, theirs = with_engine(small_trainer(), engine), with_engine(small_trainer(), "torch")
     for step in range(4):
         (loss, correct, report), wanted = (t.step(some_batch(step), step) for t in (ours, theirs))
@@ -101,7 +99,7 @@ def test_other_clipping_modes_take_three_calls(small_trainer: Make, clip: str) -
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_steps_by_kernel_are_those_by_three_calls(small_trainer: Make, some_batch: Batches) -> None:
+def test_on_a_gpu_fused_steps_equal_three_calls(small_trainer: Make, some_batch: Batches) -> None:
     ours, theirs = (with_engine(small_trainer(device="cuda"), engine) for engine in ("triton", "torch"))
     for step in range(4):
         ours.step(some_batch(step), step)
