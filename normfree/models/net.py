@@ -330,7 +330,7 @@ class Net(nn.Module):
         return self.head
 
     def remove_head_scale_(self) -> float:
-        """Set the factor of the pooled features to 1, if there is a classifier, and return it, for `deploy.fold`."""
+        """Switch dropout off, set the factor of the classifier's input to 1 and return it, for `deploy.fold`."""
         scale = 1.0
         if self.num_classes:
             scale, self.head_scale = self.head_scale, 1.0
