@@ -13,7 +13,7 @@ import torch
 from normfree.models.cost import count
 from normfree.models.variants import VARIANTS
 from normfree.models.zoo import create_model
-from normfree.training.memory import SHARE, line
+from normfree.training.memory import USABLE_FRACTION, line
 
 ROWS = (*(f"nfnet_f{n}" for n in range(8)), "nfnet_f7_plus")
 IMAGES, EPOCHS, BATCH = 1_281_167, 360, 4096  # ImageNet's training set; [B] section 4.3
@@ -47,7 +47,7 @@ def entry(name: str) -> str:
         net = create_model(name)
     fixed, each = line(net, image_size=row.train_size, half=True)
     state = 16 * cost.parameters  # weights, gradients, momentum, average in float32
-    most = {parts: (SHARE * MEMORY - state / parts - fixed) / each for parts in (1, 8)}
+    most = {parts: (USABLE_FRACTION * MEMORY - state / parts - fixed) / each for parts in (1, 8)}
     size = {parts: 1 << (max(1, int(n)).bit_length() - 1) for parts, n in most.items()}
     time = [days(name, gpus=n, peak=PEAK["H100, H200"]) for n in LINKS]
     return (

@@ -1,9 +1,10 @@
-"""Weights of classes in the loss, for data in which some classes are rare.
+"""Class weights in the loss, for data in which some classes are rare.
 
-The weight of an image is 1 / (images of its class) to a power, times a constant that makes the mean over the training
-images 1. So the loss keeps its scale, a network that knows nothing has the same loss as without weights, and learning
-rate and clipping keep their meaning. Power 1 lets every class count alike, as if the images of rare classes were
-repeated until all classes were equally large; power 0.5 goes half of the way on a logarithmic scale.
+The weight of an image is (images of its class) ** -power, times a constant that makes the mean over the training images
+1. So the loss keeps its scale, an untrained network has the same loss as without weights, and learning rate and
+clipping threshold keep their meaning. With power 1 all classes have the same total weight, as if the images of rare
+classes were repeated until all classes were equally large; with power 0.5 the ratios of total weights are the square
+roots of those of the counts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from normfree.inference import Evaluation
 
 
 def class_weights(source: Source, power: float) -> Tensor | None:
-    """float32 K: the weight of an image of each class of `source`, or None for power 0. A class without images has 0:
-    nothing can ask for it."""
+    """Return the weight of an image of each class, float32 K, or None for power 0.
+
+    A class without images has weight 0, which is never used.
+    """
     if power == 0:
         return None
     labels = torch.tensor([source.label(i) for i in range(len(source))])
@@ -27,19 +30,24 @@ def class_weights(source: Source, power: float) -> Tensor | None:
 
 
 def weigh(targets: Tensor, weights: Tensor, *, label_smoothing: float) -> Tensor:
-    """Soft targets B K of which every label counts by its weight; then smoothed, which keeps each row's sum.
+    """Multiply soft targets by the weights of their classes, then smooth them, which keeps the sum of each row.
 
-    targets: B K before smoothing, rows that sum to 1: one label, or the two of a mixed image by their shares. Cross
-    entropy is linear in its targets, so a row Σ share · weight · label is the mixed image's loss for each of its
-    labels, each as that label's image would count alone. The loss of a batch stays a sum over images.
+    Cross entropy is linear in its targets. So the row Σ share · weight · label of a mixed image gives the weighted sum
+    of the losses for each of its labels, and the loss of a batch stays a sum over images.
+
+    Args:
+        targets: B K before smoothing. Rows sum to 1: one label, or the two labels of a mixed image by their shares.
+        weights: K.
     """
     weighed = targets * weights
     return weighed * (1 - label_smoothing) + weighed.mean(dim=1, keepdim=True) * label_smoothing
 
 
-def score(evaluation: Evaluation, weights: Tensor | None) -> float:
-    """Percent correct where an image counts by the weight of its class: top-1 without weights, and with those of
-    power 1 the mean over classes, if the classes are as frequent in both sources."""
+def weighted_top1(evaluation: Evaluation, weights: Tensor | None) -> float:
+    """Return top-1 in percent with images weighted by class; plain top-1 without weights.
+
+    With weights of power 1 it is the mean of top-1 over classes, if classes are as frequent as in the training data.
+    """
     if weights is None:
         return evaluation.top1
     counts = weights.double()[evaluation.labels]

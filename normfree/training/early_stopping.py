@@ -1,4 +1,4 @@
-"""When a run has stopped getting better."""
+"""Early stopping: the best score of a run, and how many evaluations have passed since."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Best:
-    """The best score of the averaged weights so far (percent), its loss and step, and the evaluations since.
+    """Best score of the averaged weights so far.
 
-    Of equal scores, which a few dozen images often give, that of the lower loss is better. A checkpoint's state holds
-    all of it, so that a continued run waits no longer than an unbroken one.
+    Of equal scores, which are common with a few dozen images, the one with the lower loss is better. Checkpoints hold
+    all fields, so a resumed run stops after the same step as an uninterrupted one.
+
+    Attributes:
+        score: percent; -1 before the first evaluation.
+        loss: validation loss of that evaluation.
+        step: its step.
+        waited: evaluations since then.
     """
 
     score: float = -1.0
@@ -21,20 +27,20 @@ class Best:
     waited: int = 0
 
     def after(self, score: float, loss: float, step: int) -> Best:
-        """The same after one more evaluation."""
+        """Return the best score after one more evaluation."""
         if (score, -loss) > (self.score, -self.loss):
             return Best(score, loss, step)
         return replace(self, waited=self.waited + 1)
 
     def plateau(self, patience: int) -> bool:
-        """Whether the last `patience` evaluations brought no better score; never for 0."""
+        """Return True if the last `patience` evaluations brought no better score; always False for patience 0."""
         return 0 < patience <= self.waited
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint's state.json."""
+        """Return the fields, for a checkpoint's state.json."""
         return asdict(self)
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Best:
-        """From a checkpoint's state.json."""
+        """Return the best score that a checkpoint's state.json holds."""
         return cls(**state["best"])

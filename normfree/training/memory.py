@@ -1,8 +1,8 @@
-"""How many images a micro-batch may have: what a pass needs, predicted without computing, against what is free.
+"""Memory of a training pass, predicted without computing it, and the memory that is free.
 
-The pass runs on fake tensors, which have shapes but no memory, under a ledger of what would be allocated. So the
-prediction knows what autograd keeps, dropped masks and half precision, and is the same function of the network
-everywhere. Not in it: workspaces of convolutions and what an allocator rounds up; hence the shares below.
+The pass runs on fake tensors, which have shapes but no memory, while a ledger counts what would be allocated. So the
+prediction includes what autograd saves, the masks of dropout and half precision, and depends on the network alone. It
+does not include workspaces of convolutions or what the allocator rounds up; the fractions below leave space for these.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from normfree.native.dispatch import storage_id
+from normfree.suggest import problem
 
-#: Part of the free memory that is planned with. A GPU is a run's own, and the plan is tried there; on a CPU there is
-#: no trying, and pictures, workers and other programs live in the same memory.
-SHARES = {"cpu": 0.5}
-SHARE = 0.9
-#: Sizes between which a pass is taken to grow linearly; large, so that the peak lies where it does for larger ones.
+# Fraction of the free memory to plan with, by device type. On a GPU, which a run has to itself, the plan is also tried.
+# On a CPU it cannot be tried, and images, workers and other programs need memory too.
+USABLE_FRACTIONS = {"cpu": 0.5}
+USABLE_FRACTION = 0.9
+# Batch sizes from which the memory of a pass is extrapolated linearly. They are large, so that the peak is at the same
+# layer as for larger batches.
 _SIZES = (16, 32)
 
 
 class Ledger(TorchDispatchMode):
-    """Counts bytes of tensors that operations make and that are alive: `now`, and `peak`, the most there were."""
+    """Count the bytes of live tensors that operations have allocated.
+
+    Attributes:
+        now: bytes alive now.
+        peak: largest value of `now` so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +45,7 @@ class Ledger(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """Their memory is not counted, also where an operation returns it."""
+        """Do not count the memory of these tensors, even if an operation returns it."""
         self._alive |= {storage_id(t.untyped_storage()) for t in tensors}
 
     def __torch_dispatch__(
@@ -62,10 +69,14 @@ class Ledger(TorchDispatchMode):
 
 
 def pass_bytes(net: nn.Module, *, batch_size: int, image_size: int, half: bool = False) -> int:
-    """Most bytes that one forward and backward pass of `batch_size` images has allocated at a time: activations,
-    standardized weights, gradients. Weights and images are not in it. `half`: under autocast to bfloat16.
+    """Return the peak memory in bytes of one forward and backward pass of `batch_size` images.
 
-    `net` may lie anywhere, the meta device included, and is left alone.
+    It includes activations, standardized weights and gradients, but not weights and images. `net` may be on any device,
+    the meta device included, and is not changed.
+
+    Args:
+        image_size: side of the images in pixels.
+        half: under autocast to bfloat16.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -91,7 +102,7 @@ def pass_bytes(net: nn.Module, *, batch_size: int, image_size: int, half: bool =
 
 
 def line(net: nn.Module, *, image_size: int, half: bool = False) -> tuple[int, int]:
-    """(fixed, each): a pass of n images needs about fixed + n * each bytes; see `pass_bytes`."""
+    """Return (fixed, each): a pass of n images needs about fixed + n * each bytes; see `pass_bytes`."""
     small, large = (pass_bytes(net, batch_size=n, image_size=image_size, half=half) for n in _SIZES)
     each = (large - small) // (_SIZES[1] - _SIZES[0])
     return max(0, small - _SIZES[0] * each), each
@@ -104,42 +115,45 @@ def largest(
     limit: int,
     works: Callable[[int], bool] = lambda size: True,
 ) -> int:
-    """The first of `sizes` (falling) whose predicted bytes `needs` stay within `limit`, and that `works`.
+    """Return the first of `sizes`, which fall, that is predicted to fit and passes a test.
+
+    Args:
+        needs: returns the predicted bytes of a size.
+        limit: bytes that may be used.
+        works: the test, called only for sizes that are predicted to fit.
 
     Raises:
-        ValueError: not even the last of them.
+        ValueError: not even the last size fits.
     """
     for size in sizes:
         if needs(size) <= limit and works(size):
             return size
-    raise ValueError(
-        f"input.micro_batch='auto': {sizes[-1]} at a time need about {needs(sizes[-1]) / 1e9:.2f} GB, and "
-        f"{limit / 1e9:.2f} GB can be used here. Use a smaller --input.image_size, --parallel sharded, or a number to "
-        "try anyway."
-    )
+    given = f"input.micro_batch is 'auto', but micro-batches of {sizes[-1]} need about {needs(sizes[-1]) / 1e9:.2f} GB"
+    fix = "use a smaller --input.image_size, or --parallel sharded, or give a number to try anyway"
+    raise ValueError(problem(given, allowed=f"{limit / 1e9:.2f} GB on this device", fix=fix))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process may plan with on `device`: its share of what is free, part SHARE or SHARES of it."""
+    """Return the bytes that this process may plan with on `device`: a fraction of its share of the free memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         free = free_memory() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return int(SHARES.get(device.type, SHARE) * free)
+    return int(USABLE_FRACTIONS.get(device.type, USABLE_FRACTION) * free)
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that are free, or that this container may still take, whichever is less."""
+    """Return the bytes of main memory that are available, limited by what this container may still use."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(1024 * int(words[1]) for words in map(str.split, lines) if words[0] == "MemAvailable:")
-    except (OSError, StopIteration):  # not Linux: half of what there is
+        free = next(1024 * int(f[1]) for f in map(str.split, lines) if f[0] == "MemAvailable:")
+    except (OSError, StopIteration):  # not Linux: assume that half is free
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
         group = root / "sys/fs/cgroup"
-        bound = int((group / "memory.max").read_text(encoding="ascii"))  # the word "max" where there is none
-        free = min(free, bound - int((group / "memory.current").read_text(encoding="ascii")))
+        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max" if there is no limit
+        free = min(free, limit - int((group / "memory.current").read_text(encoding="ascii")))
     except (OSError, ValueError):
         pass
     return max(0, free)

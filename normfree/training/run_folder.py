@@ -1,4 +1,4 @@
-"""The run folder: how it begins, what it holds at the end, and that only one process works in it.
+"""The run folder: its lock, the files written at the start and at the end of a run, and the result.
 
 config.toml  metrics.jsonl  log.txt  environment.txt  results.json  curves.png  checkpoints/  model/
 """
@@ -20,26 +20,43 @@ from normfree._version import __version__
 from normfree.data.source import Split
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.run_figures import draw_curves
+from normfree.files import atomic_write_text
 from normfree.inference import Evaluation
 from normfree.models.net import Net
-from normfree.pretrained import (
-    TrainedModel,
-    save_pretrained,
-)
+from normfree.pretrained import TrainedModel, save_pretrained
+from normfree.suggest import problem
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
 from normfree.training.console import RunLog
 from normfree.training.resolve import preprocessing
 
-#: Keys in which a continued run may not differ from how it began; further ones, of `input`, stand in `begin`.
+# Config keys that must be equal when a run continues, besides `parallel`: those that decide its numbers.
 DECISIVE = ("data", "model", "weights", "length", "patience", "seed", "precision", "net", "augment", "optim")
+DECISIVE_INPUT = ("image_size", "batch_size", "micro_batch", "val_fraction")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run reached: scores of the weights and of their average after `step`, seconds of this process.
+    """Result of a finished run.
 
-    `step` is the last of the `steps` taken, or with patience that of the best averaged weights.
+    Attributes:
+        out: the run folder.
+        steps: optimizer steps taken, those before a resume included.
+        step: the step after which the scores were measured and the model was saved: the last one, or with `patience`
+            that of the best averaged weights.
+        weights: evaluation of the weights on the validation images.
+        average: evaluation of their exponential moving average, which is the saved model.
+        seconds: wall time of this call.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from normfree.inference import Evaluation
+        >>> labels = torch.tensor([0, 1, 1])
+        >>> scores = Evaluation(66.7, 100.0, 0.7, 3, ("cat", "dog"), labels, torch.tensor([0, 1, 0]), torch.zeros(3))
+        >>> result = TrainResult(Path("runs/pets"), steps=100, step=80, weights=scores, average=scores, seconds=9.0)
+        >>> result.out / "model", result.average.per_class()
+        (PosixPath('runs/pets/model'), {'cat': 100.0, 'dog': 50.0})
     """
 
     out: Path
@@ -51,28 +68,28 @@ class TrainResult:
 
 
 def check_folder(out: Path) -> None:
-    """Refuses a run folder that cannot become one, before anything is read or written.
+    """Check, before anything is read or written, that `out` is or can become a run folder.
 
     Raises:
-        ValueError: it is a file, or holds something that is no run.
+        ValueError: it is a file, or a folder that holds something else.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{str(out)!r} is a file; a run needs a folder. Choose another --out.")
-    if (
-        out.is_dir()
-        and any(out.iterdir())
-        and not (out / "config.toml").exists()
-        and not (out / ".lock").exists()
-    ):
-        raise ValueError(f"{str(out)!r} is not empty and holds no run. Choose another --out.")
+        given = f"{str(out)!r} is a file; a run needs a folder"
+        raise ValueError(problem(given, fix="choose another --out"))
+    is_run = (out / "config.toml").exists() or (out / ".lock").exists()
+    if out.is_dir() and any(out.iterdir()) and not is_run:
+        given = f"{str(out)!r} is not empty and holds no run"
+        raise ValueError(
+            problem(given, allowed="a new or empty folder, or a run", fix="choose another --out")
+        )
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Makes the run folder and keeps other processes out of it.
+    """Create the run folder and lock it against other processes.
 
     Raises:
-        ValueError: another process trains there.
+        ValueError: another process holds the lock.
     """
     import fcntl
 
@@ -81,32 +98,31 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{str(out)!r} is being trained by another process. Wait for it or stop it."
-            ) from None
+            given = f"{str(out)!r} is being trained by another process"
+            raise ValueError(problem(given, fix="wait for it or stop it")) from None
         yield
 
 
 def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, run_log: RunLog) -> None:
-    """Writes config.toml and environment.txt and prints what will be run.
+    """Write config.toml and environment.txt, and print what will be run.
 
     Raises:
-        ValueError: the folder's run has another config.
+        ValueError: the folder holds a run with another config.
     """
     path = out / "config.toml"
     if path.exists():
         before = load_config(path)
         changed = [k for k in DECISIVE if getattr(before, k) != getattr(config, k)]
-        changed += [f"input.{k}" for k in ("image_size", "batch_size", "micro_batch", "val_fraction")
-                    if getattr(before.input, k) != getattr(config.input, k)]  # fmt: skip
+        changed += [
+            f"input.{k}" for k in DECISIVE_INPUT if getattr(before.input, k) != getattr(config.input, k)
+        ]
+        # "replicated" and "sharded" agree up to rounding, so a run may switch between them; "exact" promises bits.
         if before.parallel != config.parallel and "exact" in (before.parallel, config.parallel):
-            changed.append("parallel")  # the others agree up to rounding; exact promises bits
+            changed.append("parallel")
         if changed:
-            raise ValueError(f"{out} was started with another {', '.join(changed)}. Drop the change, or start another "
-                             "run with --out.")  # fmt: skip
-    work = out / ".config.toml.tmp"  # a kill in the middle must not leave half a config
-    work.write_text(to_toml(config), encoding="utf-8")
-    work.replace(path)
+            given = f"{out} was started with another {', '.join(changed)}"
+            raise ValueError(problem(given, fix="drop the change, or start another run with --out"))
+    atomic_write_text(path, to_toml(config))
     environment = {
         "normfree": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "device": str(next(net.parameters()).device), "threads": torch.get_num_threads(),
@@ -123,17 +139,17 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, r
         f"{config.input.batch_size}; {out}/",
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
-        run_log.info("bfloat16 on a CPU without such units is many times slower than float32")
+        run_log.info("bfloat16 on a CPU without bfloat16 instructions is many times slower than float32")
 
 
 def finish(
     config: Config, split: Split, average: torch.nn.Module, result: TrainResult, run_log: RunLog
 ) -> None:
-    """Writes results.json, curves.png and the model folder (averaged weights), and prints the scores."""
+    """Write results.json, curves.png and the model folder with the averaged weights, and print the scores."""
     out = result.out
     scores = {"weights": _scores(result.weights), "average": _scores(result.average),
               "steps": result.steps, "step": result.step}  # fmt: skip
-    (out / "results.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    atomic_write_text(out / "results.json", json.dumps(scores, indent=2) + "\n")
     assert isinstance(average, Net)
     trained = TrainedModel(average, preprocessing(config), tuple(split.classes))
     save_pretrained(trained, out / "model", card=_card(config, split, result))
@@ -144,7 +160,7 @@ def finish(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
     )  # fmt: skip
-    if largest > 2 / len(split.classes):  # then top-1 says little about the others
+    if largest > 2 / len(split.classes):  # the classes are so unequal that top-1 hides the rare ones
         mean = fmean(result.average.per_class().values())
         run_log.info(
             f"mean over classes: {mean:.2f} % (averaged weights); for rare classes see --optim.class_balance"
@@ -155,12 +171,13 @@ def finish(
         )
         run_log.info(f"curves: {out}/curves.png")
     except ModuleNotFoundError as error:
-        run_log.info(f"no picture: {error}")
+        run_log.info(f"no plot of the curves: {error}")
     run_log.info(f"model:  {out}/model/    next: normfree predict {out} IMAGE..., normfree diagnose {out}")
     run_log.info(f"{result.seconds:.0f} s")
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the scores of one evaluation for results.json."""
     per_class = evaluation.per_class()
     return {
         "top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "images": evaluation.count,
@@ -170,7 +187,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _card(config: Config, split: Split, result: TrainResult) -> str:
-    """The model card: measured numbers only."""
+    """Return the model card. It holds measured numbers only."""
     per_class = result.average.per_class()
     rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in per_class.items())
     best = f"the best of {result.steps} by the images below, " if result.step != result.steps else ""

@@ -1,4 +1,4 @@
-"""normfree.training.stop."""
+"""Stop a run after the current step when SIGTERM or SIGINT arrives."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class StoppedBySignal(Exception):  # not an error: the run was asked to end and has saved itself
-    """A signal ended the run after `step` steps; `exit_code` is 128 + its number."""
+class StoppedBySignal(Exception):
+    """A signal ended the run after `step` steps. This is no error: the run was saved.
+
+    `exit_code` is 128 + the number of the signal.
+    """
 
     def __init__(self, step: int, number: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -18,7 +21,7 @@ class StoppedBySignal(Exception):  # not an error: the run was asked to end and 
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT; a second signal acts as usual."""
+    """Yield a list that receives the number of the first SIGTERM or SIGINT; a second signal acts as usual."""
     stop: list[int] = []
     previous: dict[int, Any] = {}
 
@@ -29,7 +32,7 @@ def stop_flag() -> Iterator[list[int]]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread: whoever owns that handles signals
+    except ValueError:  # not in the main thread, which alone can handle signals
         pass
     try:
         yield stop

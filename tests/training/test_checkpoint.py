@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, every damage noticed, the previous one used."""
+"""Checkpoints are complete or absent; any damage is noticed, and the previous checkpoint is used."""
 
 import json
 import os
@@ -10,14 +10,14 @@ import torch
 from normfree.training import checkpoint
 
 
-def tensors(step):
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     return {
         "model": {"w": torch.full((3, 2), float(step)), "s": torch.tensor(1.5)},
         "optim": {"w": torch.ones(2)},
     }
 
 
-def save(folder, step, keep=2):
+def save(folder: Path, step: int, keep: int = 2) -> Path:
     return checkpoint.save(folder, step, tensors=tensors(step), state={"step": step}, keep=keep)
 
 
@@ -32,7 +32,7 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"])
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
-def test_damage_is_noticed_and_the_previous_one_is_used(tmp_path, name, damage):
+def test_damage_is_noticed_and_the_previous_checkpoint_is_used(tmp_path, name, damage):
     save(tmp_path, 1)
     file = save(tmp_path, 2) / name
     data = bytearray(file.read_bytes())
@@ -65,8 +65,8 @@ class Killed(Exception):
     pass
 
 
-def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_one(tmp_path, monkeypatch):
-    """Dies at the n-th flush, rename, replace or removal of a save, for every n."""
+def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
+    """Fail at the n-th flush, rename or replace of a save, for every n."""
     real = {"fsync": os.fsync, "rename": Path.rename, "replace": Path.replace}
     outcomes = set()
     for fatal in range(1, 40):
@@ -98,30 +98,30 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_one(tmp_path, m
         assert torch.equal(found.tensors["model"]["w"], tensors(found.step)["model"]["w"])
         outcomes.add((survived, found.step))
         save(folder, 3)
-        assert not list(folder.glob(".*"))  # what the dead one left is swept away
+        assert not list(folder.glob(".*"))  # temporary files of the failed save are deleted
         if survived:
             break
     assert outcomes == {(False, 1), (False, 2), (True, 2)}
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.newest(tmp_path / "none") == (None, [])
 
 
-def test_no_flipped_bit_of_the_manifest_changes_what_is_read(tmp_path):
-    """Every byte in turn: it is noticed, or it was a blank and nothing depends on it."""
+def test_a_flipped_bit_of_the_manifest_never_changes_the_result(tmp_path):
+    """Flip a bit of each byte in turn: it is noticed, or the byte is whitespace and the result is the same."""
     path = save(tmp_path, 2)
     sound, noticed = (path / "MANIFEST.json").read_bytes(), 0
-    for place in range(len(sound)):
+    for position in range(len(sound)):
         damaged = bytearray(sound)
-        damaged[place] ^= 1 << place % 8
+        damaged[position] ^= 1 << position % 8
         (path / "MANIFEST.json").write_bytes(damaged)
         got, passed_over = checkpoint.newest(tmp_path)
         noticed += len(passed_over)
         if got is None:
             assert passed_over[0].startswith(f"{path}: ")
         else:
-            assert sound[place : place + 1].isspace()
+            assert sound[position : position + 1].isspace()
             assert (got.step, got.state, got.tensors.keys()) == (2, {"step": 2}, {"model", "optim"})
     assert noticed > 0.8 * len(sound)
 
@@ -129,26 +129,26 @@ def test_no_flipped_bit_of_the_manifest_changes_what_is_read(tmp_path):
 def test_no_flipped_bit_of_the_tensors_goes_unnoticed(tmp_path):
     file = save(tmp_path, 2) / "model.safetensors"
     sound = file.read_bytes()
-    for place in range(0, len(sound), 3):
+    for position in range(0, len(sound), 3):
         damaged = bytearray(sound)
-        damaged[place] ^= 1 << place % 8
+        damaged[position] ^= 1 << position % 8
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model\.safetensors is missing or damaged\."):
             checkpoint.read(file.parent)
 
 
-def test_damaged_later_ones_do_not_push_out_the_sound_one(tmp_path):
+def test_damaged_later_checkpoints_do_not_displace_the_sound_one(tmp_path):
     for step in (1, 5, 9):
         save(tmp_path, step, keep=3)
     for step in (5, 9):
         (tmp_path / f"step-{step:08d}" / "state.json").unlink()
-    save(tmp_path, 3)  # the run went on from 1
+    save(tmp_path, 3)  # the run continued from step 1
     assert checkpoint.newest(tmp_path)[0].step == 3
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000001", "step-00000003"]
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", ""])
-def test_a_manifest_cannot_point_out_of_its_folder(tmp_path, name):
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path, name):
     path = save(tmp_path, 2)
     manifest = json.loads((path / "MANIFEST.json").read_text())
     manifest["files"][name] = manifest["files"]["optim.safetensors"]
@@ -157,8 +157,8 @@ def test_a_manifest_cannot_point_out_of_its_folder(tmp_path, name):
         checkpoint.read(path)
 
 
-def test_a_moved_checkpoint_is_not_taken_for_another_step(tmp_path):
+def test_a_renamed_checkpoint_is_not_read_as_another_step(tmp_path):
     save(tmp_path, 2).rename(tmp_path / "step-00000007")
     found, passed_over = checkpoint.newest(tmp_path)
     assert found is None
-    assert passed_over == [f"{tmp_path}/step-00000007: MANIFEST.json says step 2."]
+    assert passed_over == [f"{tmp_path}/step-00000007: MANIFEST.json is of step 2."]

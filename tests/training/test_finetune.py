@@ -1,4 +1,4 @@
-"""Fine-tuning as laws: rare classes count as if repeated, a plateau ends a run, sizes follow the weights."""
+"""Laws of fine-tuning: rare classes count as if repeated, a plateau ends a run, image sizes follow the weights."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import Description, TrainedModel, save_pretrained
 from normfree.training import checkpoint, loop, run_folder
-from normfree.training.class_weights import class_weights, score, weigh
+from normfree.training.class_weights import class_weights, weigh, weighted_top1
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
 from normfree.training.early_stopping import Best
@@ -38,7 +39,7 @@ FLAGS = shlex.split(
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
+def _no_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
         yield
@@ -53,7 +54,7 @@ def quiet() -> Console:
 
 
 class Labels:
-    """As much of a source as its labels."""
+    """The labels of a data source."""
 
     def __init__(self, *counts: int) -> None:
         self.classes = tuple(str(i) for i in range(len(counts)))
@@ -71,7 +72,7 @@ class Labels:
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
 def test_weights_are_powers_of_the_counts_and_one_on_average(power):
-    counts = (1508, 295, 106, 715)  # the solar cells
+    counts = (1508, 295, 106, 715)  # as in a data set of solar cells
     weights = class_weights(Labels(*counts), power).double()
     assert float((weights * torch.tensor(counts)).sum() / sum(counts)) == pytest.approx(1, rel=1e-6)
     for i, j in ((0, 1), (2, 3)):
@@ -81,13 +82,13 @@ def test_weights_are_powers_of_the_counts_and_one_on_average(power):
 
 
 def full_batch(labels: list[int]) -> Batch:
-    """Every 0 has a picture of its own; all 1s are the same picture."""
-    pictures = []
-    for place, label in enumerate(labels):
-        generator = torch.Generator().manual_seed(1000 if label else place)
-        pictures.append(torch.randint(256, (3, 16, 16), generator=generator, dtype=torch.uint8))
+    """Return a batch in which images of class 0 differ and those of class 1 are all the same image."""
+    images = []
+    for index, label in enumerate(labels):
+        generator = torch.Generator().manual_seed(1000 if label else index)
+        images.append(torch.randint(256, (3, 16, 16), generator=generator, dtype=torch.uint8))
     names = tuple(str(label) for label in labels)
-    return Batch(torch.stack(pictures), torch.tensor(labels), torch.arange(len(labels)), names, 0, 0)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.arange(len(labels)), names, 0, 0)
 
 
 def gradient(batch: Batch, *flags: str, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -122,7 +123,7 @@ def test_the_weighted_gradient_stays_a_sum_over_images(micro_batch):
 
 
 def test_a_mixed_image_counts_each_label_by_its_weight():
-    """Its loss is the sum over its two labels of share · weight · loss of that label alone, smoothed as always."""
+    """Its loss is the sum over its two labels of share · weight · loss for that label alone, with smoothing."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
@@ -152,7 +153,7 @@ def test_both_ways_of_mixing_are_weighed():
 
 @pytest.fixture(scope="module")
 def unbalanced(tmp_path_factory) -> str:
-    """A folder with 12 training pictures of one class and 4 of the other."""
+    """Return a folder with 12 training images of one class and 4 of the other."""
     root = tmp_path_factory.mktemp("photos")
     generator = torch.Generator().manual_seed(0)
     for part, counts in (("train", (12, 4)), ("val", (3, 3))):
@@ -164,22 +165,27 @@ def unbalanced(tmp_path_factory) -> str:
     return str(root)
 
 
-def test_a_run_counts_its_training_images_and_power_zero_changes_no_bit(tmp_path, unbalanced, monkeypatch):
+def test_class_weights_come_from_the_training_images_and_power_zero_changes_no_bit(
+    tmp_path, unbalanced, monkeypatch
+):
     given = []
     original = loop.Trainer.__init__
 
-    def noting(self, *args, **kwargs):
+    def recording(self, *args, **kwargs):
         given.append(kwargs["class_weights"])
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop.Trainer, "__init__", noting)
+    monkeypatch.setattr(loop.Trainer, "__init__", recording)
     flags = ("--data", unbalanced, "--length", "2st", "--log.evaluate_every", "2st")
     for name, power in (("plain", None), ("zero", "0"), ("one", "1")):
         more = () if power is None else ("--optim.class_balance", power)
         loop.train(config(*flags, *more), tmp_path / name, console=quiet())
     assert given[:2] == [None, None]
     assert load_config(tmp_path / "one" / "config.toml").data == unbalanced
-    assert given[2].tolist() == [pytest.approx(2.0), pytest.approx(2 / 3)]  # few, many: names in order
+    assert given[2].tolist() == [
+        pytest.approx(2.0),
+        pytest.approx(2 / 3),
+    ]  # classes in alphabetical order: few, many
     plain, zero, one = (weights_after(tmp_path / name, 2) for name in ("plain", "zero", "one"))
     assert all(torch.equal(plain[k], zero[k]) for k in plain)
     assert any(not torch.equal(plain[k], one[k]) for k in plain)
@@ -187,17 +193,17 @@ def test_a_run_counts_its_training_images_and_power_zero_changes_no_bit(tmp_path
     assert scores["balanced_top1"] == pytest.approx(sum(scores["per_class_top1"].values()) / 2)
 
 
-def test_the_score_counts_images_as_the_loss_does():
+def test_the_score_weighs_images_as_the_loss_does():
     labels, answers = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0])
     seen = Evaluation(75.0, 100.0, 0.5, 8, ("a", "b"), labels, answers, torch.zeros(8))
-    assert score(seen, None) == 75.0
-    assert score(seen, class_weights(Labels(6, 2), 1.0)) == pytest.approx(100 * (5 / 6 + 1 / 2) / 2)
+    assert weighted_top1(seen, None) == 75.0
+    assert weighted_top1(seen, class_weights(Labels(6, 2), 1.0)) == pytest.approx(100 * (5 / 6 + 1 / 2) / 2)
 
 
 # --- plateau ------------------------------------------------------------------------------------------
 
 
-def test_the_best_score_waits_for_a_better_one_or_for_as_good_a_one_of_lower_loss():
+def test_the_best_score_is_replaced_by_a_better_one_or_by_an_equal_one_with_lower_loss():
     best, seen = Best(), []
     course = [(50, 1), (60, 1), (60, 1), (60, 2), (59, 0), (60, 0.5), (10, 0.1), (20, 0.1), (30, 0.1)]
     for step, (top1, loss) in enumerate(course, 1):
@@ -209,23 +215,13 @@ def test_the_best_score_waits_for_a_better_one_or_for_as_good_a_one_of_lower_los
     assert seen == [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (6, 0), (6, 1), (6, 2), (6, 3)]
 
 
-SCORES = [
-    40.0,
-    50.0,
-    45.0,
-    50.0,
-    49.0,
-    60.0,
-    60.0,
-    60.0,
-    60.0,
-    60.0,
-]  # at steps 2, 4, ...; best after 4, later 12
+# Top-1 after steps 2, 4, ...: the best is after step 4, later after step 12.
+SCORES = [40.0, 50.0, 45.0, 50.0, 49.0, 60.0, 60.0, 60.0, 60.0, 60.0]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _scored():
-    """Evaluations with prescribed top-1 of the average where there is patience, so that the course is known."""
+def _prescribed_scores() -> Iterator[None]:
+    """With patience, replace top-1 of the average by SCORES, so that the plateau is known."""
     original, stepping, done = loop.score, loop.Trainer.step, [0]
 
     def counted(self, batch, step):
@@ -245,7 +241,7 @@ def _scored():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, _scored) -> Path:
+def whole(tmp_path_factory, _prescribed_scores) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     loop.train(config("--patience", "3"), out, console=quiet())
     return out
@@ -274,13 +270,15 @@ def test_a_plateau_ends_the_run_and_the_best_average_becomes_the_model(tmp_path)
     )
 
     before = (out / "model" / "model.safetensors").read_bytes()
-    again = loop.train(load_config(out / "config.toml"), out, console=quiet())  # a finished run takes no step
+    again = loop.train(
+        load_config(out / "config.toml"), out, console=quiet()
+    )  # a finished run takes no further step
     assert (again.steps, again.step) == (10, 4)
     assert (out / "model" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8, 9])
-def test_a_stopped_run_waits_no_longer_than_an_unbroken_one(tmp_path, monkeypatch, whole, stop):
+def test_a_resumed_run_stops_after_the_same_step_as_an_uninterrupted_one(tmp_path, monkeypatch, whole, stop):
     counted = loop.Trainer.step
 
     def stopping(self, batch, step):
@@ -302,8 +300,8 @@ def test_a_stopped_run_waits_no_longer_than_an_unbroken_one(tmp_path, monkeypatc
         assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
-def test_patience_that_is_not_used_up_changes_the_model_only(tmp_path):
-    """The steps are the same bits; the model is that of the best evaluation instead of the last."""
+def test_patience_that_is_not_exhausted_changes_only_the_saved_model(tmp_path):
+    """The training is the same bit for bit; the model is that of the best evaluation instead of the last."""
     plain = loop.train(config(), tmp_path / "plain", console=quiet())
     patient = loop.train(config("--patience", "8"), tmp_path / "patient", console=quiet())
     assert (plain.steps, plain.step, patient.steps, patient.step) == (20, 20, 20, 12)
@@ -315,8 +313,8 @@ def test_patience_that_is_not_used_up_changes_the_model_only(tmp_path):
         assert all(torch.equal(model[k], expected[k]) for k in model)
 
 
-def test_a_checkpoint_that_was_saved_but_not_yet_pointed_at_is_the_best_one_still(tmp_path, monkeypatch):
-    """Killed between the two: the next start points at it, so that it is not cleaned away."""
+def test_the_best_checkpoint_survives_a_kill_before_the_pointer_is_written(tmp_path, monkeypatch):
+    """The resumed run writes the pointer, so that the checkpoint is not deleted."""
     out = tmp_path / "run"
 
     def killed(folder, name, target):
@@ -334,12 +332,12 @@ def test_a_checkpoint_that_was_saved_but_not_yet_pointed_at_is_the_best_one_stil
     assert (result.steps, result.step) == (10, 4)
 
 
-def test_another_patience_is_another_run(whole):
-    with pytest.raises(ValueError, match=r"was started with another patience\. Drop the change"):
+def test_a_run_does_not_continue_with_another_patience(whole):
+    with pytest.raises(ValueError, match=r"was started with another patience\. Fix: drop the change"):
         loop.train(config("--patience", "9"), whole, console=quiet())
 
 
-# --- what comes with the weights ----------------------------------------------------------------------
+# --- values that come with the weights ----------------------------------------------------------------------
 
 
 def folder_of(path: Path, model: str, size: int, **overrides) -> str:
@@ -349,25 +347,25 @@ def folder_of(path: Path, model: str, size: int, **overrides) -> str:
 
 
 @pytest.mark.parametrize(
-    ("model", "seen", "sizes"),
+    ("model", "tested", "sizes"),
     [
-        ("nf_resnet_nano_64", 64, (64, 64)),  # as its row
+        ("nf_resnet_nano_64", 64, (64, 64)),  # as its variant
         ("nf_resnet_nano_64", 100, (100, 100)),
         ("nf_resnet50", 384, (384, 384)),
         ("nfnet_f1", 320, (224, 320)),
         ("nfnet_f0", 320, (256, 320)),  # 240 is 7.5 times 32
         ("nf_regnet_b0", 224, (192, 224)),
-        ("nf_regnet_b0", 288, (256, 288)),  # the row's ratio, 6/7, in whole 32 px: 247 -> 256
+        ("nf_regnet_b0", 288, (256, 288)),  # the variant's ratio, 6/7, in multiples of 32 px: 247 -> 256
     ],
 )
-def test_sizes_are_those_of_the_weights_in_the_rows_ratio(monkeypatch, model, seen, sizes):
-    about = Description(model, {}, Preprocessing(image_size=seen), ("a", "b"))
+def test_image_sizes_come_from_the_weights_with_the_ratio_of_the_variant(monkeypatch, model, tested, sizes):
+    about = Description(model, {}, Preprocessing(image_size=tested), ("a", "b"))
     monkeypatch.setattr("normfree.training.resolve.describe", lambda folder: about)
     inputs = resolve(with_overrides(RECIPES["finetune"](), ["--weights", "net"])).config.input
     assert (inputs.image_size, inputs.eval_size) == sizes
 
 
-def test_the_runs_sizes_and_activation_come_from_the_weights_unless_they_are_given(tmp_path):
+def test_image_sizes_and_activation_come_from_the_weights_unless_given(tmp_path):
     folder = folder_of(tmp_path / "net", "nf_resnet_nano_64", 96, activation="relu")
     base = ("--data", DATA, "--weights", folder)
     resolved = resolve(with_overrides(RECIPES["finetune"](), base)).config
@@ -378,7 +376,7 @@ def test_the_runs_sizes_and_activation_come_from_the_weights_unless_they_are_giv
     assert resolve(resolved).config == resolved
 
 
-def test_a_network_that_a_run_cannot_express_is_refused(tmp_path):
+def test_weights_of_a_network_that_no_config_describes_are_refused(tmp_path):
     folder = folder_of(tmp_path / "net", "nf_resnet_nano_64", 64, widths=(32, 64, 128), se_ratio=0.25)
     message = (
         f"the network of {folder} differs from nf_resnet_nano_64 in se_ratio, widths, which a run cannot change. "
@@ -389,7 +387,7 @@ def test_a_network_that_a_run_cannot_express_is_refused(tmp_path):
         resolve(with_overrides(RECIPES["finetune"](), ["--data", DATA, "--weights", folder]))
 
 
-def test_download_becomes_the_address(monkeypatch):
+def test_download_is_replaced_by_the_address_of_the_repository(monkeypatch):
     about = Description("nfnet_f0", {}, Preprocessing(image_size=256), ("a", "b"))
     monkeypatch.setattr("normfree.training.resolve.describe", lambda folder: about)
     flags = ["--data", DATA, "--model", "nfnet_f0", "--weights", "download"]
@@ -400,11 +398,11 @@ def test_download_becomes_the_address(monkeypatch):
 def test_data_and_weights_alone_mean_fine_tuning(monkeypatch):
     chosen = []
     monkeypatch.setattr(commands, "_train", lambda config, folder: chosen.append((config, folder)) or 0)
-    for words, name in (
+    for args, name in (
         ([], "demo"),
         (["--data", "photos"], "scratch"),
         (["--data=photos", "--weights=net"], "finetune"),
     ):
-        commands.train(words)
+        commands.train(args)
         assert chosen[-1][1].name.startswith(f"{name}-")
         assert chosen[-1][0].length == RECIPES[name]().length

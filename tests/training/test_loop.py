@@ -1,4 +1,4 @@
-"""Training as laws: a stopped run equals an unbroken one, micro-batches are exact, nothing infinite gets in."""
+"""Laws of training: a resumed run equals an uninterrupted one, micro-batches are exact, updates are finite."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from normfree.data.loader import train_batches
+from normfree.data.loader import Batch, train_batches
 from normfree.data.sources.open import open_source
 from normfree.data.transforms.train import train_transform
 from normfree.training import checkpoint, loop, run_folder
@@ -39,11 +39,10 @@ LAST = "checkpoints/step-00000012"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_pictures():
+def _no_plots() -> Iterator[None]:
+    """Do not plot the curves, which takes a third of the time of such a short run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            run_folder, "draw_curves", lambda *args, **kwargs: None
-        )  # a third of such a short run's time
+        patch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
         yield
 
 
@@ -72,7 +71,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def assert_same_log(a: Path, b: Path) -> None:
-    """Every line once and equal, but for the speed; also a mean over steps before and after a stop."""
+    """Check that each line is there once and equal except the speed; also means over steps before and after a stop."""
     first, second = (
         [{k: v for k, v in r.items() if k != "images_per_s"} for r in rows(out)] for out in (a, b)
     )
@@ -80,13 +79,14 @@ def assert_same_log(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "unbroken"
+def uninterrupted(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
     loop.train(config(), out, console=quiet())
     return out
 
 
-def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal to this process after `step` steps."""
     original = Trainer.step
 
     def stepping(self, batch, at):
@@ -99,20 +99,20 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
 
 
 @pytest.mark.parametrize("step", range(1, 12))
-def test_stopped_at_any_step_and_continued_gives_the_same_bits(unbroken, tmp_path, monkeypatch, step):
+def test_stopped_at_any_step_and_continued_gives_the_same_bits(uninterrupted, tmp_path, monkeypatch, step):
     stop_after(monkeypatch, step)
     with pytest.raises(loop.StoppedBySignal) as stopped:
         loop.train(config(), tmp_path / "run", console=quiet())
     assert (stopped.value.step, stopped.value.exit_code) == (step, 143)
     monkeypatch.undo()
     loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())
-    assert_same_bits(unbroken, tmp_path / "run")
-    assert_same_log(unbroken, tmp_path / "run")
+    assert_same_bits(uninterrupted, tmp_path / "run")
+    assert_same_log(uninterrupted, tmp_path / "run")
     assert [r["step"] for r in rows(tmp_path / "run")] == [2, 4, 6, 6, 8, 10, 12, 12]
 
 
-def test_the_whole_recipe_stops_and_continues_too(tmp_path, monkeypatch):
-    """Pairs of fresh images, RandAugment after mixing, SAM: what they draw is a function of the step as well."""
+def test_a_run_with_all_random_parts_stops_and_continues_too(tmp_path, monkeypatch):
+    """Fresh pairs of images, RandAugment after mixing and SAM: their random numbers depend on the step too."""
     flags = ("--augment.mix_with", "fresh", "--augment.randaugment", "2x3", "--optim.sam_rho", "0.05")
     loop.train(config(*flags), tmp_path / "whole", console=quiet())
     stop_after(monkeypatch, 7)
@@ -126,38 +126,39 @@ def test_the_whole_recipe_stops_and_continues_too(tmp_path, monkeypatch):
     assert_same_bits(tmp_path / "whole", tmp_path / "other")
 
 
-def test_workers_do_not_change_a_bit(unbroken, tmp_path):
+def test_workers_do_not_change_a_bit(uninterrupted, tmp_path):
     loop.train(config("--input.workers", "2"), tmp_path / "run", console=quiet())
-    assert_same_bits(unbroken, tmp_path / "run")
+    assert_same_bits(uninterrupted, tmp_path / "run")
 
 
-def test_the_written_config_reproduces_the_run(unbroken, tmp_path):
-    loop.train(load_config(unbroken / "config.toml"), tmp_path / "again", console=quiet())
-    assert_same_bits(unbroken, tmp_path / "again")
+def test_the_written_config_reproduces_the_run(uninterrupted, tmp_path):
+    loop.train(load_config(uninterrupted / "config.toml"), tmp_path / "again", console=quiet())
+    assert_same_bits(uninterrupted, tmp_path / "again")
 
 
-def test_another_seed_is_another_run(unbroken, tmp_path):
+def test_another_seed_is_another_run(uninterrupted, tmp_path):
     loop.train(config("--seed", "1"), tmp_path / "run", console=quiet())
-    first, second = state(unbroken), state(tmp_path / "run")
+    first, second = state(uninterrupted), state(tmp_path / "run")
     assert not torch.equal(first["model:stem.conv0.weight"], second["model:stem.conv0.weight"])
 
 
-def test_a_finished_run_is_left_as_it_is(unbroken):
-    before = state(unbroken)
-    loop.train(load_config(unbroken / "config.toml"), unbroken, console=quiet())
-    assert all(torch.equal(v, before[k]) for k, v in state(unbroken).items())
+def test_a_finished_run_does_not_change_when_it_is_continued(uninterrupted):
+    before = state(uninterrupted)
+    loop.train(load_config(uninterrupted / "config.toml"), uninterrupted, console=quiet())
+    assert all(torch.equal(v, before[k]) for k, v in state(uninterrupted).items())
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen[str]:
-    words = [str(out)] if (out / "config.toml").exists() else [*FLAGS, *flags, "--out", str(out)]
+    """Start a run in a process of its own, or continue the run in `out`."""
+    args = [str(out)] if (out / "config.toml").exists() else [*FLAGS, *flags, "--out", str(out)]
     return subprocess.Popen(
-        [sys.executable, "-m", "normfree", "train", *words], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "normfree", "train", *args], env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
 def killed(out: Path, ready: Callable[[], bool], delay: float = 0.0) -> bool:
-    """Starts or continues a run and kills it `delay` seconds after `ready`. Whether it was still at work."""
+    """Start or continue a run and kill it `delay` seconds after `ready`. Return True if it was still running."""
     process = start(out)
     while process.poll() is None and not ready():
         time.sleep(0.002)
@@ -168,31 +169,33 @@ def killed(out: Path, ready: Callable[[], bool], delay: float = 0.0) -> bool:
 
 
 def lines(out: Path) -> int:
+    """Return the number of lines of metrics.jsonl."""
     return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
 
 
 def saving(out: Path) -> bool:
+    """Return True from the start of the first save on."""
     return any((out / "checkpoints").glob(".step-*")) or (out / "checkpoints" / "step-00000005").exists()
 
 
-def assert_done_like(unbroken: Path, out: Path) -> None:
+def assert_finishes_like(uninterrupted: Path, out: Path) -> None:
     process = start(out)
     text = process.communicate()[0]
     assert process.returncode == 0, text
-    assert_same_bits(unbroken, out)
-    assert_same_log(unbroken, out)
+    assert_same_bits(uninterrupted, out)
+    assert_same_log(uninterrupted, out)
 
 
-def test_killed_without_warning_and_continued_gives_the_same_bits(unbroken, tmp_path):
+def test_killed_without_warning_and_continued_gives_the_same_bits(uninterrupted, tmp_path):
     out = tmp_path / "run"
     assert killed(out, lambda: lines(out) > 0)  # between steps
-    assert killed(out, lambda: saving(out))  # in the first checkpoint, or just after it
-    assert_done_like(unbroken, out)
+    assert killed(out, lambda: saving(out))  # while the first checkpoint is saved, or just after
+    assert_finishes_like(uninterrupted, out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(8))
-def test_killed_many_times(unbroken, tmp_path, trial):
+def test_killed_many_times(uninterrupted, tmp_path, trial):
     chance, out, kills = random.Random(trial), tmp_path / "run", 0
     points = [
         lambda: (out / ".lock").exists(),
@@ -202,11 +205,11 @@ def test_killed_many_times(unbroken, tmp_path, trial):
     ]
     for ready in points:
         kills += killed(out, ready, chance.uniform(0.0, 0.4))
-    assert kills >= 3  # 8 * 3: above twenty kills of runs at work
-    assert_done_like(unbroken, out)
+    assert kills >= 3  # at least 24 kills of running processes in all trials
+    assert_finishes_like(uninterrupted, out)
 
 
-def test_sigterm_saves_and_leaves_no_process_behind(tmp_path):
+def test_sigterm_saves_a_checkpoint_and_ends_all_processes(tmp_path):
     out = tmp_path / "run"
     process = start(out, "--length", "100000st", "--input.workers", "2")
     while process.poll() is None and lines(out) < 2:
@@ -224,7 +227,7 @@ def test_sigterm_saves_and_leaves_no_process_behind(tmp_path):
     assert not any(Path("/proc", worker).exists() for worker in workers)
 
 
-def trainer_and_batch(*flags: str):
+def trainer_and_batch(*flags: str) -> tuple[Trainer, Batch]:
     resolved = resolve(config(*flags))
     split = open_source(DATA)
     trainer = Trainer(resolved, num_classes=3, samples=48)
@@ -247,7 +250,7 @@ def test_micro_batches_are_exact_without_batch_statistics(micro_batch):
         assert low <= float((whole - cut).norm() / whole.norm()) <= high, model
 
 
-def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
+def test_sam_takes_the_gradient_at_perturbed_weights_and_steps_from_the_original_ones():
     off = ("--net.drop_rate", "0", "--net.stochdepth_rate", "0")
     plain, batch = trainer_and_batch(*off)
     images, targets = plain.prepare(batch, 2)
@@ -257,14 +260,14 @@ def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
         perturbed = [p.detach().clone() for p in sharp.net.parameters()]
     assert all(torch.equal(p, s) for p, s in zip(sharp.net.parameters(), start, strict=True))
     uphill = [p - s for p, s in zip(perturbed, start, strict=True)]
-    plain.gradients(images[::5], targets[::5], 2)  # two images of the ten decide the direction
+    plain.gradients(images[::5], targets[::5], 2)  # two of the ten images decide the direction
     gradient = torch.cat([p.grad.flatten() for p in plain.net.parameters()])
     moved = torch.cat([u.flatten() for u in uphill])
     torch.testing.assert_close(moved, 0.3 * gradient / gradient.norm(), rtol=1e-3, atol=1e-6)
 
     stepped, _ = trainer_and_batch(*off, "--optim.sam_rho", "0.3")
     stepped.step(batch, 2)
-    by_hand, _ = trainer_and_batch(*off)  # an ordinary step with the gradient of the point uphill
+    by_hand, _ = trainer_and_batch(*off)  # a plain step with the gradient at the perturbed weights
     by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), perturbed, strict=True)))
     by_hand.gradients(images, targets, 2)
     by_hand.net.load_state_dict(dict(zip(by_hand.net.state_dict(), start, strict=True)))
@@ -274,11 +277,11 @@ def test_sam_takes_the_gradient_uphill_and_steps_from_where_it_was():
         assert torch.equal(one, other)
 
 
-def test_dropout_is_a_function_of_seed_and_step_alone():
+def test_dropout_depends_on_seed_and_step_alone():
     trainer, batch = trainer_and_batch()
 
     def gradient(step: int, hidden: int) -> torch.Tensor:
-        torch.manual_seed(hidden)  # of no consequence
+        torch.manual_seed(hidden)  # has no effect
         trainer.optimizer.zero_grad()
         trainer.gradients(*trainer.prepare(batch, 0), step)
         return trainer.net.head.weight.grad.clone()
@@ -288,7 +291,7 @@ def test_dropout_is_a_function_of_seed_and_step_alone():
 
 
 def test_a_second_signal_acts_as_usual():
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT
     before = signal.getsignal(signal.SIGINT)
     with loop.stop_flag() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -309,7 +312,7 @@ def test_the_loss_falls(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["agc", "norm", "value", "off"])
-def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_path, monkeypatch, mode):
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(tmp_path, monkeypatch, mode):
     original = BatchGradient.__call__
 
     def poisoned(self, images, targets, step):
@@ -330,7 +333,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(tmp_pat
 
 
 def test_the_step_is_in_the_published_order(monkeypatch):
-    """Clipping of the raw gradient, then decay and momentum, then the average."""
+    """Clip the raw gradient, then apply decay and momentum, then update the average."""
     trainer, batch = trainer_and_batch("--optim.warmup", "0st", "--optim.weight_decay", "0.1")
     before = {n: p.detach().clone() for n, p in trainer.net.named_parameters()}
     twin, _ = trainer_and_batch("--optim.warmup", "0st", "--optim.weight_decay", "0.1")
@@ -345,43 +348,51 @@ def test_the_step_is_in_the_published_order(monkeypatch):
         factor = torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
         clipped = gradient if name == "head.weight" else (flat * factor.unsqueeze(-1)).view_as(gradient)
         decayed = clipped + (0.1 * before[name].double() if name.endswith("weight") else 0.0)
-        expected = before[name].double() - 0.05 * (
-            decayed + 0.9 * decayed
-        )  # the first momentum is the gradient
+        # in the first step the momentum is the gradient
+        expected = before[name].double() - 0.05 * (decayed + 0.9 * decayed)
         now = dict(trainer.net.named_parameters())[name].detach().double()
         torch.testing.assert_close(now, expected, rtol=1e-5, atol=1e-8, msg=name)
         average = dict(trainer.ema.module.named_parameters())[name].double()
         torch.testing.assert_close(average, 0.1 * before[name].double() + 0.9 * now, rtol=1e-5, atol=1e-7)
 
 
-def test_training_starts_from_the_weights_of_another_run(unbroken, tmp_path):
-    """At a learning rate of nearly nothing the new run's weights are the other's averaged ones."""
-    flags = ("--weights", str(unbroken), "--length", "1st", "--optim.lr", "1e-12", "--optim.warmup", "0st")
+def test_training_starts_from_the_weights_of_another_run(uninterrupted, tmp_path):
+    """With a learning rate of almost 0, the weights of the new run are the averaged weights of the other run."""
+    flags = (
+        "--weights",
+        str(uninterrupted),
+        "--length",
+        "1st",
+        "--optim.lr",
+        "1e-12",
+        "--optim.warmup",
+        "0st",
+    )
     loop.train(config(*flags), tmp_path / "run", console=quiet())
     ours = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "model.safetensors")
-    theirs = load_file(unbroken / "model" / "model.safetensors")
+    theirs = load_file(uninterrupted / "model" / "model.safetensors")
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-9, msg=name)
 
 
-def test_fine_tuning_takes_the_folders_network_and_a_new_head_for_other_classes(unbroken, tmp_path):
-    """Same classes: the classifier comes too. Others: all but it does, and the new one starts as a row's does."""
+def test_fine_tuning_keeps_the_classifier_only_for_the_same_classes(uninterrupted, tmp_path):
+    """With other classes, all weights except those of the classifier are loaded."""
     still = shlex.split(
         "--length 1st --optim.lr 1e-12 --optim.warmup 0st --input.batch_size 8 --input.workers 0 --weights"
     )
-    theirs = load_file(unbroken / "model" / "model.safetensors")
+    theirs = load_file(uninterrupted / "model" / "model.safetensors")
     for classes, kept in ((3, True), (5, False)):
         out = tmp_path / str(classes)
         console = quiet()
-        words = ["--data", f"synthetic:classes={classes},size=16,train=40,val=10", *still, str(unbroken)]
-        loop.train(with_overrides(RECIPES["finetune"](), words), out, console=console)
+        args = ["--data", f"synthetic:classes={classes},size=16,train=40,val=10", *still, str(uninterrupted)]
+        loop.train(with_overrides(RECIPES["finetune"](), args), out, console=console)
         assert load_config(out / "config.toml").model == "nf_resnet_nano"
         ours = load_file(out / "checkpoints" / "step-00000001" / "model.safetensors")
         for name in theirs.keys() - {"head.weight", "head.bias"}:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9, msg=name)
         assert torch.allclose(ours["head.weight"][:3], theirs["head.weight"], atol=1e-9) == kept
-        said = "a new classifier for 5 classes on the network of" in console.file.getvalue()
-        assert said != kept
+        reported = "a new classifier for 5 classes on the network of" in console.file.getvalue()
+        assert reported != kept
 
 
 def test_auto_needs_weights_to_name_the_network(tmp_path):

@@ -1,4 +1,4 @@
-"""Micro-batches by memory: what is predicted is what a real pass allocates, and what is chosen fits and divides."""
+"""Micro-batches by memory: the prediction equals what a real pass allocates; the chosen size fits and divides."""
 
 import io
 import runpy
@@ -24,7 +24,7 @@ TINY = {"depths": (1, 1), "widths": (64, 128), "strides": (1, 2), "group_width":
 
 
 def allocated(net: nn.Module, batch_size: int, image_size: int) -> int:
-    """Most bytes that a real pass has allocated at a time, by the profiler's record of the CPU's allocator."""
+    """Return the peak of the bytes that a real pass allocates, as the profiler records the CPU allocator."""
     from torch.profiler import ProfilerActivity, profile
 
     net.train().to(memory_format=torch.channels_last)
@@ -40,29 +40,46 @@ def allocated(net: nn.Module, batch_size: int, image_size: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("name", "size", "fields"), [
-    ("nf_resnet_nano", 32, {}), ("nfnet_f0", 64, TINY), ("resnet_nano", 32, {}),
+@pytest.fixture(scope="module")
+def nano_line() -> tuple[int, int]:
+    """Return `line` of nf_resnet_nano with 3 classes at 32 px."""
+    return line(create_model("nf_resnet_nano", num_classes=3), image_size=32)
+
+
+@pytest.fixture
+def predicted_once(monkeypatch: pytest.MonkeyPatch, nano_line: tuple[int, int]) -> tuple[int, int]:
+    """Let trainers use the prediction that the module has made once."""
+    monkeypatch.setattr(memory, "line", lambda net, **options: nano_line)
+    return nano_line
+
+
+@pytest.mark.parametrize(("name", "size", "fields", "batch_size"), [
+    ("nf_resnet_nano", 32, {}, 12), ("nfnet_f0", 64, TINY, 2), ("resnet_nano", 32, {}, 12),
+    pytest.param("nf_resnet_nano", 32, {}, 2, marks=pytest.mark.slow),
+    pytest.param("nfnet_f0", 64, TINY, 12, marks=pytest.mark.slow),
+    pytest.param("resnet_nano", 32, {}, 2, marks=pytest.mark.slow),
 ])  # fmt: skip
-@pytest.mark.parametrize("batch_size", [2, 12])
 def test_the_prediction_is_what_a_real_pass_allocates(name, size, fields, batch_size):
     net = create_model(name, **fields)
     before = {n: t.clone() for n, t in net.state_dict().items()}
     predicted = pass_bytes(net, batch_size=batch_size, image_size=size)
-    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())  # also a twin's statistics
+    assert all(
+        torch.equal(t, before[n]) for n, t in net.state_dict().items()
+    )  # running statistics of batch norm included
     assert all(p.grad is None for p in net.parameters())
     assert allocated(net, batch_size, size) == pytest.approx(predicted, rel=0.03)
 
 
-def test_one_layer_more_is_one_tensor_more():
+def test_one_more_layer_needs_one_more_tensor():
     def chain(layers: int) -> int:
-        curves = [nn.Sigmoid() for _ in range(layers)]
-        net = nn.Sequential(nn.Conv2d(3, 3, 1), *curves, nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+        sigmoids = [nn.Sigmoid() for _ in range(layers)]
+        net = nn.Sequential(nn.Conv2d(3, 3, 1), *sigmoids, nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
         return pass_bytes(net, batch_size=7, image_size=8)
 
     assert chain(5) - chain(4) == chain(40) - chain(39) == 4 * 7 * 3 * 8 * 8
 
 
-def test_half_precision_takes_less_and_the_meta_device_the_same():
+def test_half_precision_needs_less_and_the_meta_device_the_same():
     net = create_model("nf_resnet_nano")
     whole = pass_bytes(net, batch_size=8, image_size=32)
     assert 0.4 < pass_bytes(net, batch_size=8, image_size=32, half=True) / whole < 0.7
@@ -70,9 +87,9 @@ def test_half_precision_takes_less_and_the_meta_device_the_same():
         assert pass_bytes(create_model("nf_resnet_nano"), batch_size=8, image_size=32) == whole
 
 
-def test_the_line_goes_through_larger_batches():
-    net = create_model("nf_resnet_nano")
-    fixed, each = line(net, image_size=32)
+def test_the_linear_prediction_holds_for_larger_batches(nano_line):
+    net = create_model("nf_resnet_nano", num_classes=3)
+    fixed, each = nano_line
     assert fixed + 100 * each == pytest.approx(pass_bytes(net, batch_size=100, image_size=32), rel=1e-3)
 
 
@@ -89,16 +106,16 @@ def test_the_largest_that_fits_and_works():
     assert largest(sizes, needs=needs, limit=180) == 8
     assert largest(sizes, needs=needs, limit=179) == 4
     assert largest(sizes, needs=needs, limit=179, works=works) == 2
-    assert tried == [4, 2]  # what is not predicted to fit is not tried
+    assert tried == [4, 2]  # a size that is not predicted to fit is not tried
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         largest(sizes, needs=lambda size: 3 * 10**9, limit=2 * 10**9)
     assert str(error.value) == (
-        "input.micro_batch='auto': 1 at a time need about 3.00 GB, and 2.00 GB can be used here. Use a smaller "
-        "--input.image_size, --parallel sharded, or a number to try anyway."
+        "input.micro_batch is 'auto', but micro-batches of 1 need about 3.00 GB. Allowed: 2.00 GB on this device. "
+        "Fix: use a smaller --input.image_size, or --parallel sharded, or give a number to try anyway."
     )
 
 
-def test_free_memory_heeds_the_container(tmp_path):
+def test_free_memory_respects_the_limit_of_the_container(tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   8000 kB\n")
     assert free_memory(tmp_path) == 8000 * 1024
@@ -122,22 +139,21 @@ def config(*, image_size: int = 16, **more: object) -> Config:
     ("replicated", 24, 24), ("replicated", 13, 12), ("replicated", 11, 8), ("replicated", 1, 1),
     ("exact", 13, 12), ("exact", 11, 6), ("exact", 5, 3),
 ])  # fmt: skip
-def test_a_limit_decides_the_micro_batch(monkeypatch, mode, images, expected):
+def test_a_limit_decides_the_micro_batch(monkeypatch, predicted_once, mode, images, expected):
     net = create_model("nf_resnet_nano", num_classes=3)
-    fixed, each = line(net, image_size=64)
+    fixed, each = predicted_once
     weights = sum(4 * p.numel() for p in net.parameters())
-    copies = 4 + (24 // expected).bit_length() * (
-        mode == "exact"
-    )  # weights, gradients, momentum, average; tree
+    # weights, gradients, momentum and average; with "exact" also the partial sums
+    copies = 4 + (24 // expected).bit_length() * (mode == "exact")
     monkeypatch.setattr(memory, "free_bytes", lambda device: copies * weights + fixed + images * each)
-    trainer = Trainer(resolve(config(parallel=mode, image_size=64)), num_classes=3, samples=24)
+    trainer = Trainer(resolve(config(parallel=mode, image_size=32)), num_classes=3, samples=24)
     assert trainer.config.input.micro_batch == expected
     assert 24 % expected == 0
 
 
-def test_all_processes_take_the_smallest(monkeypatch):
+def test_all_processes_use_the_smallest_size_found(monkeypatch, predicted_once):
     trainer = Trainer(resolve(config()), num_classes=3, samples=24)
-    monkeypatch.setattr(World, "tell", lambda self, value: [value, 6, 12])
+    monkeypatch.setattr(World, "all_gather", lambda self, value: [value, 6, 12])
     parts = trainer.gradients, trainer.optimizer, trainer.config
     assert micro_batch.choose(lambda fits: 24, *parts, num_classes=3) == 6
 
@@ -146,12 +162,12 @@ def test_all_processes_take_the_smallest(monkeypatch):
 
     with pytest.raises(ValueError, match=r"^nothing fits$"):
         micro_batch.choose(none, *parts, num_classes=3)
-    monkeypatch.setattr(World, "tell", lambda self, value: [value, "nothing fits there"])
-    with pytest.raises(ValueError, match=r"^nothing fits there$"):  # also where it would have fitted
+    monkeypatch.setattr(World, "all_gather", lambda self, value: [value, "nothing fits there"])
+    with pytest.raises(ValueError, match=r"^nothing fits there$"):  # also in a process where it fits
         micro_batch.choose(lambda fits: 24, *parts, num_classes=3)
 
 
-def test_trying_leaves_no_trace():
+def test_trying_leaves_no_trace(predicted_once):
     trainer = Trainer(resolve(config(model="resnet_nano")), num_classes=3, samples=24)
     before = {n: t.clone() for n, t in trainer.net.state_dict().items()}
     chosen, seen = trainer.gradients.micro_batch, []
@@ -169,13 +185,13 @@ def test_trying_leaves_no_trace():
         micro_batch.fits_on_device(size, small, trainer.optimizer, trainer.config, num_classes=3)
         for size in (24, 8, 4)
     ] == [False, False, True]
-    assert seen == [(24, 24), (16, 8), (8, 4)]  # two of them, so that a sum of gradients is there
+    assert seen == [(24, 24), (16, 8), (8, 4)]  # two micro-batches, so that gradients are summed
     assert small.micro_batch == chosen
     assert all(torch.equal(t, before[n]) for n, t in trainer.net.state_dict().items())
     assert all(p.grad is None for p in trainer.net.parameters())
 
 
-def test_the_run_writes_the_number_down(tmp_path, monkeypatch):
+def test_the_run_writes_the_number_to_its_config(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
     out = io.StringIO()
     loop.train(config(), tmp_path / "run", console=Console(file=out))
@@ -191,7 +207,7 @@ def test_the_table_of_costs_is_written_by_its_script():
     assert script["entry"]("nfnet_f0") in page
     entries = page.partition(script["BEGIN"])[2].partition(script["END"])[0].strip().splitlines()[2:]
     assert [entry.split("`")[1] for entry in entries] == list(script["ROWS"])
-    for entry in entries:  # time is arithmetic: all rows of it
+    for entry in entries:  # times are arithmetic, so all are checked
         name, days = entry.split("`")[1], [float(cell) for cell in entry.split("|")[-5:-1]]
         expected = [script["days"](name, gpus=n, peak=script["PEAK"]["H100, H200"]) for n in script["LINKS"]]
         assert days == pytest.approx(expected, abs=0.05)

@@ -1,4 +1,4 @@
-"""bfloat16 is a mode of the forward and backward pass alone: masters, statistics, update and average stay float32."""
+"""bfloat16 concerns the forward and backward pass alone: weights, statistics, update and average stay float32."""
 
 import io
 import shlex
@@ -16,8 +16,8 @@ from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
 
 OFF = {"drop_rate": 0.0, "stochdepth_rate": 0.0, "skip_gain": 1.0}
-# Cosines between both gradients as measured: NFNet 0.99992, NF-RegNet and the small row 0.99995, NF-ResNet-50 0.9972
-# to 0.9984: a ReLU's and a max pool's gradient jumps where rounding changes a sign or a winner.
+# Measured cosine similarity of the two gradients: NFNet 0.99992, NF-RegNet and the small variant 0.99995, NF-ResNet-50
+# 0.9972 to 0.9984, since the gradients of ReLU and max pooling jump where rounding changes a sign or a maximum.
 FAMILIES = {
     "nfnet_f0": ({"widths": (32, 64, 96, 96), "depths": (1, 2, 3, 2), "group_width": 8, **OFF}, 0.999),
     "nf_regnet_b0": ({"widths": (24, 48, 96, 176), "depths": (1, 2, 3, 2), **OFF}, 0.999),
@@ -36,7 +36,7 @@ def gradient(net: torch.nn.Module, images: Tensor, labels: Tensor, *, half: bool
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_gradient_in_bfloat16_points_where_that_in_float32_does(name):
+def test_gradients_in_bfloat16_and_float32_have_the_same_direction(name):
     changes, least = FAMILIES[name]
     torch.manual_seed(0)
     net = create_model(name, num_classes=10, **changes).to(memory_format=torch.channels_last)
@@ -61,12 +61,12 @@ def test_weights_momentum_average_gradients_and_loss_stay_float32(tmp_path, monk
     config = with_overrides(RECIPES["scratch"](), flags)
     seen, original = [], BatchGradient.__call__
 
-    def watched(self, images, targets, step):
+    def recording(self, images, targets, step):
         found = original(self, images, targets, step)
         seen.append({t.dtype for t in (images, targets, *found, *(p.grad for p in self.net.parameters()))})
         return found
 
-    monkeypatch.setattr(BatchGradient, "__call__", watched)
+    monkeypatch.setattr(BatchGradient, "__call__", recording)
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
     result = loop.train(config, tmp_path / "run", console=Console(file=io.StringIO()))
     assert seen == [{torch.float32}] * 4

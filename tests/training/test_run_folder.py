@@ -1,8 +1,9 @@
-"""The run folder: what it refuses, what it holds, and that what it says is what was measured."""
+"""The run folder: what is refused, which files it holds, and that reported scores are the measured ones."""
 
 import io
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from normfree.training.config import Config
 from normfree.training.config_io import keys, load_config, with_overrides
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import preprocessing, resolve
+from normfree.training.run_folder import TrainResult
 
 DATA = "synthetic:classes=3,size=16,train=24,val=9"
 FLAGS = shlex.split(
@@ -53,16 +55,19 @@ def finished(tmp_path_factory):
 # --- resolving ---------------------------------------------------------------------------------------
 
 
-def test_every_auto_but_the_device_is_filled_from_the_row():
-    for model, row in VARIANTS.items():
+def test_every_auto_except_the_device_is_replaced_by_the_value_of_the_variant():
+    for model, variant in VARIANTS.items():
         resolved = resolve(
             with_overrides(Config(), ["--model", model, "--augment.randaugment", "auto"])
         ).config
         assert [k for k in keys() if at(resolved, k) == "auto"] == ["device"], model
         net = resolved.net.model_dump()
-        assert net == {k: getattr(row, k) for k in net}, model
-        assert (resolved.input.image_size, resolved.input.eval_size) == (row.train_size, row.test_size), model
-        assert resolved.augment.randaugment == row.randaugment, model
+        assert net == {k: getattr(variant, k) for k in net}, model
+        assert (resolved.input.image_size, resolved.input.eval_size) == (
+            variant.train_size,
+            variant.test_size,
+        ), model
+        assert resolved.augment.randaugment == variant.randaugment, model
         assert resolve(resolved).config == resolved, model
 
 
@@ -85,45 +90,41 @@ def test_sizes(flags, image_size, eval_size, eval_crop):
     assert (pre.image_size, pre.crop) == (eval_size, eval_crop)
 
 
-def test_what_is_given_is_kept():
-    flags = [
-        "--net.alpha",
-        "0.5",
-        "--net.drop_rate=0.1",
-        "--net.activation",
-        "relu",
-        "--net.stochdepth_rate=0.0",
-    ]
-    net = resolve(with_overrides(RECIPES["scratch"](), flags)).config.net
+def test_given_values_are_kept():
+    flags = "--net.alpha 0.5 --net.drop_rate=0.1 --net.activation relu --net.stochdepth_rate=0.0"
+    net = resolve(with_overrides(RECIPES["scratch"](), flags.split())).config.net
     assert (net.alpha, net.drop_rate, net.activation, net.stochdepth_rate) == (0.5, 0.1, "relu", 0.0)
 
 
 # --- refusals ----------------------------------------------------------------------------------------
 
 
-def test_a_file_is_no_run_folder(tmp_path):
+def test_a_file_is_refused_as_run_folder(tmp_path):
     (tmp_path / "x").write_text("mine")
     with pytest.raises(ValueError, match="is a file; a run needs a folder") as error:
         loop.train(config(), tmp_path / "x", console=quiet())
-    assert str(error.value) == f"'{tmp_path}/x' is a file; a run needs a folder. Choose another --out."
+    assert str(error.value) == f"'{tmp_path}/x' is a file; a run needs a folder. Fix: choose another --out."
     assert (tmp_path / "x").read_text() == "mine"
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not empty") as error:
         loop.train(config(), tmp_path, console=quiet())
-    assert str(error.value) == f"'{tmp_path}' is not empty and holds no run. Choose another --out."
+    assert str(error.value) == (
+        f"'{tmp_path}' is not empty and holds no run. Allowed: a new or empty folder, or a run. "
+        "Fix: choose another --out."
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path):
     with run_folder.locked(tmp_path / "run"), pytest.raises(ValueError, match="another process") as error:
         loop.train(config(), tmp_path / "run", console=quiet())
     assert str(error.value) == (
-        f"'{tmp_path}/run' is being trained by another process. Wait for it or stop it."
+        f"'{tmp_path}/run' is being trained by another process. Fix: wait for it or stop it."
     )
-    with run_folder.locked(tmp_path / "run"):  # free again
+    with run_folder.locked(tmp_path / "run"):  # unlocked again
         pass
 
 
@@ -144,15 +145,15 @@ def test_a_run_does_not_continue_as_another(finished, flags, what):
     with pytest.raises(ValueError, match="was started with another") as error:
         loop.train(config(*flags.split()), finished.out, console=quiet())
     assert str(error.value) == (
-        f"{finished.out} was started with another {what}. Drop the change, or start another run with --out."
+        f"{finished.out} was started with another {what}. Fix: drop the change, or start another run with --out."
     )
     assert (finished.out / "config.toml").read_bytes() == before
 
 
 def test_a_run_of_other_length_does_not_continue(finished):
-    with pytest.raises(ValueError, match="was to take 6 steps; the data or config now give 9") as error:
+    with pytest.raises(ValueError, match="was started for 6 steps, but data and config now give 9") as error:
         loop.train(config("--length", "9st"), finished.out, console=quiet())
-    assert str(error.value).endswith("A run continues only as it began: start another run.")
+    assert str(error.value).endswith("Fix: restore the data and config, or start another run with --out.")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +166,13 @@ def test_a_run_of_other_length_does_not_continue(finished):
         "--device nothing",
     ],
 )
-def test_what_cannot_start_leaves_no_folder(tmp_path, flags):
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path, flags):
     with pytest.raises(ValueError, match=r"nowhere|nono|nothing"):
         loop.train(config(*flags.split()), tmp_path / "run", console=quiet())
     assert not (tmp_path / "run").exists()
 
 
-def test_a_bad_picture_is_named_before_anything_is_written(tmp_path):
+def test_a_bad_image_is_named_before_anything_is_written(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(3):
@@ -187,7 +188,8 @@ def test_a_bad_picture_is_named_before_anything_is_written(tmp_path):
 # --- damage ------------------------------------------------------------------------------------------
 
 
-def copy_of(finished, tmp_path):
+def copy_of(finished: TrainResult, tmp_path: Path) -> Path:
+    """Return a copy of the run folder."""
     out = tmp_path / "run"
     for file in finished.out.rglob("*"):
         if file.is_file():
@@ -197,7 +199,7 @@ def copy_of(finished, tmp_path):
     return out
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud_and_made_again(finished, tmp_path):
+def test_a_damaged_checkpoint_is_reported_skipped_and_made_again(finished, tmp_path):
     out = copy_of(finished, tmp_path)
     last = out / "checkpoints" / "step-00000006"
     sound = load_file(finished.out / "checkpoints" / last.name / "model.safetensors")
@@ -205,25 +207,25 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_and_made_again(finished, tmp_
     data[-5] ^= 4
     (last / "model.safetensors").write_bytes(data)
     loop.train(load_config(out / "config.toml"), out, console=quiet())
-    said = (out / "log.txt").read_text()
-    assert f"passed over: {last}: model.safetensors is missing or damaged.\n" in said
-    assert f"continuing {out} after step 4\n" in said
+    log = (out / "log.txt").read_text()
+    assert f"passed over: {last}: model.safetensors is missing or damaged.\n" in log
+    assert f"continuing {out} after step 4\n" in log
     again = load_file(last / "model.safetensors")
     assert [k for k in sound if not torch.equal(sound[k], again[k])] == []
 
 
-def test_without_any_sound_checkpoint_nothing_is_begun_anew(finished, tmp_path):
+def test_a_run_without_any_sound_checkpoint_is_refused(finished, tmp_path):
     out = copy_of(finished, tmp_path)
     for file in (out / "checkpoints").glob("step-*/state.json"):
         file.write_text("{}")
     with pytest.raises(ValueError, match="none is sound") as error:
         loop.train(load_config(out / "config.toml"), out, console=quiet())
     assert str(error.value) == (
-        f"{out} has checkpoints but none is sound. Nothing was changed; start another run."
+        f"{out} has checkpoints, but none is sound; nothing was changed. Fix: start another run with --out."
     )
 
 
-# --- what it holds -----------------------------------------------------------------------------------
+# --- contents -----------------------------------------------------------------------------------
 
 
 def test_the_folder_at_the_end(finished):
@@ -238,12 +240,12 @@ def test_the_folder_at_the_end(finished):
     assert names - steps == {"last", "best"}
     assert {"step-00000004", "step-00000006", (out / "checkpoints" / "best").read_text().strip()} == steps
     assert (out / "checkpoints" / "last").read_text() == "step-00000006\n"
-    words = dict(line.split(" ", 1) for line in (out / "environment.txt").read_text().splitlines())
-    assert words["torch"] == torch.__version__
-    assert words["device"] == "cpu"
+    environment = dict(line.split(" ", 1) for line in (out / "environment.txt").read_text().splitlines())
+    assert environment["torch"] == torch.__version__
+    assert environment["device"] == "cpu"
 
 
-def test_the_model_folder_holds_the_average_and_scores_what_was_said(finished):
+def test_the_model_folder_holds_the_average_and_reproduces_the_reported_scores(finished):
     averaged = checkpoint.read(finished.out / "checkpoints" / "step-00000006").tensors["ema"]
     model = from_pretrained(finished.out)
     own = model.net.state_dict()
@@ -261,7 +263,7 @@ def test_the_model_folder_holds_the_average_and_scores_what_was_said(finished):
     assert f"| averaged weights | {score.top1:.2f} | {score.top5:.2f} | {score.loss:.4f} |" in card
 
 
-def test_metrics_are_what_the_curves_need(finished):
+def test_metrics_hold_what_the_plot_of_the_curves_needs(finished):
     rows = read_metrics(finished.out / "metrics.jsonl")
     train, val = [r for r in rows if "loss" in r], [r for r in rows if "top1" in r]
     assert [r["step"] for r in train] == [2, 4, 6]
@@ -273,12 +275,12 @@ def test_metrics_are_what_the_curves_need(finished):
     assert all(0 <= r["clipped"] <= 1 and r["grad_norm"] > 0 for r in train)
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------------
 
 
-def test_a_picture_of_the_curves(finished, tmp_path):
+def test_the_plot_of_the_curves(finished, tmp_path):
     rows = read_metrics(finished.out / "metrics.jsonl")
-    draw_curves(rows, tmp_path / "a.png", title="a model on photos/$5_and_$6/x")  # no formula
+    draw_curves(rows, tmp_path / "a.png", title="a model on photos/$5_and_$6/x")  # $ starts no formula
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (1430, 442)  # 11 x 3.4 inches at 130 dots
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
@@ -286,6 +288,6 @@ def test_a_picture_of_the_curves(finished, tmp_path):
     assert (tmp_path / "b.png").read_bytes() != (tmp_path / "a.png").read_bytes()
 
 
-def test_a_line_cut_short_is_left_out(tmp_path):
+def test_an_incomplete_line_is_skipped(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}]

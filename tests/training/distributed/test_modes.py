@@ -257,5 +257,7 @@ def test_a_run_does_not_enter_or_leave_exact(folder):
 
     for run, mode in (("exact1", "replicated"), ("replicated1", "exact")):
         other = with_overrides(load_config(folder / run / "config.toml"), ["--parallel", mode])
-        with pytest.raises(ValueError, match=rf"{run} was started with another parallel\. Drop the change"):
+        with pytest.raises(
+            ValueError, match=rf"{run} was started with another parallel\. Fix: drop the change"
+        ):
             loop.train(other, folder / run)
