@@ -1,7 +1,6 @@
-"""The room of data: names and bytes in, batches out.
+"""Data: from files and data set names to batches of images.
 
-`sources` finds a data set and splits it: `folders`, `imagenet`, `shards` (with `places` and `tar_index`), `pack`,
-`hugging`, `emoji`, `synthetic`, and `parts` for what they share. `images` opens one file, `jpeg` does so faster,
-`audit` opens every file before training, `augment` turns a picture into pixels (`crops`) and mixes batches, `loader`
-makes the stream of batches, `seeds` makes every random number a function of (seed, purpose, epoch, sample).
+`sources` opens data sets and splits them into training and validation, `transforms` decodes images and turns them into
+tensors, `loader` makes the stream of batches, `sampler` chooses the samples of each step, and `seeds` makes every
+random number a function of (seed, purpose, epoch, sample).
 """

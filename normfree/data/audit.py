@@ -1,4 +1,4 @@
-"""Open every picture once before training: an hour lost to one bad file at step 40,000 is avoidable."""
+"""Open every image once before training, so that one bad file does not stop a run after hours."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 from normfree.data.source import Source
 from normfree.data.transforms.decode import ImageError
+from normfree.suggest import problem
 
 SHOWN = 10  # bad files that an error message names
-_CHUNK = 32  # pictures per task: small enough for a smooth progress bar, large enough to cost nothing
+_CHUNK = 32  # images per task: small enough for a smooth progress bar, large enough for negligible overhead
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """A picture that cannot be decoded, and why."""
+    """An image that cannot be decoded, and the reason."""
 
     name: str
     reason: str
@@ -24,7 +25,7 @@ class BadImage:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """How many pictures were opened, and which of them are bad, in the order of the source."""
+    """The number of images opened, and the bad ones in the order of the source."""
 
     checked: int
     bad: tuple[BadImage, ...]
@@ -33,15 +34,21 @@ class AuditReport:
 def audit(
     source: Source, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> AuditReport:
-    """Decode every picture of a source once, in `workers` threads (default: one per core, at most 16).
+    """Decode every image of a source once and collect the bad ones; `require_clean` raises for them.
 
-    Threads are enough, as Pillow lets go of the interpreter lock while it decodes. `progress(done, total)` is
-    called from this thread as the work goes on. Bad pictures are collected, not raised; see `require_clean`.
+    Args:
+        source: Data set.
+        workers: Threads; by default one per core, at most 16. Threads suffice because Pillow releases the interpreter
+            lock while it decodes.
+        progress: Called as `progress(done, total)` from this thread.
+
+    Raises:
+        ValueError: `workers` is below 1.
     """
     total = len(source)
     count = workers if workers is not None else min(16, os.cpu_count() or 1)
     if count < 1:
-        raise ValueError(f"workers={count}. Allowed: 1 or more. Fix: workers=1")
+        raise ValueError(problem(f"workers={count}", allowed="1 or more", fix="workers=1"))
 
     def check(start: int) -> list[BadImage]:
         bad = []
@@ -53,10 +60,9 @@ def audit(
         return bad
 
     bad: list[BadImage] = []
+    starts = range(0, total, _CHUNK)
     with ThreadPoolExecutor(count) as pool:
-        for start, found in zip(
-            range(0, total, _CHUNK), pool.map(check, range(0, total, _CHUNK)), strict=True
-        ):
+        for start, found in zip(starts, pool.map(check, starts), strict=True):
             bad += found
             if progress is not None:
                 progress(min(start + _CHUNK, total), total)
@@ -64,14 +70,12 @@ def audit(
 
 
 def require_clean(report: AuditReport) -> None:
-    """Raise one `ValueError` that names the bad pictures of a report, the first ten at least; else do nothing."""
+    """Raise one `ValueError` that names the first ten bad images of a report, if there are any."""
     if not report.bad:
         return
     lines = [f"  {image.name}: {image.reason}" for image in report.bad[:SHOWN]]
     if len(report.bad) > SHOWN:
         lines.append(f"  and {len(report.bad) - SHOWN} more")
-    raise ValueError(
-        f"{len(report.bad)} of {report.checked} images cannot be used:\n"
-        + "\n".join(lines)
-        + "\nAllowed: images that open completely. Fix: repair these files or delete them"
-    )
+    listing = "\n".join(lines)
+    advice = problem("", allowed="images that open completely", fix="repair these files or delete them")
+    raise ValueError(f"{len(report.bad)} of {report.checked} images cannot be used:\n{listing}\n{advice}")

@@ -1,4 +1,4 @@
-"""What the sources have in common: a part of a source, a validation part by hash, and the grammar of a data word."""
+"""The base class of sources of encoded images."""
 
 from __future__ import annotations
 
@@ -13,36 +13,42 @@ from normfree.data.transforms.jpeg import load_array
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_CLASSES = 100_000  # a larger class number is a damaged label, and would make a list of names as long
+# A larger class number is a damaged label; it would also make the list of class names that long.
+MAX_CLASSES = 100_000
 
 
 class EncodedSource(ABC):
-    """What sources of encoded pictures share: `data(index)` is a file's path or its bytes, and decoding is the same."""
+    """Base of sources of encoded images: subclasses return the path or the bytes of a sample, this class decodes.
+
+    Args:
+        background: Color 0 to 255 under transparent pixels.
+        max_pixels: Largest width times height that is decoded.
+    """
 
     def __init__(self, *, background: tuple[int, int, int], max_pixels: int) -> None:
         self._background, self._max_pixels = background, max_pixels
 
     @abstractmethod
     def data(self, index: int) -> str | bytes:
-        """The path or the encoded bytes of sample `index`."""
+        """Return the path or the encoded bytes of sample `index`."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What errors call sample `index`."""
+        """Return the name of sample `index` in errors."""
 
     def image(self, index: int, draw: int = 0) -> Image:
-        """Sample `index`, decoded; a file holds one picture, so `draw` changes nothing."""
+        """Return sample `index`, decoded; a file holds one image, so `draw` has no effect."""
         return load_image(
             self.data(index), name=self.name(index), background=self._background, max_pixels=self._max_pixels
         )
 
     def pixels(self, index: int, draw: int = 0) -> np.ndarray:
-        """The same as an array, H W 3."""
+        """Return the same image as an array, uint8 H W 3."""
         return load_array(
             self.data(index), name=self.name(index), background=self._background, max_pixels=self._max_pixels
         )
 
 
 def number_classes(count: int) -> tuple[str, ...]:
-    """Names for classes that have only numbers: "0", "1", ..."""
+    """Return names for classes that have only numbers: "0", "1", ..."""
     return tuple(str(i) for i in range(count))

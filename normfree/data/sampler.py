@@ -1,4 +1,4 @@
-"""Which samples make which step, and, for a source that is read forwards only, their bytes fetched ahead of it."""
+"""Samplers: which samples make which step, and a prefetcher that reads the data of a streamed source ahead of time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from normfree.data.seeds import permutation
 from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.mixing import FreshPairs
 
-EVAL = -1  # the showing of a picture in evaluation, which draws nothing
-AHEAD = 8  # steps whose pictures a stream fetches before they are asked for
+EVAL = -1  # the repetition of a sample in evaluation, where nothing is random
+AHEAD = 8  # steps whose images a streamed source reads before they are needed
 
-SampleRef = tuple[int, int]  # (the how manieth showing, from 0, or EVAL; index)
-Pair = tuple[SampleRef, SampleRef, bool, int]  # own, other, by cutmix?, number of the output in its batch
-Entry = tuple[int, int, list[Any]]  # step, epoch of the batch, places or pairs
+SampleRef = tuple[int, int]  # (repetition, counted from 0, or EVAL; sample index)
+PairRef = tuple[SampleRef, SampleRef, bool, int]  # own, other, by cutmix?, index of the output in its batch
+Entry = tuple[int, int, list[Any]]  # step, epoch of the batch, list of SampleRef or of PairRef
 
 
 class TrainSampler:
-    """Which samples make which step: iterates over lists of (step, epoch of the batch, [(showing, index), ...]).
+    """The samples of each training step, as (step, epoch of the batch, [(repetition, sample index), ...]).
 
-    `order(turn)` holds each of the `n` indices once: how samples follow each other when they come for the turn-th time.
+    With `pairs`, the list holds a `PairRef` for each output instead.
+
+    Args:
+        n: Number of samples.
+        batch_size: Samples per step over all ranks.
+        steps: Steps to iterate over.
+        order: `order(cycle)` returns the permutation of the `n` indices used in that cycle, a pass over the data.
+        rank: This process.
+        world_size: Number of processes.
+        pairs: How two samples make one output, or None.
+        repeats: How many times in a row each sample is used.
     """
 
     def __init__(
@@ -51,29 +61,29 @@ class TrainSampler:
         reads = self._batch_size * (2 if self._pairs else 1)
         for step in self._steps:
             start = step * reads
-            turns = start // self._repeats // self._n, (start + reads - 1) // self._repeats // self._n
-            orders = {t: orders[t] if t in orders else self._order(t) for t in range(turns[0], turns[1] + 1)}
+            first, last = start // self._repeats // self._n, (start + reads - 1) // self._repeats // self._n
+            orders = {c: orders[c] if c in orders else self._order(c) for c in range(first, last + 1)}
 
-            def place(offset: int, start: int = start, orders: dict[int, np.ndarray] = orders) -> SampleRef:
+            def sample(offset: int, start: int = start, orders: dict[int, np.ndarray] = orders) -> SampleRef:
                 position, copy = divmod(start + offset, self._repeats)
-                turn, position = divmod(position, self._n)
-                return turn * self._repeats + copy, int(orders[turn][position])
+                cycle, position = divmod(position, self._n)
+                return cycle * self._repeats + copy, int(orders[cycle][position])
 
             epoch = start // self._n
             if self._pairs is None:
-                yield step, epoch, [place(i) for i in self._part]
+                yield step, epoch, [sample(i) for i in self._part]
             else:
-                whole = [(i, self._pairs.places(i, self._batch_size)) for i in self._part]
-                yield step, epoch, [(place(own), place(other), cut, i) for i, (own, other, cut) in whole]
+                pairs = [(i, self._pairs.positions(i, self._batch_size)) for i in self._part]
+                yield step, epoch, [(sample(own), sample(other), cut, i) for i, (own, other, cut) in pairs]
 
 
 def shuffled(n: int, seed: int) -> Callable[[int], np.ndarray]:
-    """The order of a source of `n` samples that can be read anywhere: a new permutation of all in each turn."""
-    return lambda turn: permutation(n, seed, "order", turn)
+    """Return the `order` of a source of `n` samples with random access: a new permutation in each cycle."""
+    return lambda cycle: permutation(n, seed, "order", cycle)
 
 
 class EvalSampler:
-    """The same for evaluation: consecutive indices of one rank, in batches."""
+    """The samples of each evaluation step, as for `TrainSampler`: consecutive indices of one rank, in batches."""
 
     def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
         self._part = range(rank * n // world_size, (rank + 1) * n // world_size)
@@ -88,29 +98,28 @@ class EvalSampler:
             yield step, 0, [(EVAL, index) for index in part]
 
 
-Plan = TrainSampler | EvalSampler
-Data = dict[int, Any]  # index -> what `read` found for it
+Sampler = TrainSampler | EvalSampler
+Data = dict[int, Any]  # sample index -> what `read` returned for it
 PrefetchedEntry = tuple[int, int, list[Any], Data | ImageError]
 
 
 class Prefetcher:
-    """The entries of a plan, each with the data that `read(indices)` finds for it: (step, epoch, places, data), or
-    with the `ImageError` that it raised.
+    """The entries of a sampler, each with the data that `read(indices)` returns or the `ImageError` that it raises.
 
-    One thread reads, in the order of the plan and up to `AHEAD` steps before the consumer, so that `read` may go
-    forwards through a stream while a network trains.
+    One thread reads, in the order of the sampler and up to `AHEAD` steps before the consumer, so `read` can go forward
+    through a stream while a network trains.
     """
 
-    def __init__(self, plan: Plan, read: Callable[[Sequence[int]], Data]) -> None:
-        self._plan, self._read = plan, read
+    def __init__(self, sampler: Sampler, read: Callable[[Sequence[int]], Data]) -> None:
+        self._sampler, self._read = sampler, read
         self._pool = ThreadPoolExecutor(1)
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._sampler)
 
     def __iter__(self) -> Iterator[PrefetchedEntry]:
         waiting: deque[Future[PrefetchedEntry]] = deque()
-        for entry in self._plan:
+        for entry in self._sampler:
             waiting.append(self._pool.submit(self._with_data, entry))
             if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
@@ -118,13 +127,15 @@ class Prefetcher:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """Stops reading; what has begun is finished in its thread."""
+        """Stop reading. A read that has begun is finished in its thread."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _with_data(self, entry: Entry) -> PrefetchedEntry:
-        step, epoch, places = entry
-        flat = places if not places or len(places[0]) == 2 else [p for pair in places for p in pair[:2]]
+        """Return `entry` with its data."""
+        step, epoch, refs = entry
+        samples = refs if not refs or len(refs[0]) == 2 else [ref for pair in refs for ref in pair[:2]]
         try:
-            return step, epoch, places, self._read(sorted({index for _, index in flat}))
+            return step, epoch, refs, self._read(sorted({index for _, index in samples}))
         except ImageError as error:
-            return step, epoch, places, error  # an error in its sampler would leave torch's loader half-made
+            # Passed on, not raised: an error in its sampler would leave PyTorch's loader half built.
+            return step, epoch, refs, error

@@ -1,10 +1,10 @@
-"""What a data set is: a `Source` of labelled pictures, and a `Split` of two of them."""
+"""The data set protocols, `Source` and `StreamedSource`, and the `Split` of a data set for training and validation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -13,44 +13,90 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Labelled pictures, by number. The order is fixed; shuffling is the loader's work."""
+    """A data set of labeled images with random access. Its order is fixed; the loader shuffles.
+
+    A source may also implement `PixelSource` or `StreamedSource`; `has_pixels` and `as_streamed` check for them.
+    """
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names; a label is a position in this tuple."""
+        """The class names; a label is an index into this tuple."""
 
     def __len__(self) -> int: ...
 
     def label(self, index: int) -> int:
-        """The class of sample `index`, without opening its picture."""
+        """Return the class of sample `index`, without decoding its image."""
 
     def image(self, index: int, draw: int = 0) -> Image:
-        """The picture of sample `index`, mode RGB; `ImageError` when it cannot be read.
+        """Return the image of sample `index` in mode RGB.
 
-        A sample may own several pictures of the same thing (an emoji in its skin tones): `draw` chooses one,
-        as a number of any size taken modulo their count, and 0 is the canonical one. Most samples own one
-        picture.
+        Args:
+            index: Sample, from 0.
+            draw: A sample may own several images of the same thing, such as an emoji in its skin tones. `draw`, taken
+                modulo their number, chooses one; 0 is the canonical image. Most samples own one image.
+
+        Raises:
+            ImageError: The image cannot be read.
         """
 
     def name(self, index: int) -> str:
-        """The path or id of sample `index`, for errors, logs and tables of predictions."""
+        """Return the path or id of sample `index`, for errors, logs and tables of predictions."""
 
-    # A source may also have `pixels(index, draw=0) -> np.ndarray`: the same picture as uint8 H W 3, perhaps read-only.
-    # The loader prefers it for training, as it saves copies.
-    #
-    # A source that is cheap to read only forwards (`StreamSource`) says so by three methods more. `order(seed, turn)`:
-    # each index once, in place of the loader's permutation. `read(indices)`: what `image` needs for them, called in the
-    # process that plans, in the order of the plan. `hold(data)`: takes that in the process that decodes.
+
+class PixelSource(Source, Protocol):
+    """A source that returns arrays directly, which saves the loader the copies of a detour through a PIL image."""
+
+    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
+        """Return the image of sample `index` as uint8, H W 3; the array may be read-only."""
+
+
+class StreamedSource(Source, Protocol):
+    """A source that is cheap to read only in its own order, such as files behind a network.
+
+    The loader takes samples in `order` instead of a permutation of its own. It calls `read` ahead of time in the
+    process that samples, in the order of the steps, and hands the result to `hold` in the process that decodes.
+    """
+
+    def order(self, seed: int, cycle: int) -> np.ndarray:
+        """Return the permutation of the indices used in cycle `cycle`, int64 N; a cycle uses each index once."""
+
+    def read(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Return the data that `image` needs for `indices`, by index."""
+
+    def hold(self, data: dict[int, Any]) -> None:
+        """Keep the result of `read` for the following calls of `image`, in place of what was kept before."""
+
+
+def has_pixels(source: Source) -> bool:
+    """Return True if `source` is a `PixelSource`."""
+    return hasattr(source, "pixels")
+
+
+def as_streamed(source: Source) -> StreamedSource | None:
+    """Return `source` if it is a `StreamedSource`, else None."""
+    streamed = all(hasattr(source, method) for method in ("order", "read", "hold"))
+    return cast(StreamedSource, source) if streamed else None
+
+
+def pixels_of(source: Source, index: int, draw: int = 0) -> np.ndarray:
+    """Return the image of sample `index` as uint8, H W 3, from any source; the array may be read-only."""
+    if has_pixels(source):
+        return cast(PixelSource, source).pixels(index, draw)
+    return np.asarray(source.image(index, draw))
 
 
 @dataclass(frozen=True)
 class Split:
-    """A training and a validation source with the same classes, and what there is to say about them.
+    """A training and a validation source with the same classes, and how they were made.
 
-    `credit` is the attribution that the pictures' licence asks for, or "". `image_size` is the side in pixels
-    of pictures that all have one size, or None. `notes` are plain sentences on what was read, taken or left
-    out. `files` is True when the pictures are a user's own files, which an audit should open before training
-    starts.
+    Attributes:
+        train: Source to train on.
+        val: Source to validate on.
+        classes: Class names of both.
+        credit: Attribution required by the license of the images, or "".
+        image_size: Side in pixels if all images are squares of one size, else None.
+        notes: Sentences on what was read, chosen or left out.
+        files: True if the images are the user's own files, which should be audited before training.
     """
 
     train: Source
@@ -63,11 +109,21 @@ class Split:
 
 
 class ArraySource:
-    """A source of pictures that are already decoded in memory.
+    """A source of images that are already decoded in memory.
 
-    `images` is uint8, M H W 3; `labels` holds N class numbers; `names` holds N ids. `rows[i]` lists the
-    pictures of sample i, the canonical one first; without `rows`, sample i owns picture i alone (then M
-    equals N).
+    Args:
+        images: uint8, M H W 3.
+        labels: Class numbers of the N samples.
+        classes: Class names.
+        names: Ids of the N samples.
+        rows: `rows[i]` lists the indices into `images` of sample i, the canonical image first. None means that sample
+            i owns image i alone, so M equals N.
+
+    Example:
+        >>> import numpy as np
+        >>> source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], classes=["a", "b"], names=["x", "y"])
+        >>> len(source), source.label(1), source.image(1).size
+        (2, 1, (8, 8))
     """
 
     def __init__(
@@ -93,21 +149,21 @@ class ArraySource:
         return len(self._labels)
 
     def label(self, index: int) -> int:
-        """The class of sample `index`."""
+        """Return the class of sample `index`."""
         return self._labels[index]
 
     def image(self, index: int, draw: int = 0) -> Image:
-        """Picture `draw` (modulo their count) of sample `index`; 0 is the canonical one."""
+        """Return image `draw` of sample `index`, taken modulo their number; 0 is the canonical one."""
         from PIL import Image
 
         return Image.fromarray(self.pixels(index, draw))
 
     def pixels(self, index: int, draw: int = 0) -> np.ndarray:
-        """The same as an array, H W 3."""
+        """Return the same image as an array, uint8 H W 3."""
         row = (index,) if self._rows is None else self._rows[index]
-        picture: np.ndarray = self._images[row[draw % len(row)]]
-        return picture
+        image: np.ndarray = self._images[row[draw % len(row)]]
+        return image
 
     def name(self, index: int) -> str:
-        """The id of sample `index`."""
+        """Return the id of sample `index`."""
         return self._names[index]

@@ -1,4 +1,4 @@
-"""The one door to torchvision: imported on demand, with an error that says how to mend a mismatched pair."""
+"""Import of torchvision on demand, with an error that explains how to fix mismatched versions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 
 def torchvision_module(name: str) -> Any:
-    """The module `torchvision.<name>`, for instance "transforms.v2" or "datasets".
+    """Return the module `torchvision.<name>`, for instance "transforms.v2" or "datasets".
 
-    Raises `ImportError` naming the installed versions of torch and torchvision and the command that installs
-    a matching pair. A torchvision built for another torch fails on import with a message about `nms`, from
-    which nobody could guess the cause.
+    Raises:
+        ImportError: torchvision cannot be imported. A torchvision built for another version of PyTorch fails with a
+            message about `nms`, which does not show the cause; this error names the installed versions of both and
+            the command that installs a matching pair.
     """
     try:
         return import_module(f"torchvision.{name}")
@@ -25,6 +26,7 @@ def torchvision_module(name: str) -> Any:
 
 
 def _version(distribution: str) -> str:
+    """Return the installed version of a distribution, or "not installed"."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -1,28 +1,25 @@
-"""A user's folder of images: find the classes, refuse what would train wrongly, split off a validation part."""
+"""A folder of images: find the classes, refuse layouts that would train wrongly, and split off validation images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from normfree.data.encoded import EncodedSource
-from normfree.data.seeds import key
 from normfree.data.source import Split
+from normfree.data.subset import check_val_fraction, hash_split, summary
 from normfree.data.transforms.decode import MAX_PIXELS, SUFFIXES
-
-if TYPE_CHECKING:
-    pass
+from normfree.suggest import problem
 
 TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "validation", "valid", "test")  # the first one found is taken
-_LITTER = {"__macosx", "thumbs.db", "desktop.ini"}  # what file managers leave behind
+VAL_NAMES = ("val", "validation", "valid", "test")  # the first one found is used
+_LITTER = {"__macosx", "thumbs.db", "desktop.ini"}  # files of file managers
 _LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
 
 
 class FolderSource(EncodedSource):
-    """Image files with labels. `samples` holds (path relative to `root`, class number)."""
+    """A source of labeled image files; `samples` lists (path relative to `root`, class number)."""
 
     def __init__(
         self,
@@ -42,39 +39,42 @@ class FolderSource(EncodedSource):
         return len(self._samples)
 
     def label(self, index: int) -> int:
-        """The class of file `index`."""
+        """Return the class of file `index`."""
         return self._samples[index][1]
 
     def data(self, index: int) -> str:
-        """The path of file `index`."""
+        """Return the path of file `index`."""
         return self.name(index)
 
     def name(self, index: int) -> str:
-        """The path of file `index`."""
+        """Return the path of file `index`."""
         return str(self._root / self._samples[index][0])
 
 
 @dataclass(frozen=True)
 class _Listing:
+    """The class folders of `root` and their images."""
+
     root: Path
     files: dict[str, list[str]]  # class -> file names, both sorted
     ignored: int  # visible files that are not images, and images outside the class folders
 
     def samples(self) -> list[tuple[str, int]]:
+        """Return (path relative to `root`, class number) of all images."""
         return [(f"{c}/{name}", k) for k, (c, names) in enumerate(self.files.items()) for name in names]
 
 
 def open_folder(root: Path, *, val_fraction: float, seed: int) -> Split:
-    """The split of a folder: `train/` and `val/` (or `validation/`, `valid/`, `test/`) if it has them.
+    """Return the split of a folder: `train/` and `val/` (or `validation/`, `valid/`, `test/`) if it has them.
 
-    Otherwise every class gives `val_fraction` of its files to validation, chosen by a hash of (seed, class,
-    file name): the same files in every run, and mostly the same ones after files are added. A class keeps at
-    least one file to train on and, when it has two, gives at least one. Classes are the sorted folder names.
-    Hidden files are skipped, files without an image suffix counted. Raises `ValueError` for a layout that
-    would train wrongly.
+    Otherwise every class gives `val_fraction` of its files to validation, chosen by a hash of (seed, class, file
+    name): the same files in every run, and mostly the same ones after files are added (`hash_split`). Classes are the
+    sorted folder names. Hidden files are skipped, and files without an image suffix are counted.
+
+    Raises:
+        ValueError: The layout would train wrongly, for instance class folders that differ between train/ and val/.
     """
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}. Allowed: above 0 and below 1. Fix: val_fraction=0.1")
+    check_val_fraction(val_fraction)
     train_root, val_root = _part(root, TRAIN_NAMES), _part(root, VAL_NAMES)
     if train_root is not None and val_root is not None:
         return _two_folders(root, _listing(train_root), _listing(val_root))
@@ -82,12 +82,13 @@ def open_folder(root: Path, *, val_fraction: float, seed: int) -> Split:
 
 
 def open_labeled_folder(root: Path) -> FolderSource:
-    """Every labelled image to score a network on: those of the folder's validation part, if it has one, else all."""
+    """Return the labeled images to evaluate a network on: the validation images if the folder has some, else all."""
     listing = _listing(_part(root, VAL_NAMES) or root)
     return FolderSource(listing.root, listing.samples(), classes=tuple(listing.files))
 
 
 def _two_folders(root: Path, train: _Listing, val: _Listing) -> Split:
+    """Return the split of a training and a validation folder with the same classes."""
     only_train, only_val = (sorted(a.files.keys() - b.files.keys()) for a, b in ((train, val), (val, train)))
     if only_train or only_val:
         odd = [
@@ -96,16 +97,19 @@ def _two_folders(root: Path, train: _Listing, val: _Listing) -> Split:
             if names
         ]
         raise ValueError(
-            f"{train.root} and {val.root} have different classes ({'; '.join(odd)}). "
-            "Allowed: the same class folders in both. Fix: rename or remove the odd ones"
+            problem(
+                f"{train.root} and {val.root} have different classes ({'; '.join(odd)})",
+                allowed="the same class folders in both",
+                fix="rename or remove the others",
+            )
         )
-    notes = [_summary(root, len(train.samples()), len(val.samples()), len(train.files))]
-    notes.append(f"validation is {val.root.name}/")
-    left = [name for name in VAL_NAMES if name != val.root.name and (root / name).is_dir()]
-    notes += [f"{name}/ was left alone" for name in left]
+    sources = [FolderSource(part.root, part.samples(), classes=tuple(part.files)) for part in (train, val)]
+    notes = [summary(str(root), *sources), f"validation is {val.root.name}/"]
+    unused = [name for name in VAL_NAMES if name != val.root.name and (root / name).is_dir()]
+    notes += [f"{name}/ was not used" for name in unused]
     return Split(
-        train=FolderSource(train.root, train.samples(), classes=tuple(train.files)),
-        val=FolderSource(val.root, val.samples(), classes=tuple(val.files)),
+        train=sources[0],
+        val=sources[1],
         classes=tuple(train.files),
         notes=(*notes, *_ignored(train.ignored + val.ignored)),
         files=True,
@@ -113,25 +117,24 @@ def _two_folders(root: Path, train: _Listing, val: _Listing) -> Split:
 
 
 def _one_folder(listing: _Listing, *, val_fraction: float, seed: int) -> Split:
-    train, val = [], []
-    for k, (name, files) in enumerate(listing.files.items()):
-        order = sorted(files, key=lambda file: (key(seed, "split", name, file), file))
-        count = max(min(1, len(files) - 1), min(round(val_fraction * len(files)), len(files) - 1))
-        val += [(f"{name}/{file}", k) for file in sorted(order[:count])]
-        train += [(f"{name}/{file}", k) for file in sorted(order[count:])]
-    if not val:
-        raise ValueError(
-            f"{listing.root} holds one image per class, which leaves none for validation. "
-            "Allowed: two images or more in at least one class. Fix: add images, or a val/ folder beside train/"
-        )
+    """Return the split of one folder by a hash of the file names."""
+    samples = listing.samples()
+    train, val = hash_split(
+        FolderSource(listing.root, samples, classes=tuple(listing.files)),
+        val_fraction=val_fraction,
+        seed=seed,
+        ident=lambda index: samples[index][0].partition("/")[2],
+        what=str(listing.root),
+        fix="add images, or a val/ folder next to train/",
+    )
     notes = (
-        _summary(listing.root, len(train), len(val), len(listing.files)),
+        summary(str(listing.root), train, val),
         f"validation is {100 * val_fraction:g} % of each class, the same files in every run with this seed",
         *_ignored(listing.ignored),
     )
     return Split(
-        train=FolderSource(listing.root, train, classes=tuple(listing.files)),
-        val=FolderSource(listing.root, val, classes=tuple(listing.files)),
+        train=train,
+        val=val,
         classes=tuple(listing.files),
         notes=notes,
         files=True,
@@ -139,7 +142,10 @@ def _one_folder(listing: _Listing, *, val_fraction: float, seed: int) -> Split:
 
 
 def _part(root: Path, names: tuple[str, ...]) -> Path | None:
-    # A folder named "train" that holds images itself is a class (of locomotives), not a part of the data.
+    """Return the first of the folders `names` in `root` that has class folders.
+
+    A folder named "train" that contains images is a class (of locomotives), not the training data.
+    """
     for name in names:
         folders, images, _ = _entries(root / name) if (root / name).is_dir() else ([], [], 0)
         if folders and not images:
@@ -148,6 +154,7 @@ def _part(root: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _listing(root: Path) -> _Listing:
+    """Return the classes and images of `root`; raise `ValueError` for a layout that would train wrongly."""
     folders, loose, ignored = _entries(root)
     if not folders:
         raise ValueError(_no_classes(root, len(loose)))
@@ -156,25 +163,38 @@ def _listing(root: Path) -> _Listing:
         deeper = [folder for folder in inner if _entries(root / name / folder)[1]]
         if deeper and not any(found for _, found, _ in contents.values()):
             raise ValueError(
-                f"{root} has no images in its class folders; they are one level deeper. "
-                f"Allowed: {_LAYOUT}. Did you mean {str(root / name)!r}?"
+                problem(
+                    f"{root} has no images in its class folders; they are one level deeper",
+                    allowed=f"{_LAYOUT}. Did you mean {str(root / name)!r}?",
+                )
             )
         if deeper:
             raise ValueError(
-                f"the class folder {root / name} has images in folders of its own ({_some(deeper)}). "
-                "Allowed: images directly in the class folder. Fix: move them up, or out"
+                problem(
+                    f"the class folder {root / name} has images in folders of its own ({_some(deeper)})",
+                    allowed="images directly in the class folder",
+                    fix="move them up, or out",
+                )
             )
         if not images and any(found for _, found, _ in contents.values()):
             raise ValueError(
-                f"the class folder {root / name} holds no images ({others} other files). "
-                f"Allowed: one image or more ({_suffixes()}). Fix: add images, or delete the folder"
+                problem(
+                    f"the class folder {root / name} holds no images ({others} other files)",
+                    allowed=f"one image or more ({_suffixes()})",
+                    fix="add images, or delete the folder",
+                )
             )
     if not any(found for _, found, _ in contents.values()):
-        raise ValueError(f"{root} holds no images ({_suffixes()}). Allowed: {_LAYOUT}. Fix: check the path")
+        raise ValueError(
+            problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix="check the path")
+        )
     if len(folders) == 1:
         raise ValueError(
-            f"{root} holds one class, {folders[0]!r}. Allowed: two classes or more. "
-            "Fix: add a folder with images of something else"
+            problem(
+                f"{root} holds one class, {folders[0]!r}",
+                allowed="two classes or more",
+                fix="add a folder with images of something else",
+            )
         )
     return _Listing(
         root,
@@ -184,20 +204,18 @@ def _listing(root: Path) -> _Listing:
 
 
 def _no_classes(root: Path, images: int) -> str:
+    """Return the error message for a folder without class folders."""
     if not images:
-        return f"{root} holds no images ({_suffixes()}). Allowed: {_LAYOUT}. Fix: check the path"
+        return problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix="check the path")
+    given = f"{root} holds {images} images and no class folders"
     parent = root.resolve().parent
-    hint = f"put the images into {root / '<class>'}"
     if sum(bool(_entries(parent / name)[1]) for name in _entries(parent)[0]) >= 2:
-        return (
-            f"{root} holds {images} images and no class folders. "
-            f"Allowed: {_LAYOUT}. Did you mean the folder above, {str(parent)!r}?"
-        )
-    return f"{root} holds {images} images and no class folders. Allowed: {_LAYOUT}. Fix: {hint}"
+        return problem(given, allowed=f"{_LAYOUT}. Did you mean the parent folder, {str(parent)!r}?")
+    return problem(given, allowed=_LAYOUT, fix=f"put the images into {root / '<class>'}")
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str], int]:
-    # sorted names of folders (symbolic links followed) and of images, and the count of other visible files
+    """Return the sorted names of folders (following symbolic links) and of images, and the number of other files."""
     folders, images, others = [], [], 0
     for path in folder.iterdir():
         if path.name.startswith(".") or path.name.lower() in _LITTER:
@@ -211,11 +229,8 @@ def _entries(folder: Path) -> tuple[list[str], list[str], int]:
     return sorted(folders), sorted(images), others
 
 
-def _summary(root: Path, train: int, val: int, classes: int) -> str:
-    return f"{root}: {train} images to train on, {val} to validate, {classes} classes"
-
-
 def _ignored(count: int) -> tuple[str, ...]:
+    """Return a note if files were left out."""
     return (
         (f"{count} other files were left out (no image suffix, or outside the class folders)",)
         if count
@@ -224,9 +239,11 @@ def _ignored(count: int) -> tuple[str, ...]:
 
 
 def _some(names: Sequence[str]) -> str:
+    """Return the first ten names, and how many more there are."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
 
 
 def _suffixes() -> str:
+    """Return the image suffixes for messages."""
     return " ".join(sorted(SUFFIXES))

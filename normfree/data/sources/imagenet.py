@@ -1,4 +1,4 @@
-"""ImageNet as it is published: train/ in class folders, and a val/ that is one folder of 50,000 files."""
+"""ImageNet as published: train/ in class folders, and val/ as one flat folder of 50,000 files."""
 
 from __future__ import annotations
 
@@ -10,48 +10,45 @@ from typing import Any
 
 from normfree.data.source import Split
 from normfree.data.sources.folders import FolderSource
-from normfree.data.subset import AUDIT_LIMIT
+from normfree.data.subset import AUDIT_LIMIT, audit_notes, summary
 from normfree.data.transforms.decode import SUFFIXES
+from normfree.suggest import problem
 
 VAL_NAMES = ("val", "validation", "valid")
 _WNID = r"n\d{8}"
-# The words under which the labels of the flat folder are passed on, the plainest first.
+# Usual names of the label file of the flat folder, the simplest format first.
 LABEL_FILES = ("val.txt", "val_map.txt", "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt")
 _TRUTH = LABEL_FILES[-1]
-_FOLDERS = (
-    "",
-    "..",
-    "../..",
-    "data",
-    "devkit/data",
-    "ILSVRC2012_devkit_t12/data",
-)  # where unpacked archives leave them
-_NUMBERS = ("map_clsloc.txt", "meta.mat")  # what the numbers of the ground truth mean
+# Folders, relative to the root, in which unpacked archives leave the label file.
+_FOLDERS = ("", "..", "../..", "data", "devkit/data", "ILSVRC2012_devkit_t12/data")
+_NUMBERS = ("map_clsloc.txt", "meta.mat")  # tables of the numbers in the ground truth
 _LAYOUT = (
-    f"a label file ({', '.join(LABEL_FILES)}) beside train/ or in val/, or val/ in class folders like train/"
+    f"a label file ({', '.join(LABEL_FILES)}) next to train/ or in val/, or val/ in class folders like train/"
 )
 
 
 def find_imagenet(root: Path) -> bool:
-    """Whether `root` has a train/ of class folders, and a val/ (validation/, valid/) of loose images."""
+    """Return True if `root` has a train/ of class folders, and a flat val/ (validation/, valid/) of images."""
     train, val = _parts(root)
     return train is not None and val is not None
 
 
 def open_imagenet(root: Path) -> Split:
-    """Train on train/, validate on the flat val/ with the labels of a file.
+    """Return the split of train/ and the flat val/, whose labels come from a file.
 
-    The file lies beside train/, inside val/, one or two folders above, or in the unpacked devkit, and is one of
+    The file is next to train/, inside val/, one or two folders above, or in the unpacked devkit, and is one of
 
-    - val.txt, val_map.txt: "FILE CLASS" in each line, where CLASS is the name of a class folder, or its position
+    - val.txt, val_map.txt: "FILE CLASS" in each line, where CLASS is the name of a class folder, or its index
       (from 0) in the sorted names;
-    - LOC_val_solution.csv: "ImageId,PredictionString", the class folder is the string's first word;
+    - LOC_val_solution.csv: "ImageId,PredictionString"; the string begins with the name of the class folder;
     - ILSVRC2012_validation_ground_truth.txt: a number for each file in the order of their names. These numbers
-      (ILSVRC2012_ID, from 1) are not positions in the sorted names; map_clsloc.txt or meta.mat of the devkit
-      says what they mean (the latter needs SciPy: extra `imagenet`).
+      (ILSVRC2012_ID, from 1) are not indices into the sorted names; map_clsloc.txt or meta.mat of the devkit
+      translates them (the latter needs SciPy: extra `imagenet`).
 
-    Classes are the sorted folder names of train/, the order of the released weights. Raises `ValueError` for a
-    missing or partial list, an unknown class, and a val/ file without a label.
+    Classes are the sorted folder names of train/, the order of the released weights.
+
+    Raises:
+        ValueError: The label file is missing or incomplete, or names an unknown class.
     """
     train_root, val_root = _parts(root)
     assert train_root is not None
@@ -70,30 +67,26 @@ def open_imagenet(root: Path) -> Split:
             else f"{train_root} holds one class"
         )
         raise ValueError(
-            f"{what}. Allowed: two classes or more, with images in each. Fix: unpack the archives again"
+            problem(what, allowed="two classes or more, with images in each", fix="unpack the archives again")
         )
     files = [file.name for file in _images(val_root, sort=True)]
     path, labels = _labels(root, val_root, files, classes)
     held = [(name, labels[name]) for name in files]
     total = len(samples) + len(held)
-    notes = [
-        f"{root}: {len(samples)} images to train on, {len(held)} to validate, {len(classes)} classes",
-        f"validation is {val_root.name}/ with the labels of {path.name}",
-    ]
-    if total > AUDIT_LIMIT:
-        notes.append(
-            f"{total} images are too many to open each before training; a bad one stops the run by name"
-        )
+    train = FolderSource(train_root, samples, classes=classes)
+    val = FolderSource(val_root, held, classes=classes)
+    how = f"validation is {val_root.name}/ with the labels of {path.name}"
     return Split(
-        train=FolderSource(train_root, samples, classes=classes),
-        val=FolderSource(val_root, held, classes=classes),
+        train=train,
+        val=val,
         classes=tuple(classes),
-        notes=tuple(notes),
+        notes=(summary(str(root), train, val), how, *audit_notes(total)),
         files=total <= AUDIT_LIMIT,
     )
 
 
 def _parts(root: Path) -> tuple[Path | None, Path | None]:
+    """Return train/ if it has class folders, and the validation folder if it is flat."""
     train = root / "train"
     if (
         not train.is_dir()
@@ -110,10 +103,12 @@ def _parts(root: Path) -> tuple[Path | None, Path | None]:
 
 
 def _visible(folder: Path) -> list[Path]:
+    """Return the entries that are not hidden."""
     return [p for p in folder.iterdir() if not p.name.startswith(".")]
 
 
 def _images(folder: Path, *, sort: bool, first: bool = False) -> list[Path]:
+    """Return the images of a folder, or with `first` only one of them."""
     found = []
     for path in folder.iterdir():
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
@@ -126,57 +121,71 @@ def _images(folder: Path, *, sort: bool, first: bool = False) -> list[Path]:
 def _labels(
     root: Path, val: Path, files: Sequence[str], classes: Sequence[str]
 ) -> tuple[Path, dict[str, int]]:
+    """Return the label file, and the class number of each of `files`."""
     for name in LABEL_FILES:
         path = _find(root, val, name)
         if path is None:
             continue
-        words = _truth(root, val, path, files) if name == _TRUTH else _mapping(path)
-        positions = {word: number for number, word in enumerate(classes)}
-        digits = all(word.isdecimal() for word in words.values()) and not any(c.isdecimal() for c in classes)
+        texts = _truth(root, val, path, files) if name == _TRUTH else _mapping(path)
+        numbers = {text: number for number, text in enumerate(classes)}
+        digits = all(text.isdecimal() for text in texts.values()) and not any(c.isdecimal() for c in classes)
         labels: dict[str, int] = {}
         for file in files:
-            word = words.get(file) or words.get(file.partition(".")[0])
-            if word is None:
+            text = texts.get(file) or texts.get(file.partition(".")[0])
+            if text is None:
                 raise ValueError(
-                    f"{path} has no label for {file!r} of {val}. Allowed: one for each. Fix: complete it"
+                    problem(
+                        f"{path} has no label for {file!r} of {val}",
+                        allowed="one for each",
+                        fix="complete it",
+                    )
                 )
-            number = int(word) if digits else positions.get(word, -1)
+            number = int(text) if digits else numbers.get(text, -1)
             if not 0 <= number < len(classes):
-                low = f"a class folder of {root / 'train'}, or its position from 0 to {len(classes) - 1}"
                 raise ValueError(
-                    f"{path} gives {file!r} the class {word!r}. Allowed: {low}. Fix: use the list of this set"
+                    problem(
+                        f"{path} gives {file!r} the class {text!r}",
+                        allowed=f"a class folder of {root / 'train'}, or its index from 0 to {len(classes) - 1}",
+                        fix="use the list of this data set",
+                    )
                 )
             labels[file] = number
         return path, labels
     raise ValueError(
-        f"{val} holds {len(files)} images and no class folders. Allowed: {_LAYOUT}. Fix: add val.txt"
+        problem(f"{val} holds {len(files)} images and no class folders", allowed=_LAYOUT, fix="add val.txt")
     )
 
 
 def _find(root: Path, val: Path, name: str) -> Path | None:
-    places = [val / name, *(root / folder / name for folder in _FOLDERS)]
-    return next((path for path in places if path.is_file()), None)
+    """Return the file `name` in the folders where unpacked archives leave it, or None."""
+    paths = [val / name, *(root / folder / name for folder in _FOLDERS)]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _mapping(path: Path) -> dict[str, str]:
+    """Return the class as it is written in the label file, by file name."""
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
             rows = [(row.get("ImageId"), row.get("PredictionString")) for row in csv.DictReader(file)]
-        return {image: words.split()[0] for image, words in rows if image and words and words.split()}
+        return {image: text.split()[0] for image, text in rows if image and text and text.split()}
     found: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        name, _, word = line.strip().rpartition(" ")
+        name, _, text = line.strip().rpartition(" ")
         if name:
-            found[name.strip().rpartition("/")[2]] = word
+            found[name.strip().rpartition("/")[2]] = text
     return found
 
 
 def _truth(root: Path, val: Path, path: Path, files: Sequence[str]) -> dict[str, str]:
+    """Return the class folder of each of `files`, from the numbers of the ground truth and a table of the devkit."""
     numbers = path.read_text(encoding="utf-8").split()
     if len(numbers) != len(files):
         raise ValueError(
-            f"{path} has {len(numbers)} labels for {len(files)} images in {val}. Allowed: one for each, in the order "
-            "of their names. Fix: unpack the archive of validation images again"
+            problem(
+                f"{path} has {len(numbers)} labels for {len(files)} images in {val}",
+                allowed="one for each, in the order of their names",
+                fix="unpack the archive of validation images again",
+            )
         )
     for name in _NUMBERS:
         where = path.parent / name if (path.parent / name).is_file() else _find(root, val, name)
@@ -185,23 +194,30 @@ def _truth(root: Path, val: Path, path: Path, files: Sequence[str]) -> dict[str,
             odd = next((number for number in numbers if number not in table), None)
             if odd is not None:
                 raise ValueError(
-                    f"{path} has the number {odd}, which {where} does not. Allowed: a pair. "
-                    "Fix: take both from one devkit"
+                    problem(
+                        f"{path} has the number {odd}, which {where} does not",
+                        allowed="two files of one devkit",
+                        fix="take both from one devkit",
+                    )
                 )
             return {file: table[number] for file, number in zip(files, numbers, strict=True)}
     raise ValueError(
-        f"{path} gives numbers whose meaning is in the devkit. Allowed: {' or '.join(_NUMBERS)} beside it. "
-        "Fix: copy meta.mat from ILSVRC2012_devkit_t12/data"
+        problem(
+            f"{path} holds numbers that only the devkit explains",
+            allowed=f"{' or '.join(_NUMBERS)} next to it",
+            fix="copy meta.mat from ILSVRC2012_devkit_t12/data",
+        )
     )
 
 
 def _from_text(path: Path) -> dict[str, str]:
-    # "n02119789 1 kit_fox"
+    """Return class folder by number, from lines such as "n02119789 1 kit_fox"."""
     found = re.findall(rf"^({_WNID}) (\d+)\b", path.read_text(encoding="utf-8"), flags=re.M)
     return {number: wnid for wnid, number in found}
 
 
 def _from_mat(path: Path) -> dict[str, str]:
+    """Return class folder by number, from the devkit's meta.mat."""
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError:
@@ -209,7 +225,11 @@ def _from_mat(path: Path) -> dict[str, str]:
     try:
         rows: Any = loadmat(path, squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
-    except Exception as error:  # a damaged file raises many things
+    except Exception as error:  # damaged files raise many types
         raise ValueError(
-            f"{path} is no table of synsets ({error}). Allowed: meta.mat as published. Fix: copy it again"
+            problem(
+                f"{path} is no table of synsets ({error})",
+                allowed="meta.mat as published",
+                fix="copy it again",
+            )
         ) from None

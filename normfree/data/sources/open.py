@@ -1,22 +1,25 @@
-"""From what a user names to a training and a validation source: `open_source`."""
+"""`open_source`: from the name or path of a data set to a training and a validation source."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-import warnings
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from normfree.data.source import Source, Split
+from normfree.data.sources.torchvision_sets import TORCHVISION_SETS, open_torchvision
+from normfree.data.spec import is_yes, parse_spec
+from normfree.suggest import closest, problem
 
-from normfree.data.source import ArraySource, Source, Split
-from normfree.data.spec import is_yes, parse_word
-from normfree.data.torchvision_import import torchvision_module
-
-DEFAULT_ROOT = Path("data")  # where the sets of torchvision lie, below the working directory
+DEFAULT_ROOT = Path("data")  # folder of the data sets of torchvision, below the working directory
+NAMES = ("emoji", *TORCHVISION_SETS, "synthetic")
+SCHEMES = {  # scheme -> its options
+    "shards": ("val",),
+    "packed": ("val",),
+    "hf": ("split", "val", "image", "label", "subset", "revision", "download", "streaming", "buffer"),
+}
+_ALLOWED = f"a folder of images, or one of {', '.join([*NAMES, *(f'{scheme}:...' for scheme in SCHEMES)])}"
 
 
 def open_source(
@@ -28,24 +31,43 @@ def open_source(
     root: str | os.PathLike[str] | None = None,
     pipes: bool = False,
 ) -> Split:
-    """Find a data set by name or by path.
+    """Open a data set by name or by path, split into training and validation.
 
-    `data` is one of these words (docs/data.md has examples):
+    `data` is one of the following (docs/data.md has examples):
 
     - "emoji" (the default of the demo), "synthetic" (with options: "synthetic:classes=4,size=32,train=256,val=64");
     - "cifar10", "cifar100", "fashion_mnist" (with options: "cifar10:root=FOLDER,download=yes");
-    - the path of a folder: class folders, train/ and val/ of class folders, ImageNet as it is published, or tar
-      shards; a folder that bears the name of a set is meant by "./emoji";
-    - "shards:PATTERN[,val=PATTERN]", where the prefix may be left out if the pattern ends in .tar: WebDataset;
-      a PATTERN may be "pipe:COMMAND";
-    - "packed:FILE[,val=FILE]": what `pack` wrote;
+    - the path of a folder: class folders, train/ and val/ of class folders, ImageNet as published, or tar shards. Write
+      "./emoji" for a folder that has the name of a data set;
+    - "shards:PATTERN[,val=PATTERN]": WebDataset; the prefix is optional if the pattern ends in .tar, and a PATTERN may
+      be "pipe:COMMAND";
+    - "packed:FILE[,val=FILE]": files written by `pack`;
     - "hf:FOLDER_OR_NAME[,split=...,image=...,label=...,val=...,download=yes]": Hugging Face datasets.
 
-    `val_fraction` and `seed` split what has no validation part of its own; the named sets have fixed splits.
-    `root` is where the sets of torchvision lie (default "data"); they, and remote names after "hf:", are
-    downloaded only when `download` is True; what the word itself says of these two goes first. `pipes`: the
-    commands of "pipe:" may run; for a word that was typed, not for one that a config brought. Raises `ValueError`
-    for what cannot be found or used, and `ModuleNotFoundError` naming the extra for a package that is missing.
+    Args:
+        data: Name or path.
+        val_fraction: Fraction of each class for validation, for data without a validation part. Named data sets have
+            fixed splits.
+        seed: Seed of that split.
+        download: Allow torchvision's data sets and remote names after "hf:" to be downloaded. An option in `data`
+            overrides it.
+        root: Folder of torchvision's data sets, by default "data". An option in `data` overrides it.
+        pipes: Allow the commands of "pipe:" to run. Pass True only for text that the user typed, not for text from a
+            config file.
+
+    Returns:
+        A `Split` with `train`, `val` and `classes`.
+
+    Raises:
+        ValueError: The data cannot be found or used.
+        ModuleNotFoundError: A package is missing; the message names the extra that installs it.
+
+    Example:
+        >>> split = open_source("synthetic:classes=3,size=16,train=6,val=3")
+        >>> len(split.train), len(split.val), split.classes
+        (6, 3, ('disk', 'ring', 'square'))
+        >>> split.train.label(4), split.train.image(4).size
+        (1, (16, 16))
     """
     text = os.fspath(data)
     if text == "emoji":
@@ -57,17 +79,20 @@ def open_source(
 
         return open_synthetic(text)
     if text.partition(":")[0] in TORCHVISION_SETS:
-        return _open_torchvision(text, root=Path(root or DEFAULT_ROOT), download=download)
-    word = _word(text)
-    if word:
-        return _open_word(word, val_fraction=val_fraction, seed=seed, download=download, pipes=pipes)
+        return open_torchvision(text, root=Path(root or DEFAULT_ROOT), download=download)
+    spec = _spec(text)
+    if spec:
+        return _open_spec(spec, val_fraction=val_fraction, seed=seed, download=download, pipes=pipes)
     path = Path(text).expanduser()
     if not path.exists():
         raise ValueError(_unknown(text))
     if not path.is_dir():
         raise ValueError(
-            f"{text!r} is a file. Allowed: {_ALLOWED}. "
-            f"Fix: name the folder of images; an archive must be unpacked first"
+            problem(
+                f"{text!r} is a file",
+                allowed=_ALLOWED,
+                fix="name the folder of images; an archive must be unpacked first",
+            )
         )
     from normfree.data.sources.folders import open_folder
     from normfree.data.sources.imagenet import find_imagenet, open_imagenet
@@ -80,14 +105,14 @@ def open_source(
 def open_labeled(
     data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, pipes: bool = False
 ) -> Source:
-    """The images to score a finished network on: the validation part of a named data set, that of a folder or word
-    which has one, or else every image. Nothing is downloaded unless the word says so. `pipes` and errors as for
-    `open_source`.
+    """Open the images to evaluate a trained network on: the validation part if `data` has one, else every image.
+
+    Nothing is downloaded unless an option in `data` requests it. Arguments and errors are those of `open_source`.
     """
     text = os.fspath(data)
-    word = _word(text)
-    if word:
-        return _open_word_labelled(word, pipes=pipes)
+    spec = _spec(text)
+    if spec:
+        return _open_labeled_spec(spec, pipes=pipes)
     path = Path(text).expanduser()
     if text.partition(":")[0] in NAMES or not path.is_dir():
         return open_source(data, root=root).val
@@ -99,50 +124,50 @@ def open_labeled(
     return open_labeled_folder(path)
 
 
-SCHEMES = {  # word -> its options
-    "shards": ("val",),
-    "packed": ("val",),
-    "hf": ("split", "val", "image", "label", "subset", "revision", "download", "streaming", "buffer"),
-}
-
-
-def _word(text: str) -> str:
-    """`text` as SCHEME:..., or "" when it is a name or a folder of images."""
+def _spec(text: str) -> str:
+    """Return `text` as SCHEME:..., or "" if it is a name or a folder of images."""
     scheme, colon, _ = text.partition(":")
     if colon and scheme in SCHEMES:
         return text
     if scheme == "pipe" and colon:
         return f"shards:{text}"
-    misspelt = re.match(r"\w+:(?!//)", text) and not Path(text).exists()  # "shard:x.tar"
-    if re.search(r"\.tar(,val=|$)", text) and not misspelt:
+    misspelled = re.match(r"\w+:(?!//)", text) and not Path(text).exists()  # "shard:x.tar"
+    if re.search(r"\.tar(,val=|$)", text) and not misspelled:
         return f"shards:{text}"
     path = Path(text).expanduser()
     if text and path.is_dir():
         names = sorted(p.name for p in path.glob("*.tar"))
-        # An archive that lies beside class folders is not meant.
+        # An archive next to class folders is not data.
         if names and not any(p.is_dir() and not p.name.startswith(".") for p in path.iterdir()):
             return _shard_folder(path, names)
     return ""
 
 
 def _shard_folder(path: Path, names: list[str]) -> str:
-    # names like imagenet1k-train-0000.tar and imagenet1k-validation-00.tar, as they are published
-    train, val = ([name for name in names if word in name] for word in ("train", "val"))
+    """Return the specification of a folder of shards.
+
+    Published shards have names such as imagenet1k-train-0000.tar and imagenet1k-validation-00.tar.
+    """
+    train, val = ([name for name in names if part in name] for part in ("train", "val"))
     folder = glob.escape(str(path))
     if train and val:
         if set(train) & set(val) or len(train) + len(val) < len(names):
             odd = next(name for name in names if (name in train) == (name in val))
             raise ValueError(
-                f"{path} holds {odd}, which is neither *train*.tar nor *val*.tar alone. Allowed: these two, or one "
-                f"kind. Fix: shards:{path}/...,val={path}/..."
+                problem(
+                    f"{path} holds {odd}, which matches not exactly one of *train*.tar and *val*.tar",
+                    allowed="shards of these two kinds, or of one kind",
+                    fix=f"shards:{path}/...,val={path}/...",
+                )
             )
         return f"shards:{folder}/*train*.tar,val={folder}/*val*.tar"
     return f"shards:{folder}/*.tar"
 
 
-def _open_word(text: str, *, val_fraction: float, seed: int, download: bool, pipes: bool) -> Split:
+def _open_spec(text: str, *, val_fraction: float, seed: int, download: bool, pipes: bool) -> Split:
+    """Return the split of "SCHEME:TARGET,option=value,..."."""
     scheme = text.partition(":")[0]
-    target, options = parse_word(text, allowed=SCHEMES[scheme])
+    target, options = parse_spec(text, allowed=SCHEMES[scheme])
     if scheme == "shards":
         from normfree.data.sources.webdataset import split_shards
 
@@ -151,15 +176,16 @@ def _open_word(text: str, *, val_fraction: float, seed: int, download: bool, pip
         from normfree.data.sources.packed import split_packed
 
         return split_packed(target, options.get("val"), val_fraction=val_fraction, seed=seed)
-    from normfree.data.sources.huggingface import split_hugging
+    from normfree.data.sources.huggingface import split_huggingface
 
     download = is_yes(options, "download", download)
-    return split_hugging(target, options, val_fraction=val_fraction, seed=seed, download=download)
+    return split_huggingface(target, options, val_fraction=val_fraction, seed=seed, download=download)
 
 
-def _open_word_labelled(text: str, *, pipes: bool) -> Source:
+def _open_labeled_spec(text: str, *, pipes: bool) -> Source:
+    """Return the images to evaluate on of "SCHEME:TARGET,option=value,..."."""
     scheme = text.partition(":")[0]
-    target, options = parse_word(text, allowed=SCHEMES[scheme])
+    target, options = parse_spec(text, allowed=SCHEMES[scheme])
     if scheme == "shards":
         from normfree.data.sources.webdataset import open_shards
 
@@ -168,73 +194,18 @@ def _open_word_labelled(text: str, *, pipes: bool) -> Source:
         from normfree.data.sources.packed import PackedSource
 
         return PackedSource(options.get("val", target))
-    from normfree.data.sources.huggingface import labelled_hugging
+    from normfree.data.sources.huggingface import open_labeled_huggingface
 
-    return labelled_hugging(target, options, download=is_yes(options, "download"))
-
-
-# name -> class in torchvision.datasets, folder below the root, side in pixels, credit
-TORCHVISION_SETS = {
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", 32, "CIFAR-10: A. Krizhevsky, 2009."),
-    "cifar100": ("CIFAR100", "cifar-100-python", 32, "CIFAR-100: A. Krizhevsky, 2009."),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", 28, "Fashion-MNIST: Zalando SE, MIT licence."),
-}
-NAMES = ("emoji", *TORCHVISION_SETS, "synthetic")
-
-
-def _open_torchvision(text: str, *, root: Path, download: bool) -> Split:
-    name = text.partition(":")[0]
-    _, options = parse_word(text, allowed=("root", "download"), named=True)
-    root = Path(options.get("root", root)).expanduser()
-    download = is_yes(options, "download", download)
-    fix = f"{name}:" + (f"root={options['root']}," if "root" in options else "") + "download=yes"
-    class_name, folder, size, credit = TORCHVISION_SETS[name]
-    if not download and not (root / folder).is_dir():
-        raise ValueError(
-            f"{name!r} is not here: looked in {root / folder}. Allowed: a copy in that place, or a download when "
-            f"told to. Fix: {fix}"
-        )
-    opener = getattr(torchvision_module("datasets"), class_name)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy deplores how the arrays of 2009 were pickled
-            parts = [opener(str(root), train=train, download=download) for train in (True, False)]
-    except RuntimeError:  # missing or damaged files: torchvision compares their MD5 sums
-        raise ValueError(
-            f"{name!r} in {root / folder} is incomplete or damaged. Allowed: the files as they were published. "
-            f"Fix: delete that folder, then {fix}"
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"{name!r} could not be downloaded: {error}. Allowed: a network connection, or a copy in "
-            f"{root / folder}. Fix: copy it there from a machine that has it"
-        ) from error
-    train, val = (
-        _array_source(name, part, data) for part, data in zip(("train", "test"), parts, strict=True)
-    )
-    counts = f"{len(train)} images to train on, {len(val)} to validate (its test set)"
-    note = f"{name}: {counts}, {len(train.classes)} classes"
-    return Split(train=train, val=val, classes=train.classes, credit=credit, image_size=size, notes=(note,))
-
-
-def _array_source(name: str, part: str, data: Any) -> ArraySource:
-    images = np.asarray(data.data, dtype=np.uint8)
-    if images.ndim == 3:  # grey, N H W
-        images = np.repeat(images[..., None], 3, axis=3)
-    labels = [int(label) for label in data.targets]
-    return ArraySource(
-        images, labels, classes=tuple(data.classes), names=[f"{name}/{part}/{i}" for i in range(len(labels))]
-    )
-
-
-_ALLOWED = f"a folder of images, or one of {', '.join([*NAMES, *(f'{word}:...' for word in SCHEMES)])}"
+    return open_labeled_huggingface(target, options, download=is_yes(options, "download"))
 
 
 def _unknown(text: str) -> str:
+    """Return the error message for a `text` that names no data set, with the most similar name."""
     scheme, colon, rest = text.partition(":")
-    near = get_close_matches(text.lower().replace("-", "_"), NAMES, n=1)
-    close = get_close_matches(scheme.lower(), (*SCHEMES, "synthetic"), n=1, cutoff=0.5) if colon else []
-    fix = f"Did you mean {near[0]!r}?" if near else "Fix: check the path"
-    if close:
-        fix = f"Did you mean {close[0] + ':' + rest!r}?"
-    return f"{text!r} is neither a folder nor a known data set. Allowed: {_ALLOWED}. {fix}"
+    near = closest(text.lower().replace("-", "_"), NAMES)
+    if colon and (similar := closest(scheme.lower(), (*SCHEMES, "synthetic"))):
+        near = f"{similar}:{rest}"
+    given = f"{text!r} is neither a folder nor a known data set"
+    return problem(given, allowed=_ALLOWED, fix="" if near else "check the path") + (
+        f" Did you mean {near!r}?" if near else ""
+    )

@@ -1,8 +1,8 @@
-"""Shards that a shell command writes: run once into a local file, which then is a shard like every other.
+"""Shards written by a shell command: it runs once, and its output is kept as a local file and used like any shard.
 
-A command in a data word can do what its author can do, so it runs only when the caller says so (`run=True`): for a
-word that the user has just typed, never for one that was read from a file. A word whose files are here already needs
-no command, so a run can go on from its own config.
+A command in a data specification has the permissions of the user, so it runs only if the caller allows it (`run=True`):
+for text that the user just typed, never for text that was read from a file. If the output is already in the cache, no
+command runs, so a run can resume from its own config.
 """
 
 from __future__ import annotations
@@ -11,71 +11,87 @@ import hashlib
 import os
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 from normfree.data.sources.storage import StoredFile, braces
 from normfree.data.sources.tar_index import cache_folder, index_tar
+from normfree.files import atomic_write
+from normfree.suggest import problem
 
 PREFIX = "pipe:"
-_TAIL = 2000  # characters of a command's complaints that are looked at
+_TAIL = 2000  # bytes of a command's standard error that are kept
 
 
-def fetched(command: str, *, run: bool, folder: Path | None = None) -> StoredFile:
-    """The local file of what `command` writes to its standard output, a plain tar.
+def fetch(command: str, *, run: bool, folder: Path | None = None) -> StoredFile:
+    """Return the local file with the standard output of `command`, a plain tar.
 
-    It lies in `folder` (default: normfree/pipes in the user's cache folder) and is named after the command; while it
-    is there, the command does not run again, whatever has changed behind it. With `run`, a missing file is made: by
-    the shell, and kept only if the command succeeds and its output is a whole tar. Raises `ValueError` if it is not,
-    and for a missing file without `run`.
+    The file is named after the command. While it exists, the command does not run again, even if its result would
+    differ now.
+
+    Args:
+        command: Shell command.
+        run: Run the command if the file is missing. The file is kept only if the command succeeds and its output is a
+            complete tar.
+        folder: Folder of the file, by default normfree/pipes in the user's cache folder.
+
+    Raises:
+        ValueError: The file is missing and `run` is False, or the command failed, or its output is no tar.
     """
     folder = folder or cache_folder().parent / "pipes"
     name = hashlib.blake2b(command.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     path = folder / f"{name}.tar"
-    place = StoredFile(str(path), label=_label(command, name))
+    stored = StoredFile(str(path), label=_label(command, name))
     if path.is_file():
-        return place
+        return stored
     if not run:
         raise ValueError(
-            f"'{PREFIX}{command}' is a shell command, and was not typed here. Allowed: commands that the user types; "
-            "those of a config run only where their files were fetched before. "
-            f"Fix: read the command, then say it yourself: --data '{PREFIX}...'"
+            problem(
+                f"'{PREFIX}{command}' is a shell command, and was not typed here",
+                allowed="commands that the user types; those of a config only if their files were fetched before",
+                fix=f"read the command, then type it yourself: --data '{PREFIX}...'",
+            )
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, work = tempfile.mkstemp(dir=folder, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
+
+    def write(work: Path) -> None:
+        with work.open("wb") as file:
             done = subprocess.run(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=file,
                                   stderr=subprocess.PIPE, check=False)  # fmt: skip
         if done.returncode:
             lines = done.stderr[-_TAIL:].decode("utf-8", "replace").strip().splitlines() or ["no message"]
             raise ValueError(
-                f"'{PREFIX}{command}' failed with code {done.returncode}: {lines[-1]}. Allowed: a command that writes "
-                "a tar to its standard output. Fix: try it in a shell"
+                problem(
+                    f"'{PREFIX}{command}' failed with code {done.returncode}: {lines[-1]}",
+                    allowed="a command that writes a tar to its standard output",
+                    fix="try it in a shell",
+                )
             )
-        with open(work, "rb") as tar:  # a pipe of several commands may fail in the middle and say nothing
-            index_tar(tar, name=place.shown, size=os.path.getsize(work))
-        os.replace(work, path)
-    finally:
-        if os.path.exists(work):
-            os.unlink(work)
-    return place
+        with work.open("rb") as tar:  # a pipeline may fail in the middle without an exit code
+            index_tar(tar, name=stored.shown, size=os.path.getsize(work))
+
+    atomic_write(path, write)
+    return stored
 
 
-def commands(word: str) -> list[str]:
-    """The commands of "pipe:COMMAND", with {000..127} and {a,b} written out. Raises `ValueError` for one that comes
-    twice, for other braces and for none."""
-    command = word.removeprefix(PREFIX).strip()
-    found = braces(command, word)
+def pipe_commands(spec: str) -> list[str]:
+    """Return the commands of "pipe:COMMAND", with {000..127} and {a,b} expanded.
+
+    Raises:
+        ValueError: There is no command, a command occurs twice, or the braces are malformed.
+    """
+    command = spec.removeprefix(PREFIX).strip()
+    found = braces(command, spec)
     if not command or len(set(found)) != len(found):
         raise ValueError(
-            f"{word!r} names {'a command twice' if command else 'no command'}. Allowed: {PREFIX}COMMAND. "
-            f"Fix: {PREFIX}'curl -s https://host/train-{{000..127}}.tar'"
+            problem(
+                f"{spec!r} names {'a command twice' if command else 'no command'}",
+                allowed=f"{PREFIX}COMMAND",
+                fix=f"{PREFIX}'curl -s https://host/train-{{000..127}}.tar'",
+            )
         )
     return found
 
 
 def _label(command: str, name: str) -> str:
-    # What a command reads is its last word with .tar in it, without a query, which may hold secrets.
-    words = re.findall(r"([^\s/'\"?=]+\.tar)\b", command)
-    return str(words[-1]) if words else f"{name[:8]}.tar"
+    """Return the file name that a command reads, without a query, which may hold secrets: its last *.tar."""
+    files = re.findall(r"([^\s/'\"?=]+\.tar)\b", command)
+    return str(files[-1]) if files else f"{name[:8]}.tar"

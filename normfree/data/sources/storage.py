@@ -1,4 +1,4 @@
-"""A file that can be read at any offset, here or in an object store, and the patterns that name many of them."""
+"""Files that can be read at any offset, local or in an object store, and the patterns that name many of them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_PLACES = 100_000  # what one pattern may stand for; more is a slip of the keyboard
-_RETRIES = (0.5, 2.0)  # seconds before the second and the third try of a remote read: a network blinks
+from normfree.suggest import problem
 
-_NO_RANGES = "the server does not read at an offset (no range requests)"
+MAX_FILES = 100_000  # files that one pattern may name; more is a typing error
+_RETRIES = (
+    0.5,
+    2.0,
+)  # seconds before the second and third attempt of a remote read, for short network failures
+
+_BRACES = "{000..127} or {a,b}"
+_NO_RANGES = "the server does not support range requests"
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A local path, or a URL that fsspec opens (s3://, gs://, https://, ...); `label` is shown in its stead."""
+    """A local path, or a URL that fsspec opens (s3://, gs://, https://, ...); messages show `label`, if given."""
 
     url: str
     label: str = ""
 
     @property
     def remote(self) -> bool:
-        """Whether fsspec reads it."""
+        """True if fsspec reads the file."""
         return "://" in self.url
 
     @property
     def shown(self) -> str:
-        """The path or URL for messages and names: without user, password and query, which may be secrets."""
+        """The path or URL for messages and names, without user, password and query, which may be secrets."""
         if self.label or not self.remote:
             return self.label or self.url
         scheme, _, rest = self.url.partition("://")
@@ -41,9 +47,12 @@ class StoredFile:
         return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
 
     def stamp(self) -> tuple[int, str]:
-        """(bytes, version): what changes when the file does. Raises `OSError` when it is not there.
+        """Return (size in bytes, version), which change when the file changes.
 
-        The version is the modification time here, and the ETag or date that the store states elsewhere.
+        The version is the modification time of a local file, and the ETag or date that the store reports for others.
+
+        Raises:
+            OSError: The file does not exist or cannot be read.
         """
         if not self.remote:
             found = os.stat(self.url)
@@ -54,25 +63,26 @@ class StoredFile:
         info = system.info(path)
         if info.get("size") is None:
             raise OSError("the server does not state its size")
-        words = ("ETag", "etag", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
-        return int(info["size"]), next((str(info[word]) for word in words if info.get(word)), "")
+        fields = ("ETag", "etag", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
+        return int(info["size"]), next((str(info[field]) for field in fields if info.get(field)), "")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The whole file, seekable, read forwards in large pieces."""
+        """Open the whole file, seekable, for reading forward in large pieces."""
         if not self.remote:
             with open(self.url, "rb") as file:
                 yield file
             return
-        self.read(0, 1)  # a server that cannot read a part sends the whole
+        self.read(0, 1)  # fails if the server ignores ranges and sends the whole file
         system, path = _filesystem(self.url)
         with system.open(path, "rb", cache_type="readahead") as file:
             yield file
 
     def read(self, offset: int, size: int, *, stamp: tuple[int, str] | None = None) -> bytes:
-        """`size` bytes from `offset`. Safe in threads and in forked processes: nothing stays open.
+        """Return `size` bytes from `offset`. Nothing stays open, so threads and forked processes may call this.
 
-        Raises `OSError`, also when fewer bytes come back or a local file no longer has this `stamp`.
+        Raises:
+            OSError: The file cannot be read, is too short, or (local files only) no longer has this `stamp`.
         """
         if not self.remote:
             with open(self.url, "rb", buffering=0) as file:
@@ -81,15 +91,16 @@ class StoredFile:
                     raise OSError("the file changed after it was indexed")
                 data = _read_fully(file.fileno(), offset, size)
         else:
-            data = _patiently(self.url, offset, size)
+            data = _read_remote(self.url, offset, size)
         if len(data) != size:
-            raise OSError(_NO_RANGES if len(data) > size else "cut short")
+            raise OSError(_NO_RANGES if len(data) > size else "the file is too short")
         return data
 
 
 def _read_fully(descriptor: int, offset: int, size: int) -> bytes:
+    """Read until `size` bytes or the end of the file."""
     data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # one call stops at 2 GB, and on some network disks before
+    while len(data) < size:  # one call returns at most 2 GB, and less on some network disks
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
             break
@@ -97,14 +108,15 @@ def _read_fully(descriptor: int, offset: int, size: int) -> bytes:
     return data
 
 
-def _patiently(url: str, offset: int, size: int) -> bytes:
+def _read_remote(url: str, offset: int, size: int) -> bytes:
+    """Read from a store, with retries."""
     for pause in (*_RETRIES, None):
         try:
             system, path = _filesystem(url)
             return bytes(system.cat_file(path, start=offset, end=offset + size))
         except FileNotFoundError:
             raise
-        except Exception as error:  # every store has errors of its own
+        except Exception as error:  # each store has its own exception types
             if pause is None:
                 raise OSError(str(error) or type(error).__name__) from error
             time.sleep(pause)
@@ -112,7 +124,10 @@ def _patiently(url: str, offset: int, size: int) -> bytes:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    # fsspec keeps one instance per process and forgets it after a fork, so asking each time is cheap and safe.
+    """Return the file system of a URL and the path in it.
+
+    fsspec caches one instance per process and drops it after a fork, so this is cheap and safe to call each time.
+    """
     try:
         import fsspec
     except ModuleNotFoundError:
@@ -121,7 +136,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         ) from None
     try:
         system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:  # a store without its driver; fsspec says which package that is
+    except ImportError as error:  # the driver of the store is missing; fsspec names its package
         raise ModuleNotFoundError(
             f"{url.partition('://')[0]}:// needs a driver for fsspec: {error}"
         ) from None
@@ -130,10 +145,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return system, str(path)
 
 
-def beside(place: StoredFile, name: str) -> bytes | None:
-    """The content of the file `name` in the folder of `place`, or None when there is none."""
+def read_sibling(file: StoredFile, name: str) -> bytes | None:
+    """Return the content of the file `name` in the folder of `file`, or None if it does not exist."""
     sibling = StoredFile(
-        place.url.partition("?")[0].rpartition("/")[0] + "/" + name if "/" in place.url else name
+        file.url.partition("?")[0].rpartition("/")[0] + "/" + name if "/" in file.url else name
     )
     try:
         size, _ = sibling.stamp()
@@ -143,74 +158,85 @@ def beside(place: StoredFile, name: str) -> bytes | None:
 
 
 def expand(pattern: str) -> list[StoredFile]:
-    """The places of a pattern: a path or URL with {000..127}, {a,b}, and * ? [ ] of the shell.
+    """Return the files of a pattern: a path or URL with {000..127}, {a,b}, and * ? [ ] as in a shell.
 
-    Braces keep the order in which they are written; what * finds is sorted. A local file that bears exactly
-    this name is meant literally. Raises `ValueError` for braces that do not close, for what matches nothing,
-    and for a name that occurs twice.
+    Braces expand in the order in which they are written; matches of * are sorted. If a local file has exactly the name
+    `pattern`, only that file is returned.
+
+    Raises:
+        ValueError: Braces are malformed, nothing matches, or a file occurs twice.
     """
     pattern = pattern.removeprefix("file://")
     if "://" not in pattern:
         pattern = os.path.expanduser(pattern)
         if Path(pattern).is_file():
             return [StoredFile(pattern)]
-    places = [place for word in braces(pattern, pattern) for place in _globbed(word)]
-    if len({place.url for place in places}) != len(places):
-        raise ValueError(f"{pattern!r} names a file twice. Allowed: each once. Fix: check the braces")
-    return places
+    files = [file for part in braces(pattern, pattern) for file in _globbed(part)]
+    if len({file.url for file in files}) != len(files):
+        raise ValueError(
+            problem(f"{pattern!r} names a file twice", allowed="each once", fix="check the braces")
+        )
+    return files
 
 
-def _globbed(word: str) -> list[StoredFile]:
-    if not re.search(r"[*?\[]", word) or (
-        "://" in word and not re.search(r"[*\[]", word)
-    ):  # ? begins a query
-        return [StoredFile(word)]
-    if "://" not in word:
-        found = sorted(glob.glob(word))
+def _globbed(pattern: str) -> list[StoredFile]:
+    """Return the files that match a pattern without braces."""
+    remote = "://" in pattern
+    if not re.search(r"[*\[]" if remote else r"[*?\[]", pattern):  # in a URL, ? begins a query
+        return [StoredFile(pattern)]
+    if not remote:
+        found = sorted(glob.glob(pattern))
     else:
-        system, path = _filesystem(word)
+        system, path = _filesystem(pattern)
         try:
             found = sorted(str(system.unstrip_protocol(name)) for name in system.glob(path))
         except Exception as error:
             raise ValueError(
-                f"{word!r} cannot be listed: {error}. Allowed: * where the store lists its files. Fix: {{000..127}}"
+                problem(
+                    f"{pattern!r} cannot be listed: {error}",
+                    allowed="* if the store lists its files",
+                    fix="{000..127}",
+                )
             ) from error
     if not found:
         raise ValueError(
-            f"{word!r} matches no file. Allowed: the path or URL of tar files. Fix: check the path"
+            problem(
+                f"{pattern!r} matches no file", allowed="the path or URL of tar files", fix="check the path"
+            )
         )
     return [StoredFile(name) for name in found]
 
 
-def braces(word: str, whole: str) -> list[str]:
-    """The words that `word` stands for, with {000..127} and {a,b} written out; errors quote `whole`."""
-    start, close = word.find("{"), word.find("}")
+def braces(text: str, whole: str) -> list[str]:
+    """Return the strings that `text` expands to by {000..127} and {a,b}; errors quote `whole`."""
+    start, close = text.find("{"), text.find("}")
     if start < 0 and close < 0:
-        return [word]
-    if start < 0 or close < start or "{" in word[start + 1 : close]:
+        return [text]
+    if start < 0 or close < start or "{" in text[start + 1 : close]:
         raise ValueError(
-            f"{whole!r} has braces that do not match. Allowed: {{000..127}} or {{a,b}}. Fix: close each"
+            problem(f"{whole!r} has braces that do not match", allowed=_BRACES, fix="close each")
         )
-    inner = word[start + 1 : close]
+    inner = text[start + 1 : close]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
     if span:
         low, high = int(span[1]), int(span[2])
         padded = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
-        if not 0 <= high - low < MAX_PLACES:
+        if not 0 <= high - low < MAX_FILES:
             raise ValueError(
-                f"{whole!r} counts from {low} to {high}. Allowed: upwards, {MAX_PLACES:,} files at most. "
-                f"Fix: {{{span[2]}..{span[1]}}}"
+                problem(
+                    f"{whole!r} counts from {low} to {high}",
+                    allowed=f"upward, at most {MAX_FILES:,} files",
+                    fix=f"{{{span[2]}..{span[1]}}}",
+                )
             )
         parts = [str(number).zfill(padded) for number in range(low, high + 1)]
     elif "," in inner:
         parts = inner.split(",")
     else:
+        raise ValueError(problem(f"{whole!r} has {{{inner}}}", allowed=_BRACES, fix="leave out the braces"))
+    rests = braces(text[close + 1 :], whole)
+    if len(parts) * len(rests) > MAX_FILES:
         raise ValueError(
-            f"{whole!r} has {{{inner}}}. Allowed: {{000..127}} or {{a,b}}. Fix: leave out the braces"
+            problem(f"{whole!r} names too many files", allowed=f"at most {MAX_FILES:,}", fix="fewer braces")
         )
-    rests = braces(word[close + 1 :], whole)
-    if len(parts) * len(rests) > MAX_PLACES:
-        raise ValueError(
-            f"{whole!r} stands for too many files. Allowed: {MAX_PLACES:,} at most. Fix: fewer braces"
-        )
-    return [word[:start] + part + rest for part in parts for rest in rests]
+    return [text[:start] + part + rest for part in parts for rest in rests]

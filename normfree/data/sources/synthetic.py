@@ -1,27 +1,27 @@
-"""Pictures drawn by a formula: a data set that needs no files, for tests, timing and first steps."""
+"""Images drawn by formulas: a data set without files, for tests, timing and first steps."""
 
 from __future__ import annotations
-
-from difflib import get_close_matches
 
 import numpy as np
 
 from normfree.data.seeds import key
 from normfree.data.source import ArraySource, Split
+from normfree.suggest import closest, problem
 
-# Shapes that stay themselves when mirrored left to right, as training flips do. Inside is where the formula
-# holds, with u to the right and v down, in units of the shape's radius.
+# Shapes that are unchanged by the left-right flips of training. `_inside` has their formulas.
 SHAPES = ("disk", "ring", "square", "frame", "diamond", "triangle", "plus", "saltire", "bar", "pillar")
 DEFAULTS = {"classes": 10, "size": 32, "train": 2000, "val": 500}
 _LIMITS = {"classes": (2, len(SHAPES)), "size": (8, 1024), "train": (2, 10**6), "val": (2, 10**6)}
 
 
 def open_synthetic(text: str) -> Split:
-    """The split that "synthetic" or, for instance, "synthetic:classes=4,size=32,train=256,val=64" describes.
+    """Return the split for "synthetic" or, for instance, "synthetic:classes=4,size=32,train=256,val=64".
 
-    One shape per class, in random place, size, colours and noise; labels take turns, so classes are even.
-    Picture i is a function of (part, i) alone, whatever the seed of a run. Raises `ValueError` for unknown
-    words.
+    Each class is a shape, drawn with random position, size, colors and noise. Labels alternate, so classes have equal
+    sizes. Image i is a function of (part, i) only, for any seed of a run.
+
+    Raises:
+        ValueError: An option is unknown or out of range.
     """
     options = _parse(text)
     classes = SHAPES[: options["classes"]]
@@ -45,19 +45,23 @@ def open_synthetic(text: str) -> Split:
 
 
 def _draw(shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    radius = rng.uniform(0.25, 0.4)  # of the side; the centre keeps most of the shape inside the picture
-    centre_u, centre_v = rng.uniform(0.35, 0.65, size=2)
+    """Draw one image, uint8 `size` `size` 3."""
+    radius = rng.uniform(
+        0.25, 0.4
+    )  # of the side; the range of the center keeps most of the shape inside the image
+    center_u, center_v = rng.uniform(0.35, 0.65, size=2)
     grid = (np.arange(size) + 0.5) / size
-    u, v = ((grid - centre_u) / radius)[None, :], ((grid - centre_v) / radius)[:, None]
+    u, v = ((grid - center_u) / radius)[None, :], ((grid - center_v) / radius)[:, None]
     background = rng.uniform(0, 255, size=3)
     ink = (background + rng.uniform(80, 175, size=3)) % 255  # differs visibly in every channel
-    picture = np.where(_inside(shape, u, v)[..., None], ink, background) + rng.normal(
+    image = np.where(_inside(shape, u, v)[..., None], ink, background) + rng.normal(
         0, 12, size=(size, size, 3)
     )
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the mask of a shape: u points right and v down, in units of the shape's radius."""
     radius, box, city = np.hypot(u, v), np.maximum(abs(u), abs(v)), abs(u) + abs(v)
     masks: dict[str, np.ndarray] = {
         "disk": radius < 0.9,
@@ -75,21 +79,28 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _parse(text: str) -> dict[str, int]:
+    """Return the options in `text` and the defaults of the others."""
     options = dict(DEFAULTS)
     pairs = text.partition(":")[2]
     for pair in pairs.split(",") if pairs else []:
-        word, _, value = pair.partition("=")
-        if word not in options:
-            nearest = (get_close_matches(word, options, n=1, cutoff=0.0) or ["size"])[0]
+        option, _, value = pair.partition("=")
+        if option not in options:
+            nearest = closest(option, options) or "size"
             raise ValueError(
-                f"{text!r} names {word!r}. Allowed: {', '.join(options)}, each as word=number with commas between. "
-                f"Fix: {nearest}={DEFAULTS[nearest]}"
+                problem(
+                    f"{text!r} has an unknown option {option!r}",
+                    allowed=f"{', '.join(options)}, each as option=number, separated by commas",
+                    fix=f"{nearest}={DEFAULTS[nearest]}",
+                )
             )
-        least, most = _LIMITS[word]
+        least, most = _LIMITS[option]
         if not value.isdecimal() or not least <= int(value) <= most:
             raise ValueError(
-                f"{text!r} gives {word}={value}. Allowed: a whole number from {least} to {most}. "
-                f"Fix: {word}={DEFAULTS[word]}"
+                problem(
+                    f"{text!r} gives {option}={value}",
+                    allowed=f"a whole number from {least} to {most}",
+                    fix=f"{option}={DEFAULTS[option]}",
+                )
             )
-        options[word] = int(value)
+        options[option] = int(value)
     return options

@@ -1,17 +1,17 @@
-"""Where the pictures lie in a tar file: one pass over its headers, kept in a cache; then any of them is one read.
+"""Index of a tar file: one pass over its headers finds the byte range of each image, and a cache keeps the result.
 
-A tar is taken as a list of named byte ranges. Nothing is extracted: names are labels, never paths.
+A tar is treated as a list of named byte ranges. Nothing is extracted: member names are labels, never paths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -21,8 +21,10 @@ import numpy as np
 from normfree.data.encoded import MAX_CLASSES
 from normfree.data.sources.storage import StoredFile
 from normfree.data.transforms.decode import SUFFIXES
+from normfree.files import atomic_write
+from normfree.suggest import problem
 
-INDEX_VERSION = 1  # a cached index of another version is made anew
+INDEX_VERSION = 1  # a cached index of another version is not used
 MAX_HEADER = 1 << 20  # bytes of a label or of a long name; a header may claim gigabytes
 _BLOCK = 512  # POSIX ustar
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -31,8 +33,14 @@ _FORM = "pairs of KEY.jpg (or .png, .webp, ...) and KEY.cls or KEY.json, uncompr
 
 @dataclass(frozen=True)
 class TarIndex:
-    """The N samples of a shard in the order of their pictures: bytes from `offsets` on, `sizes` long (int64 N),
-    class numbers `labels` (int64 N), and `names`, N member names in which nothing unprintable is left."""
+    """The N samples of a shard in the order of their images.
+
+    Attributes:
+        offsets: First byte of each image, int64 N.
+        sizes: Bytes of each image, int64 N.
+        labels: Class numbers, int64 N.
+        names: N member names, with unprintable characters escaped.
+    """
 
     offsets: np.ndarray
     sizes: np.ndarray
@@ -40,52 +48,57 @@ class TarIndex:
     names: tuple[str, ...]
 
 
-def index_of(place: StoredFile, *, cache: Path | None = None) -> tuple[TarIndex, tuple[int, str]]:
-    """The index of a tar file, and the stamp of the file it belongs to.
+def index_of(stored: StoredFile, *, cache: Path | None = None) -> tuple[TarIndex, tuple[int, str]]:
+    """Return the index of a tar file, and the stamp of the file that was indexed.
 
-    It is read from the folder `cache` (default: `cache_folder()`), where a file is named after the shard's URL,
-    size and version, or made in one pass and left there. A cache that cannot be written or read is done without.
-    Raises `ValueError` naming shard and member for what cannot be used.
+    The index is read from the folder `cache` (default: `cache_folder()`), where files are named after the shard's URL,
+    size and version, or it is made in one pass and stored there. A cache that cannot be read or written is ignored.
+
+    Raises:
+        ValueError: The shard cannot be used; the message names shard and member.
     """
     try:
-        stamp = place.stamp()
+        stamp = stored.stamp()
     except FileNotFoundError:
-        raise ValueError(f"{place.shown}: no such shard. Allowed: {_FORM}. Fix: check the path") from None
+        raise ValueError(
+            problem(f"{stored.shown}: no such shard", allowed=_FORM, fix="check the path")
+        ) from None
     except OSError as error:
         raise ValueError(
-            f"{place.shown} cannot be read: {error}. Allowed: {_FORM}. Fix: check the path"
+            problem(f"{stored.shown} cannot be read: {error}", allowed=_FORM, fix="check the path")
         ) from None
-    url = place.url if place.remote else os.path.abspath(place.url)
-    words = "\n".join([str(INDEX_VERSION), url, *map(str, stamp)])
-    name = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() + ".npz"
+    url = stored.url if stored.remote else os.path.abspath(stored.url)
+    identity = "\n".join([str(INDEX_VERSION), url, *map(str, stamp)])
+    name = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() + ".npz"
     path = (cache or cache_folder()) / name
     found = _load(path)
     if found is None:
         try:
-            with place.open() as file:
-                found = index_tar(file, name=place.shown, size=stamp[0])
+            with stored.open() as file:
+                found = index_tar(file, name=stored.shown, size=stamp[0])
         except OSError as error:
             raise ValueError(
-                f"{place.shown} cannot be read: {error}. Allowed: {_FORM}. Fix: check the store"
+                problem(f"{stored.shown} cannot be read: {error}", allowed=_FORM, fix="check the store")
             ) from None
         _save(path, found)
     return found, stamp
 
 
 def cache_folder() -> Path:
-    """Where indices are kept: normfree/shards in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
+    """Return the folder of the indices: normfree/shards in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache)."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "normfree" / "shards"
 
 
 def _load(path: Path) -> TarIndex | None:
+    """Return a cached index, or None if there is none that can be used."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = bytes(arrays["names"]).decode("utf-8").split("\n")
             offsets, sizes, labels = (
                 np.asarray(arrays[k], dtype=np.int64) for k in ("offsets", "sizes", "labels")
             )
-    except Exception:  # not there, cut short, of another time: it is made again
+    except Exception:  # missing, truncated or damaged: the index is made again
         return None
     if not len(offsets) == len(sizes) == len(labels) == len(names):
         return None
@@ -93,39 +106,37 @@ def _load(path: Path) -> TarIndex | None:
 
 
 def _save(path: Path, index: TarIndex) -> None:
+    """Store an index in the cache, if the disk permits."""
     names = np.frombuffer("\n".join(index.names).encode("utf-8"), dtype=np.uint8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, work = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, offsets=index.offsets, sizes=index.sizes, labels=index.labels, names=names)
-            os.replace(work, path)
-        except OSError:
-            os.unlink(work)
-            raise
-    except OSError:  # a full or read-only disk costs the next start some seconds, no more
-        return
+
+    def write(work: Path) -> None:
+        with work.open("wb") as file:
+            np.savez(file, offsets=index.offsets, sizes=index.sizes, labels=index.labels, names=names)
+
+    with contextlib.suppress(OSError):  # with a full or read-only disk, the next start indexes again
+        atomic_write(path, write)
 
 
 def index_tar(file: BinaryIO, *, name: str, size: int) -> TarIndex:
-    """One pass over the headers of an open tar file of `size` bytes; `name` is for messages.
+    """Index an open tar file of `size` bytes in one pass over its headers; `name` is for messages.
 
-    The key of a member is its name up to the first dot of the last part, as in WebDataset. Hidden members and
-    those called __...__ are left out, as is every other file that a key may own. Raises `ValueError` for a
-    compressed, truncated or damaged file, for links, sparse files and devices, for a picture without a label or
-    a label without a picture, and for two of either for one key.
+    The key of a member is its name up to the first dot of the last part, as in WebDataset. Hidden members, those named
+    __...__, and files of other types are skipped.
+
+    Raises:
+        ValueError: The file is compressed, truncated or damaged; it has links, sparse files or devices; or a key does
+            not have exactly one image and one label.
     """
-    pictures: dict[str, tuple[int, int, str]] = {}
+    images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
-    asides: dict[str, int] = {}  # from .json, which gives way to .cls
+    json_labels: dict[str, int] = {}  # used if there is no .cls
     head = file.read(8)
     file.seek(0)
     for magic, kind in _PACKED.items():
         if head.startswith(magic):
             _refuse(
                 name,
-                f"is compressed with {kind}, so no picture can be reached directly",
+                f"is compressed with {kind}, so images cannot be read at an offset",
                 "unpack it to a plain tar",
             )
     for member, reader in _members(file, name, size):
@@ -137,48 +148,48 @@ def index_tar(file: BinaryIO, *, name: str, size: int) -> TarIndex:
         suffix = suffix.lower()
         key = "/".join([*parts[:-1], stem])
         if "." + suffix in SUFFIXES:
-            if key in pictures:
+            if key in images:
                 _refuse(
                     name,
-                    f"has two pictures for one key, {pictures[key][2]!r} and {shown!r}",
-                    "one picture per key",
+                    f"has two images for one key, {images[key][2]!r} and {shown!r}",
+                    "one image per key",
                 )
-            pictures[key] = (member.offset_data, member.size, shown)
+            images[key] = (member.offset_data, member.size, shown)
         elif suffix in ("cls", "json"):
             number = _label(reader, member, suffix, name, shown)
             if number is not None:
-                store = labels if suffix == "cls" else asides
+                store = labels if suffix == "cls" else json_labels
                 if key in store:
                     _refuse(name, f"has the member {shown!r} twice", "one label per key")
                 store[key] = number
     missing = next(
-        (found[2] for key, found in pictures.items() if key not in labels and key not in asides), None
+        (found[2] for key, found in images.items() if key not in labels and key not in json_labels), None
     )
     if missing is not None:
         _refuse(
             name, f"has no label for {missing!r}", 'add KEY.cls, or KEY.json with a whole number as "label"'
         )
-    orphan = next((key for key in labels if key not in pictures), None)
+    orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
-        _refuse(name, f"has a label but no picture for {_printable(orphan)!r}", "keep both in one shard")
-    if not pictures:
-        _refuse(name, "holds no pictures", "check the pattern")
+        _refuse(name, f"has a label but no image for {_printable(orphan)!r}", "keep both in one shard")
+    if not images:
+        _refuse(name, "holds no images", "check the pattern")
     return TarIndex(
-        offsets=np.array([offset for offset, _, _ in pictures.values()], dtype=np.int64),
-        sizes=np.array([length for _, length, _ in pictures.values()], dtype=np.int64),
-        labels=np.array([labels.get(key, asides.get(key, 0)) for key in pictures], dtype=np.int64),
-        names=tuple(shown for _, _, shown in pictures.values()),
+        offsets=np.array([offset for offset, _, _ in images.values()], dtype=np.int64),
+        sizes=np.array([length for _, length, _ in images.values()], dtype=np.int64),
+        labels=np.array([labels.get(key, json_labels.get(key, 0)) for key in images], dtype=np.int64),
+        names=tuple(shown for _, _, shown in images.values()),
     )
 
 
 def _members(file: BinaryIO, name: str, size: int) -> Any:
-    """(member, reader) of every regular file; what tarfile would pass over in silence is refused."""
+    """Yield (member, reader) of every regular file; raise for damage that tarfile would silently ignore."""
     capped = _Capped(file)
     last = -1
     try:
         tar = tarfile.TarFile(fileobj=capped, mode="r", encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all members in memory
             if member.size < 0 or member.offset <= last or member.offset_data + member.size > size:
                 raise tarfile.ReadError("a header that points outside the file")
             last = member.offset
@@ -188,20 +199,22 @@ def _members(file: BinaryIO, name: str, size: int) -> Any:
                 yield member, capped
     except (_Refused, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # tarfile's own errors, and ValueError, RecursionError and more from hostile headers
-        place = f" after byte {last}" if last >= 0 else ""
-        _refuse(name, f"is no tar, or damaged{place} ({error or type(error).__name__})", "make it again")
+    # tarfile's own errors, and ValueError, RecursionError and more from hostile headers.
+    except Exception as error:
+        position = f" after byte {last}" if last >= 0 else ""
+        _refuse(name, f"is no tar, or damaged{position} ({error or type(error).__name__})", "make it again")
     _check_end(capped, name, tar.offset, size)
 
 
 def _check_end(file: _Capped, name: str, offset: int, size: int) -> None:
-    # tarfile ends quietly at a header that it cannot read, and at the end of a file that was cut between members.
+    """Raise unless the tar ends properly at `offset`.
+
+    tarfile stops without an error at a header that it cannot read, and at the end of a file truncated between members.
+    """
     file.seek(offset)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
-        _refuse(name, "is cut short: the empty block that closes a tar is missing", "copy or make it again")
+        _refuse(name, "is truncated: the empty block that closes a tar is missing", "copy or make it again")
     if block.strip(b"\0"):
         _refuse(name, f"has a damaged header at byte {offset}", "make it again")
     if size - offset > MAX_HEADER or file.read(MAX_HEADER).strip(b"\0"):
@@ -209,15 +222,16 @@ def _check_end(file: _Capped, name: str, offset: int, size: int) -> None:
 
 
 class _Refused(ValueError):
-    """What this file raises itself, apart from what tarfile raises."""
+    """An error raised by this module, in contrast to those of tarfile."""
 
 
 def _refuse(shard: str, what: str, fix: str) -> NoReturn:
-    raise _Refused(f"{shard} {what}. Allowed: {_FORM}. Fix: {fix}") from None
+    """Raise the error for a shard that cannot be used."""
+    raise _Refused(problem(f"{shard} {what}", allowed=_FORM, fix=fix)) from None
 
 
 class _Capped(io.RawIOBase):
-    """A file of which nobody reads more than `MAX_HEADER` bytes at once, whatever a header claims."""
+    """A file wrapper that refuses reads of more than `MAX_HEADER` bytes, which damaged headers may request."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -235,6 +249,7 @@ class _Capped(io.RawIOBase):
 
 
 def _label(file: _Capped, member: tarfile.TarInfo, suffix: str, name: str, shown: str) -> int | None:
+    """Return the class number in a .cls or .json member, or None if a .json has no label."""
     if member.size > MAX_HEADER:
         _refuse(name, f"has {member.size} bytes in {shown!r}", "a label is one whole number")
     file.seek(member.offset_data)
@@ -244,7 +259,7 @@ def _label(file: _Capped, member: tarfile.TarInfo, suffix: str, name: str, shown
         if suffix == "json":
             found = json.loads(text)
             if not isinstance(found, dict) or "label" not in found:
-                return None  # a caption or a size; a .cls may hold the label
+                return None  # other metadata; a .cls may hold the label
             number = found["label"]
     except (ValueError, RecursionError):
         number = None
@@ -254,10 +269,12 @@ def _label(file: _Capped, member: tarfile.TarInfo, suffix: str, name: str, shown
 
 
 def _kind(member: tarfile.TarInfo) -> str:
+    """Return the type of a member for messages."""
     if member.islnk() or member.issym():
         return "a link"
     return "a sparse file" if member.issparse() else "no regular file"
 
 
 def _printable(text: str) -> str:
+    """Return `text` with unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""WebDataset tar shards as a source with random access: a table of byte ranges, one read per picture."""
+"""WebDataset tar shards as a source with random access: a table of byte ranges, and one read per image."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import numpy as np
 
 from normfree.data.encoded import EncodedSource, number_classes
 from normfree.data.source import Split
-from normfree.data.sources.shell import PREFIX, commands, fetched
-from normfree.data.sources.storage import StoredFile, beside, expand
+from normfree.data.sources.shell import PREFIX, fetch, pipe_commands
+from normfree.data.sources.storage import StoredFile, expand, read_sibling
 from normfree.data.sources.tar_index import TarIndex, index_of
 from normfree.data.subset import make_split
 from normfree.data.transforms.decode import MAX_PIXELS, ImageError
+from normfree.suggest import problem
 
-_THREADS = 8  # shards that are indexed at a time; a remote one mostly waits
+_THREADS = 8  # shards that are indexed at a time; remote ones spend most of the time waiting
 
 
 class ShardSource(EncodedSource):
-    """The pictures of tar shards. Sample i is a (shard, offset, size); order is that of shards and members.
+    """The images of tar shards, in the order of shards and members.
 
-    `shards` holds (place, index, stamp) of each; `image` reads the bytes of one member and decodes them, and
-    raises `ImageError` when a local shard changed since it was indexed.
+    `shards` lists (file, index, stamp). `image` reads the bytes of one member and decodes them, and raises `ImageError`
+    if a local shard has changed since it was indexed.
     """
 
     def __init__(
@@ -38,13 +39,13 @@ class ShardSource(EncodedSource):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.classes = tuple(classes)
-        self._places = [place for place, _, _ in shards]
+        self._files = [file for file, _, _ in shards]
         self._stamps = [stamp for _, _, stamp in shards]
         self._first = np.cumsum([0, *(len(index.offsets) for _, index, _ in shards)])
         self._offsets = np.concatenate([index.offsets for _, index, _ in shards])
         self._sizes = np.concatenate([index.sizes for _, index, _ in shards])
         self._labels = np.concatenate([index.labels for _, index, _ in shards])
-        # One byte string: a million Python strings would be copied page by page into every worker.
+        # One byte string, because a million Python strings would be copied page by page into every worker.
         encoded = [name.encode("utf-8") for _, index, _ in shards for name in index.names]
         self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
         super().__init__(background=background, max_pixels=max_pixels)
@@ -53,86 +54,97 @@ class ShardSource(EncodedSource):
         return len(self._offsets)
 
     def label(self, index: int) -> int:
-        """The class of member `index`, from the table."""
+        """Return the class of member `index`, from the table."""
         return int(self._labels[index])
 
     def data(self, index: int) -> bytes:
-        """The bytes of member `index`, as they lie in the shard."""
+        """Return the bytes of member `index`."""
         shard = self._shard(index)
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         try:
-            return self._places[shard].read(offset, size, stamp=self._stamps[shard])
+            return self._files[shard].read(offset, size, stamp=self._stamps[shard])
         except OSError as error:
             raise ImageError(self.name(index), f"cannot be read: {error.strerror or error}") from error
 
     def name(self, index: int) -> str:
-        """SHARD/MEMBER of sample `index`."""
+        """Return SHARD/MEMBER of sample `index`."""
         member = self._names[self._ends[index] : self._ends[index + 1]].decode("utf-8")
-        return f"{self._places[self._shard(index)].shown}/{member}"
+        return f"{self._files[self._shard(index)].shown}/{member}"
 
     def ident(self, index: int) -> str:
-        """The same without the folder or store: what stays when the shards are copied elsewhere."""
-        shard = self._places[self._shard(index)].shown
+        """Return the name without the folder or store, which is unchanged when the shards are copied elsewhere."""
+        shard = self._files[self._shard(index)].shown
         return self.name(index).removeprefix(shard[: shard.rfind("/") + 1])
 
     def kept(self) -> list[str]:
-        """A note on the space that the output of commands takes, if there are any."""
-        sizes = [stamp[0] for place, stamp in zip(self._places, self._stamps, strict=True) if place.label]
-        where = os.path.dirname(self._places[0].url)
+        """Return a note on the disk space of the output of shell commands, if there are any."""
+        sizes = [stamp[0] for file, stamp in zip(self._files, self._stamps, strict=True) if file.label]
+        where = os.path.dirname(self._files[0].url)
         return [f"{len(sizes)} shards were fetched into {where}, {sum(sizes):,} bytes"] if sizes else []
 
     def _shard(self, index: int) -> int:
+        """Return the index of the shard of a sample."""
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
 
 def open_shards(
     pattern: str, *, classes: Sequence[str] | None = None, cache: Path | None = None, pipes: bool = False
 ) -> ShardSource:
-    """The source of all shards that `pattern` names.
+    """Return the source of all shards that `pattern` names.
 
-    `pattern` is a path or a URL that fsspec opens (s3://, gs://, https://, ...; extra `remote`), with {000..127},
-    {a,b} and, where files can be listed, * in it. The shards are plain tars of KEY.jpg (or another image suffix)
-    beside KEY.cls, or KEY.json with "label"; labels are whole numbers from 0. Class names are `classes`, else the
-    lines of classes.txt or the list of classes.json beside the first shard, else the numbers.
+    The shards are uncompressed tars of KEY.jpg (or another image suffix) with KEY.cls, or KEY.json with "label"; labels
+    are whole numbers from 0. Each shard is indexed once, in one pass, for which a remote shard is read once from end to
+    end. Afterwards each image is one ranged read, so shuffling, parts per process and exact resume work as for a
+    folder. The output of "pipe:COMMAND" has no offsets, so it is kept as a complete file next to the indices (`fetch`).
 
-    Each shard is indexed once, in one pass; the index is kept in the user's cache folder (or `cache`), keyed by
-    size and date. A remote shard is thereby read once from end to end. Afterwards a picture is one ranged read,
-    so shuffling, parts per process and exact resume are those of a folder.
+    Args:
+        pattern: Path, or URL that fsspec opens (s3://, gs://, https://, ...; extra `remote`), with {000..127}, {a,b}
+            and, if files can be listed, *; or "pipe:COMMAND", also with braces.
+        classes: Class names. By default the lines of classes.txt or the list in classes.json next to the first shard,
+            else the numbers.
+        cache: Folder of the indices, by default in the user's cache folder. They are keyed by URL, size and date.
+        pipes: Allow commands to run. If False, as it should be for text that the user did not type, only output that
+            was fetched before is used.
 
-    "pipe:COMMAND" is what a shell command writes (`pipes.fetched`), with braces too: a pipe has no offsets, so its
-    output is kept as a file beside the indices, whole. With `pipes` missing files are fetched; without, as is right
-    for a word that was not typed by the user, they are refused. Raises `ValueError` for shards that cannot be used,
-    naming shard and member.
+    Raises:
+        ValueError: A shard cannot be used; the message names shard and member.
     """
     if pattern == "-":
         raise ValueError(
-            "'-' is a stream, in which nothing can be found again, so no run could resume exactly. Allowed: tar files "
-            "on disk, URLs, or pipe:COMMAND, which is kept in a file. Fix: name one of these"
+            problem(
+                "'-' is a stream without random access, so no run could resume exactly",
+                allowed="tar files on disk, URLs, or pipe:COMMAND, whose output is kept in a file",
+                fix="name one of these",
+            )
         )
-    words = commands(pattern) if pattern.startswith(PREFIX) else expand(pattern)
+    parts = pipe_commands(pattern) if pattern.startswith(PREFIX) else expand(pattern)
 
-    def look(word: str | StoredFile) -> tuple[StoredFile, TarIndex, tuple[int, str]]:
-        place = word
-        if isinstance(place, str):
-            place = fetched(place, run=pipes, folder=None if cache is None else cache / "pipes")
-        return place, *index_of(place, cache=cache)
+    def open_shard(part: str | StoredFile) -> tuple[StoredFile, TarIndex, tuple[int, str]]:
+        if isinstance(part, str):
+            part = fetch(part, run=pipes, folder=None if cache is None else cache / "pipes")
+        return part, *index_of(part, cache=cache)
 
-    with ThreadPoolExecutor(min(_THREADS, len(words))) as pool:
-        shards = list(pool.map(look, words))
+    with ThreadPoolExecutor(min(_THREADS, len(parts))) as pool:
+        shards = list(pool.map(open_shard, parts))
     highest = max(int(index.labels.max()) for _, index, _ in shards)
     names = _class_names(shards[0][0]) if classes is None else tuple(classes)
     if names is None:
         names = number_classes(highest + 1)
     if highest >= len(names):
-        place, index, _ = next(s for s in shards if int(s[1].labels.max()) == highest)
+        file, index, _ = next(s for s in shards if int(s[1].labels.max()) == highest)
         member = index.names[int(index.labels.argmax())]
         raise ValueError(
-            f"{place.shown} has the class number {highest} at {member!r}, but there are {len(names)} class names. "
-            f"Allowed: 0 to {len(names) - 1}. Fix: complete the list of classes"
+            problem(
+                f"{file.shown} has the class number {highest} at {member!r}, but there are {len(names)} class names",
+                allowed=f"0 to {len(names) - 1}",
+                fix="complete the list of classes",
+            )
         )
     if len(names) < 2:
         raise ValueError(
-            f"{pattern!r} holds one class. Allowed: two or more. Fix: add shards with other classes"
+            problem(
+                f"{pattern!r} holds one class", allowed="two or more", fix="add shards with other classes"
+            )
         )
     return ShardSource(shards, classes=names)
 
@@ -140,9 +152,12 @@ def open_shards(
 def split_shards(
     pattern: str, val: str | None, *, val_fraction: float, seed: int, pipes: bool = False
 ) -> Split:
-    """The split of shards: `val` is the pattern of the validation shards; without one, a part is chosen by hash.
+    """Return the split of shards: `val` is the pattern of the validation shards; without it, `hash_split` divides.
 
-    Where classes are numbers, both parts get as many as the larger one has. Raises as `open_shards`.
+    If classes are numbers, both parts get the larger number of classes.
+
+    Raises:
+        ValueError: As for `open_shards`, or the two parts have different class names.
     """
     train = open_shards(pattern, pipes=pipes)
     if val is None:
@@ -155,30 +170,39 @@ def split_shards(
             source.classes != longer[: len(source.classes)] for source in (train, held)
         ) or longer != number_classes(len(longer)):
             raise ValueError(
-                f"{pattern} and {val} have different class names. Allowed: the same classes.txt beside both. "
-                "Fix: copy one of them"
+                problem(
+                    f"{pattern} and {val} have different class names",
+                    allowed="the same classes.txt next to both",
+                    fix="copy one of them",
+                )
             )
         train.classes = held.classes = longer
     split = make_split(pattern, train, held, val_fraction=val_fraction, seed=seed)
     return replace(split, notes=(*split.notes, *train.kept(), *held.kept()))
 
 
-def _class_names(place: StoredFile) -> tuple[str, ...] | None:
+def _class_names(shard: StoredFile) -> tuple[str, ...] | None:
+    """Return the class names in the file next to a shard, or None if there is no such file."""
     for file in ("classes.txt", "classes.json"):
-        data = beside(place, file)
+        data = read_sibling(shard, file)
         if data is None:
             continue
         names = _listed(data, json_list=file == "classes.json")
         if names is None or len(set(names)) != len(names) or len(names) < 2:
             raise ValueError(
-                f"the {file} beside {place.shown} is no list of classes. Allowed: two different names or more, one per "
-                f"line (classes.txt) or as a JSON list of strings (classes.json). Fix: write it again, or delete it"
+                problem(
+                    f"the {file} next to {shard.shown} is no list of classes",
+                    allowed="two different names or more, one per line (classes.txt) or as a JSON list of strings "
+                    "(classes.json)",
+                    fix="write it again, or delete it",
+                )
             )
         return tuple(names)
     return None
 
 
 def _listed(data: bytes, *, json_list: bool) -> list[str] | None:
+    """Return the names in a file of class names, or None if it is malformed."""
     try:
         text = data.decode("utf-8-sig")
         names = json.loads(text) if json_list else [line.strip() for line in text.rstrip().split("\n")]

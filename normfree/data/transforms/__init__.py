@@ -1,1 +1,1 @@
-"""normfree.data.transforms."""
+"""Transforms: decoding of images, augmentation for training, crops for evaluation, normalization, and mixing."""

@@ -1,4 +1,4 @@
-"""One image file or byte string in, one RGB picture out; anything wrong is an `ImageError` that names it."""
+"""Decode one image file or byte string to RGB; every failure is an `ImageError` that names the image."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Formats that are safe to parse. Never EPS, PS or PDF (they start an interpreter), nor the rare containers
-# whose decoders are seldom fuzzed. JPEG includes the multi-picture files of telephones (their first picture).
+# Formats that are safe to parse. EPS, PS and PDF are excluded because they start an interpreter, rare containers
+# because their decoders are seldom fuzzed. JPEG includes the multi-image files of phones; their first image is read.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
+    f".{name}"
+    for name in [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
     ]
 )
-MAX_PIXELS = 64_000_000  # about 256 MB decoded: more than any camera in common use, less than a bomb
+MAX_PIXELS = 64_000_000  # about 256 MB decoded: more than any common camera, less than a decompression bomb
 _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used: `name` is its path or id, `reason` what is wrong with it."""
+    """An image that cannot be used: `name` is its path or id, `reason` says what is wrong with it."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(
-            name, reason
-        )  # both arguments, so that the error survives pickling between processes
+        # Both arguments are passed on, so that the error survives pickling between processes.
+        super().__init__(name, reason)
         self.name = name
         self.reason = reason
 
@@ -58,13 +58,21 @@ def load_image(
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
 ) -> Image:
-    """Decode the first picture of a file, or of a byte string (which errors call `name`), to mode RGB.
+    """Decode the first image of a file or byte string to mode RGB.
 
-    The format is read from the content, not from the name. The size in the header is held against
-    `max_pixels` before anything is decoded. The EXIF orientation is applied; transparency is laid over
-    `background` (0-255); palettes, grey and CMYK are converted; 16-bit grey is scaled to 8 bits, not clipped.
-    Raises `ImageError` for every kind of file that this does not cover, truncated ones and floating-point
-    pixels included.
+    The format is detected from the content, not from the name, and the size in the header is checked before anything
+    is decoded. The EXIF orientation is applied; palettes, gray and CMYK are converted; 16-bit gray is scaled to 8
+    bits, not clipped.
+
+    Args:
+        source: Path or encoded bytes.
+        name: Name of a byte string in errors.
+        background: Color 0 to 255 under transparent pixels.
+        max_pixels: Largest width times height.
+
+    Raises:
+        ImageError: The file is missing, truncated, damaged, too large, in another format, or has pixels of unknown
+            range such as floating-point ones.
     """
     name = name if isinstance(source, bytes) else os.fspath(source)
     data = source if isinstance(source, bytes) else read_file(name)
@@ -83,7 +91,7 @@ def load_image(
         raise
     except UnidentifiedImageError:
         raise ImageError(name, f"not an image, or not one of {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow guards itself, too
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow has a limit of its own
         raise ImageError(name, _too_large("more than Pillow's own limit", max_pixels)) from None
     # Damaged files raise OSError, SyntaxError, ValueError, struct.error, EOFError and more.
     except Exception as error:
@@ -91,13 +99,13 @@ def load_image(
 
 
 def read_file(source: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file; `ImageError` for anything else."""
+    """Return the bytes of a regular file; raise `ImageError` for anything else."""
     path = os.fspath(source)
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(path, "a folder, not a file")
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(mode):  # opening a pipe would block forever
             raise ImageError(path, "not a regular file")
         with open(path, "rb") as file:
             return file.read()
@@ -108,28 +116,32 @@ def read_file(source: str | os.PathLike[str]) -> bytes:
 
 
 def _too_large(size: str, max_pixels: int) -> str:
+    """Return the reason for an image of too many pixels."""
     return f"too large: {size}, the limit is {max_pixels:,}. Fix: scale it down before training"
 
 
 def _upright(image: Image) -> Image:
+    """Apply the EXIF orientation."""
     from PIL import ImageOps
 
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF beside sound pixels is common in the wild, and says nothing about "up"
+    except Exception:  # damaged EXIF with intact pixels is common, and then the orientation is unknown
         return image
 
 
 def _refuse_unknown_range(image: Image, name: str) -> None:
+    """Raise `ImageError` for pixel types that do not imply a range of values."""
     fix = "Fix: save it with 8 or 16 bits"
     if image.mode == "F":
         raise ImageError(name, f"floating-point pixels, whose range is unknown. {fix}")
-    # Mode "I" from PNG and PPM holds 16-bit values, as their samples have no more; a TIFF's may have 32 bits.
+    # Mode "I" from PNG and PPM holds 16-bit values, the most that these formats have; a TIFF's may have 32 bits.
     if image.mode == "I" and image.format == "TIFF":
         raise ImageError(name, f"32-bit integer pixels, whose range is unknown. {fix}")
 
 
 def _to_rgb(image: Image, background: tuple[int, int, int]) -> Image:
+    """Scale 16 bits to 8, compose transparent pixels over `background`, and convert to RGB."""
     from PIL import Image
 
     if image.mode.startswith("I"):

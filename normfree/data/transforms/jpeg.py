@@ -1,8 +1,7 @@
-"""Encoded pictures to arrays: JPEG through simplejpeg where it is installed, else, and for the rest, `load_image`.
+"""Decode images to arrays: JPEG by simplejpeg if it is installed, everything else by `load_image`.
 
-Both ways give the same pixels (libjpeg-turbo, accurate DCT, smooth upsampling). simplejpeg is faster, as it writes
-three bytes a pixel straight into an array. Whatever it does not take without a complaint goes to `load_image`, which
-decides what is an error and words it.
+Both give the same pixels (libjpeg-turbo, accurate DCT, smooth upsampling). simplejpeg is faster because it writes three
+bytes per pixel straight into an array. If it raises any error, `load_image` decodes the image or raises.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import numpy as np
 from normfree.data.transforms.decode import FORMATS, MAX_PIXELS, load_image, read_file
 
 _START = b"\xff\xd8\xff"
-_MAY_TURN = (b"Exif\0\0", b"http://ns.adobe.com/xap/")  # where a camera writes which side is up
-_SCAN, _COUNTED = 0xDA, {*range(0xC0, 0xD0), *range(0xDA, 0xFF)}  # markers; those between stand alone
+_MAY_TURN = (b"Exif\0\0", b"http://ns.adobe.com/xap/")  # segments where cameras store the orientation
+_SCAN = 0xDA  # marker of a scan
+_COUNTED = {*range(0xC0, 0xD0), *range(0xDA, 0xFF)}  # markers of segments that state their length
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-_PLAIN = ("YCbCr", "Gray")  # not CMYK, YCCK or RGB, which need Pillow's knowledge of Adobe's markers
+_PLAIN = ("YCbCr", "Gray")  # not CMYK, YCCK or RGB, for which Pillow reads Adobe's markers
 
 
 def load_array(
@@ -30,10 +30,10 @@ def load_array(
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """What `load_image` gives, as uint8 H W 3, with the same limits and errors; the array may be read-only.
+    """Decode like `load_image`, with the same limits and errors, to uint8 H W 3; the array may be read-only.
 
-    simplejpeg (extra `fast`) decodes JPEGs whose header names no more than `max_pixels`, that are upright, and grey or
-    YCbCr. Truncated and damaged ones, which it refuses, and all others take `load_image`'s way.
+    simplejpeg (extra `fast`) decodes JPEGs that have at most `max_pixels`, are upright, and gray or YCbCr. All others,
+    also the truncated and damaged ones that it refuses, are decoded by `load_image`.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     name = name if isinstance(source, bytes) else os.fspath(source)
@@ -44,36 +44,38 @@ def load_array(
 
 
 def _quick(data: bytes, max_pixels: int) -> np.ndarray | None:
+    """Decode with simplejpeg; return None if it is not installed or does not support the image."""
     codec = _codec()
     if codec is None:
         return None
     try:
-        height, width, colours, _ = codec.decode_jpeg_header(data)
-        if height * width > max_pixels or colours not in _PLAIN or not _upright(data):
+        height, width, color_space, _ = codec.decode_jpeg_header(data)
+        if height * width > max_pixels or color_space not in _PLAIN or not _upright(data):
             return None
         pixels: np.ndarray = codec.decode_jpeg(
             data, colorspace="RGB", fastdct=False, fastupsample=False, strict=True
         )
-    except Exception:  # damaged; `load_image` says how, or reads it after all
+    except Exception:  # damaged; `load_image` reads it or raises
         return None
     return pixels
 
 
 def _upright(data: bytes) -> bool:
+    """Return True if the metadata do not ask for a rotation or reflection."""
     head = _head(data)
     if not any(mark in head for mark in _MAY_TURN):
         return True
     from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # the header alone
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header
         return image.getexif().get(_ORIENTATION, 1) == 1
 
 
 def _head(data: bytes) -> bytes:
-    """The segments before the first scan, where all notes about a picture are; everything if they cannot be told apart.
+    """Return the segments before the first scan, which hold all metadata, or `data` if they cannot be parsed.
 
-    Searching the scans too would take a twentieth of the time of decoding. ITU T.81, B.1.1: a segment is ff, a marker,
-    and two bytes that count themselves and what follows.
+    Searching the scans as well would take a twentieth of the decoding time. ITU T.81, B.1.1: a segment is ff, a marker,
+    and a length of two bytes that includes these two bytes.
     """
     at = len(_START) - 1
     while len(data) >= at + 4 and data[at] == 0xFF and data[at + 1] in _COUNTED:
@@ -85,6 +87,7 @@ def _head(data: bytes) -> bytes:
 
 @cache
 def _codec() -> Any:
+    """Return the module simplejpeg, or None if it is not installed."""
     try:
         import simplejpeg
     except ImportError:

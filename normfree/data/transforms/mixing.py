@@ -1,7 +1,7 @@
 """Mixup and cutmix: two images and their labels become one.
 
-`mix` takes partners from the batch itself. `FreshPairs` is the reference's way: every output mixes two images that
-were read for it alone, on raw pixel values, and RandAugment comes after.
+`mix` takes partners from the same batch. `FreshPairs` does as the reference code: every output mixes two images that
+were read only for it, on raw pixel values, and RandAugment is applied afterwards.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from normfree.suggest import problem
 
-# torchvision's v2.MixUp and v2.CutMix draw one lambda for a whole batch, from the global generator. The
-# reference draws one per example, and a resumed run must draw the same numbers again: hence these few lines
-# of our own.
+
+# torchvision's v2.MixUp and v2.CutMix draw one lambda for a whole batch, from the global generator. The reference draws
+# one per example, and a resumed run must draw the same numbers again, so mixing is implemented here.
 def mix(
     images: Tensor,
     labels: Tensor,
@@ -28,18 +29,31 @@ def mix(
     cutmix: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Mixed images (floating point, B C H W) and soft targets (float32, B K) from class numbers (int64, B).
+    """Mix each image with another one of the batch, and the labels accordingly.
 
-    Each example is mixed with another one of the batch. mixup: lambda ~ Beta(mixup, mixup) per example, the
-    image is lambda * own + (1 - lambda) * other. cutmix: u ~ Beta(cutmix, cutmix) per example (1 is the
-    reference's uniform); a box of sides int(sqrt(1 - u) * H), int(sqrt(1 - u) * W) about a uniform centre,
-    clipped at the border, keeps the own image, the other one fills the rest, and the label weight is the
-    exact share of pixels. With both, the first half of the batch is mixup and the second half cutmix, as in
-    the reference code. Targets are smoothed last: y * (1 - s) + s / K. With everything at 0 the images come
-    back as they are.
+    Mixup draws lambda ~ Beta(mixup, mixup) per example and returns lambda * own + (1 - lambda) * other. Cutmix draws
+    u ~ Beta(cutmix, cutmix) per example (1 is the reference's uniform). A box of sides int(sqrt(1 - u) * H),
+    int(sqrt(1 - u) * W) around a uniformly drawn center, clipped at the border, keeps the own image, the other image
+    fills the rest, and the label weight is the exact share of pixels. With both, the first half of the batch is mixup
+    and the second half cutmix, as in the reference code. Targets are smoothed last: y * (1 - s) + s / K.
 
-    Mixing normalised images equals normalising mixed ones, as the weights add up to 1. All draws happen on
-    the CPU, from one number of `generator`, so every device gets the same ones.
+    Mixing normalized images equals normalizing mixed ones, because the weights sum to 1. All draws happen on the CPU,
+    from one number of `generator`, so they are the same for every device.
+
+    Args:
+        images: Floating point, B C H W.
+        labels: Class numbers, int64 B.
+        num_classes: Number of classes K.
+        generator: CPU generator.
+        mixup: Parameter of the Beta distribution; 0 disables mixup.
+        cutmix: Parameter of the Beta distribution; 0 disables cutmix.
+        label_smoothing: Smoothing s, 0 up to but not including 1.
+
+    Returns:
+        The mixed images, and soft targets in float32, B K. With all options 0 the images are unchanged.
+
+    Raises:
+        ValueError: `images` is not floating point, or an option is out of range.
     """
     _check_mix(images, mixup=mixup, cutmix=cutmix, label_smoothing=label_smoothing)
     targets = one_hot(labels, num_classes).float()
@@ -47,7 +61,7 @@ def mix(
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     if mixup > 0 or cutmix > 0:
         first_cut = _first_cut(batch, mixup, cutmix)
-        # A shift by 1 .. B-1 pairs nobody with himself, and the order of the batch is random already.
+        # A shift by 1 to B - 1 pairs no example with itself, and the order of the batch is random already.
         other = np.roll(np.arange(batch), int(rng.integers(1, batch)) if batch > 1 else 0)
         weights = np.ones((batch, 1, height, width), dtype=np.float32)
         if first_cut > 0:
@@ -63,44 +77,45 @@ def mix(
 
 
 def _first_cut(batch_size: int, mixup: float, cutmix: float) -> int:
-    """Where in a batch mixup ends and cutmix begins: with both, each has half (released code)."""
+    """Return the index in a batch where mixup ends and cutmix begins: with both, each has half (reference code)."""
     if mixup > 0 and cutmix > 0:
         return (batch_size + 1) // 2
     return 0 if cutmix > 0 else batch_size
 
 
 def smooth(targets: Tensor, label_smoothing: float) -> Tensor:
-    """Soft targets B K with `label_smoothing` of their mass spread over all classes: y * (1 - s) + s / K."""
+    """Return y * (1 - s) + s / K for targets y (B K): the share s = `label_smoothing` is spread over all classes."""
     if label_smoothing == 0:
         return targets
     return targets * (1 - label_smoothing) + label_smoothing / targets.shape[-1]
 
 
 def _boxes(count: int, height: int, width: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
-    # count 1 H W, 1 inside the box and 0 outside. Half a side is rounded down on both flanks of the centre,
-    # as in the reference (dataset.py, cutmix_padding).
+    """Draw masks, `count` 1 H W, that are 1 inside a box and 0 outside.
+
+    Half a side is rounded down on both sides of the center, as in the reference code (dataset.py, cutmix_padding).
+    """
     side = np.sqrt(1 - rng.beta(alpha, alpha, size=count))
 
     def inside(length: int) -> np.ndarray:
         half = (side * length).astype(np.int64) // 2
-        centre = rng.integers(0, length, size=count)
-        places = np.arange(length)
-        return (places >= (centre - half)[:, None]) & (places < (centre + half)[:, None])
+        center = rng.integers(0, length, size=count)
+        positions = np.arange(length)
+        return (positions >= (center - half)[:, None]) & (positions < (center + half)[:, None])
 
     rows, columns = inside(height), inside(width)
     return (rows[:, None, :, None] & columns[:, None, None, :]).astype(np.float32)
 
 
-# --- the reference's way -------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FreshPairs:
-    """How one output is made of two images read for it (reference code, dataset.py: `augment_before_mix=False`).
+    """Rule that makes one output of two images read for it (reference code, dataset.py: `augment_before_mix=False`).
 
-    `mixup` and `cutmix` as in `mix`: with both, the first half of a batch is mixup, the second cutmix. `after`
-    augments the mixed picture (uint8 H W C, and a generator for its draws), which is first cut to 0 ... 255 and to
-    whole numbers; without it pixels stay as they are, float32.
+    Attributes:
+        mixup: As in `mix`. With both, the first half of a batch is mixup and the second half cutmix.
+        cutmix: As in `mix`.
+        after: Augments the mixed image (uint8 H W C, and a generator for its draws), which is first clipped to 0 to
+            255 and truncated to whole numbers. Without it the pixels remain float32.
     """
 
     mixup: float = 0.0
@@ -110,13 +125,19 @@ class FreshPairs:
     def __post_init__(self) -> None:
         if min(self.mixup, self.cutmix) < 0 or self.mixup == self.cutmix == 0:
             raise ValueError(
-                f"fresh pairs with mixup={self.mixup}, cutmix={self.cutmix}. Allowed: 0 or more, and one of them "
-                "above 0. Fix: mixup=0.2, cutmix=1.0"
+                problem(
+                    f"fresh pairs with mixup={self.mixup}, cutmix={self.cutmix}",
+                    allowed="0 or more, and one of them above 0",
+                    fix="mixup=0.2, cutmix=1.0",
+                )
             )
 
-    def places(self, output: int, batch_size: int) -> tuple[int, int, bool]:
-        """Of the 2 · `batch_size` images read for a batch: which two make output number `output`, and whether by
-        cutmix. In quarters Q0 … Q3, the first half is mixup of (Q0, Q1), the second cutmix of (Q2, Q3)."""
+    def positions(self, output: int, batch_size: int) -> tuple[int, int, bool]:
+        """Return the positions of the two images of output `output`, and True if they are mixed by cutmix.
+
+        The positions are among the 2 * `batch_size` images read for a batch. If these are divided into quarters Q0 to
+        Q3, the first half of the outputs is mixup of (Q0, Q1), the second half cutmix of (Q2, Q3).
+        """
         first = _first_cut(batch_size, self.mixup, self.cutmix)
         if output < first:
             return output, first + output, False
@@ -127,7 +148,7 @@ class FreshPairs:
     def combine(
         self, own: Tensor, other: Tensor, *, cut: bool, rng: np.random.Generator
     ) -> tuple[Tensor, float]:
-        """Two pictures (uint8 C H W) and the draws -> the mixed one and the share of `own` in its label."""
+        """Return the mix of two images (uint8 C H W) and the share of `own` in its label, drawing from `rng`."""
         height, width = own.shape[-2:]
         if cut:
             mask = torch.from_numpy(_boxes(1, height, width, self.cutmix, rng)[0])
@@ -145,19 +166,24 @@ class FreshPairs:
 def paired_targets(
     labels: Tensor, partners: Tensor, share: Tensor, *, num_classes: int, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Soft targets B K (float32) of pairs: `share` (B) of the first label, the rest of the second, then smoothed."""
+    """Return soft targets, float32 B K: `share` (B) of the first label, the rest of the second, then smoothed."""
     weights = share.float().unsqueeze(1)
     first, second = (one_hot(x, num_classes).float() for x in (labels, partners))
     return smooth(weights * first + (1 - weights) * second, label_smoothing)
 
 
 def _check_mix(images: Tensor, **options: float) -> None:
+    """Raise `ValueError` for images that are not floating point and for options out of range."""
     if not images.is_floating_point():
         raise ValueError(
-            f"mix of {images.dtype} images. Allowed: floating point. Fix: images = normalize(images)"
+            problem(
+                f"mix of {images.dtype} images", allowed="floating point", fix="images = normalize(images)"
+            )
         )
     for option, value in options.items():
         if option != "label_smoothing" and value < 0:
-            raise ValueError(f"{option}={value}. Allowed: 0 (off) or more. Fix: {option}=0")
+            raise ValueError(problem(f"{option}={value}", allowed="0 (off) or more", fix=f"{option}=0"))
         if option == "label_smoothing" and not 0 <= value < 1:
-            raise ValueError(f"{option}={value}. Allowed: 0 (off) up to, not including, 1. Fix: {option}=0.1")
+            raise ValueError(
+                problem(f"{option}={value}", allowed="0 (off) up to, not including, 1", fix=f"{option}=0.1")
+            )

@@ -1,25 +1,18 @@
-"""normfree.data.transforms.normalize."""
+"""Normalization of pixel values by mean and standard deviation, and the checks that all transforms share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from normfree.suggest import closest, problem
 
-
-# Per channel, in units of the pixel range [0, 1]; reference code, dataset.py (MEAN_RGB and STDDEV_RGB, which
-# are these times 255).
+# Per channel, in units of the pixel range [0, 1]; reference code, dataset.py (MEAN_RGB and STDDEV_RGB, which are these
+# times 255).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
@@ -30,15 +23,27 @@ def normalize(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Grey levels B C H W (uint8, or float32 from 0 to 255) -> `dtype`, on the same device.
+    """Return (images / 255 - mean) / std on the same device.
 
-    (images / 255 - mean) / std, with one number of each per channel.
-    Computed in float32 (float64 when that is asked for) and then rounded to `dtype`.
+    Args:
+        images: Pixel values 0 to 255, uint8 or float32, B C H W.
+        mean: One number per channel, in units of [0, 1].
+        std: One number per channel, in units of [0, 1].
+        dtype: Result type. The computation is in float32, or in float64 if `dtype` is float64.
+
+    Raises:
+        ValueError: `mean` or `std` does not have one number per channel.
+
+    >>> normalize(torch.full((1, 3, 1, 1), 255.0), mean=[0.5] * 3, std=[0.5] * 3).flatten().tolist()
+    [1.0, 1.0, 1.0]
     """
     if not len(mean) == len(std) == images.shape[-3]:
         raise ValueError(
-            f"{len(mean)} means and {len(std)} deviations for {images.shape[-3]} channels. "
-            "Allowed: one of each per channel. Fix: give as many numbers as the images have channels"
+            problem(
+                f"{len(mean)} means and {len(std)} deviations for {images.shape[-3]} channels",
+                allowed="one of each per channel",
+                fix="give as many numbers as the images have channels",
+            )
         )
     work = torch.float64 if dtype == torch.float64 else torch.float32
     means = torch.tensor(mean, dtype=work, device=images.device).view(-1, 1, 1) * 255
@@ -47,13 +52,15 @@ def normalize(
 
 
 def check_size(image_size: int) -> None:
+    """Raise `ValueError` unless `image_size` is positive."""
     if image_size < 1:
-        raise ValueError(f"image_size={image_size}. Allowed: 1 pixel or more. Fix: image_size=64")
+        raise ValueError(problem(f"image_size={image_size}", allowed="1 pixel or more", fix="image_size=64"))
 
 
-def check_word(option: str, word: str, allowed: tuple[str, ...]) -> None:
-    from difflib import get_close_matches
-
-    if word not in allowed:
-        nearest = (get_close_matches(word, allowed, n=1, cutoff=0.0) or allowed)[0]
-        raise ValueError(f"{option}={word!r}. Allowed: {', '.join(allowed)}. Fix: {option}={nearest!r}")
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        nearest = closest(value, allowed) or allowed[0]
+        raise ValueError(
+            problem(f"{option}={value!r}", allowed=", ".join(allowed), fix=f"{option}={nearest!r}")
+        )

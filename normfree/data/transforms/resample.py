@@ -1,17 +1,19 @@
-"""Bicubic resizing without antialiasing, as TensorFlow 2's `tf.image.resize` does it: what the released weights saw."""
+"""Bicubic resizing without antialiasing, as in TensorFlow 2's `tf.image.resize`, on which the released weights were
+trained.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-_A = -0.5  # Keys' cubic; torch's own bicubic uses -0.75
+_A = -0.5  # Keys' cubic, as in TensorFlow; PyTorch's bicubic uses -0.75
 
 
 def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """H W C of any type -> `height` `width` C float32, half-pixel centres, four taps a side whatever the factor.
+    """Resize H W C of any type to `height` `width` C float32.
 
-    Values overshoot the input's range near edges. Taps outside the picture get no weight, the others are
-    normalized to 1.
+    Pixel centers are at half-integers, and each axis uses four taps for any scale factor. Values overshoot the input's
+    range near edges. Taps outside the image get weight 0, and the other weights are normalized to sum 1.
     """
     rows, row_weights = _taps(image.shape[0], height)
     columns, column_weights = _taps(image.shape[1], width)
@@ -24,11 +26,11 @@ def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, weights), both size x 4: which input pixels make each output pixel."""
-    centre = (np.arange(size) + 0.5) * (length / size) - 0.5
-    first = np.floor(centre).astype(np.int64)
+    """Return (indices, weights), both `size` x 4: the input pixels of each output pixel."""
+    center = (np.arange(size) + 0.5) * (length / size) - 0.5
+    first = np.floor(center).astype(np.int64)
     indices = first[:, None] + np.arange(-1, 3)
-    distance = np.abs(centre[:, None] - indices)
+    distance = np.abs(center[:, None] - indices)
     near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
     far = ((_A * distance - 5 * _A) * distance + 8 * _A) * distance - 4 * _A
     weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))

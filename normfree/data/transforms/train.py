@@ -1,7 +1,7 @@
-"""Pictures to pixels, one by one.
+"""Augmentation of single images for training.
 
-The geometric and colour operations are torchvision's (transforms v2); their randomness is torch's default CPU
-generator, which the loader seeds per sample.
+RandomResizedCrop, the flip and torchvision's policies draw from PyTorch's default CPU generator, which the loader seeds
+per sample.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from normfree.data.torchvision_import import torchvision_module
-from normfree.data.transforms.normalize import INTERPOLATIONS, check_size, check_word
+from normfree.data.transforms.normalize import INTERPOLATIONS, check_choice, check_size
 from normfree.data.transforms.randaugment import rand_augment
+from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-GREY = (128, 128, 128)  # what RandAugment uncovers at the edge; reference code, autoaugment.py
+GRAY = (128, 128, 128)  # what RandAugment uncovers at the edge; reference code, autoaugment.py
 
 
 def train_transform(
@@ -36,29 +34,43 @@ def train_transform(
     flip: float = 0.5,
     randaugment: str = "off",
     interpolation: str = "bicubic",
-    fill: tuple[int, int, int] = GREY,
+    fill: tuple[int, int, int] = GRAY,
 ) -> Callable[[Image], Tensor]:
-    """RGB picture -> uint8 tensor, 3 S S: random crop and resize, flip, RandAugment.
+    """Return a random map from an RGB image to a uint8 tensor, 3 S S: random crop and resize, flip, RandAugment.
 
-    The crop takes between `crop_min` and 1 of the picture's area, at an aspect ratio within `crop_ratio`;
-    `flip` is the probability of a mirror image. These defaults are the reference code's (dataset.py).
-    `randaugment` is "off", "trivial" (one operation of random strength: TrivialAugment, arXiv 2103.10158),
-    "LxM": L operations in a row at magnitude M, as DeepMind ran it, where 10 is the full range (`rand_augment`), or
-    "tv:LxM": torchvision's (arXiv 1909.13719), where 30 is, with `fill` (0-255) at uncovered edges. Resizing is
-    antialiased, by torch's kernels for uint8 (`resize`). Raises `ValueError` for values that mean nothing.
+    Resizing is antialiased, by PyTorch's resize of uint8 images (`resize`). The defaults are those of the reference
+    code (dataset.py).
+
+    Args:
+        image_size: Side S of the result in pixels.
+        crop_min: Smallest share of the image's area that a crop takes; the largest is 1.
+        crop_ratio: Smallest and largest aspect ratio of the crop.
+        flip: Probability of mirroring the image left to right.
+        randaugment: "off"; "trivial" for one operation of random strength (TrivialAugment, arXiv 2103.10158); "LxM"
+            for L operations in a row at magnitude M of 10, as DeepMind ran it (`rand_augment`); or "tv:LxM" for
+            torchvision's RandAugment (arXiv 1909.13719) at magnitude M of 30.
+        interpolation: "bicubic", "bilinear" or "nearest".
+        fill: Color 0 to 255 that torchvision's operations paint at uncovered edges.
+
+    Raises:
+        ValueError: An option is unknown or out of range.
     """
     check_size(image_size)
     if not 0 < crop_min <= 1:
         raise ValueError(
-            f"crop_min={crop_min}. Allowed: above 0, up to 1 (the whole area). Fix: crop_min=0.08"
+            problem(f"crop_min={crop_min}", allowed="above 0, up to 1 (the whole area)", fix="crop_min=0.08")
         )
     if not 0 < crop_ratio[0] <= crop_ratio[1]:
         raise ValueError(
-            f"crop_ratio={crop_ratio}. Allowed: two positive numbers, the smaller first. Fix: crop_ratio=(0.75, 1.333)"
+            problem(
+                f"crop_ratio={crop_ratio}",
+                allowed="two positive numbers, the smaller first",
+                fix="crop_ratio=(0.75, 1.333)",
+            )
         )
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip={flip}. Allowed: a probability, 0 to 1. Fix: flip=0.5")
-    check_word("interpolation", interpolation, INTERPOLATIONS)
+        raise ValueError(problem(f"flip={flip}", allowed="a probability, 0 to 1", fix="flip=0.5"))
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     policy = _policy(randaugment, fill)
     if interpolation != "nearest":
         return TrainTransform(
@@ -86,6 +98,7 @@ def train_transform(
 
 
 def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:
+    """Return the operations on PIL images that a `randaugment` option names."""
     if text == "off":
         return []
     if text == "trivial":
@@ -93,9 +106,12 @@ def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:
     match = re.fullmatch(r"(tv:)?([1-9]\d?)x(\d\d?)", text)
     if match is None or int(match[3]) > 30:
         raise ValueError(
-            f"randaugment={text!r}. Allowed: 'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is "
-            "their full range), 'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30. "
-            "Fix: randaugment='4x5'"
+            problem(
+                f"randaugment={text!r}",
+                allowed="'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is their full range), "
+                "'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30",
+                fix="randaugment='4x5'",
+            )
         )
     layers, magnitude = int(match[2]), int(match[3])
     if match[1] is None:
@@ -105,13 +121,13 @@ def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:
 
 
 class AfterMixing:
-    """The policy of a `randaugment` word for pictures that are mixed first; see `FreshPairs.after`."""
+    """The policy of a `randaugment` option for images that are mixed first; see `FreshPairs.after`."""
 
-    def __init__(self, text: str, fill: tuple[int, int, int] = GREY) -> None:
+    def __init__(self, text: str, fill: tuple[int, int, int] = GRAY) -> None:
         self.policy = _policy(text, fill)
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 H W 3 -> the same, augmented; draws come from `rng` by way of torch's default generator."""
+        """Return the augmented image, uint8 H W 3; `rng` seeds PyTorch's default generator, which makes the draws."""
         from PIL import Image as pillow
 
         torch.default_generator.manual_seed(int(rng.integers(2**62)))
@@ -122,7 +138,7 @@ class AfterMixing:
 
 
 class ReferenceRandAugment:
-    """RGB picture -> RGB picture, by `rand_augment`; its draws come from torch's default generator."""
+    """`rand_augment` as a map from RGB image to RGB image, seeded from PyTorch's default generator."""
 
     def __init__(self, layers: int, magnitude: float) -> None:
         self.layers, self.magnitude = layers, magnitude
@@ -137,13 +153,13 @@ class ReferenceRandAugment:
 
 
 class TrainTransform:
-    """RGB picture (uint8 H W 3, or a PIL image) -> uint8 tensor, 3 S S; made by `train_transform`.
+    """A random map from an RGB image (uint8 H W 3, or PIL) to a uint8 tensor, 3 S S; made by `train_transform`.
 
-    Random crop and resize, flip, and `policy`, a list of operations on PIL images. The crop's place and the flip are
-    drawn as torchvision's RandomResizedCrop and RandomHorizontalFlip draw them.
+    It crops and resizes, flips, and applies `policy`, a list of operations on PIL images. Position and size of the crop
+    and the flip are drawn as by torchvision's RandomResizedCrop and RandomHorizontalFlip.
     """
 
-    takes_arrays = True  # so the loader hands over arrays where a source has them
+    takes_arrays = True  # the loader passes arrays if the source has them
 
     def __init__(
         self,
@@ -162,10 +178,10 @@ class TrainTransform:
         self._policy = v2.Compose([v2.ToPILImage(), *policy, v2.PILToTensor()]) if policy else None
 
     def __call__(self, image: Image | np.ndarray) -> Tensor:
-        """Draw from torch's default generator and transform one picture."""
+        """Transform one image, drawing from PyTorch's default generator."""
         height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-        place = self._crop.make_params([torch.empty(1, dtype=torch.uint8).expand(3, height, width)])
-        top, left, tall, wide = (place[word] for word in ("top", "left", "height", "width"))
+        box = self._crop.make_params([torch.empty(1, dtype=torch.uint8).expand(3, height, width)])
+        top, left, tall, wide = (box[name] for name in ("top", "left", "height", "width"))
         if isinstance(image, np.ndarray):
             pixels = image[top : top + tall, left : left + wide]
         else:
@@ -178,11 +194,11 @@ class TrainTransform:
 
 
 def resize(pixels: np.ndarray, height: int, width: int, *, interpolation: str) -> Tensor:
-    """uint8 H W 3 -> uint8 tensor 3 `height` `width`, antialiased; "bicubic" or "bilinear".
+    """Resize uint8 H W 3 to a uint8 tensor 3 `height` `width`, antialiased, with "bicubic" or "bilinear".
 
-    Equal to Pillow's resize across and then down: within 1 grey level for each pass.
+    The result equals Pillow's resize across and then down, within 1 of 255 for each pass.
     """
-    if not pixels.flags.writeable:  # torch warns of memory that it must not write, though it only reads
+    if not pixels.flags.writeable:  # PyTorch warns about read-only memory, though it only reads
         pixels = pixels.copy()
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     return interpolate(image, size=(height, width), mode=interpolation, antialias=True)[0]

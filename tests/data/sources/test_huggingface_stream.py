@@ -15,7 +15,7 @@ from PIL import Image
 from normfree.data.loader import Batch, eval_batches, train_batches
 from normfree.data.sampler import TrainSampler
 from normfree.data.source import ArraySource
-from normfree.data.sources.huggingface_stream import StreamSource
+from normfree.data.sources.huggingface_stream import HuggingFaceStreamSource
 from normfree.data.sources.open import open_labeled, open_source
 from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.evaluate import eval_transform
@@ -228,13 +228,15 @@ def test_a_stream_that_breaks_off_or_has_become_shorter_is_named(tmp_path: Path)
     source: Any = open_source(folder(tmp_path)).train
     rows, more = source._rows, (FILES[0] + 1, *FILES[1:])
     options: dict[str, Any] = {"image": "image", "classes": NAMES, "prefix": "here"}
-    longer = StreamSource(rows, labels=np.zeros(TOTAL + 1, dtype=np.int64), counts=more, **options)
+    longer = HuggingFaceStreamSource(rows, labels=np.zeros(TOTAL + 1, dtype=np.int64), counts=more, **options)
     with pytest.raises(ImageError) as caught:
         stream(longer, workers=1)
     assert str(caught.value) == "here/23: the stream has ended: it is shorter than when it was counted"
     (tmp_path / "data" / "train-00002-of-00005.parquet").unlink()
     with pytest.raises(ImageError, match=r"^here/32: the stream broke off: "):
-        StreamSource(rows, labels=np.zeros(TOTAL, dtype=np.int64), counts=FILES, **options).image(40)
+        HuggingFaceStreamSource(rows, labels=np.zeros(TOTAL, dtype=np.int64), counts=FILES, **options).image(
+            40
+        )
 
 
 def test_a_row_without_a_picture_is_named(tmp_path: Path) -> None:

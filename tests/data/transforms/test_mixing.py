@@ -33,7 +33,7 @@ def test_the_reference_batch_from_its_own_draws(monkeypatch):
     images, labels, masks = REFERENCE["mix|images"], REFERENCE["mix|labels"], REFERENCE["mix|mask"]
     pairs = FreshPairs(mixup=0.2, cutmix=1.0)
     for output in range(4):
-        own, other, cut = pairs.places(output, 4)
+        own, other, cut = pairs.positions(output, 4)
         assert cut == (output >= 2)
         assert labels[own] == REFERENCE["mixed|labels"][output]
         assert labels[other] == REFERENCE["mixed|mix_labels"][output]
@@ -49,9 +49,9 @@ def test_the_reference_batch_from_its_own_draws(monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_every_image_that_is_read_is_used_once(mixup, cutmix, batch_size):
     pairs = FreshPairs(mixup=mixup, cutmix=cutmix)
-    used = [place for output in range(batch_size) for place in pairs.places(output, batch_size)[:2]]
+    used = [place for output in range(batch_size) for place in pairs.positions(output, batch_size)[:2]]
     assert sorted(used) == list(range(2 * batch_size))
-    by_cutmix = sum(pairs.places(output, batch_size)[2] for output in range(batch_size))
+    by_cutmix = sum(pairs.positions(output, batch_size)[2] for output in range(batch_size))
     assert by_cutmix == (0 if cutmix == 0 else batch_size if mixup == 0 else batch_size // 2)
 
 
