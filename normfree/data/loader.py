@@ -124,32 +124,9 @@ def train_batches(
         Repeated augmentation: Hoffer et al. 2020, "Augment your batch"; Berman et al. 2019, "MultiGrain".
     """
     _check(source, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
-    if batch_size % world_size:
-        nearest = max(batch_size // world_size, 1) * world_size
-        raise ValueError(
-            problem(
-                f"batch_size={batch_size} for {world_size} processes",
-                allowed=f"multiples of {world_size}, as each process takes an equal part",
-                fix=f"batch_size={nearest}",
-            )
-        )
-    if not 0 <= start_step <= num_steps:
-        raise ValueError(
-            problem(
-                f"start_step={start_step} of num_steps={num_steps}",
-                allowed=f"0 to {num_steps}",
-                fix="num_steps counts the steps of the whole run, including the finished ones",
-            )
-        )
-    if repeats < 1 or batch_size % repeats:
-        nearest = max(d for d in range(1, max(repeats, 1) + 1) if batch_size % d == 0)
-        raise ValueError(
-            problem(
-                f"repeats={repeats} with batch_size={batch_size}",
-                allowed="1 or more, and a divisor of batch_size, as the copies of a sample share a batch",
-                fix=f"repeats={nearest}",
-            )
-        )
+    _check_train(
+        batch_size, world_size=world_size, start_step=start_step, num_steps=num_steps, repeats=repeats
+    )
     streamed = as_streamed(source)
     sampler = TrainSampler(
         len(source),
@@ -325,5 +302,35 @@ def _check(source: Source, *, batch_size: int, workers: int, rank: int, world_si
         raise ValueError(
             problem(
                 f"rank={rank} of {world_size}", allowed=f"0 to {world_size - 1}", fix=f"rank={world_size - 1}"
+            )
+        )
+
+
+def _check_train(batch_size: int, *, world_size: int, start_step: int, num_steps: int, repeats: int) -> None:
+    """Raise `ValueError` for arguments of `train_batches` that do not fit together."""
+    if batch_size % world_size:
+        nearest = max(batch_size // world_size, 1) * world_size
+        raise ValueError(
+            problem(
+                f"batch_size={batch_size} for {world_size} processes",
+                allowed=f"multiples of {world_size}, as each process takes an equal part",
+                fix=f"batch_size={nearest}",
+            )
+        )
+    if not 0 <= start_step <= num_steps:
+        raise ValueError(
+            problem(
+                f"start_step={start_step} of num_steps={num_steps}",
+                allowed=f"0 to {num_steps}",
+                fix="num_steps counts the steps of the whole run, including the finished ones",
+            )
+        )
+    if repeats < 1 or batch_size % repeats:
+        nearest = max(d for d in range(1, max(repeats, 1) + 1) if batch_size % d == 0)
+        raise ValueError(
+            problem(
+                f"repeats={repeats} with batch_size={batch_size}",
+                allowed="1 or more, and a divisor of batch_size, as the copies of a sample share a batch",
+                fix=f"repeats={nearest}",
             )
         )

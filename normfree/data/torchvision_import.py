@@ -6,6 +6,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from normfree.suggest import problem
+
 
 def torchvision_module(name: str) -> Any:
     """Return the module `torchvision.<name>`, for instance "transforms.v2" or "datasets".
@@ -19,9 +21,11 @@ def torchvision_module(name: str) -> Any:
         return import_module(f"torchvision.{name}")
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise ImportError(
-            f"torchvision cannot be imported: torch {_version('torch')}, torchvision {_version('torchvision')}. "
-            "They must be a pair that was built together. "
-            "Fix: pip install --upgrade torch torchvision (both in one command, from the same index)"
+            problem(
+                f"torchvision cannot be imported: torch {_version('torch')}, torchvision {_version('torchvision')}. "
+                "They must be a pair that was built together",
+                fix="pip install --upgrade torch torchvision (both in one command, from the same index)",
+            )
         ) from error
 
 

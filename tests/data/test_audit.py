@@ -46,11 +46,11 @@ def test_a_clean_report_passes_and_a_bad_one_names_ten(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "12 of 50 images cannot be used:\n"
         + "".join(f"  {i}.png: the file is empty\n" for i in range(10))
-        + "  and 2 more\nAllowed: images that open completely. Fix: repair these files or delete them"
+        + "  and 2 more\nAllowed: images that open completely. Fix: repair these files or delete them."
     )
     with pytest.raises(ValueError, match="cannot be used") as caught:
         require_clean(AuditReport(checked=50, bad=bad[:1]))
     assert str(caught.value) == (
         "1 of 50 images cannot be used:\n  0.png: the file is empty\n"
-        "Allowed: images that open completely. Fix: repair these files or delete them"
+        "Allowed: images that open completely. Fix: repair these files or delete them."
     )

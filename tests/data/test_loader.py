@@ -273,23 +273,23 @@ def test_wrong_arguments_are_refused_before_the_first_batch() -> None:
             train_batches(source, transform, **{"batch_size": 4, "seed": 0, "num_steps": 2, **options})
         return str(caught.value)
 
-    assert text(batch_size=0) == "batch_size=0. Allowed: 1 or more. Fix: batch_size=1"
-    assert text(workers=-1) == "workers=-1. Allowed: 0 or more. Fix: workers=0"
-    assert text(rank=2, world_size=2) == "rank=2 of 2. Allowed: 0 to 1. Fix: rank=1"
+    assert text(batch_size=0) == "batch_size=0. Allowed: 1 or more. Fix: batch_size=1."
+    assert text(workers=-1) == "workers=-1. Allowed: 0 or more. Fix: workers=0."
+    assert text(rank=2, world_size=2) == "rank=2 of 2. Allowed: 0 to 1. Fix: rank=1."
     assert text(batch_size=7, world_size=3) == (
-        "batch_size=7 for 3 processes. Allowed: multiples of 3, as each process takes an equal part. Fix: batch_size=6"
+        "batch_size=7 for 3 processes. Allowed: multiples of 3, as each process takes an equal part. Fix: batch_size=6."
     )
     assert text(repeats=3) == (
         "repeats=3 with batch_size=4. Allowed: 1 or more, and a divisor of batch_size, as the copies of a sample "
-        "share a batch. Fix: repeats=2"
+        "share a batch. Fix: repeats=2."
     )
-    assert text(repeats=0).endswith("Fix: repeats=1")
+    assert text(repeats=0).endswith("Fix: repeats=1.")
     assert text(start_step=3) == (
         "start_step=3 of num_steps=2. Allowed: 0 to 2. "
-        "Fix: num_steps counts the steps of the whole run, the finished ones included"
+        "Fix: num_steps counts the steps of the whole run, including the finished ones."
     )
     empty = FolderSource(Path(), [], classes=("a", "b"))
     with pytest.raises(
-        ValueError, match=r"a source without samples\. Allowed: at least one\. Fix: check the path"
+        ValueError, match=r"the source has no samples\. Allowed: at least one\. Fix: check the path."
     ):
         eval_batches(empty, transform, batch_size=1)

@@ -55,9 +55,6 @@ def open_source(
         pipes: Allow the commands of "pipe:" to run. Pass True only for text that the user typed, not for text from a
             config file.
 
-    Returns:
-        A `Split` with `train`, `val` and `classes`.
-
     Raises:
         ValueError: The data cannot be found or used.
         ModuleNotFoundError: A package is missing; the message names the extra that installs it.

@@ -154,7 +154,7 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     found = [(bad.name, bad.reason.split(",")[0]) for bad in audit(source).bad]
     assert found == [
         (f"{tmp_path}/train/1", "not an image"),
-        (f"{tmp_path}/train/2", "the row has no picture"),
+        (f"{tmp_path}/train/2", "the row has no image"),
     ]
 
 
@@ -167,8 +167,8 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert message("hf:owner/set") == (
-        "'hf:owner/set' is no folder here. Allowed: a folder of parquet or arrow files, or a name on the hub and a "
-        "download when told to. Fix: download=yes, or check the path"
+        "'hf:owner/set' is no folder here. Allowed: a folder of parquet or arrow files, or a name on the hub and "
+        "permission to download. Fix: download=yes, or check the path."
     )
     assert message("hf:./owner", download=True).startswith("'hf:./owner' is no folder here.")
     assert asked == []
@@ -182,28 +182,28 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
 def test_errors_name_what_there_is(tmp_path: Path) -> None:
     word = parquet(tmp_path / "a", train=rows(range(6)), test=rows(range(3)))
     assert (
-        message(f"{word},split=trian")
-        == f"'{word}' has no split 'trian'. Allowed: train, test. Did you mean split=train?"
+        message(f"{word},split=trian") == f"'{word}' has no split 'trian'. Allowed: train, test. "
+        "Fix: choose one with split=SPLIT. Did you mean 'train'?"
     )
     assert (
-        message(f"{word},label=lable")
-        == f"'{word}' has no column 'lable'. Allowed: image, label. Did you mean label=label?"
+        message(f"{word},label=lable") == f"'{word}' has no column 'lable'. Allowed: image, label. "
+        "Fix: choose one with label=COLUMN. Did you mean 'label'?"
     )
     assert message(f"{word},image=label").startswith(f"the column 'label' of '{word}' holds ClassLabel(")
     assert message(f"{word},label=image").startswith(f"the column 'image' of '{word}' holds Image(")
     assert message(f"{word},lebal=x") == (
-        f"'{word},lebal=x' has an unknown 'lebal'. Allowed: split=..., val=..., image=..., label=..., subset=..., "
-        "revision=..., download=..., streaming=..., buffer=.... Did you mean 'label='?"
+        f"'{word},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., image=..., label=..., subset=..., "
+        "revision=..., download=..., streaming=..., buffer=... Did you mean 'label'?"
     )
     assert message("hf:") == (
         "'hf:' names nothing. Allowed: hf:PATH, then split=..., val=..., image=..., label=..., subset=..., "
-        "revision=..., download=..., streaming=..., buffer=.... Fix: add the path"
+        "revision=..., download=..., streaming=..., buffer=.... Fix: add the path."
     )
     assert message("hg:x").endswith("Did you mean 'hf:x'?")
     unlabelled = parquet(tmp_path / "b", train=rows(range(3), labels=[0, 1, -1]), test=rows(range(3)))
     assert message(unlabelled) == (
         f"row 2 of '{unlabelled}' has no label (label=-1). Allowed: a class in each row. "
-        "Fix: choose a split with labels"
+        "Fix: choose a split with labels."
     )
     (tmp_path / "empty").mkdir()
     assert message(f"hf:{tmp_path / 'empty'}").startswith(f"'hf:{tmp_path / 'empty'}' cannot be opened: ")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ class InMemory(ArraySource):
         super().__init__(pictures, [i % 3 for i in range(TOTAL)], classes=NAMES, names=names)
         self.order = stream.order
 
+    def read(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Return nothing: the images are in memory."""
+        return {}
+
+    def hold(self, data: dict[int, Any]) -> None:
+        """Ignore the data."""
+
 
 def stream(source: Any, *, start_step: int = 0, num_steps: int = 30, **options: Any) -> list[Batch]:
     options = {"batch_size": 6, "seed": 5, **options}
@@ -99,8 +107,8 @@ def test_a_stream_has_the_rows_of_the_set(tmp_path: Path, texts: bool) -> None:
     assert not split.files
     assert split.classes == tuple(NAMES)
     assert split.notes[2] == (
-        "read as a stream: 5 files in a new order each epoch, and 1000 images shuffled with each other; a run that "
-        "continues reads its files again up to its place"
+        "read as a stream: 5 files in a new order each epoch, and 1000 images shuffled with each other; "
+        "a resumed run reads its files again up to its position"
     )
     assert len(split.notes) == 3
     for left, right in ((split.train, plain.train), (split.val, plain.val), (open_labeled(word), plain.val)):
@@ -203,7 +211,7 @@ def test_only_a_sorted_stream_is_noted(tmp_path: Path) -> None:
     word = f"{folder(tmp_path / 'a', by_class=True, files=(120,))},buffer=10"
     assert open_source(word).notes[3] == (
         "the stream is sorted: 10 images in a row hold 1.0 classes on average, 2.9 if they were shuffled; networks "
-        "train badly so. Raise buffer=, or leave out streaming"
+        "train badly on sorted data. Raise buffer=, or leave out streaming"
     )
     assert len(open_source(f"{folder(tmp_path / 'b', files=(120,))},buffer=10").notes) == 3
     many = folder(tmp_path / "c", by_class=True, files=(8,) * 15)  # sorted too, but the files meet in a block
@@ -231,7 +239,7 @@ def test_a_stream_that_breaks_off_or_has_become_shorter_is_named(tmp_path: Path)
     longer = HuggingFaceStreamSource(rows, labels=np.zeros(TOTAL + 1, dtype=np.int64), counts=more, **options)
     with pytest.raises(ImageError) as caught:
         stream(longer, workers=1)
-    assert str(caught.value) == "here/23: the stream has ended: it is shorter than when it was counted"
+    assert str(caught.value) == "here/23: the stream has ended: it is shorter than when its rows were counted"
     (tmp_path / "data" / "train-00002-of-00005.parquet").unlink()
     with pytest.raises(ImageError, match=r"^here/32: the stream broke off: "):
         HuggingFaceStreamSource(rows, labels=np.zeros(TOTAL, dtype=np.int64), counts=FILES, **options).image(
@@ -246,7 +254,7 @@ def test_a_row_without_a_picture_is_named(tmp_path: Path) -> None:
     for name in ("train", "test"):
         data.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     source = open_source(f"hf:{tmp_path},streaming=yes").train
-    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/[01]: the row has no picture$"):
+    with pytest.raises(ImageError, match=rf"^{tmp_path}/train/[01]: the row has no image$"):
         stream(source)
 
 
@@ -271,20 +279,20 @@ def test_streaming_is_the_users_own_word(tmp_path: Path, monkeypatch: pytest.Mon
 def test_errors_of_streams(tmp_path: Path) -> None:
     word = folder(tmp_path / "a")
     plain = word.removesuffix(",streaming=yes")
-    assert message(f"{plain},streaming=true") == "streaming=true. Allowed: yes or no. Fix: streaming=yes"
-    assert message(f"{word},buffer=0") == "buffer=0. Allowed: a whole number from 1. Fix: buffer=1000"
+    assert message(f"{plain},streaming=true") == "streaming=true. Allowed: yes or no. Fix: streaming=yes."
+    assert message(f"{word},buffer=0") == "buffer=0. Allowed: a whole number from 1. Fix: buffer=1000."
     assert message(f"{plain},buffer=10") == (
-        "buffer=10 without streaming=yes. Allowed: both, as else the whole set is shuffled. Fix: leave out buffer"
+        "buffer=10 without streaming=yes. Allowed: both or none; without streaming the whole set is shuffled. Fix: leave out buffer."
     )
     assert message(f"{word},split=test,val=nothing").startswith(f"'{plain}' has no split 'nothing'.")
     assert message(f"{word},image=label").startswith(f"the column 'label' of '{plain}' holds ClassLabel(")
     (tmp_path / "a" / "data" / "test-00000-of-00001.parquet").unlink()
     assert message(word) == (
         f"'{plain}' has no split to validate on, and a stream cannot be divided. Allowed: a second split, or a set "
-        "without streaming. Fix: leave out streaming"
+        "without streaming. Fix: leave out streaming."
     )
     table(range(3), [0, 1, 2], kind=datasets.ClassLabel(names=NAMES)).save_to_disk(tmp_path / "saved")
     assert message(f"hf:{tmp_path / 'saved'},streaming=yes") == (
-        f"'hf:{tmp_path / 'saved'}' was left by save_to_disk, which is read in place. Allowed: streaming=yes for "
-        "parquet and other files, or for a name on the hub. Fix: leave out streaming"
+        f"'hf:{tmp_path / 'saved'}' was written by save_to_disk, which is read in place. Allowed: streaming=yes for "
+        "parquet and other files, or for a name on the hub. Fix: leave out streaming."
     )

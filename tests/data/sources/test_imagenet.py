@@ -111,29 +111,29 @@ def test_errors_of_the_layout(tmp_path: Path) -> None:
     assert message(tmp_path) == (
         f"{val} holds 4 images and no class folders. Allowed: a label file (val.txt, val_map.txt, "
         "LOC_val_solution.csv, "
-        "ILSVRC2012_validation_ground_truth.txt) beside train/ or in val/, or val/ in class folders like train/. "
-        "Fix: add val.txt"
+        "ILSVRC2012_validation_ground_truth.txt) next to train/ or in val/, or val/ in class folders like train/. "
+        "Fix: add val.txt."
     )
     by_truth(tmp_path)
     truth = tmp_path / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"
     assert message(tmp_path) == (
-        f"{truth} gives numbers whose meaning is in the devkit. Allowed: map_clsloc.txt or meta.mat beside it. "
-        "Fix: copy meta.mat from ILSVRC2012_devkit_t12/data"
+        f"{truth} holds numbers that only the devkit explains. Allowed: map_clsloc.txt or meta.mat next to it. "
+        "Fix: copy meta.mat from ILSVRC2012_devkit_t12/data."
     )
     truth.write_text("1\n2\n")
     assert message(tmp_path) == (
         f"{truth} has 2 labels for 4 images in {val}. Allowed: one for each, in the order of their names. "
-        "Fix: unpack the archive of validation images again"
+        "Fix: unpack the archive of validation images again."
     )
     (tmp_path / "val.txt").write_text(f"{FILES[0]} 1\n")
     assert message(tmp_path) == (
-        f"{tmp_path / 'val.txt'} has no label for {FILES[1]!r} of {val}. Allowed: one for each. Fix: complete it"
+        f"{tmp_path / 'val.txt'} has no label for {FILES[1]!r} of {val}. Allowed: one for each. Fix: complete it."
     )
     for word in ("3", "-1", "n99999999"):
         (tmp_path / "val.txt").write_text("".join(f"{name} {word}\n" for name in FILES))
         assert message(tmp_path) == (
             f"{tmp_path / 'val.txt'} gives {FILES[0]!r} the class {word!r}. Allowed: a class folder of "
-            f"{tmp_path / 'train'}, or its position from 0 to 2. Fix: use the list of this set"
+            f"{tmp_path / 'train'}, or its position from 0 to 2. Fix: use the list of this set."
         )
 
 
@@ -142,7 +142,7 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "n00000001").mkdir()
     assert message(tmp_path) == (
         f"the class folder {tmp_path / 'train' / 'n00000001'} holds no images. Allowed: two classes or more, with "
-        "images in each. Fix: unpack the archives again"
+        "images in each. Fix: unpack the archives again."
     )
 
 

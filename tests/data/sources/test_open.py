@@ -64,7 +64,7 @@ def test_other_names_of_the_validation_part(tmp_path: Path, name: str) -> None:
 def test_val_is_taken_before_test(tmp_path: Path) -> None:
     for part in ("train", "test", "val"):
         fill(tmp_path / part, a=1, b=1)
-    assert open_source(tmp_path).notes[1:] == ("validation is val/", "test/ was left alone")
+    assert open_source(tmp_path).notes[1:] == ("validation is val/", "test/ was not used")
 
 
 def test_the_split_of_one_folder_is_even_complete_and_repeatable(tmp_path: Path) -> None:
@@ -130,7 +130,8 @@ def test_paths_that_are_no_folder(tmp_path: Path) -> None:
     where = str(tmp_path / "nowhere")
     allowed = f"Allowed: a folder of images, or one of {NAMES}."
     assert (
-        message(where) == f"{where!r} is neither a folder nor a known data set. {allowed} Fix: check the path"
+        message(where)
+        == f"{where!r} is neither a folder nor a known data set. {allowed} Fix: check the path."
     )
     assert message("cifar-10") == (
         f"'cifar-10' is neither a folder nor a known data set. {allowed} Did you mean 'cifar10'?"
@@ -140,12 +141,12 @@ def test_paths_that_are_no_folder(tmp_path: Path) -> None:
     assert message("pack:a").endswith("Did you mean 'packed:a'?")
     assert message(tmp_path / "photos.zip") == (
         f"{str(tmp_path / 'photos.zip')!r} is a file. {allowed} "
-        "Fix: name the folder of images; an archive must be unpacked first"
+        "Fix: name the folder of images; an archive must be unpacked first."
     )
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
-    text = f"{tmp_path} holds no images ({SUFFIXES}). Allowed: {LAYOUT}. Fix: check the path"
+    text = f"{tmp_path} holds no images ({SUFFIXES}). Allowed: {LAYOUT}. Fix: check the path."
     assert message(tmp_path) == text
     fill(tmp_path, a=0, b=0)
     assert message(tmp_path) == text
@@ -163,12 +164,12 @@ def test_images_one_level_higher(tmp_path: Path) -> None:
     fill(tmp_path, a=3)
     assert message(tmp_path / "a") == (
         f"{tmp_path / 'a'} holds 3 images and no class folders. Allowed: {LAYOUT}. "
-        f"Fix: put the images into {tmp_path / 'a' / '<class>'}"
+        f"Fix: put the images into {tmp_path / 'a' / '<class>'}."
     )
     fill(tmp_path, b=1)
     assert message(tmp_path / "a") == (
         f"{tmp_path / 'a'} holds 3 images and no class folders. Allowed: {LAYOUT}. "
-        f"Did you mean the folder above, {str(tmp_path)!r}?"
+        f"Did you mean the parent folder, {str(tmp_path)!r}?"
     )
 
 
@@ -177,7 +178,7 @@ def test_images_below_a_class_folder(tmp_path: Path) -> None:
     fill(tmp_path / "a", monday=1)
     assert message(tmp_path) == (
         f"the class folder {tmp_path / 'a'} has images in folders of its own (monday). "
-        "Allowed: images directly in the class folder. Fix: move them up, or out"
+        "Allowed: images directly in the class folder. Fix: move them up, or out."
     )
 
 
@@ -186,7 +187,7 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
     (tmp_path / "b" / "notes.txt").touch()
     assert message(tmp_path) == (
         f"the class folder {tmp_path / 'b'} holds no images (1 other files). "
-        f"Allowed: one image or more ({SUFFIXES}). Fix: add images, or delete the folder"
+        f"Allowed: one image or more ({SUFFIXES}). Fix: add images, or delete the folder."
     )
 
 
@@ -194,15 +195,15 @@ def test_one_class_only(tmp_path: Path) -> None:
     fill(tmp_path, cat=5)
     assert message(tmp_path) == (
         f"{tmp_path} holds one class, 'cat'. Allowed: two classes or more. "
-        "Fix: add a folder with images of something else"
+        "Fix: add a folder with images of something else."
     )
 
 
 def test_one_image_per_class(tmp_path: Path) -> None:
     fill(tmp_path, a=1, b=1)
     assert message(tmp_path) == (
-        f"{tmp_path} holds one image per class, which leaves none for validation. "
-        "Allowed: two images or more in at least one class. Fix: add images, or a val/ folder beside train/"
+        f"{tmp_path} has one sample per class, which leaves none for validation. "
+        "Allowed: two or more in at least one class. Fix: add images, or a val/ folder next to train/."
     )
 
 
@@ -212,13 +213,13 @@ def test_different_classes_are_listed(tmp_path: Path) -> None:
     assert message(tmp_path) == (
         f"{tmp_path / 'train'} and {tmp_path / 'val'} have different classes "
         "(only in train/: cat; only in val/: dog, emu). "
-        "Allowed: the same class folders in both. Fix: rename or remove the odd ones"
+        "Allowed: the same class folders in both. Fix: rename or remove the others."
     )
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
 def test_a_fraction_that_leaves_nothing(tmp_path: Path, fraction: float) -> None:
-    text = f"val_fraction={fraction}. Allowed: above 0 and below 1. Fix: val_fraction=0.1"
+    text = f"val_fraction={fraction}. Allowed: above 0 and below 1. Fix: val_fraction=0.1."
     assert message(fill(tmp_path, a=2, b=2), val_fraction=fraction) == text
 
 
@@ -253,16 +254,16 @@ def test_synthetic_classes_can_be_told_apart() -> None:
 
 
 def test_errors_of_synthetic() -> None:
-    words = "classes, size, train, val, each as word=number with commas between"
+    words = "classes, size, train, val, each as option=number, separated by commas"
     assert (
         message("synthetic:klasses=3")
-        == f"'synthetic:klasses=3' names 'klasses'. Allowed: {words}. Fix: classes=10"
+        == f"'synthetic:klasses=3' has an unknown option 'klasses'. Allowed: {words}. Fix: classes=10."
     )
     assert message("synthetic:classes=1") == (
-        "'synthetic:classes=1' gives classes=1. Allowed: a whole number from 2 to 10. Fix: classes=10"
+        "'synthetic:classes=1' gives classes=1. Allowed: a whole number from 2 to 10. Fix: classes=10."
     )
     assert message("synthetic:size=big") == (
-        "'synthetic:size=big' gives size=big. Allowed: a whole number from 8 to 1024. Fix: size=32"
+        "'synthetic:size=big' gives size=big. Allowed: a whole number from 8 to 1024. Fix: size=32."
     )
 
 
@@ -285,7 +286,7 @@ def test_cifar10_from_a_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     planes = fake_cifar10(tmp_path)
     text = (
         f"'cifar10' in {tmp_path / 'cifar-10-batches-py'} is incomplete or damaged. "
-        "Allowed: the files as they were published. Fix: delete that folder, then cifar10:download=yes"
+        "Allowed: the files as they were published. Fix: delete that folder, then cifar10:download=yes."
     )
     assert message("cifar10", root=tmp_path) == text  # the MD5 sums of the copy are not the published ones
     from torchvision.datasets import cifar
@@ -326,12 +327,12 @@ def test_grey_sets_become_rgb(tmp_path: Path) -> None:
 )
 def test_nothing_is_downloaded_unless_told(tmp_path: Path, name: str, folder: str) -> None:
     assert message(name, root=tmp_path) == (
-        f"{name!r} is not here: looked in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
-        f"told to. Fix: {name}:download=yes"
+        f"{name!r} is not in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
+        f"told to. Fix: {name}:download=yes."
     )
     assert message(f"{name}:root={tmp_path},download=no", root="elsewhere", download=True) == (
-        f"{name!r} is not here: looked in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
-        f"told to. Fix: {name}:root={tmp_path},download=yes"
+        f"{name!r} is not in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
+        f"told to. Fix: {name}:root={tmp_path},download=yes."
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -365,19 +366,20 @@ def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
 @pytest.mark.parametrize(
     ("word", "text"),
     [
-        ("download=true", "download=true. Allowed: yes or no. Fix: download=yes"),
-        ("download=never", "download=never. Allowed: yes or no. Fix: download=no"),
+        ("download=true", "download=true. Allowed: yes or no. Fix: download=yes."),
+        ("download=never", "download=never. Allowed: yes or no. Fix: download=no."),
         (
             "rot=x",
-            "'cifar10:rot=x' has an unknown 'rot'. Allowed: root=..., download=.... Did you mean 'root='?",
+            "'cifar10:rot=x' has an unknown option 'rot'. Allowed: root=..., download=... Did you mean 'root'?",
         ),
         (
             "root=x,root=y",
-            "'cifar10:root=x,root=y' has a second 'root'. Allowed: root=..., download=.... Did you mean 'root='?",
+            "'cifar10:root=x,root=y' has a second option 'root'. Allowed: root=..., download=... Did you mean 'root'?",
         ),
         (
             "download",
-            "'cifar10:download' has an empty 'download'. Allowed: root=..., download=.... Did you mean 'download='?",
+            "'cifar10:download' has an empty option 'download'. Allowed: root=..., download=... "
+            "Did you mean 'download'?",
         ),
     ],
 )
@@ -399,6 +401,6 @@ def test_a_torchvision_that_does_not_fit_names_both_versions(
     assert re.fullmatch(
         r"torchvision cannot be imported: torch \d\S+, torchvision \d\S+\. "
         r"They must be a pair that was built together\. "
-        r"Fix: pip install --upgrade torch torchvision \(both in one command, from the same index\)",
+        r"Fix: pip install --upgrade torch torchvision \(both in one command, from the same index\).",
         str(caught.value),
     )

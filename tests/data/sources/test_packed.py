@@ -105,21 +105,21 @@ def test_one_flipped_bit_anywhere_in_the_data_is_noticed(tmp_path: Path) -> None
         path.write_bytes(damaged)
         assert error(path) == (
             f"{path} is damaged: its sha256 differs. Allowed: a file that normfree.data.sources.packed.pack wrote. "
-            "Fix: pack it again"
+            "Fix: pack it again."
         )
 
 
 def test_files_that_are_no_packed_ones(tmp_path: Path) -> None:
     path = pack(source(), tmp_path / "x", size=12)
     path.write_bytes(path.read_bytes()[:-1])
-    assert error(path).startswith(f"{path} is no packed file, or cut short (")
+    assert error(path).startswith(f"{path} is no packed file, or truncated (")
     save_file({"a": np.zeros(3)}, tmp_path / "y")
     assert error(tmp_path / "y").startswith(
         f"{tmp_path / 'y'} is a safetensors file of another kind. Allowed: a file"
     )
     assert error(tmp_path / "none") == (
         f"{tmp_path / 'none'} cannot be read: No such file or directory. "
-        "Allowed: a file that normfree.data.sources.packed.pack wrote. Fix: check the path"
+        "Allowed: a file that normfree.data.sources.packed.pack wrote. Fix: check the path."
     )
 
 
@@ -135,5 +135,5 @@ def test_a_bad_picture_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_sizes_that_mean_nothing(tmp_path: Path) -> None:
     for size in (0, 1025):
-        with pytest.raises(ValueError, match=rf"^size={size}\. Allowed: 1 to 1024 pixels\. Fix: size=64$"):
+        with pytest.raises(ValueError, match=rf"^size={size}\. Allowed: 1 to 1024 pixels\. Fix: size=64\.$"):
             pack(source(), tmp_path / "x", size=size)

@@ -83,8 +83,8 @@ def test_no_command_runs_that_the_user_has_not_typed(tmp_path: Path, kept: Path)
                 opener(word)
     assert message(f"pipe:touch {trace}") == (
         f"'pipe:touch {trace}' is a shell command, and was not typed here. Allowed: commands that the user types; "
-        "those of a config run only where their files were fetched before. "
-        "Fix: read the command, then say it yourself: --data 'pipe:...'"
+        "those of a config only if their files were fetched before. "
+        "Fix: read the command, then type it yourself: --data 'pipe:...'."
     )
     assert not trace.exists()
     assert not kept.exists()
@@ -95,24 +95,24 @@ def test_only_a_whole_tar_of_a_command_that_succeeds_is_kept(tmp_path: Path, kep
     failing = f"cat {path}; echo nothing there >&2; exit 3"
     assert message(f"pipe:{failing}", pipes=True) == (
         f"'pipe:{failing}' failed with code 3: nothing there. Allowed: a command that writes a tar to its standard "
-        "output. Fix: try it in a shell"
+        "output. Fix: try it in a shell."
     )
     text = message(f"pipe:head -c 3000 {shlex.quote(str(path))} | cat", pipes=True)
-    assert text.startswith("a.tar is cut short") or text.startswith("a.tar is no tar, or damaged")
+    assert text.startswith("a.tar is truncated") or text.startswith("a.tar is no tar, or damaged")
     assert re.match(r"[0-9a-f]{8}\.tar is no tar, or damaged", message("pipe:true", pipes=True))
     assert list(kept.iterdir()) == []
 
 
 def test_errors_of_pipes() -> None:
-    fix = "Allowed: pipe:COMMAND. Fix: pipe:'curl -s https://host/train-{000..127}.tar'"
+    fix = "Allowed: pipe:COMMAND. Fix: pipe:'curl -s https://host/train-{000..127}.tar'."
     assert message("pipe: ", pipes=True) == f"'pipe: ' names no command. {fix}"
     assert message("pipe:cat {a,a}.tar", pipes=True) == f"'pipe:cat {{a,a}}.tar' names a command twice. {fix}"
     assert message("pipe:awk '{print}'", pipes=True).startswith(
         "\"pipe:awk '{print}'\" has {print}. Allowed:"
     )
     assert message("shards:-") == (
-        "'-' is a stream, in which nothing can be found again, so no run could resume exactly. Allowed: tar files on "
-        "disk, URLs, or pipe:COMMAND, which is kept in a file. Fix: name one of these"
+        "'-' is a stream without random access, so no run could resume exactly. Allowed: tar files on "
+        "disk, URLs, or pipe:COMMAND, whose output is kept in a file. Fix: name one of these."
     )
 
 

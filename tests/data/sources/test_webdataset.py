@@ -31,7 +31,7 @@ from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.evaluate import eval_transform
 from normfree.data.transforms.train import train_transform
 
-NUMBER = "a whole number from 0 to 99999"
+NUMBER = "a whole number from 0 to 99999."
 FORM = "Allowed: pairs of KEY.jpg (or .png, .webp, ...) and KEY.cls or KEY.json, uncompressed."
 
 
@@ -224,12 +224,12 @@ def test_class_names_beside_the_shards(tmp_path: Path) -> None:
     (folder / "classes.txt").write_text("a\nb\n")
     assert error(folder / "train-*.tar") == (
         f"{folder}/train-0.tar has the class number 2 at '0002.png', but there are 2 class names. "
-        "Allowed: 0 to 1. Fix: complete the list of classes"
+        "Allowed: 0 to 1. Fix: complete the list of classes."
     )
     (folder / "classes.txt").write_text("a\na\nb\n")
     assert error(folder / "train-*.tar") == (
-        f"the classes.txt beside {folder}/train-0.tar is no list of classes. Allowed: two different names or more, "
-        "one per line (classes.txt) or as a JSON list of strings (classes.json). Fix: write it again, or delete it"
+        f"the classes.txt next to {folder}/train-0.tar is no list of classes. Allowed: two different names or more, "
+        "one per line (classes.txt) or as a JSON list of strings (classes.json). Fix: write it again, or delete it."
     )
 
 
@@ -265,8 +265,8 @@ def test_odd_names_in_a_folder_of_shards(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         open_source(tmp_path / "s")
     assert str(caught.value) == (
-        f"{tmp_path}/s holds extra.tar, which is neither *train*.tar nor *val*.tar alone. Allowed: these two, or one "
-        f"kind. Fix: shards:{tmp_path}/s/...,val={tmp_path}/s/..."
+        f"{tmp_path}/s holds extra.tar, which matches not exactly one of *train*.tar and *val*.tar. "
+        f"Allowed: shards of these two kinds, or of one kind. Fix: shards:{tmp_path}/s/...,val={tmp_path}/s/..."
     )
 
 
@@ -310,15 +310,15 @@ def test_braces_and_stars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "text"),
     [
-        ("a-{0..3", "'a-{0..3' has braces that do not match. Allowed: {000..127} or {a,b}. Fix: close each"),
-        ("a-{7}.tar", "'a-{7}.tar' has {7}. Allowed: {000..127} or {a,b}. Fix: leave out the braces"),
-        ("{3..1}", "'{3..1}' counts from 3 to 1. Allowed: upwards, 100,000 files at most. Fix: {1..3}"),
-        ("{a,a}", "'{a,a}' names a file twice. Allowed: each once. Fix: check the braces"),
+        ("a-{0..3", "'a-{0..3' has braces that do not match. Allowed: {000..127} or {a,b}. Fix: close each."),
+        ("a-{7}.tar", "'a-{7}.tar' has {7}. Allowed: {000..127} or {a,b}. Fix: leave out the braces."),
+        ("{3..1}", "'{3..1}' counts from 3 to 1. Allowed: upward, at most 100,000 files. Fix: {1..3}."),
+        ("{a,a}", "'{a,a}' names a file twice. Allowed: each once. Fix: check the braces."),
         (
             "no/*.tar",
-            "'no/*.tar' matches no file. Allowed: the path or URL of tar files. Fix: check the path",
+            "'no/*.tar' matches no file. Allowed: the path or URL of tar files. Fix: check the path.",
         ),
-        ("no-{1..2}.tar", f"no-1.tar: no such shard. {FORM} Fix: check the path"),
+        ("no-{1..2}.tar", f"no-1.tar: no such shard. {FORM} Fix: check the path."),
     ],
 )
 def test_errors_of_patterns(pattern: str, text: str) -> None:
@@ -329,7 +329,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.tar")
     (tmp_path / "y.tar").mkdir()
     for name in ("x.tar", "y.tar"):
-        text = f"{tmp_path}/{name} cannot be read: not a regular file. {FORM} Fix: check the path"
+        text = f"{tmp_path}/{name} cannot be read: not a regular file. {FORM} Fix: check the path."
         assert error(tmp_path / name) == text
 
 
@@ -350,23 +350,23 @@ GOOD = [("a.png", png(0)), ("a.cls", b"0"), ("b.png", png(1)), ("b.cls", b"1")]
     [
         (
             tar([*GOOD, ("c.png", png(2))]),
-            "has no label for 'c.png'. {} Fix: add KEY.cls, or KEY.json with a whole number as \"label\"",
+            "has no label for 'c.png'. {} Fix: add KEY.cls, or KEY.json with a whole number as \"label\".",
         ),
         (
             tar([*GOOD, ("c.cls", b"1")]),
-            "has a label but no picture for 'c'. {} Fix: keep both in one shard",
+            "has a label but no image for 'c'. {} Fix: keep both in one shard.",
         ),
         (
             tar([*GOOD, ("a.jpg", b"")]),
-            "has two pictures for one key, 'a.png' and 'a.jpg'. {} Fix: one picture per key",
+            "has two images for one key, 'a.png' and 'a.jpg'. {} Fix: one image per key.",
         ),
         (
             tar([*GOOD, ("a.png", png(0))]),
-            "has two pictures for one key, 'a.png' and 'a.png'. {} Fix: one picture per key",
+            "has two images for one key, 'a.png' and 'a.png'. {} Fix: one image per key.",
         ),
         (
             tar([*GOOD, ("a.cls", b"0")]),
-            "has the member 'a.cls' twice. {} Fix: one label per key",
+            "has the member 'a.cls' twice. {} Fix: one label per key.",
         ),
         (
             tar([("a.png", b""), ("a.cls", b"cat")]),
@@ -390,31 +390,31 @@ GOOD = [("a.png", png(0)), ("a.cls", b"0"), ("b.png", png(1)), ("b.cls", b"1")]
         ),
         (
             tar([("a.png", b""), ("a.json", b" " * (1 << 21))]),
-            "has 2097152 bytes in 'a.json'. {} Fix: a label is one whole number",
+            "has 2097152 bytes in 'a.json'. {} Fix: a label is one whole number.",
         ),
         (
             tar([special("l.png", tarfile.SYMTYPE, "/etc/passwd")]),
-            "has 'l.png', a link. {} Fix: plain files only",
+            "has 'l.png', a link. {} Fix: plain files only.",
         ),
         (
             tar([special("l.png", tarfile.LNKTYPE, "a.png")]),
-            "has 'l.png', a link. {} Fix: plain files only",
+            "has 'l.png', a link. {} Fix: plain files only.",
         ),
         (
             tar([special("d", tarfile.CHRTYPE)]),
-            "has 'd', no regular file. {} Fix: plain files only",
+            "has 'd', no regular file. {} Fix: plain files only.",
         ),
         (
             tar([("x.txt", b"")]),
-            "holds no pictures. {} Fix: check the pattern",
+            "holds no images. {} Fix: check the pattern.",
         ),
         (
             gzip.compress(tar(list(GOOD))),
-            "is compressed with gzip, so no picture can be reached directly. {} Fix: unpack it to a plain tar",
+            "is compressed with gzip, so images cannot be read at an offset. {} Fix: unpack it to a plain tar.",
         ),
         (
             tar(list(GOOD)) + tar(list(GOOD)),
-            "goes on after its end at byte 4096. {} Fix: keep joined tars as shards of their own",
+            "goes on after its end at byte 4096. {} Fix: keep joined tars as shards of their own.",
         ),
     ],
 )
@@ -441,7 +441,7 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     for length in [*range(0, 4096, 256), 4096, 4100]:
         path.write_bytes(content[:length])
         text = error(path)
-        assert text.startswith(f"{path} is no tar, or damaged") or text.startswith(f"{path} is cut short"), (
+        assert text.startswith(f"{path} is no tar, or damaged") or text.startswith(f"{path} is truncated"), (
             length
         )
 
@@ -473,7 +473,7 @@ def test_a_damaged_header_says_where_it_is(tmp_path: Path) -> None:
     content[2048:2056] = b"\xff" * 8
     (tmp_path / "x.tar").write_bytes(content)
     assert error(tmp_path / "x.tar") == (
-        f"{tmp_path}/x.tar has a damaged header at byte 2048. {FORM} Fix: make it again"
+        f"{tmp_path}/x.tar has a damaged header at byte 2048. {FORM} Fix: make it again."
     )
 
 
@@ -481,7 +481,7 @@ def test_a_name_of_megabytes_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(tar([*GOOD, ("n" * (1 << 21) + ".png", b"")]))
     assert error(tmp_path / "x.tar") == (
         f"{tmp_path}/x.tar is no tar, or damaged after byte 3072 (a header or label of 2097664 bytes). {FORM} "
-        "Fix: make it again"
+        "Fix: make it again."
     )
 
 
@@ -561,10 +561,10 @@ def test_a_server_without_ranges_is_refused(tmp_path: Path, serve: Any) -> None:
     shards(tmp_path / "s")
     address = serve(ranges=False)
     assert error(f"{address}/train-0.tar") == (
-        f"{address}/train-0.tar cannot be read: the server does not read at an offset (no range requests). {FORM} "
-        "Fix: check the store"
+        f"{address}/train-0.tar cannot be read: the server does not support range requests. {FORM} "
+        "Fix: check the store."
     )
-    assert error(f"{address}/none.tar") == f"{address}/none.tar: no such shard. {FORM} Fix: check the path"
+    assert error(f"{address}/none.tar") == f"{address}/none.tar: no such shard. {FORM} Fix: check the path."
 
 
 def test_secrets_of_a_url_are_not_shown() -> None:

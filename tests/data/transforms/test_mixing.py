@@ -69,7 +69,7 @@ def test_targets_of_pairs():
 
 
 def test_nothing_to_mix_is_an_error():
-    said = r"^fresh pairs with mixup=0\.0, cutmix=0\.0\. Allowed: 0 or more, and one of them above 0\. Fix: mixup"
+    said = r"^fresh pairs with mixup=0\.0, cutmix=0\.0\. Allowed: 0 or more, and one of them above 0\. Fix: mixup."
     with pytest.raises(ValueError, match=said):
         FreshPairs()
 

@@ -38,7 +38,7 @@ def test_resizing_to_the_same_size_changes_nothing():
 def test_without_antialiasing_only_the_references_two_crops_exist():
     said = (
         r"^antialias=False with crop='squash', interpolation='bicubic'\. Allowed: bicubic with resize_crop_32 or "
-        r"crop_resize\. Fix: antialias=True$"
+        r"crop_resize\. Fix: antialias=True\.$"
     )
     with pytest.raises(ValueError, match=said):
         eval_transform(image_size=8, crop="squash", antialias=False)

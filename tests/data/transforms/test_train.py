@@ -78,28 +78,28 @@ def test_a_wrong_randaugment(text: str) -> None:
     assert text_of(lambda: train_transform(image_size=8, randaugment=text)) == (
         f"randaugment={text!r}. Allowed: 'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is "
         "their full range), 'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30. "
-        "Fix: randaugment='4x5'"
+        "Fix: randaugment='4x5'."
     )
 
 
 def test_wrong_options_of_the_transforms() -> None:
     assert text_of(lambda: train_transform(image_size=8, crop_min=0.0)) == (
-        "crop_min=0.0. Allowed: above 0, up to 1 (the whole area). Fix: crop_min=0.08"
+        "crop_min=0.0. Allowed: above 0, up to 1 (the whole area). Fix: crop_min=0.08."
     )
     assert text_of(lambda: train_transform(image_size=8, crop_ratio=(2, 1))) == (
-        "crop_ratio=(2, 1). Allowed: two positive numbers, the smaller first. Fix: crop_ratio=(0.75, 1.333)"
+        "crop_ratio=(2, 1). Allowed: two positive numbers, the smaller first. Fix: crop_ratio=(0.75, 1.333)."
     )
     assert text_of(lambda: train_transform(image_size=8, flip=2.0)) == (
-        "flip=2.0. Allowed: a probability, 0 to 1. Fix: flip=0.5"
+        "flip=2.0. Allowed: a probability, 0 to 1. Fix: flip=0.5."
     )
     assert text_of(lambda: train_transform(image_size=8, interpolation="cubic")) == (
-        "interpolation='cubic'. Allowed: bicubic, bilinear, nearest. Fix: interpolation='bicubic'"
+        "interpolation='cubic'. Allowed: bicubic, bilinear, nearest. Fix: interpolation='bicubic'."
     )
     assert text_of(lambda: eval_transform(image_size=8, crop="resize_crop")) == (
-        "crop='resize_crop'. Allowed: resize_crop_32, crop_resize, squash, center. Fix: crop='resize_crop_32'"
+        "crop='resize_crop'. Allowed: resize_crop_32, crop_resize, squash, center. Fix: crop='resize_crop_32'."
     )
     assert text_of(lambda: eval_transform(image_size=0)) == (
-        "image_size=0. Allowed: 1 pixel or more. Fix: image_size=64"
+        "image_size=0. Allowed: 1 pixel or more. Fix: image_size=64."
     )
 
 
@@ -171,7 +171,7 @@ def test_normalize_is_the_formula() -> None:
     assert torch.equal(normalize(images[:, :1], mean=(0,), std=(1 / 255,)), images[:, :1].float())
     assert text_of(lambda: normalize(images[:, :1])) == (
         "3 means and 3 deviations for 1 channels. "
-        "Allowed: one of each per channel. Fix: give as many numbers as the images have channels"
+        "Allowed: one of each per channel. Fix: give as many numbers as the images have channels."
     )
 
 
@@ -274,10 +274,10 @@ def test_wrong_options_of_mix() -> None:
         return lambda: mix(images, labels, num_classes=2, generator=generator(), **options)
 
     assert text_of(lambda: mix(images.byte(), labels, num_classes=2, generator=generator())) == (
-        "mix of torch.uint8 images. Allowed: floating point. Fix: images = normalize(images)"
+        "mix of torch.uint8 images. Allowed: floating point. Fix: images = normalize(images)."
     )
-    assert text_of(call(mixup=-0.1)) == "mixup=-0.1. Allowed: 0 (off) or more. Fix: mixup=0"
-    assert text_of(call(cutmix=-1.0)) == "cutmix=-1.0. Allowed: 0 (off) or more. Fix: cutmix=0"
+    assert text_of(call(mixup=-0.1)) == "mixup=-0.1. Allowed: 0 (off) or more. Fix: mixup=0."
+    assert text_of(call(cutmix=-1.0)) == "cutmix=-1.0. Allowed: 0 (off) or more. Fix: cutmix=0."
     assert text_of(call(label_smoothing=1.0)) == (
-        "label_smoothing=1.0. Allowed: 0 (off) up to, not including, 1. Fix: label_smoothing=0.1"
+        "label_smoothing=1.0. Allowed: 0 (off) up to, not including, 1. Fix: label_smoothing=0.1."
     )
