@@ -192,12 +192,12 @@ def test_errors_name_what_there_is(tmp_path: Path) -> None:
     assert message(f"{word},image=label").startswith(f"the column 'label' of '{word}' holds ClassLabel(")
     assert message(f"{word},label=image").startswith(f"the column 'image' of '{word}' holds Image(")
     assert message(f"{word},lebal=x") == (
-        f"'{word},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., image=..., label=..., subset=..., "
-        "revision=..., download=..., streaming=..., buffer=... Did you mean 'label'?"
+        f"'{word},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., image=..., label=..., "
+        "subset=..., revision=..., download=..., streaming=..., buffer=... Did you mean 'label'?"
     )
     assert message("hf:") == (
-        "'hf:' names nothing. Allowed: hf:PATH, then split=..., val=..., image=..., label=..., subset=..., "
-        "revision=..., download=..., streaming=..., buffer=.... Fix: add the path."
+        "'hf:' names no data. Allowed: hf:PATH, then split=..., val=..., image=..., label=..., "
+        "subset=..., revision=..., download=..., streaming=..., buffer=... Fix: add the path."
     )
     assert message("hg:x").endswith("Did you mean 'hf:x'?")
     unlabelled = parquet(tmp_path / "b", train=rows(range(3), labels=[0, 1, -1]), test=rows(range(3)))

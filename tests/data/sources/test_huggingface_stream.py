@@ -282,7 +282,8 @@ def test_errors_of_streams(tmp_path: Path) -> None:
     assert message(f"{plain},streaming=true") == "streaming=true. Allowed: yes or no. Fix: streaming=yes."
     assert message(f"{word},buffer=0") == "buffer=0. Allowed: a whole number from 1. Fix: buffer=1000."
     assert message(f"{plain},buffer=10") == (
-        "buffer=10 without streaming=yes. Allowed: both or none; without streaming the whole set is shuffled. Fix: leave out buffer."
+        "buffer=10 without streaming=yes. Allowed: both or none; without streaming the whole set is shuffled. "
+        "Fix: leave out buffer."
     )
     assert message(f"{word},split=test,val=nothing").startswith(f"'{plain}' has no split 'nothing'.")
     assert message(f"{word},image=label").startswith(f"the column 'label' of '{plain}' holds ClassLabel(")

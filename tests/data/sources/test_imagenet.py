@@ -133,7 +133,7 @@ def test_errors_of_the_layout(tmp_path: Path) -> None:
         (tmp_path / "val.txt").write_text("".join(f"{name} {word}\n" for name in FILES))
         assert message(tmp_path) == (
             f"{tmp_path / 'val.txt'} gives {FILES[0]!r} the class {word!r}. Allowed: a class folder of "
-            f"{tmp_path / 'train'}, or its position from 0 to 2. Fix: use the list of this set."
+            f"{tmp_path / 'train'}, or its index from 0 to 2. Fix: use the list of this data set."
         )
 
 

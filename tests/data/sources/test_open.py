@@ -128,7 +128,7 @@ def test_links_to_folders_are_followed_and_broken_links_kept(tmp_path: Path) -> 
 def test_paths_that_are_no_folder(tmp_path: Path) -> None:
     (tmp_path / "photos.zip").touch()
     where = str(tmp_path / "nowhere")
-    allowed = f"Allowed: a folder of images, or one of {NAMES}."
+    allowed = f"Allowed: a folder of images, or one of {NAMES}"
     assert (
         message(where)
         == f"{where!r} is neither a folder nor a known data set. {allowed} Fix: check the path."
@@ -327,12 +327,12 @@ def test_grey_sets_become_rgb(tmp_path: Path) -> None:
 )
 def test_nothing_is_downloaded_unless_told(tmp_path: Path, name: str, folder: str) -> None:
     assert message(name, root=tmp_path) == (
-        f"{name!r} is not in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
-        f"told to. Fix: {name}:download=yes."
+        f"{name!r} is not in {tmp_path / folder}. Allowed: a copy in that folder, or a download "
+        f"on request. Fix: {name}:download=yes."
     )
     assert message(f"{name}:root={tmp_path},download=no", root="elsewhere", download=True) == (
-        f"{name!r} is not in {tmp_path / folder}. Allowed: a copy in that place, or a download when "
-        f"told to. Fix: {name}:root={tmp_path},download=yes."
+        f"{name!r} is not in {tmp_path / folder}. Allowed: a copy in that folder, or a download "
+        f"on request. Fix: {name}:root={tmp_path},download=yes."
     )
     assert list(tmp_path.iterdir()) == []
 
