@@ -1,1 +1,1 @@
-"""normfree.training.distributed."""
+"""Training in several processes."""

@@ -1,7 +1,8 @@
-"""parallel="sharded": FSDP2 spreads weights, gradients, momentum and average over the processes, by rows.
+"""parallel="sharded": FSDP2 shards weights, gradients, momentum and averaged weights over the processes, by rows.
 
-Each block is gathered for its forward and backward pass and let go again; gradients come back summed and cut. Scalars
-(skip gains), which FSDP2 does not take, stay whole everywhere. Checkpoints and scores see whole tensors.
+The parameters of each block are gathered for its forward and backward pass and then freed; gradients are reduced and
+scattered. Scalars (skip gains), which FSDP2 does not accept, are replicated. Checkpoints and evaluations use whole
+tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from normfree.training.distributed.world import World
 
 
 def shard_(net: Net, world: World) -> None:
-    """Cuts the parameters of `net`, which lies on the CPU, and moves the rows of this process to its device.
+    """Shard the parameters of `net`, which is on the CPU, and move the rows of this process to its device.
 
-    Block by block, so that no device ever holds the whole network. Gradients will be sums over the processes, since
-    each one's loss is already divided by the whole batch; FSDP2 by itself would divide again.
+    This is done block by block, so no device ever holds the whole network. Gradients become sums over the processes
+    because each process already divides its loss by the size of the whole batch; FSDP2's default would divide again.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -35,23 +36,24 @@ def shard_(net: Net, world: World) -> None:
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(
-                True
-            )  # else a factor of 1 asks gloo for what only NCCL has
+            # Without this, a factor of 1 uses an operation that NCCL has and gloo does not.
+            module.set_force_sum_reduction_for_comms(True)
     for scalar in scalars:
         scalar.data = scalar.data.to(world.device)
 
 
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
-    """All rows of `tensor`, on this device. Every process makes the call."""
+    """Return all rows of `tensor` on this device. Collective."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full.detach()
 
 
 def gather_first(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole copies of all tensors, on the first process's CPU; the others get none. One tensor at a time, so that a
-    device needs room for the largest only. Every process makes the call."""
+    """Return whole copies of all tensors on the CPU of rank 0, and an empty dict on other ranks. Collective.
+
+    Tensors are gathered one at a time, so a device needs memory for only the largest.
+    """
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -61,15 +63,14 @@ def gather_first(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tenso
 
 
 def check_fits(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, owner: str) -> None:
-    """Raises ValueError, as `copy_named_` does, if names or shapes of `saved` are not those of `targets`."""
+    """Raise the ValueError of `copy_named_` if names or shapes of `saved` differ from those of `targets`."""
     shapes = {name: torch.empty(t.shape, device="meta") for name, t in targets.items()}
     copy_named_(shapes, {name: t.to("meta") for name, t in saved.items()}, owner=owner)
 
 
 @torch.no_grad()
 def scatter_first_(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], world: World) -> None:
-    """Copies the first process's whole tensors into everybody's rows. `saved` is empty in all others; every process
-    makes the call."""
+    """Copy the whole tensors `saved` of rank 0 into the rows of all processes; other ranks pass {}. Collective."""
     from torch.distributed.tensor import distribute_tensor
 
     for name, target in targets.items():
@@ -85,7 +86,7 @@ def scatter_first_(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], w
 
 @torch.no_grad()
 def fill_(plain: nn.Module, net: nn.Module) -> None:
-    """Copies the whole tensors of `net` into `plain`, the same network uncut. Every process makes the call."""
+    """Copy the whole tensors of `net` into `plain`, the same network without shards. Collective."""
     source = net.state_dict()
     for name, target in plain.state_dict().items():
         target.copy_(whole(source[name]))

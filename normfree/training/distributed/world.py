@@ -1,8 +1,8 @@
-"""The processes of a run. One process is a world too: the loop has no second path.
+"""The processes of a run and what they exchange. A single process is a world of size 1, so the loop has one path.
 
-torchrun starts the processes and says in RANK, LOCAL_RANK and WORLD_SIZE who is who. Without batch statistics a
-gradient is a sum over images, so what the processes exchange is one sum of gradients per step, one number that
-tells whether anybody was asked to stop, and the rows of an evaluation.
+torchrun starts the processes and identifies them by RANK, LOCAL_RANK and WORLD_SIZE. Without batch statistics a
+gradient is a sum over images, so the processes exchange only one sum of gradients per step, one number that tells
+whether a process was asked to stop, and the results of an evaluation.
 """
 
 from __future__ import annotations
@@ -19,55 +19,71 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normfree.device import run_device
+from normfree.suggest import problem
 
 Result = TypeVar("Result")
 
-BUCKET = 2**23  # elements that are sent together: 32 MiB of float32, large enough to fill a fast network
-PATIENCE = timedelta(
-    hours=2
-)  # the others wait for the first one to open each picture, or to write on a slow disk
+# Elements that are sent together: 32 MiB of float32, enough to use a fast network fully.
+BUCKET = 2**23
+# How long the other ranks wait while rank 0 opens each image or writes to a slow disk.
+PATIENCE = timedelta(hours=2)
 
 
 class ElsewhereError(ValueError):
-    """Another process of the run failed; `str(error)` has its words. Raised in all others, so that none waits."""
+    """Error raised in all other processes when one process of the run fails, so that none waits for it.
+
+    The message contains that of the failed process.
+    """
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, as seen by one of them.
 
-    rank: number of this process, from 0; the first one alone writes and speaks. size: how many there are.
-    device: where this process computes. backend: "gloo", "nccl", or "" for a world of one, which exchanges nothing.
+    Methods that end in `_` change tensors in place. All methods are collective: every process calls them in the same
+    order. They raise ElsewhereError if another process has ended.
 
-    Methods ending in `_` change tensors in place. All are collective: every process calls them in the same order.
-    They raise ElsewhereError when another process has ended.
+    Args:
+        rank: Index of this process, counted from 0. Only rank 0 writes files and prints.
+        size: Number of processes.
+        device: Device of this process.
+        backend: "gloo", "nccl", or "" for a world of size 1, which exchanges nothing.
+        control: A gloo group for flags and messages, so that they need neither a GPU nor its queue.
+        owned: Whether `close` destroys the process group.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = ""
-    control: Any = None  # a gloo group, so that words and flags need neither a GPU nor its queue
-    owned: bool = False  # whether `close` ends the process group
+    control: Any = None
+    owned: bool = False
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def part(self, batch_size: int) -> int:
-        """Images of a batch that fall to each process. Raises ValueError when they cannot be equally many."""
+        """Return the number of images of a batch for each process.
+
+        Raises:
+            ValueError: The batch cannot be divided equally.
+        """
         if batch_size % self.size:
             below = batch_size // self.size * self.size
             near = f"{below} or {below + self.size}" if below else str(self.size)
             raise ValueError(
-                f"input.batch_size={batch_size} for {self.size} processes: expected a multiple of {self.size}, as each "
-                f"takes an equal part. Nearest: {near}."
+                problem(
+                    f"input.batch_size={batch_size} for {self.size} processes",
+                    allowed=f"a multiple of {self.size}, because all processes take equal parts",
+                    fix=f"use {near}",
+                )
             )
         return batch_size // self.size
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every tensor by its sum over the processes, bit for bit the same in all of them."""
+        """Replace each tensor by its sum over the processes, bit for bit the same in all of them."""
         for bucket in _buckets(tensors) if self.size > 1 else ():
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
             _exchange(dist.all_reduce, flat)
@@ -77,8 +93,10 @@ class World:
             )
 
     def tree_sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every tensor by its sum over the processes, a power of two, added in pairs: ((t0 + t1) + (t2 + t3))
-        + ..., with the bits that one process would get in this order."""
+        """Replace each tensor by its sum over the processes, added in pairs: ((t0 + t1) + (t2 + t3)) + ...
+
+        The result has the bits that one process would get in this order. The size must be a power of two.
+        """
         assert self.size & (self.size - 1) == 0, self.size
         for bucket in _buckets(tensors) if self.size > 1 else ():
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
@@ -92,13 +110,13 @@ class World:
             )
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every floating-point tensor by its mean over the processes."""
+        """Replace each floating-point tensor by its mean over the processes."""
         if self.size > 1 and tensors:
             self.sum_(tensors)
             torch._foreach_div_([t.detach() for t in tensors], self.size)
 
     def copy_first_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every tensor by the first process's."""
+        """Replace each tensor by that of rank 0."""
         for bucket in _buckets(tensors) if self.size > 1 else ():
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
             _exchange(dist.broadcast, flat, src=0)
@@ -107,11 +125,11 @@ class World:
                 tensor.detach().copy_(part.view(tensor.shape))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows (N_r C, on the CPU) of all processes, in order of rank; N_r may differ and be 0."""
+        """Concatenate the rows ([N_r, C] on the CPU) of all processes in order of rank; N_r may differ and be 0."""
         return rows if self.size == 1 else torch.cat(self.all_gather(rows))
 
     def largest(self, number: int) -> int:
-        """The largest `number` of all processes: 0 means that nobody raised a flag."""
+        """Return the largest `number` of all processes. With flags, 0 means that no process has set one."""
         if self.size == 1:
             return number
         flag = torch.tensor([number])
@@ -119,49 +137,49 @@ class World:
         return int(flag)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
+        """Return whether `flag` is set in any process."""
         return bool(self.largest(int(flag)))
 
     def all_gather(self, value: Result) -> list[Result]:
-        """What every process said, in order of rank."""
-        said: list[Any] = [value] * self.size
+        """Return the values of all processes, in order of rank."""
+        values: list[Any] = [value] * self.size
         if self.size > 1:
-            _exchange(dist.all_gather_object, said, value, group=self.control)
-        return said
+            _exchange(dist.all_gather_object, values, value, group=self.control)
+        return values
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Wait for all processes."""
         self.largest(0)
 
     @contextlib.contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """All processes leave the block, or none does.
+        """Return a context that either all processes complete or none does.
 
-        Of those that raised, the one of lowest rank raises its error again, all others ElsewhereError with its words.
-        So the first process always has the reason, and a mistake that all meet is not told by each.
+        If processes raise, the one of lowest rank raises its error again and all others raise ElsewhereError with its
+        message. So rank 0 always knows the reason, and an error of all processes is reported once.
         """
-        problem: Exception | None = None
+        failure: Exception | None = None
         try:
             yield
         except ElsewhereError:
-            raise  # nobody is left to talk to
+            raise  # the connection to the other processes is lost
         except Exception as error:
-            problem = error
-        words = "" if problem is None else str(problem) or type(problem).__name__
+            failure = error
+        message = "" if failure is None else str(failure) or type(failure).__name__
         try:
-            failed = {rank: text for rank, text in enumerate(self.all_gather(words)) if text}
+            failed = {rank: text for rank, text in enumerate(self.all_gather(message)) if text}
         except ElsewhereError:
-            raise problem or ElsewhereError(
-                "another process of this run has ended. Its own output says why."
+            raise failure or ElsewhereError(
+                "another process of this run has ended. Its output has the reason."
             ) from None
-        if problem is not None and self.rank == min(failed):
-            raise problem
+        if failure is not None and self.rank == min(failed):
+            raise failure
         if failed:
             raise ElsewhereError(f"process {min(failed)} of {self.size}: {failed[min(failed)]}")
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Within the block, exchanges that FSDP2 makes by itself raise ElsewhereError too, when a process has ended."""
+        """Return a context in which FSDP2's own collectives also raise ElsewhereError if a process has ended."""
         try:
             yield
         except RuntimeError as error:
@@ -171,7 +189,7 @@ class World:
             raise _ended(error) from error
 
     def close(self) -> None:
-        """Leaves the world."""
+        """Destroy the process group if this world has created it."""
         if self.owned:
             dist.destroy_process_group()
 
@@ -183,13 +201,15 @@ class World:
 
 
 def start_world(device: str) -> World:
-    """Joins the world that torchrun describes in the environment; without torchrun, a world of this one process.
+    """Join the world that torchrun describes in the environment; without torchrun, return a world of size 1.
 
-    device: "auto" and "cuda" give every process of a machine a GPU of its own, by LOCAL_RANK; "cpu" needs none.
-    A process group that exists already is used, and left open by `close`.
+    An existing process group is used, and not destroyed by `close`.
+
+    Args:
+        device: With "auto" and "cuda" each process of a machine gets its own GPU, by LOCAL_RANK; "cpu" needs none.
 
     Raises:
-        ValueError: the device cannot serve several processes, or the environment is not torchrun's.
+        ValueError: Several processes cannot use the device, or the variables of the environment are not valid.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -197,50 +217,68 @@ def start_world(device: str) -> World:
     rank, local = _number("RANK", -1), _number("LOCAL_RANK", -1)
     if not 0 <= rank < size or local < 0 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ValueError(
-            f"WORLD_SIZE={size} without a usable RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Several processes are "
-            "started by torchrun: torchrun --nproc-per-node N -m normfree train ..."
+            problem(
+                f"WORLD_SIZE={size} without valid RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT",
+                fix="start several processes with torchrun --nproc-per-node N -m normfree train ...",
+            )
         )
-    place = device_of(device, local=local, gpus=torch.cuda.device_count())
-    backend = "nccl" if place.type == "cuda" else "gloo"
+    own = device_of(device, local=local, gpus=torch.cuda.device_count())
+    backend = "nccl" if own.type == "cuda" else "gloo"
     if backend == "nccl" and not dist.is_nccl_available():
-        raise ValueError(f"device {device!r} for {size} processes needs a torch with NCCL. Use --device cpu.")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+        raise ValueError(
+            problem(f"device {device!r} for {size} processes needs PyTorch with NCCL", fix="use --device cpu")
+        )
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     owned = not dist.is_initialized()
     if owned:
         dist.init_process_group(backend)
-    return World(rank, size, place, backend, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
+    return World(rank, size, own, backend, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
 
 
 def device_of(device: str, *, local: int, gpus: int) -> torch.device:
-    """The device of process number `local` on a machine with `gpus` GPUs, when there are several processes.
+    """Return the device of one of several processes.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        local: Index of the process on its machine, counted from 0.
+        gpus: Number of GPUs of the machine.
 
     Raises:
-        ValueError: there is no GPU for it, or the device is one that processes cannot share.
+        ValueError: There is no GPU for the process, or the device cannot be shared by processes.
     """
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
     if device not in ("auto", "cuda"):
         raise ValueError(
-            f"device {device!r} for several processes. Allowed: auto, cuda (one GPU each), cpu. Use --device auto."
+            problem(
+                f"device {device!r} for several processes",
+                allowed="auto, cuda (one GPU each), cpu",
+                fix="use --device auto",
+            )
         )
     if local >= gpus:
         raise ValueError(
-            f"process {local + 1} of this machine has no GPU of its own: there are {gpus}. "
-            + (f"Use --nproc-per-node {gpus}." if gpus else "Use --device cpu.")
+            problem(
+                f"no GPU for process {local + 1} of this machine, which has {gpus}",
+                fix=f"use --nproc-per-node {gpus}" if gpus else "use --device cpu",
+            )
         )
     return torch.device("cuda", local)
 
 
 def _number(name: str, default: int) -> int:
+    """Return an integer variable of the environment."""
     text = os.environ.get(name, str(default))
     if not text.lstrip("-").isdigit():
-        raise ValueError(f"{name}={text!r} in the environment. Allowed: a whole number, as torchrun sets it.")
+        raise ValueError(
+            problem(f"{name}={text!r} in the environment", allowed="a whole number, as set by torchrun")
+        )
     return int(text)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype in lists of about BUCKET elements, in an order that all processes share."""
+    """Yield lists of tensors of one dtype with about BUCKET elements, in the same order in all processes."""
     alike: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         members = alike.setdefault(tensor.dtype, [])
@@ -251,7 +289,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _exchange(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-    """Runs a collective; a broken connection becomes one line instead of a traceback."""
+    """Call a collective; turn a broken connection into an ElsewhereError, which prints one line."""
     try:
         collective(*arguments, **options)
     except RuntimeError as error:
@@ -259,11 +297,15 @@ def _exchange(collective: Callable[..., Any], *arguments: Any, **options: Any) -
 
 
 def _ended(error: RuntimeError) -> ElsewhereError:
+    """Return the error for a connection that `error` reports as broken."""
     first = (str(error).splitlines() or [""])[0]
-    return ElsewhereError(f"another process of this run has ended ({first[:200]}). Its own output says why.")
+    return ElsewhereError(
+        f"another process of this run has ended ({first[:200]}). Its output has the reason."
+    )
 
 
 def _swap(mine: Tensor, theirs: Tensor, *, partner: int) -> None:
+    """Send `mine` to `partner` and receive its tensor in `theirs`."""
     for work in dist.batch_isend_irecv(
         [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
     ):

@@ -20,7 +20,7 @@ def folder(worlds) -> Path:
 
 
 def hashes(run: Path, step: int = 6) -> dict[str, str]:
-    """sha256 of weights, average and momentum in a checkpoint."""
+    """Return the sha256 of the weights, averaged weights and momenta of a checkpoint."""
     manifest = json.loads((run / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").read_text())
     found = {name: entry["sha256"] for name, entry in manifest["files"].items() if name != "state.json"}
     assert set(found) == {"model.safetensors", "ema.safetensors", "optim.safetensors"}
@@ -33,7 +33,7 @@ def tensors(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def distance(one: Path, other: Path, *, least: int = 1) -> float:
-    """Largest relative difference (L2) of any one tensor of `least` elements among weights, average and momentum."""
+    """Return the largest relative L2 difference of weights, averages and momenta with at least `least` elements."""
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
     far = {k: float((a[k].double() - b[k].double()).norm()) for k in a}
@@ -45,11 +45,11 @@ def distance(one: Path, other: Path, *, least: int = 1) -> float:
 
 @pytest.mark.parametrize("name", ["exact2", "exact4", "changing"])
 def test_exact_gives_the_same_bits_in_any_world(folder, name):
-    """With dropout, stochastic depth, mixing and RandAugment; "changing" moved from 1 process to 4 and then to 2."""
+    """With dropout, stochastic depth, mixing and RandAugment. "changing" ran on 1, then on 4, then on 2 processes."""
     assert hashes(folder / name) == hashes(folder / "exact1")
 
 
-def test_the_same_test_fails_without_exact(folder):
+def test_replicated_does_not_give_the_same_bits(folder):
     runs = [hashes(folder / f"replicated{size}") for size in (1, 2)]
     assert all(runs[0][file] != runs[1][file] for file in runs[0])
 
@@ -63,7 +63,7 @@ def test_exact_gives_the_same_bits_after_fifty_steps_on_eight(start_worlds, plan
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
-def test_sums_are_those_of_one_tree_however_the_list_is_dealt_out(count):
+def test_sums_are_those_of_one_tree_for_any_number_of_processes(count):
     torch.manual_seed(0)
     values = [[torch.randn(1000) * 10**i, torch.randn(())] for i in torch.rand(count)]
 
@@ -85,11 +85,11 @@ def test_sums_are_those_of_one_tree_however_the_list_is_dealt_out(count):
         share = count // world
         dealt = [counter(values[r * share : (r + 1) * share]) for r in range(world)]
         assert all(map(torch.equal, tree(dealt), expected))
-    if count > 4:  # else the bits would have been those of any order
+    if count > 4:  # with fewer, another order may give the same bits
         assert not torch.equal(sum(v[0] for v in values), expected[0])
 
 
-def test_the_settings_of_exact_are_put_back():
+def test_the_settings_of_exact_are_restored():
     torch.backends.cudnn.benchmark = True
     try:
         with same_kernels():
@@ -107,8 +107,9 @@ def test_the_settings_of_exact_are_put_back():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_sharded_run_is_the_replicated_one_up_to_rounding(folder, size):
-    """Compiled kernels take whole weights, torch's operations what is sharded, so that every sum is rounded otherwise.
-    The largest difference is that of single numbers: the momentum of a skip gain, a sum over maps that nearly cancels.
+    """Compiled kernels update whole weights and PyTorch ops update shards, so all sums are rounded differently.
+
+    Scalars differ most: the momentum of a skip gain is a sum over feature maps in which the terms nearly cancel.
     """
     assert 0 < distance(folder / f"sharded{size}", folder / f"replicated{size}") < 2e-5
     assert distance(folder / f"sharded{size}", folder / f"replicated{size}", least=2) < 5e-6
@@ -125,8 +126,10 @@ def test_a_sharded_run_that_was_stopped_continues_to_the_same_bits(folder):
 
 @pytest.mark.parametrize("name", ["from4", "plain2", "alone"])
 def test_a_sharded_run_of_four_continues_on_fewer_and_in_another_mode(folder, name):
-    """On 2 processes sharded, on 2 replicated, on 1. Mixing within a process's part differs after the third step, so
-    the runs go on apart; up to there they are one."""
+    """On 2 processes sharded, on 2 replicated, on 1.
+
+    The random mixing in each process depends on the number of processes, so the runs differ after the third step.
+    """
     assert hashes(folder / name, 3) == hashes(folder / "sharded4", 3)
     assert tensors(folder / name).keys() == tensors(folder / "sharded4").keys()
 
@@ -135,11 +138,11 @@ def test_a_sharded_run_of_four_continues_on_fewer_and_in_another_mode(folder, na
     ("sharded4", 2, "sharded"), ("sharded4", 2, "replicated"), ("replicated4", 2, "sharded"),
     ("replicated4", 2, "replicated"), ("sharded4", 1, "replicated"),
 ])  # fmt: skip
-def test_checkpoints_of_both_kinds_load_into_each_other(folder, of, size, to):
+def test_checkpoints_of_sharded_and_replicated_runs_are_interchangeable(folder, of, size, to):
     same, count, rows = torch.load(folder / f"restored-{of}-{size}-{to}.pt")
     assert len(same) == count == len(tensors(folder / of))
     assert all(same.values()), [name for name, equal in same.items() if not equal]
-    assert rows == (2 if to == "sharded" else 3)  # of the three classes, the first process has two
+    assert rows == (2 if to == "sharded" else 3)  # rank 0 has two of the three classes
 
 
 def test_the_model_of_a_sharded_run_is_whole(folder):
@@ -150,7 +153,7 @@ def test_the_model_of_a_sharded_run_is_whole(folder):
     assert all(torch.equal(average[k], v) for k, v in state.items())
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- unsupported settings ----------------------------------------------------------------------------------
 
 
 def config(mode: str, *, batch_size: int = 8, micro_batch: int = 2, **more: object) -> Config:
@@ -159,29 +162,29 @@ def config(mode: str, *, batch_size: int = 8, micro_batch: int = 2, **more: obje
 
 
 @pytest.mark.parametrize(("mode", "more", "message"), [
-    ("exact", {"model": "resnet_nano"}, "parallel='exact' with a batch-norm twin: its running statistics are of the "
-     "images that a process has seen. Use a normalizer-free model."),
-    ("exact", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='exact' with optim.sam_rho: SAM climbs on the part of the "  # noqa: E501
-     "batch that a process has. Use --optim.sam_rho 0."),
-    ("exact", {"compile": True}, "parallel='exact' with compile: compiled kernels may add up in another order in "
-     "each process. Use --compile false."),
-    ("exact", {"patience": 3}, "parallel='exact' with patience: scores are computed in batches that depend on the "
-     "number of processes. Use --patience 0."),
-    ("sharded", {"model": "resnet_nano"}, "parallel='sharded' with a batch-norm twin: its statistics are of a "
-     "process's own images, and it is small. Use --parallel replicated."),
-    ("sharded", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='sharded' with optim.sam_rho: SAM climbs on a process's "  # noqa: E501
-     "own gradient, and FSDP2 only knows the sum. Use --optim.sam_rho 0."),
-    ("sharded", {"compile": True}, "parallel='sharded' with compile: FSDP2 moves parameters between the blocks. Use "
-     "--compile false."),
+    ("exact", {"model": "resnet_nano"}, "parallel='exact' with a batch-norm twin: its running statistics depend on "
+     "which images each process sees. Fix: use a normalizer-free model."),
+    ("exact", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='exact' with optim.sam_rho: SAM perturbs the weights "
+     "with the gradient of the part of the batch in each process. Fix: use --optim.sam_rho 0."),
+    ("exact", {"compile": True}, "parallel='exact' with compile: compiled kernels may add in another order in each "
+     "process. Fix: use --compile false."),
+    ("exact", {"patience": 3}, "parallel='exact' with patience: evaluation batches depend on the number of processes. "
+     "Fix: use --patience 0."),
+    ("sharded", {"model": "resnet_nano"}, "parallel='sharded' with a batch-norm twin: its statistics would differ "
+     "between processes. Fix: use --parallel replicated."),
+    ("sharded", {"optim": OptimConfig(sam_rho=0.05)}, "parallel='sharded' with optim.sam_rho: SAM needs the gradient "
+     "of each process, and FSDP2 provides only the sum. Fix: use --optim.sam_rho 0."),
+    ("sharded", {"compile": True}, "parallel='sharded' with compile: FSDP2 moves parameters between the compiled "
+     "blocks. Fix: use --compile false."),
 ])  # fmt: skip
-def test_what_a_mode_cannot_keep_is_refused_by_name(mode, more, message):
+def test_unsupported_settings_are_refused_with_the_reason(mode, more, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         check_mode(resolve(config(mode, **more)), world_size=2)
     assert str(error.value) == message
     check_mode(resolve(config("replicated", **more)), world_size=2)
 
 
-def test_all_that_is_refused_is_told_at_once():
+def test_all_unsupported_settings_are_reported_at_once():
     with pytest.raises(ValueError, match=r"sam_rho: .*\n.*compile: .*\n.*patience: "):
         check_mode(
             resolve(config("exact", optim=OptimConfig(sam_rho=0.1), compile=True, patience=1)), world_size=1
@@ -189,22 +192,23 @@ def test_all_that_is_refused_is_told_at_once():
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batch", "size", "message"), [
-    (24, 4, 3, "parallel='exact' in 3 processes: expected 1, 2, 4, 8 or another power of two, so that sums meet in "
-     "pairs. Nearest: 2 or 4."),
-    (6, 1, 4, "input.batch_size=6 with parallel='exact' in 4 processes: expected a multiple of 4. Nearest: 8."),
-    (24, 4, 2, "input.micro_batch=4 with parallel='exact', input.batch_size=24 and 2 processes: expected the batch "
-     "over a power of two, so 12, 6, 3. Use 3: up to 8 processes can share the batch."),
-    (64, 0, 1, "input.micro_batch=0 with parallel='exact', input.batch_size=64 and 1 process: expected the batch over "
-     "a power of two, so 64, 32, 16, 8, 4, 2, 1. Use 8: up to 8 processes can share the batch."),
+    (24, 4, 3, "parallel='exact' in 3 processes. Allowed: 1, 2, 4, 8 or another power of two, because sums are added "
+     "in pairs. Fix: use 2 or 4."),
+    (6, 1, 4, "input.batch_size=6 with parallel='exact' in 4 processes. Allowed: a multiple of 4. Fix: use 8."),
+    (24, 4, 2, "input.micro_batch=4 with parallel='exact', input.batch_size=24 and 2 processes. Allowed: 12, 6, 3 "
+     "(the batch size divided by a power of two). Fix: use 3, with which up to 8 processes can share the batch."),
+    (64, 0, 1, "input.micro_batch=0 with parallel='exact', input.batch_size=64 and 1 process. Allowed: 64, 32, 16, 8, "
+     "4, 2, 1 (the batch size divided by a power of two). Fix: use 8, with which up to 8 processes can share the "
+     "batch."),
 ])  # fmt: skip
-def test_exact_says_how_a_batch_may_be_cut(batch_size, micro_batch, size, message):
+def test_exact_reports_the_allowed_micro_batches(batch_size, micro_batch, size, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         check_mode(resolve(config("exact", batch_size=batch_size, micro_batch=micro_batch)), world_size=size)
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 12, 48, 64, 4096])
-def test_the_sizes_that_exact_takes(batch_size):
+def test_exact_sizes_are_all_powers_of_two_parts_of_the_batch(batch_size):
     for world in (1, 2, 4, 8):
         found = exact_sizes(batch_size, world)
         cuts = [batch_size // n for n in found]
@@ -239,19 +243,19 @@ def test_mixing_in_exact_stays_within_a_micro_batch():
     _, targets = trainer.prepare(batch, 0)
     assert targets[:4, 4:].eq(0).all() and targets[4:, :4].eq(0).all()  # noqa: PT018
     assert targets.sum(dim=1).allclose(torch.ones(8))
-    assert not torch.equal(targets[:4, :4], targets[4:, 4:])  # each micro-batch has draws of its own
+    assert not torch.equal(targets[:4, :4], targets[4:, 4:])  # each micro-batch has its own random numbers
 
 
-@pytest.mark.parametrize("word", ["--exact", "--parallel=exact"])
-def test_a_short_word_for_exact(monkeypatch, tmp_path, word):
+@pytest.mark.parametrize("flag", ["--exact", "--parallel=exact"])
+def test_the_short_flag_for_exact(monkeypatch, tmp_path, flag):
     from normfree.commands import train_command as command
 
     monkeypatch.setattr(command, "_train", lambda config, folder: config.parallel)
-    assert command.train(["--data", "synthetic", word, "--out", str(tmp_path / "run")]) == "exact"
+    assert command.train(["--data", "synthetic", flag, "--out", str(tmp_path / "run")]) == "exact"
 
 
 def test_a_run_does_not_enter_or_leave_exact(folder):
-    """Between the other two it may move: they agree up to rounding."""
+    """A run may change between the other two modes, which agree up to rounding."""
     from normfree.training import loop
     from normfree.training.config_io import load_config, with_overrides
 
