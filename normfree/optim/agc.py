@@ -70,16 +70,16 @@ def adaptive_clip_grad_(
             the paper does, pass groups. Parameters without a gradient are skipped.
         clipping: largest allowed ratio of the norms, λ. 0.01 suits batches of 1024 to 4096; smaller batches need
             larger values ([B] section 4.1).
-        eps: lower bound of the weight norm, so that weights which start at zero can move.
+        eps: lower bound of the weight norm, so that weights that start at zero can move.
         unit: "filter": each index of dimension 0 of a weight, see `unitwise_norm`. "tensor": each whole tensor.
-        error_if_nonfinite: raise for Inf and NaN before anything changes; only for this the host waits for the device.
-            If False, units that are not finite keep their gradient and do not count as clipped.
+        error_if_nonfinite: raise for Inf and NaN before anything changes, for which the host waits for the device. If
+            False, units that are not finite keep their gradient and do not count as clipped.
 
     Returns:
         A `ClipReport`: the clipped fraction, the number of units, and the global gradient norm before clipping.
 
     Raises:
-        NonFiniteGradientError: a gradient holds Inf or NaN; no gradient was changed.
+        NonFiniteGradientError: a gradient contains Inf or NaN; no gradient was changed.
         ValueError: `clipping` or `eps` is negative, a gradient is sparse, or the input is of another type.
 
     Example:
@@ -126,7 +126,7 @@ def _clip_(
 ) -> Tensor:
     """Clip the units of one device ([B] equation 3). Return which units were over their limit."""
     limit = weights.norms().clamp_(min=eps) * clipping
-    # A norm is infinite only if errors are off: infinity times limit / infinity would be NaN.
+    # With error_if_nonfinite=False a norm can be infinite, and infinity * (limit / infinity) would be NaN.
     over = (gradient_norms > limit) & torch.isfinite(gradient_norms)
     scale = torch.where(over, limit / gradient_norms.clamp(min=GRADIENT_FLOOR), 1.0)
     gradients.scale_(scale, over)
@@ -144,7 +144,8 @@ def _clipping(entries: list[NamedGradient], units: Units, like: Tensor) -> float
 
 
 def _by_device(entries: list[NamedGradient]) -> list[list[NamedGradient]]:
-    sorted_out: dict[torch.device, list[NamedGradient]] = defaultdict(list)
+    """Return the entries of each device."""
+    devices: dict[torch.device, list[NamedGradient]] = defaultdict(list)
     for entry in entries:
-        sorted_out[entry.grad.device].append(entry)
-    return list(sorted_out.values())
+        devices[entry.grad.device].append(entry)
+    return list(devices.values())

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights, kept in a second network that is ready to evaluate."""
+"""Exponential moving average (EMA) of the weights of a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normfree.optim.dtensor import local
 from normfree.optim.named_state import copy_named_
-from normfree.suggest import problem
+from normfree.suggest import problem, some_names
 
 
 def ema_decay(step: int, *, decay: float = 0.99999, ramp: bool = True) -> float:
@@ -42,7 +42,7 @@ class Ema:
 
     Each update moves the average e towards the parameters p of the model: e <- d * e + (1 - d) * p, starting at e = p.
     Floating-point buffers are averaged like parameters, all other buffers are copied. Half-precision tensors are
-    averaged in float32, because a step of 1 - d = 1e-5 rounds to nothing in half precision. With FSDP2, make the
+    averaged in float32, because an update of 1 - d = 1e-5 rounds to zero in half precision. With FSDP2, create the
     average before the model is sharded, then shard `module` in the same way; each process averages its rows.
 
     Args:
@@ -51,7 +51,7 @@ class Ema:
         ramp: start with smaller decays, see `ema_decay`.
 
     Attributes:
-        num_updates: how often `update` was called; it decides the decay of the next update.
+        num_updates: number of updates so far, which sets the decay of the next one.
 
     Raises:
         ValueError: `decay` is not in [0, 1].
@@ -114,15 +114,23 @@ class Ema:
         copy_named_(_tensors(model), _tensors(self._module), owner="the model")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `num_updates` and, under "module", the averaged tensors by name."""
+        """Return {"num_updates": int, "module": averaged tensors by name}; the tensors are live, not copies."""
         return {"num_updates": self.num_updates, "module": dict(self._module.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, bit for bit.
 
         Raises:
-            ValueError: names or shapes differ; nothing was changed.
+            ValueError: an entry is missing, or names or shapes differ; nothing was changed.
         """
+        if set(state) != {"module", "num_updates"}:
+            raise ValueError(
+                problem(
+                    f"the state of the average has the entries {some_names(map(str, state))}",
+                    allowed="'module' and 'num_updates'",
+                    fix="pass what Ema.state_dict() returned; for weights alone use ema.module.load_state_dict()",
+                )
+            )
         copy_named_(dict(self._module.state_dict()), state["module"], owner="the averaged network")
         self.num_updates = int(state["num_updates"])
 

@@ -1,7 +1,7 @@
-"""The units of adaptive gradient clipping: their norms, and a factor for each.
+"""The units of adaptive gradient clipping: their norms, and scaling by one factor for each unit.
 
-A unit is what feeds one output: an index of dimension 0 of a weight, or a whole gain or bias vector.
-`normfree.optim.dtensor` has the same for parameters that FSDP2 shards over processes.
+A unit consists of the weights of one output: an index of dimension 0 of a weight, or a whole gain or bias vector.
+`normfree.optim.dtensor` has the same classes for parameters that FSDP2 shards over processes.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Units:
         """Multiply each unit by its factor, which is 1 where `changed` is False."""
         pairs = list(zip(self.tensors, factors.split(self.sizes), strict=True))
         if factors.device.type == "cpu":
-            # Reading a number is free here, and a tensor without a changed unit need not pass through memory.
+            # On the CPU, reading a value does not wait for a device; tensors without a changed unit are skipped.
             before = F.pad(changed.cumsum(0), (1, 0))[F.pad(torch.tensor(self.sizes).cumsum(0), (1, 0))]
             pairs = [pair for pair, hits in zip(pairs, before.diff().tolist(), strict=True) if hits]
         if pairs:
@@ -120,7 +120,7 @@ class Units:
 
 
 class NativeUnits(Units):
-    """The same for float32 tensors on a CPU, computed by the compiled kernels."""
+    """`Units` of plain float32 tensors on the CPU, computed by the compiled kernels."""
 
     def __init__(self, tensors: Sequence[Tensor], single: Sequence[bool]) -> None:
         super().__init__(tensors, single)
@@ -169,4 +169,5 @@ def scale_shape(values: Tensor, tensor: Tensor) -> tuple[int, ...]:
 
 
 def norm_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of the norms of a tensor."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
