@@ -41,8 +41,8 @@ class FusedUpdate(ABC):
     """Clip, decay, step and average all parameters of `optimizer` that have a gradient.
 
     A step equals `adaptive_clip_grad_(optimizer.param_groups)`, `optimizer.step()` and `ema.update(model)` to rounding,
-    except that the gradients are only read. The settings of the groups are read at every step. Momentum
-    is stored in the optimizer and the average in `ema`. Subclasses run the two launches on one kind of device.
+    except that the gradients are only read. The settings of the groups are read at every step. Momentum is stored in
+    the optimizer and the average in `ema`. Subclasses run the two launches on one kind of device.
 
     Args:
         optimizer: built from groups with names and `clipping`, as `parameter_groups` returns them.

@@ -136,8 +136,8 @@ def test_copy_to_the_model() -> None:
 def test_a_state_without_the_count_is_an_error() -> None:
     average = Ema(nn.Linear(2, 2))
     message = (
-        "the state of the average has the entries 'weight', 'bias'. Allowed: 'module' and 'num_updates'. Fix: pass what "
-        "Ema.state_dict() returned; for weights alone use ema.module.load_state_dict()."
+        "the state of the average has the entries 'weight', 'bias'. Allowed: 'module' and 'num_updates'. "
+        "Fix: pass what Ema.state_dict() returned; for weights alone use ema.module.load_state_dict()."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         average.load_state_dict(nn.Linear(2, 2).state_dict())
