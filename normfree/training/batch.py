@@ -1,4 +1,4 @@
-"""From a batch of the loader to what the network sees: normalized, mixed images and soft targets, on the device."""
+"""Turn a batch of the loader into the input of the network: normalized, mixed images and soft targets."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class BatchPreparer:
         return images, targets
 
     def _mixed(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """Normalize and mix one batch with the random numbers of `seed`."""
         augment, device = self.augment, self.world.device
-        smoothing = (
-            augment.label_smoothing if self.class_weights is None else 0.0
-        )  # else smoothed after weighing
+        # With class weights, targets are smoothed after weighing.
+        smoothing = augment.label_smoothing if self.class_weights is None else 0.0
         images = normalize(batch.images.to(device, non_blocking=True))
         labels = batch.labels.to(device, non_blocking=True)
         if batch.partners is not None and batch.share is not None:  # the loader has mixed the images already
@@ -87,7 +87,7 @@ class BatchPreparer:
 
 
 def fresh_pairs(config: Config) -> FreshPairs | None:
-    """Return what mixes images in the loader, with mix_with "fresh"; None if batches are mixed on the device or not."""
+    """Return the mixing that the loader does (mix_with "fresh"), or None if the device mixes or nothing is mixed."""
     augment = config.augment
     if augment.mix_with == "batch" or augment.mixup == augment.cutmix == 0:
         return None
@@ -96,6 +96,7 @@ def fresh_pairs(config: Config) -> FreshPairs | None:
 
 
 def _part(batch: Batch, rows: slice) -> Batch:
+    """Return some of the images of a batch."""
     return replace(
         batch, images=batch.images[rows], labels=batch.labels[rows], indices=batch.indices[rows],
         names=batch.names[rows], partners=None if batch.partners is None else batch.partners[rows],

@@ -110,20 +110,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         trainer.state.restore_(saved)
         meter, saved = Meter(saved.state.get("meter") if saved else None), None
         step, best, scores = _steps(trainer, split, out, run_log, metrics, step=step, best=best, meter=meter)
-        if config.patience and best.step != step:
-            with world.all_or_none():
-                if world.is_main:
-                    saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(best.step))
-            trainer.state.restore_(saved)
-            scores = None
-        weights, average = scores or score(trainer, split)
-        scored_step, seconds = best.step if config.patience else step, time.monotonic() - start
-        result = run_folder.TrainResult(out, step, scored_step, weights, average, seconds)
-        averaged = trainer.state.whole(trainer.ema.module)
-        with world.all_or_none():
-            if world.is_main:
-                run_folder.finish(trainer.config, split, averaged, result, run_log)
-        return result
+        return _finish(trainer, split, out, run_log, step=step, best=best, scores=scores, start=start)
 
 
 def _make_trainer(
@@ -213,6 +200,36 @@ def _steps(
         run_log.info(f"no better score in {config.patience} evaluations: the best one, {best.score:.2f} %, "
                      f"was after step {best.step}")  # fmt: skip
     return step, best, scores
+
+
+def _finish(
+    trainer: Trainer,
+    split: Split,
+    out: Path,
+    run_log: RunLog,
+    *,
+    step: int,
+    best: Best,
+    scores: Scores | None,
+    start: float,
+) -> run_folder.TrainResult:
+    """Return to the best weights if the run has `patience`, score them if necessary, and write the model folder."""
+    world, patience = trainer.world, trainer.config.patience
+    if patience and best.step != step:
+        saved = None
+        with world.all_or_none():
+            if world.is_main:
+                saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(best.step))
+        trainer.state.restore_(saved)
+        scores = None
+    weights, average = scores or score(trainer, split)
+    scored_step, seconds = best.step if patience else step, time.monotonic() - start
+    result = run_folder.TrainResult(out, step, scored_step, weights, average, seconds)
+    averaged = trainer.state.whole(trainer.ema.module)
+    with world.all_or_none():
+        if world.is_main:
+            run_folder.finish(trainer.config, split, averaged, result, run_log)
+    return result
 
 
 def _batches(

@@ -58,9 +58,8 @@ class TrainingState:
                 for file, part in live.items():
                     fsdp.check_fits(part, saved.tensors[file], owner=f"this run's {file}")
         if self.sharded:
-            if self.world.any(
-                saved is not None
-            ):  # else each row was initialized once, by the process that has it
+            # Without a checkpoint, each shard was initialized by the only process that has it.
+            if self.world.any(saved is not None):
                 with self.world.guard():
                     for file, part in live.items():
                         fsdp.scatter_first_(part, saved.tensors[file] if saved else {}, self.world)
@@ -91,6 +90,7 @@ class TrainingState:
             self.world.mean_([b for b in net.buffers() if b.is_floating_point()])
 
     def _live(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors by file and name, not copied."""
         return {
             "model": dict(self.net.state_dict()),
             "ema": dict(self.ema.module.state_dict()),

@@ -57,7 +57,7 @@ class Trainer:
         resolved: the config, resolved.
         num_classes: width of the classifier, K.
         samples: training images per epoch.
-        weights: where to start from, in place of random weights.
+        weights: model folder, file or address to start from; empty for random weights.
         head: take the classifier from `weights` too.
         class_weights: K, the factor of each label in the loss; None weighs all alike.
         world: the processes that share the run, each with a trainer; None is this process alone.
@@ -90,16 +90,14 @@ class Trainer:
         self.total_steps = max(1, steps_of(config.length, samples=samples, batch_size=batch_size))
         warmup_steps = steps_of(config.optim.warmup, samples=samples, batch_size=batch_size)
         self.warmup = min(1.0, warmup_steps / self.total_steps)
-        self.lr = config.optim.lr  # at its peak
+        self.lr = config.optim.lr  # the peak
         torch.manual_seed(key(config.seed, "init"))
         net = self._network(weights, head=head)
         auto = config.input.micro_batch == "auto"
-        # before anything is on the device
+        # Free memory is measured before anything is on the device.
         estimate = micro_batch.estimate(net, config, world=self.world, sharded=sharded) if auto else None
         if sharded:
-            self.ema = Ema(
-                net, decay=config.optim.ema_decay
-            )  # before sharding: sharded modules cannot be copied
+            self.ema = Ema(net, decay=config.optim.ema_decay)  # before sharding, which forbids copies
             for each in (net, self.ema.module):
                 assert isinstance(each, Net)
                 fsdp.shard_(each, self.world)

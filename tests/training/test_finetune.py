@@ -277,7 +277,7 @@ def test_a_plateau_ends_the_run_and_the_best_average_becomes_the_model(tmp_path)
     assert (out / "model" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("stop", [3, 5, 8, 9])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(s, marks=pytest.mark.slow) for s in (5, 8)), 9])
 def test_a_resumed_run_stops_after_the_same_step_as_an_uninterrupted_one(tmp_path, monkeypatch, whole, stop):
     counted = loop.Trainer.step
 

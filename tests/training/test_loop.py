@@ -98,7 +98,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
     monkeypatch.setattr(Trainer, "step", stepping)
 
 
-@pytest.mark.parametrize("step", range(1, 12))
+# In the default run: the first step, between and at evaluations and checkpoints, the last but one.
+STEPS = [
+    step if step in (1, 5, 7, 11) else pytest.param(step, marks=pytest.mark.slow) for step in range(1, 12)
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_stopped_at_any_step_and_continued_gives_the_same_bits(uninterrupted, tmp_path, monkeypatch, step):
     stop_after(monkeypatch, step)
     with pytest.raises(loop.StoppedBySignal) as stopped:
@@ -243,7 +249,7 @@ def batch_gradient(model: str, micro_batch: int) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.net.parameters()])
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+@pytest.mark.parametrize("micro_batch", [pytest.param(1, marks=pytest.mark.slow), 3, 5])
 def test_micro_batches_are_exact_without_batch_statistics(micro_batch):
     for model, low, high in (("nf_resnet_nano", 0.0, 1e-5), ("resnet_nano", 0.1, 100.0)):
         whole, cut = batch_gradient(model, 0), batch_gradient(model, micro_batch)
@@ -311,7 +317,9 @@ def test_the_loss_falls(tmp_path):
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
-@pytest.mark.parametrize("mode", ["agc", "norm", "value", "off"])
+@pytest.mark.parametrize(
+    "mode", ["agc", "norm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("value", "off"))]
+)
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(tmp_path, monkeypatch, mode):
     original = BatchGradient.__call__
 
