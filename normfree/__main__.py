@@ -1,3 +1,5 @@
+"""`python -m normfree`: the same as the command `normfree`."""
+
 from normfree.cli import main
 
 raise SystemExit(main())

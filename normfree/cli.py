@@ -1,10 +1,10 @@
-"""The command: words to verbs, errors to exit codes. It computes nothing, and imports torch only after the words
-are understood."""
+"""The command line: dispatch verbs, and map exceptions to exit codes. torch is imported lazily."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -18,86 +18,96 @@ from normfree.commands.list_command import ListArguments, list_
 from normfree.commands.predict_command import PredictArguments, predict_
 from normfree.commands.serve_command import ServeArguments, serve
 from normfree.commands.show_command import ShowArguments, show
-from normfree.commands.train_command import train, train_help
+from normfree.commands.train_command import train
 from normfree.commands.usage import UsageError
-from normfree.suggest import did_you_mean
+from normfree.suggest import unknown
 
-HELP = """usage: normfree VERB ...      (normfree VERB --help says more)
+HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options)
 
-  list [models|recipes] [PATTERN]   networks with size and cost, or recipes
-  show NAME|RECIPE|RUN              everything about one of them
+  list [models|recipes] [PATTERN]   list networks with size and cost, or recipes
+  show NAME|RECIPE|RUN              show everything about one of them
   train [RECIPE|RUN|FILE.toml] [--key value ...]
-                                    alone: the demo; a run folder: continue it
-  eval RUN|MODEL DATA               top-1 and top-5 on labelled images
-  predict RUN|MODEL PATH...         classes of files and folders of images
-  diagnose NAME|RUN|MODEL [DATA]    signals, gradients, dependence on the batch
-  convert FILE|MODEL FOLDER         weights of others into a model folder;
-                                    timm:NAME FILE: take batch norm out of it
+                                    train; alone: the demo; a run folder: resume
+  eval RUN|MODEL DATA               measure top-1 and top-5 on labeled images
+  predict RUN|MODEL PATH...         predict classes of image files and folders
+  diagnose NAME|RUN|MODEL [DATA]    measure signals, gradients, batch dependence
+  convert FILE|MODEL FOLDER         convert weights to a model folder;
+                                    timm:NAME FILE: remove batch norm
   export RUN|MODEL --format onnx|pt2
-                                    one file for other runtimes; --int8: smaller
-  serve RUN|MODEL                   a page to drop images on, and JSON
-  bench NAME...                     images a second on this machine
+                                    write one file for other runtimes, also int8
+  serve RUN|MODEL                   serve a web page and a JSON endpoint
+  bench NAME...                     measure images per second on this machine
 
-  --version   --help   --traceback  (the last shows where an error came from)
+  --version   --help   --traceback  (the last prints where an error came from)
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0 done, 2 the user can mend it, 3 a run diverged."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in words
-    words = [w for w in words if w != "--traceback"]
+    """Run one command.
+
+    Args:
+        argv: arguments without the name of the program; None means `sys.argv[1:]`.
+
+    Returns:
+        The exit code: 0 success, 2 an error that the user can fix, 3 a run diverged, 130 interrupted.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in args
+    args = [arg for arg in args if arg != "--traceback"]
     try:
-        return _dispatch(words)
+        return _dispatch(args)
     except (ValueError, ModuleNotFoundError) as error:
         if traceback:
             raise
         for line in str(error).splitlines():
             print(f"normfree: {line}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `normfree list | head`
+    except BrokenPipeError:  # for example `normfree list | head`
         sys.stderr.close()
         return 0
-    except OSError as error:  # no permission, disk full, a folder in place of a file
+    except OSError as error:  # for example no permission, or no space left on the device
         if traceback:
             raise
         print(f"normfree: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("normfree: interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+        return 130  # the convention of shells: 128 + SIGINT
 
 
-def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("--help", "-h", "help"):
+def _dispatch(args: list[str]) -> int:
+    """Run the verb that the first argument names; return its exit code."""
+    verb, *rest = args or ["help"]
+    if verb in ("--help", "-h", "help"):
         print(HELP, end="")
         return 0
-    if words[0] in ("--version", "version"):
+    if verb in ("--version", "version"):
         print(f"normfree {__version__}")
         return 0
-    verb, rest = words[0], words[1:]
-    if verb == "train":
-        return train_help() if {"--help", "-h"} & set(rest) else train(rest)
     if verb not in VERBS:
-        hint = did_you_mean(verb, [*VERBS, "train"])
-        verbs = ", ".join(["list", "show", "train", *list(VERBS)[2:]])
-        raise UsageError(f"unknown verb {verb!r}.{hint} Verbs: {verbs}.")
-    function, arguments = VERBS[verb]
-    return _call(function, arguments, rest, verb)
+        raise UsageError(unknown("verb", verb, VERBS))
+    return VERBS[verb](rest)
 
 
-def _call(verb: Callable[..., int], arguments: type, words: list[str], name: str) -> int:
-    return verb(tyro.cli(arguments, args=words, prog=f"normfree {name}"))
+def _typed(verb: str, function: Callable[[Any], int], arguments: type) -> Callable[[list[str]], int]:
+    """Return `function` with its arguments parsed from strings according to a dataclass."""
+
+    def run(args: list[str]) -> int:
+        return function(tyro.cli(arguments, args=args, prog=f"normfree {verb}"))
+
+    return run
 
 
-VERBS: dict[str, tuple[Callable[..., int], type]] = {
-    "list": (list_, ListArguments),
-    "show": (show, ShowArguments),
-    "eval": (eval_, EvalArguments),
-    "predict": (predict_, PredictArguments),
-    "diagnose": (diagnose, DiagnoseArguments),
-    "convert": (convert, ConvertArguments),
-    "export": (export_, ExportArguments),
-    "serve": (serve, ServeArguments),
-    "bench": (bench, BenchArguments),
+# The verbs in the order of HELP. `train` has a parser of its own, because every config key is an option.
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "list": _typed("list", list_, ListArguments),
+    "show": _typed("show", show, ShowArguments),
+    "train": train,
+    "eval": _typed("eval", eval_, EvalArguments),
+    "predict": _typed("predict", predict_, PredictArguments),
+    "diagnose": _typed("diagnose", diagnose, DiagnoseArguments),
+    "convert": _typed("convert", convert, ConvertArguments),
+    "export": _typed("export", export_, ExportArguments),
+    "serve": _typed("serve", serve, ServeArguments),
+    "bench": _typed("bench", bench, BenchArguments),
 }

@@ -1,4 +1,4 @@
-"""The command as a newcomer meets it: verbs, messages, exit codes, files."""
+"""The command: verbs, messages, exit codes and the files that it writes."""
 
 import csv
 import io
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree import cli
 from normfree._version import __version__
-from normfree.cli import HELP, main
+from normfree.cli import HELP, VERBS, main
+from normfree.commands.train_command import TrainArguments, parse
+from normfree.commands.usage import UsageError
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel, save_pretrained
-from normfree.training import loop
 from normfree.training.config_io import keys
+from normfree.training.gradient import BatchGradient
 
 TINY = shlex.split(
     "--model nf_resnet_nano --input.image_size 16 --input.batch_size 4 --input.workers 0 --length 4st "
@@ -30,7 +31,7 @@ TINY = shlex.split(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two classes of little pictures, red and blue."""
+    """Return a folder with two classes of small images, red and blue."""
     root = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
     for channel, name in ((0, "red"), (2, "blue")):
@@ -49,7 +50,7 @@ def trained(photos, tmp_path_factory):
     return out
 
 
-def test_a_run_folder_holds_what_is_documented(trained):
+def test_a_run_folder_contains_the_documented_files(trained):
     assert {p.name for p in trained.iterdir()} - {".lock"} == {
         "config.toml", "metrics.jsonl", "log.txt", "environment.txt", "results.json", "curves.png",
         "checkpoints", "model",
@@ -76,7 +77,10 @@ def test_eval_scores_every_image_of_a_plain_folder(trained, photos, capsys):
     assert score["images"] == 12
     assert score["per_class_top1"].keys() == {"blue", "red"}
     assert main(["eval", str(trained), "synthetic:classes=3,size=16,train=6,val=3"]) == 2
-    assert "has classes disk, ring, square, ...; the model knows blue, red" in capsys.readouterr().err
+    assert (
+        "has the classes 'disk', 'ring', 'square'. Allowed: the model's classes 'blue', 'red', in the same order."
+        in capsys.readouterr().err
+    )
 
 
 def test_predict_writes_table_csv_and_json_lines(trained, photos, tmp_path, capsys):
@@ -89,23 +93,26 @@ def test_predict_writes_table_csv_and_json_lines(trained, photos, tmp_path, caps
     assert len(rows) == 24
     assert {row["class"] for row in rows} == {"red", "blue"}
     assert sum(float(row["probability"]) for row in rows) == pytest.approx(12, abs=1e-4)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     assert main(["predict", str(trained), str(photos / "red"), str(tmp_path / "bad.png"), "--out",
                  str(tmp_path / "x.jsonl")]) == 2  # fmt: skip
     entries = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [("error" in e) for e in entries] == [False] * 6 + [True]
     assert main(["predict", str(trained), str(photos), "--out", "x.txt"]) == 2
-    assert "--out 'x.txt': expected a name that ends in .csv or .jsonl." in capsys.readouterr().err
+    assert (
+        "--out is 'x.txt'. Allowed: a name that ends in .csv or .jsonl. Fix: --out x.csv."
+        in capsys.readouterr().err
+    )
 
 
-def test_a_run_continues_only_as_it_began(trained, photos, capsys):
-    assert main(["train", str(trained)]) == 0  # finished: scores again
+def test_a_resumed_run_keeps_its_config(trained, photos, capsys):
+    assert main(["train", str(trained)]) == 0  # the run is finished, so this only evaluates it
     assert main(["train", str(trained), "--optim.lr", "1"]) == 2
     assert capsys.readouterr().err.startswith(
-        "normfree: --optim.lr: a run continues as it was started; only "
+        "normfree: --optim.lr cannot change when a run is resumed. Allowed: --device, --input.workers, "
     )
     assert main(["train", "--data", str(photos), *TINY, "--out", str(trained)]) == 2
-    assert "Continue it with `normfree train" in capsys.readouterr().err
+    assert "Fix: resume it with `normfree train" in capsys.readouterr().err
 
 
 def test_list_and_show(trained, capsys):
@@ -125,14 +132,17 @@ def test_list_and_show(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
         (
             "trian",
-            "unknown verb 'trian'. Did you mean 'train'? Verbs: list, show, train, eval, predict, diagnose, "
-            "convert, export, serve, bench.",
+            "unknown verb 'trian'. Did you mean 'train'? Allowed: 'list', 'show', 'train', 'eval', 'predict', "
+            "'diagnose', 'convert', 'export', 'serve', 'bench'.",
         ),
-        ("train dmo", "'dmo' is no recipe, run folder or .toml file. Did you mean 'demo'? Recipes: "),
+        (
+            "train dmo",
+            "'dmo' is not a recipe, a run folder or a .toml file. Did you mean 'demo'? Allowed: the recipes demo, ",
+        ),
         (
             "train --model nfnet-f0",
             "unknown model 'nfnet-f0'. Did you mean 'nfnet_f0'? All names: normfree list models",
@@ -149,14 +159,18 @@ def test_list_and_show(trained, capsys):
             "train --lr 1 --length 5",
             "unknown key 'lr'. Did you mean 'optim.lr'?\nnormfree: length='5'. Allowed: ",
         ),
-        ("list vgg*", "no model matches 'vgg*'. All names: normfree list models"),
+        (
+            "list vgg*",
+            "no model matches 'vgg*'. Allowed: a shell pattern such as 'nf_*'. Fix: see all names with `normfree list "
+            "models`.",
+        ),
         ("show vgg", "unknown model 'vgg'."),
         (
             "predict nowhere x.png",
             "'nowhere' is not a model folder. Allowed: a folder with config.json and model.safetensors",
         ),
-        ("train --out", "--out: a value is missing."),
-        ("train --out --optim.lr 1", "--out: a value is missing."),
+        ("train --out", "--out has no value. Fix: --out FOLDER."),
+        ("train --out --optim.lr 1", "--out has no value. Fix: --out FOLDER."),
         (
             "train --data synthetic:classes=99 --model nf_resnet_nano",
             "'synthetic:classes=99' gives classes=99. Allowed: a whole number from 2 to 10. Fix: classes=10",
@@ -173,25 +187,33 @@ def test_list_and_show(trained, capsys):
         ("train missing.toml", "missing.toml cannot be read as TOML: "),
     ],
 )
-def test_mistakes_get_one_line_each_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
+def test_each_mistake_prints_one_line_and_exits_with_2(line, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(words.split()) == 2
+    assert main(line.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"normfree: {message}")
     assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_as_a_process():
-    run = [sys.executable, "-m", "normfree"]
-    wrong = subprocess.run([*run, "show", "vgg"], capture_output=True, text=True)
+def test_the_module_runs_as_a_process():
+    wrong = subprocess.run([sys.executable, "-m", "normfree", "show", "vgg"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
-    shown = subprocess.run([*run, "show", "vgg", "--traceback"], capture_output=True, text=True)
-    assert "Traceback" in shown.stderr
-    assert subprocess.run([*run, "list", "--bogus"], capture_output=True).returncode == 2
 
 
-def test_the_help_fits_a_screen():
+def test_traceback_raises_the_error():
+    with pytest.raises(UsageError, match=r"^unknown model 'vgg'"):
+        main(["show", "vgg", "--traceback"])
+
+
+def test_an_unknown_option_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["list", "--bogus"])
+    assert exit.value.code == 2
+    assert "--bogus" in capsys.readouterr().err
+
+
+def test_the_help_fits_on_a_screen():
     lines = HELP.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
@@ -203,7 +225,9 @@ def test_a_written_config_trains_the_same_model_again(trained, tmp_path, capsys)
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_shell_command_runs_when_it_is_typed_and_never_from_a_config(photos, tmp_path, monkeypatch, capsys):
+def test_a_shell_command_runs_from_the_command_line_and_never_from_a_config(
+    photos, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         for i, path in enumerate(sorted(photos.rglob("*.png"))):
@@ -211,16 +235,16 @@ def test_a_shell_command_runs_when_it_is_typed_and_never_from_a_config(photos, t
             label = tarfile.TarInfo(f"{i:03}.cls")
             label.size = 1
             tar.addfile(label, io.BytesIO(b"01"[i % 2 : i % 2 + 1]))
-    word, out = f"pipe:cat {tmp_path / 'photos.tar'}; echo once >> {tmp_path / 'runs'}", tmp_path / "run"
-    assert main(["train", "scratch", "--data", word, *TINY, "--out", str(out)]) == 0
-    assert main(["train", str(out)]) == 0  # what the command wrote is still there
-    assert main(["eval", str(out), word]) == 0
+    data, out = f"pipe:cat {tmp_path / 'photos.tar'}; echo once >> {tmp_path / 'runs'}", tmp_path / "run"
+    assert main(["train", "scratch", "--data", data, *TINY, "--out", str(out)]) == 0
+    assert main(["train", str(out)]) == 0  # reads the file that the shell command wrote
+    assert main(["eval", str(out), data]) == 0
     assert (tmp_path / "runs").read_text() == "once\n"
     (kept,) = (tmp_path / "cache" / "normfree" / "pipes").iterdir()
     kept.unlink()
     capsys.readouterr()
-    for words in (["train", str(out)], ["train", str(out / "config.toml"), "--out", str(tmp_path / "other")]):
-        assert main(words) == 2
+    for args in (["train", str(out)], ["train", str(out / "config.toml"), "--out", str(tmp_path / "other")]):
+        assert main(args) == 2
         assert "is a shell command, and was not typed here" in capsys.readouterr().err
     assert (tmp_path / "runs").read_text() == "once\n"
 
@@ -232,17 +256,10 @@ def test_a_diverged_run_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
             self.net.head.bias.grad[0] = float("nan")
         return result
 
-    original = loop.Trainer.gradients
-    monkeypatch.setattr(loop.Trainer, "gradients", poisoned)
-    words = [
-        "train",
-        "--data",
-        "synthetic:classes=2,size=16,train=8,val=4",
-        *TINY,
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert main(words) == 3
+    original = BatchGradient.__call__
+    monkeypatch.setattr(BatchGradient, "__call__", poisoned)
+    data = "synthetic:classes=2,size=16,train=8,val=4"
+    assert main(["train", "--data", data, *TINY, "--out", str(tmp_path / "run")]) == 3
     error = capsys.readouterr().err
     assert error.startswith("normfree: step 2: 1 of ")
     assert "gradients are not finite: 'head.bias'. " in error
@@ -252,20 +269,20 @@ def test_a_diverged_run_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def model(tmp_path):
-    """A model folder with class names that a table, a CSV file and a terminal could trip over."""
+    """Return a model folder with class names that need quoting in a table, a CSV file and on a terminal."""
     net = create_model("nf_resnet_nano", num_classes=3).eval()
     pre = Preprocessing(image_size=16, crop="squash")
     save_pretrained(TrainedModel(net, pre, ("[/red]", 'a,"b"', "snö")), tmp_path / "model")
     return tmp_path / "model"
 
 
-def test_what_is_printed_parses_back(model, photos, tmp_path, capsys):
+def test_csv_and_json_lines_contain_the_same_predictions(model, photos, tmp_path, capsys):
     odd = tmp_path / "a, b.png"
     odd.write_bytes((photos / "red" / "0.png").read_bytes())
-    words = ["predict", str(model), str(odd), str(photos / "blue" / "1.png")]
-    assert main([*words, "--format", "csv"]) == 0
+    args = ["predict", str(model), str(odd), str(photos / "blue" / "1.png")]
+    assert main([*args, "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
-    assert main([*words, "--format", "jsonl"]) == 0
+    assert main([*args, "--format", "jsonl"]) == 0
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["path"] for r in rows] == [str(odd)] * 3 + [str(photos / "blue" / "1.png")] * 3
     assert [r["rank"] for r in rows] == ["1", "2", "3"] * 2
@@ -274,7 +291,7 @@ def test_what_is_printed_parses_back(model, photos, tmp_path, capsys):
     assert flat == [(r["path"], r["class"], float(r["probability"])) for r in rows]
 
 
-def test_a_name_that_is_no_utf8_stops_nothing(model, photos, tmp_path, capsys):
+def test_a_file_name_need_not_be_utf8(model, photos, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in (b"\xff.png", b"z.png"):
@@ -289,8 +306,8 @@ def test_a_name_that_is_no_utf8_stops_nothing(model, photos, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_class_names_are_no_markup(model, tmp_path, capsys):
-    for name in ("[", 'a,"b"', "snö"):  # "/" cannot stand in the name of a folder
+def test_class_names_are_not_read_as_markup(model, tmp_path, capsys):
+    for name in ("[", 'a,"b"', "snö"):  # a folder name cannot contain "/"
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "0.png")
     config = json.loads((model / "config.json").read_text())
@@ -313,7 +330,7 @@ def test_a_failed_prediction_leaves_no_file(model, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_what_the_system_refuses_is_one_line(model, photos, tmp_path, capsys):
+def test_an_operating_system_error_is_one_line(model, photos, tmp_path, capsys):
     out = tmp_path / "no such folder" / "x.csv"
     assert main(["predict", str(model), str(photos), "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"normfree: [Errno 2] No such file or directory: '{out}'\n"
@@ -322,11 +339,11 @@ def test_what_the_system_refuses_is_one_line(model, photos, tmp_path, capsys):
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
-    def interrupted(words):
+    def interrupted(args: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", interrupted)
-    assert main(["train"]) == 130  # as shells have it: 128 + SIGINT
+    monkeypatch.setitem(VERBS, "train", interrupted)
+    assert main(["train"]) == 130
     assert capsys.readouterr().err == "normfree: interrupted\n"
 
 
@@ -367,12 +384,24 @@ def test_a_foreign_model_folder_without_its_preprocessing(model, photos, capsys)
     assert "has a missing or invalid entry: 'input_size'." in capsys.readouterr().err
 
 
-def test_the_first_words(capsys):
-    for words in ([], ["--help"], ["-h"], ["help"]):
-        assert main(words) == 0
+def test_help_and_version(capsys):
+    for args in ([], ["--help"], ["-h"], ["help"]):
+        assert main(args) == 0
         assert capsys.readouterr().out == HELP
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"normfree {__version__}\n"
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"--{key.replace('_', '-')}" in out or f"--{key}" in out for key in keys())
+    assert "nf_resnet_micro_64" in out  # the default of the recipe "demo", which runs without arguments
+
+
+def test_the_arguments_of_train():
+    assert parse([]) == TrainArguments("", "", find_lr=False, overrides=())
+    args = ["demo", "--optim.lr", "1", "--out", "x", "--exact", "--find-lr"]
+    parsed = parse(args)
+    assert parsed == TrainArguments(
+        "demo", "x", find_lr=True, overrides=("--optim.lr", "1", "--parallel", "exact")
+    )
+    assert parsed.keys == ["optim.lr", "parallel"]
+    assert parse(["--out=x", "--data=photos"]) == TrainArguments("", "x", False, ("--data=photos",))

@@ -1,1 +1,1 @@
-"""One file per kind of verb: its words, its call, its printing. torch is imported only inside the functions."""
+"""The commands, one file per verb. Each parses arguments, calls the library and prints. torch is imported lazily."""

@@ -1,4 +1,4 @@
-"""`normfree bench`: what a row reaches on this machine."""
+"""`normfree bench`: speed of networks on this machine."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ from tyro.conf import Positional
 
 @dataclass
 class BenchArguments:
-    """Images a second of a row on this machine, training and predicting, and how much of the machine that uses."""
+    """Measure images per second of networks on this machine, in training and prediction, against a lower bound."""
 
     names: Positional[tuple[str, ...]]
     """Model names."""
     batch_size: int = 8
-    """Images at a time."""
+    """Images per step."""
     image_size: int = 0
-    """Side in pixels; 0: the row's training size."""
+    """Side in pixels; 0: the model's training size."""
     device: str = "auto"
-    """cpu, cuda, mps; auto: the first GPU, else the CPU."""
+    """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations while training; prediction is float32."""
+    """Data type of activations in training; prediction always uses float32."""
     compiled: bool = False
     """Train with torch.compile."""
     rounds: int = 5
     """Repetitions; the median is printed."""
     json: bool = False
-    """Print one JSON object per row instead of a table."""
+    """Print one JSON object per model instead of a table."""
+
+
+# "of the floor" is the share of the mathematical lower bound: the time of the multiplications alone.
+_COLUMNS = (
+    "model", "px", "batch", "train images/s", "of the floor", "predict images/s", "folded", "of the floor",
+    "peak memory",
+)  # fmt: skip
 
 
 def bench(arguments: BenchArguments) -> int:
+    """Measure each model and print a table or JSON lines; return 0."""
     from rich.console import Console
     from rich.table import Table
 
@@ -40,34 +48,26 @@ def bench(arguments: BenchArguments) -> int:
     from normfree.training.allocator import keep_freed_memory
 
     if arguments.device in ("auto", "cpu"):
-        keep_freed_memory()  # as `normfree train` does
-    for name in arguments.names:  # all of them before the first takes its minutes
+        keep_freed_memory()  # `normfree train` does the same
+    # Report an unknown name before the first measurement, which takes minutes.
+    for name in arguments.names:
         variant_of(name)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = (
-        "model",
-        "px",
-        "batch",
-        "train images/s",
-        "of the floor",
-        "predict images/s",
-        "folded",
-        "of the floor",
-    )
-    for column in (*columns, "peak memory"):
+    for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in arguments.names:
         speed = measure(
             name, batch_size=arguments.batch_size, image_size=arguments.image_size, device=arguments.device,
             precision=arguments.precision, compiled=arguments.compiled, rounds=arguments.rounds,
         )  # fmt: skip
-        trained, predicted = speed.share(speed.train_s, passes=BACKWARD), speed.share(speed.folded_s)
+        train_share, folded_share = speed.share(speed.train_s, passes=BACKWARD), speed.share(speed.folded_s)
         if arguments.json:
-            print(json.dumps({**asdict(speed), "train_share": trained, "folded_share": predicted}))
+            print(json.dumps({**asdict(speed), "train_share": train_share, "folded_share": folded_share}))
             continue
         rates = [f"{speed.batch_size / s:.2f}" for s in (speed.train_s, speed.predict_s, speed.folded_s)]
-        table.add_row(name, str(speed.image_size), str(speed.batch_size), rates[0], f"{100 * trained:.0f} %", rates[1],
-                      rates[2], f"{100 * predicted:.0f} %", f"{speed.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
+        table.add_row(name, str(speed.image_size), str(speed.batch_size), rates[0], f"{100 * train_share:.0f} %",
+                      rates[1], rates[2], f"{100 * folded_share:.0f} %",
+                      f"{speed.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
     if not arguments.json:
         console = Console(width=130, highlight=False)
         console.print(table)

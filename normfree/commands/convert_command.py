@@ -1,4 +1,4 @@
-"""`normfree convert`: weights of others into a model folder, and networks into the released layout."""
+"""`normfree convert`: weights of other libraries to a model folder, or a network to DeepMind's file format."""
 
 from __future__ import annotations
 
@@ -12,110 +12,122 @@ from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
 from normfree.files import atomic_write
+from normfree.suggest import problem
 
 if TYPE_CHECKING:
+    from normfree.preprocessing import Preprocessing
     from normfree.pretrained import TrainedModel
 
 
 @dataclass
 class ConvertArguments:
-    """Weights of DeepMind, timm or others into a model folder; or any network into DeepMind's layout."""
+    """Convert weights of DeepMind, timm and others to a model folder, or a network to DeepMind's file format; or remove
+    batch norm from a network of timm or torchvision."""
 
     source: Positional[str]
-    """A released .npz, a .safetensors, a .pth, a run or model folder of ours or timm's, hf-hub:OWNER/NAME; or
-    timm:NAME or torchvision:NAME, whose batch norm is taken out."""
+    """What to convert: an .npz file released by DeepMind, a .safetensors or .pth file, a run or model folder of
+    normfree or timm, hf-hub:OWNER/NAME; or timm:NAME or torchvision:NAME, whose batch norm is removed."""
     target: Positional[str]
-    """A new folder; or a new file that ends in .npz, for the released layout, or in .safetensors for another library's
-    network."""
+    """A new folder; or a new file that ends in .npz, for DeepMind's format, or in .safetensors for timm:NAME and
+    torchvision:NAME."""
     model: str = ""
-    """The row of the weights; default: recognised by names and shapes."""
+    """Model name of the weights; default: found by the names and shapes of the weights."""
     numerics: Literal["reference", "timm"] = "reference"
-    """How DeepMind's weights compute: as their own code did, or as timm's dm_nfnet does."""
+    """For DeepMind's NFNets: compute as DeepMind's code does, or as timm's dm_nfnet does."""
     key: str = ""
-    """Which entry of a .pth holds the weights, when several might, for example state_dict_ema."""
+    """Entry of a .pth file that contains the weights, if there are several, for example state_dict_ema."""
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """A text file with one class name per line; default: those of the source, else numbers."""
+    """Text file with one class name per line; default: the names in the source, else numbers."""
     how: Literal["exact", "normalizer_free", "scratch"] = "exact"
-    """timm:, torchvision: only. How batch norm is taken out: folded; folded with standardized kernels; rewritten."""
+    """How to remove batch norm (timm:, torchvision: only): fold it; fold it and standardize the weights; or rewrite the
+    architecture with new random weights."""
     weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """timm:, torchvision: only. The network's weights."""
+    """File with the network's weights (timm:, torchvision: only)."""
     images: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
-    """timm:, torchvision: only. Pictures that kernels are fitted to, or that outputs are compared on."""
+    """Images to fit standardized weights to and to compare outputs on (timm:, torchvision: only)."""
 
 
 def convert(arguments: ConvertArguments) -> int:
-    """Reads and checks everything first; the target then appears whole or not at all."""
-    from normfree.commands.convert_batchnorm import convert_foreign
-    from normfree.commands.foreign import LIBRARIES
-    from normfree.weights.hub import PREFIX
-    from normfree.weights.load import PICKLED
+    """Read and check everything, then write the target atomically; return 0."""
+    from normfree.commands.convert_foreign import convert_foreign
+    from normfree.commands.foreign import PREFIXES
 
     target = Path(arguments.target)
-    if arguments.source.startswith(LIBRARIES):
-        print(
-            convert_foreign(
-                arguments.source, target, how=arguments.how, weights=arguments.weights, images=arguments.images,
-                key=arguments.key,
-            )
-        )  # fmt: skip
+    if arguments.source.startswith(PREFIXES):
+        text = convert_foreign(arguments.source, target, how=arguments.how, weights=arguments.weights,
+                               images=arguments.images, key=arguments.key)  # fmt: skip
+        print(text)
         return 0
-    if arguments.weights or arguments.images or arguments.how != "exact":
-        raise UsageError(
-            f"--how, --weights and --images are for timm:NAME and torchvision:NAME, not for {arguments.source}."
-        )
-    _check_target(target)
-    folder = arguments.source.startswith(PREFIX) or Path(arguments.source).is_dir()
-    if arguments.key and Path(arguments.source).suffix not in PICKLED:
-        raise UsageError(
-            f"--key {arguments.key}: only files of torch.save ({', '.join(PICKLED)}) have keys. Leave it out."
-        )
-    model, names, origin = _from_folder(arguments) if folder else _from_file(arguments)
+    is_folder = _check(arguments, target)
+    model, naming, origin = _from_folder(arguments) if is_folder else _from_file(arguments)
     if arguments.classes:
         model = _with_classes(model, Path(arguments.classes))
-    written = _write(target, model)
-    pre = model.preprocessing
-    parameters = sum(p.numel() for p in model.net.parameters())
-    rows = [
-        ("model", f"{model.net.name}, {parameters:,} parameters, {len(model.classes)} classes"),
-        ("names", names),
-        ("preprocessing", f"{pre.image_size} px, {pre.crop}, {pre.interpolation}"
-                          f"{'' if pre.antialias else ' without antialiasing'}, mean {_numbers(pre.mean)}, "
-                          f"std {_numbers(pre.std)} ({origin})"),
-        ("weights", f"{written}, sha256 {_sha256(written)}"),
-    ]  # fmt: skip
-    for word, text in rows:
-        print(f"{word:<15}{text}")
+    _print_summary(model, naming, origin, _write(target, model))
     return 0
 
 
-# --- in ----------------------------------------------------------------------------------------------
+def _check(arguments: ConvertArguments, target: Path) -> bool:
+    """Raise UsageError for arguments that do not fit together; return True if the source is a folder."""
+    from normfree.weights.hub import PREFIX
+    from normfree.weights.load import PICKLED
 
-_WHOSE = {"haiku": "DeepMind's (released layout)", "timm": "timm's", "ours": "normfree's"}
+    if arguments.weights or arguments.images or arguments.how != "exact":
+        raise UsageError(
+            problem(f"--how, --weights or --images is given for {arguments.source}",
+                    allowed="these options with timm:NAME and torchvision:NAME", fix="leave them out")
+        )  # fmt: skip
+    _check_target(target)
+    if arguments.key and Path(arguments.source).suffix not in PICKLED:
+        raise UsageError(
+            problem(f"--key {arguments.key} is given for {arguments.source}",
+                    allowed=f"files written by torch.save ({', '.join(PICKLED)})", fix="leave --key out")
+        )  # fmt: skip
+    is_folder = arguments.source.startswith(PREFIX) or Path(arguments.source).is_dir()
+    if is_folder and arguments.model:
+        raise UsageError(
+            problem(f"--model {arguments.model} is given for a folder, whose config.json names the network",
+                    fix="leave --model out")
+        )  # fmt: skip
+    return is_folder
+
+
+def _check_target(target: Path) -> None:
+    """Raise UsageError if the target would overwrite something."""
+    if target.suffix == ".npz":
+        exists, allowed = target.exists(), "a new file"
+    else:
+        exists = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        allowed = "a new or an empty folder"
+    if exists:
+        raise UsageError(
+            problem(
+                f"{target} already exists", allowed=allowed, fix="choose another name, or remove it first"
+            )
+        )
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+_NAMINGS = {"haiku": "DeepMind's (released layout)", "timm": "timm's", "ours": "normfree's"}
 
 
 def _from_folder(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
+    """Return the model of a folder, the naming of its weights, and where its preprocessing comes from."""
     from normfree.models.net import Net
     from normfree.pretrained import from_pretrained
+    from normfree.weights.hub import PREFIX, fetch
     from normfree.weights.load import read_weights
     from normfree.weights.names import naming_of
 
-    if arguments.model:
-        raise UsageError(
-            f"--model {arguments.model}: a folder's config.json says which network it is. Leave it out."
-        )
-    source = _downloaded(arguments.source)
-    model = from_pretrained(source, numerics=arguments.numerics)
-    assert isinstance(model.net, Net)  # folders hold no other
-    return model, _WHOSE[naming_of(read_weights(source))], "from the folder"
-
-
-def _downloaded(source: str) -> Path:
-    from normfree.weights.hub import PREFIX, fetch
-
-    return fetch(source) if source.startswith(PREFIX) else Path(source)
+    source = arguments.source
+    folder = fetch(source) if source.startswith(PREFIX) else Path(source)
+    model = from_pretrained(folder, numerics=arguments.numerics)
+    assert isinstance(model.net, Net)  # only a file can be an ONNX model
+    return model, _NAMINGS[naming_of(read_weights(folder))], "from the folder"
 
 
 def _from_file(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
+    """Return the model of a weight file, the naming of its weights, and where its preprocessing comes from."""
     from normfree.models.net import Net
     from normfree.models.recognize import ends
     from normfree.models.zoo import create_model
@@ -124,23 +136,24 @@ def _from_file(arguments: ConvertArguments) -> tuple[TrainedModel, str, str]:
     from normfree.weights.load import load_state_dict_
     from normfree.weights.names import naming_of, to_our_names
 
-    content = _content(arguments)
+    weights = _read(arguments)
     try:
-        row = arguments.model or _row(content, arguments.numerics)
-        state = to_our_names(content)
+        name = arguments.model or _model_name(weights, arguments.numerics)
+        state = to_our_names(weights)
     except ValueError as error:
         raise ValueError(f"{arguments.source}: {error}") from None
     num_classes, in_channels = ends(state)
-    net = create_model(row, num_classes=num_classes, in_channels=in_channels)
+    net = create_model(name, num_classes=num_classes, in_channels=in_channels)
     assert isinstance(net, Net)
     load_state_dict_(net, state, source=arguments.source)
-    names = tuple(map(str, range(num_classes)))
-    naming = naming_of(content)
+    classes = tuple(map(str, range(num_classes)))
+    naming = naming_of(weights)
     pre = assumed_preprocessing(net, deepmind=naming == "haiku")
-    return TrainedModel(net.eval(), pre, names), _WHOSE[naming], "assumed from the row"
+    return TrainedModel(net.eval(), pre, classes), _NAMINGS[naming], "assumed from the variant"
 
 
-def _content(arguments: ConvertArguments) -> Mapping[str, Any]:
+def _read(arguments: ConvertArguments) -> Mapping[str, Any]:
+    """Return the weights of the source file under the names that it uses."""
     from normfree.weights.load import PICKLED, read_weights
     from normfree.weights.torch_file import read_torch_file
 
@@ -148,81 +161,90 @@ def _content(arguments: ConvertArguments) -> Mapping[str, Any]:
     return read_torch_file(path, key=arguments.key) if path.suffix in PICKLED else read_weights(path)
 
 
-def _row(content: Mapping[str, Any], numerics: str) -> str:
+def _model_name(weights: Mapping[str, Any], numerics: str) -> str:
+    """Return the name of the variant that has these weights and computes as `numerics` states."""
     from normfree.models.recognize import recognize
     from normfree.models.variants import VARIANTS
 
-    rows = recognize(content)
-    if numerics == "timm" and not rows[0].startswith("timm_"):
-        rows = [n for n in (f"timm_dm_{rows[0]}",) if n in VARIANTS]
-        if not rows:
-            raise UsageError(
-                "--numerics timm: only DeepMind's NFNets, F0 to F6, compute in two ways. Leave it out."
-            )
-    return rows[0]
+    names = recognize(weights)
+    if numerics == "timm" and not names[0].startswith("timm_"):
+        names = [n for n in (f"timm_dm_{names[0]}",) if n in VARIANTS]
+        if not names:
+            raise ValueError(
+                problem("--numerics is timm", allowed="reference, except for DeepMind's NFNets, F0 to F6",
+                        fix="leave --numerics out")
+            )  # fmt: skip
+    return names[0]
 
 
 def _with_classes(model: TrainedModel, path: Path) -> TrainedModel:
+    """Return the model with the class names of a text file."""
     from dataclasses import replace
 
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--classes {path}: {error}.") from None
+        raise UsageError(f"--classes {path} cannot be read: {error}.") from None
     expected = len(model.classes)
-    if len(names) != expected or not all(n.strip() for n in names):
-        raise UsageError(f"--classes {path}: {len(names)} lines, {sum(not n.strip() for n in names)} of them empty; "
-                         f"the network has {expected} classes. Give one name per line.")  # fmt: skip
-    return replace(model, classes=tuple(n.strip() for n in names))
-
-
-# --- out ---------------------------------------------------------------------------------------------
-
-
-def _check_target(target: Path) -> None:
-    if target.suffix == ".npz":
-        if target.exists():
-            raise UsageError(f"{target} exists already. Choose another name, or remove it first.")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if len(names) != expected or not all(names):
         raise UsageError(
-            f"{target} exists already and is not an empty folder. Choose another, or remove it first."
-        )
+            problem(f"--classes {path} has {len(names)} lines, {names.count('')} of them empty",
+                    allowed=f"{expected} lines with one class name each")
+        )  # fmt: skip
+    return replace(model, classes=tuple(names))
+
+
+# --- writing -----------------------------------------------------------------------------------------
 
 
 def _write(target: Path, model: TrainedModel) -> Path:
-    """Writes the target beside its place and moves it there. Returns the file with the weights."""
+    """Write the target atomically; return the file that contains the weights."""
     from normfree.pretrained import save_pretrained
+    from normfree.weights.haiku import write_haiku
     from normfree.weights.load import MODEL_FILE
 
     if target.suffix == ".npz":
-        tree = _released(model)
-        return atomic_write(target, lambda place: _write_haiku(place, tree))
-    return atomic_write(target, lambda place: save_pretrained(model, place)) / MODEL_FILE
+        tree = _haiku_tree(model)
+        return atomic_write(target, lambda path: write_haiku(path, tree))
+    return atomic_write(target, lambda path: save_pretrained(model, path)) / MODEL_FILE
 
 
-def _write_haiku(place: Path, tree: Any) -> None:
-    from normfree.weights.haiku import write_haiku
-
-    write_haiku(place, tree)
-
-
-def _released(model: TrainedModel) -> Any:
+def _haiku_tree(model: TrainedModel) -> Any:
+    """Return the weights in DeepMind's layout."""
     from normfree.weights.names import haiku_from_state_dict
 
     name = model.net.name
     if name.startswith("timm_") and not name.startswith("timm_dm_"):
         raise UsageError(
-            f"{name} computes as timm does, which the released layout cannot say. Convert it to a folder."
-        )
+            problem(f"{name} computes as timm does, which DeepMind's file format cannot express",
+                    fix="convert it to a folder")
+        )  # fmt: skip
     return haiku_from_state_dict(model.net.state_dict())
 
 
+def _print_summary(model: TrainedModel, naming: str, origin: str, written: Path) -> None:
+    """Print what was converted, and the checksum of the written file."""
+    parameters = sum(p.numel() for p in model.net.parameters())
+    lines = {
+        "model": f"{model.net.name}, {parameters:,} parameters, {len(model.classes)} classes",
+        "names": naming,
+        "preprocessing": f"{_describe(model.preprocessing)} ({origin})",
+        "weights": f"{written}, sha256 {_sha256(written)}",
+    }
+    for name, text in lines.items():
+        print(f"{name:<15}{text}")
+
+
+def _describe(pre: Preprocessing) -> str:
+    """Return the preprocessing in one line."""
+    antialias = "" if pre.antialias else " without antialiasing"
+    mean, std = (" ".join(f"{v:.3f}" for v in values) for values in (pre.mean, pre.std))
+    return f"{pre.image_size} px, {pre.crop}, {pre.interpolation}{antialias}, mean {mean}, std {std}"
+
+
 def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     import hashlib
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return " ".join(f"{v:.3f}" for v in values)

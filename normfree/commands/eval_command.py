@@ -1,4 +1,4 @@
-"""`normfree eval` and `normfree predict`."""
+"""`normfree eval`: accuracy of a trained network on labeled images."""
 
 from __future__ import annotations
 
@@ -8,58 +8,63 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError
+from normfree.commands.usage import check_classes
 
 if TYPE_CHECKING:
-    pass
+    from normfree.inference import Evaluation
 
 
 @dataclass
 class EvalArguments:
-    """Top-1 and top-5 of a trained network on labelled images, with the preprocessing of its own config."""
+    """Measure top-1 and top-5 accuracy of a trained network on labeled images, preprocessed as its config states."""
 
     model: Positional[str]
     """A run or model folder."""
     data: Positional[str]
-    """A folder of class folders, or the name of a data set; its validation part is used if it has one."""
+    """A folder with one subfolder per class, or the name of a data set; its validation part is used if it has one."""
     batch_size: int = 128
-    """Images at a time."""
+    """Images per forward pass."""
     workers: int = 0
-    """Processes that read images."""
+    """Processes that load images; 0 loads them in this process."""
     device: str = "auto"
-    """cpu, cuda, mps; auto: the first GPU, else the CPU."""
+    """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def eval_(arguments: EvalArguments) -> int:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    """Evaluate the model and print its scores; return 0."""
     from normfree.data.sources.open import open_labeled
     from normfree.inference import evaluate
     from normfree.pretrained import from_pretrained
 
     model = from_pretrained(arguments.model)
     source = open_labeled(arguments.data, pipes=True)
-    if tuple(source.classes) != model.classes:
-        raise UsageError(f"{arguments.data} has classes {', '.join(source.classes[:5])}, ...; the model knows "
-                         f"{', '.join(model.classes[:5])}, .... They must be the same, in the same order.")  # fmt: skip
+    check_classes(arguments.data, source.classes, model.classes)
     score = evaluate(model.net, source, preprocessing=model.preprocessing, batch_size=arguments.batch_size,
                      workers=arguments.workers, device=arguments.device)  # fmt: skip
     if arguments.json:
         print(json.dumps({"top1": score.top1, "top5": score.top5, "loss": score.loss, "images": score.count,
                           "per_class_top1": score.per_class()}))  # fmt: skip
-        return 0
+    else:
+        _print_table(score)
+    return 0
+
+
+def _print_table(score: Evaluation) -> None:
+    """Print the accuracy of each class and of all images."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("class")
     table.add_column("top-1 %", justify="right")
     for name, value in score.per_class().items():
-        table.add_row(Text(name), f"{value:.1f}")  # a class may be called "[red]"
+        # A plain string would be read as markup, and a class may be called "[red]".
+        table.add_row(Text(name), f"{value:.1f}")
     console = Console(highlight=False)
     console.print(table)
     console.print(
         f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} on {score.count} images"
     )
-    return 0

@@ -1,8 +1,7 @@
-"""`normfree export`: one file for other runtimes, compared on real pictures, and its int8 form."""
+"""`normfree export`: one file for other runtimes, compared with the network on real images, and its int8 form."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
+from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,136 +20,156 @@ if TYPE_CHECKING:
     from normfree.preprocessing import Preprocessing
     from normfree.pretrained import TrainedModel
 
-COMPARED = 64  # pictures on which file and network are compared: the largest of the compared batches
-CALIBRATED = 512  # pictures that set the int8 ranges; docs/export.md has what fewer do
+# Images on which file and network are compared: as many as the largest batch of the comparison has.
+COMPARED = 64
+# Images that determine the int8 ranges; docs/export.md states the cost of fewer.
+CALIBRATED = 512
 BATCH = 32
 
 
 @dataclass
 class ExportArguments:
-    """One file for other runtimes, with preprocessing and class names inside, compared with the network on real
-    pictures before it is kept."""
+    """Write one file for other runtimes, with preprocessing and class names inside, after comparing it with the network
+    on real images."""
 
     model: Positional[str]
     """A run or model folder, or hf-hub:OWNER/NAME."""
     format: Literal["onnx", "pt2"] = "onnx"
-    """onnx: for onnxruntime and others; pt2: torch.export."""
+    """onnx: for onnxruntime and others; pt2: for torch.export."""
     out: str = ""
-    """The file; default: model.onnx or model.pt2 in the folder."""
+    """File to write; default: model.onnx or model.pt2 in the folder."""
     images: tuple[str, ...] = ()
-    """Pictures to compare on: files and folders; default: the validation part of the run's data."""
+    """Files and folders of images to compare on; default: the validation part of the run's data."""
     unfolded: bool = False
     """Keep weight standardization and norms as they are in training."""
     int8: bool = False
-    """Also write the int8 form, calibrated on the pictures, and print what it costs (onnx only)."""
+    """Also write an int8 file, calibrated on the images, and print its accuracy and speed (onnx only)."""
     opset: int = 20
-    """Version of ONNX's operators, 18 to 25."""
+    """Version of the ONNX operator set, 18 to 25."""
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """Where pictures come from. `get(n)` gives up to n, normalized; `labelled` is a source to score on, if any."""
+class _Images:
+    """The images of an export: functions that return up to n of them, normalized, and what they are."""
 
     compare: Callable[[int], Tensor]
     calibrate: Callable[[int], Tensor]
-    labelled: Source | None
-    words: tuple[str, str]
-    """What `compare` and `calibrate` hold, in words."""
+    # A source to measure accuracy on, or None if the images have no labels.
+    labeled: Source | None
+    compare_name: str
+    calibrate_name: str
 
 
 def export_(arguments: ExportArguments) -> int:
+    """Export the model and print the reports; return 0."""
     from normfree.deploy.export import export
     from normfree.pretrained import from_pretrained
 
     if arguments.int8 and (arguments.format != "onnx" or arguments.unfolded):
-        raise UsageError("--int8 quantizes the folded ONNX file; drop --unfolded and --format pt2.")
+        raise UsageError(
+            problem("--int8 is given with --unfolded or --format pt2", allowed="--int8 with a folded ONNX file",
+                    fix="leave out --unfolded and --format")
+        )  # fmt: skip
     if Path(arguments.model).is_file():
-        raise UsageError(f"{arguments.model!r} is a file. Give the run or model folder that it came from.")
+        raise UsageError(
+            problem(f"{arguments.model!r} is a file", allowed="a run or model folder",
+                    fix="give the folder that the file was made from")
+        )  # fmt: skip
     model = from_pretrained(arguments.model)
-    pictures = _pictures(arguments, model)
-    out = Path(arguments.out) if arguments.out else _default(arguments.model, arguments.format)
+    images = _images(arguments, model)
+    out = Path(arguments.out) if arguments.out else _default_out(arguments.model, arguments.format)
     report = export(model, out, format=arguments.format, folded=not arguments.unfolded,
-                    images=pictures.compare(COMPARED), opset=arguments.opset)  # fmt: skip
-    _say_export(report, pictures.words[0])
+                    images=images.compare(COMPARED), opset=arguments.opset)  # fmt: skip
+    _print_report(report, images.compare_name)
     if arguments.int8:
-        _int8(report, model, pictures)
+        _quantize(report, model, images)
     return 0
 
 
-def _default(model: str, format: str) -> Path:
+def _default_out(model: str, format: str) -> Path:
+    """Return the file to write if --out is not given."""
     folder = Path(model)
     return (
         folder / f"model.{format}" if folder.is_dir() else Path(f"{folder.name.partition('@')[0]}.{format}")
     )
 
 
-def _say_export(report: ExportReport, pictures: str) -> None:
-    form = f"ONNX opset {report.opset}" if report.opset else "torch.export"
-    nodes = sum(report.census.values())
-    kind = "folded" if report.folded else "not folded"
-    print(f"{report.path}: {_megabytes(report.bytes)}, {form}, {kind}, {nodes} nodes")
-    print(f"  {_census(report.census)}")
+# --- reports -----------------------------------------------------------------------------------------
+
+
+def _print_report(report: ExportReport, images: str) -> None:
+    """Print what was written and how it compares with the network."""
+    format = f"ONNX opset {report.opset}" if report.opset else "torch.export"
+    folded = "folded" if report.folded else "not folded"
+    census = ", ".join(f"{kind.removeprefix('aten.')} {n}" for kind, n in report.census.most_common())
+    errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in report.errors.items())
+    print(
+        f"{report.path}: {_megabytes(report.bytes)}, {format}, {folded}, {sum(report.census.values())} nodes"
+    )
+    print(f"  {census}")
     print(
         f"  {report.batch_norms} batch norms, {report.weight_arithmetic} nodes that compute on weights alone"
     )
-    errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in report.errors.items())
-    print(f"  against the network on {report.images} {pictures}: largest relative error {errors}; "
+    print(f"  against the network on {report.images} {images}: largest relative error {errors}; "
           f"first class the same on {report.top1_agreement:.0f} %")  # fmt: skip
 
 
-def _census(census: Counter[str]) -> str:
-    return ", ".join(f"{kind.removeprefix('aten.')} {count}" for kind, count in census.most_common())
-
-
 def _megabytes(size: int) -> str:
+    """Return a size in bytes as text in megabytes."""
     return f"{size / 1e6:.2f} MB"
 
 
-def _int8(report: ExportReport, model: TrainedModel, pictures: _Pictures) -> None:
+def _quantize(report: ExportReport, model: TrainedModel, images: _Images) -> None:
+    """Write the int8 form of the exported file and print its size, accuracy and speed."""
     import torch
 
     from normfree.deploy.quantize import images_per_second, quantize
     from normfree.inference import evaluate
     from normfree.onnx_net import open_onnx
 
-    batches = pictures.calibrate(CALIBRATED).split(BATCH)
+    batches = images.calibrate(CALIBRATED).split(BATCH)
     small = quantize(report.path, report.path.with_suffix(".int8.onnx"), calibration=batches)
     print(f"{small.path}: {_megabytes(small.bytes)}, {100 * small.bytes / small.float_bytes:.1f} % of the float file; "
           f"{small.quantized} convolutions and products in 8 bits, {small.left_float} in float")  # fmt: skip
-    print(f"  against the float file on the {small.images} {pictures.words[1]} that set its ranges: median relative "
-          f"error {100 * small.error:.1f} %, first class the same on {small.top1_agreement:.1f} %")  # fmt: skip
+    print(f"  against the float file on the {small.images} {images.calibrate_name} that set its ranges: median "
+          f"relative error {100 * small.error:.1f} %, first class the same on "
+          f"{small.top1_agreement:.1f} %")  # fmt: skip
     nets = [open_onnx(path)[0] for path in (report.path, small.path)]
-    if pictures.labelled is None:
-        print(
-            "  accuracy not measured: no labels; give --images a folder of class folders with the model's classes"
-        )
+    if images.labeled is None:
+        print("  accuracy not measured, because the images have no labels. Fix: --images FOLDER with one subfolder for "
+              "each of the model's classes")  # fmt: skip
     else:
         before, after = (
-            evaluate(net, pictures.labelled, preprocessing=model.preprocessing, device="cpu").top1
+            evaluate(net, images.labeled, preprocessing=model.preprocessing, device="cpu").top1
             for net in nets
         )
-        print(f"  top-1 on {len(pictures.labelled)} labelled pictures: float {before:.2f} %, int8 {after:.2f} %, "
+        print(f"  top-1 on {len(images.labeled)} labeled images: float {before:.2f} %, int8 {after:.2f} %, "
               f"{after - before:+.2f} points")  # fmt: skip
     for size in (1, BATCH):
         before, after = images_per_second(nets, batches[0][torch.arange(size) % len(batches[0])])
         print(f"  images/s at batch {size}: float {before:.0f}, int8 {after:.0f} ({after / before:.2f}x)")
 
 
-# --- where the pictures come from --------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------
 
 
-def _pictures(arguments: ExportArguments, model: TrainedModel) -> _Pictures:
+def _images(arguments: ExportArguments, model: TrainedModel) -> _Images:
+    """Return the images that the arguments name, or those of the run."""
     config = Path(arguments.model) / "config.toml"
     if arguments.images:
-        return _given(arguments.images, model)
+        return _images_of_paths(arguments.images, model)
     if config.is_file():
-        return _of_run(config, model.preprocessing)
-    raise UsageError(f"{arguments.model} is no run, so it names no data, and the file must be compared on real "
-                     "pictures. Add --images FOLDER; a few dozen are enough.")  # fmt: skip
+        return _images_of_run(config, model.preprocessing)
+    raise UsageError(
+        problem(f"{arguments.model} names no data, because it is not a run, and the exported file is compared on real "
+                "images", fix="add --images FOLDER; a few dozen images are enough")
+    )  # fmt: skip
 
 
-def _of_run(path: Path, pre: Preprocessing) -> _Pictures:
+def _images_of_run(path: Path, pre: Preprocessing) -> _Images:
+    """Return the images of a run's data."""
     from normfree.data.sources.open import open_source
+    from normfree.inference import sample_images
     from normfree.training.config_io import load_config
 
     config = load_config(path)
@@ -157,53 +177,33 @@ def _of_run(path: Path, pre: Preprocessing) -> _Pictures:
         split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed)
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(
-            f"the run's data cannot be read: {error}. Or give other pictures: --images FOLDER"
+            problem(f"the run's data cannot be read: {error}", fix="give other images with --images FOLDER")
         ) from None
-    return _Pictures(
-        lambda n: _of_source(split.val, n, pre), lambda n: _of_source(split.train, n, pre), split.val,
-        ("validation pictures", "training pictures"),
+    return _Images(
+        lambda n: sample_images(split.val, count=n, preprocessing=pre),
+        lambda n: sample_images(split.train, count=n, preprocessing=pre),
+        split.val, "validation images", "training images",
     )  # fmt: skip
 
 
-def _given(paths: tuple[str, ...], model: TrainedModel) -> _Pictures:
-    import torch
+def _images_of_paths(paths: tuple[str, ...], model: TrainedModel) -> _Images:
+    """Return the images in files and folders."""
+    from normfree.inference import find_images, sample_images
 
-    from normfree.data.transforms.decode import load_image
-    from normfree.data.transforms.normalize import normalize
-    from normfree.inference import find_images
+    files = find_images(paths)
 
-    pre, files = model.preprocessing, find_images(paths)
+    def sample(count: int) -> Tensor:
+        return sample_images(files, count=count, preprocessing=model.preprocessing)
 
-    def get(count: int) -> Tensor:
-        transform = pre.transform()
-        images = torch.stack([transform(load_image(files[i])) for i in _spread(len(files), count)])
-        return normalize(images, mean=pre.mean, std=pre.std)
-
-    return _Pictures(get, get, _labelled(paths, model), ("pictures", "pictures"))
+    return _Images(sample, sample, _labeled(paths, model), "images", "images")
 
 
-def _labelled(paths: tuple[str, ...], model: TrainedModel) -> Source | None:
-    """A single folder of class folders with the model's classes is labelled."""
+def _labeled(paths: tuple[str, ...], model: TrainedModel) -> Source | None:
+    """Return the source of a single folder with one subfolder for each of the model's classes; None for others."""
     from normfree.data.sources.open import open_labeled
 
     try:
         source = open_labeled(paths[0]) if len(paths) == 1 and Path(paths[0]).is_dir() else None
-    except ValueError:  # a folder of loose pictures
+    except ValueError:
         return None
     return source if source is not None and tuple(source.classes) == model.classes else None
-
-
-def _of_source(source: Source, count: int, pre: Preprocessing) -> Tensor:
-    import torch
-
-    from normfree.data.transforms.normalize import normalize
-
-    transform = pre.transform()
-    images = torch.stack([transform(source.image(i)) for i in _spread(len(source), count)])
-    return normalize(images, mean=pre.mean, std=pre.std)
-
-
-def _spread(have: int, want: int) -> list[int]:
-    """Up to `want` of `have` positions, evenly spread, since neighbours are often of one class."""
-    count = min(have, want)
-    return [i * have // count for i in range(count)]

@@ -1,4 +1,4 @@
-"""normfree.commands.foreign."""
+"""Networks of other libraries by name: `timm:NAME` and `torchvision:NAME`. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -6,32 +6,52 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from normfree.commands.usage import UsageError
-from normfree.suggest import did_you_mean
+from normfree.suggest import did_you_mean, problem
 
 if TYPE_CHECKING:
     from torch import nn
 
+PREFIXES = ("timm:", "torchvision:")
 
-LIBRARIES = ("timm:", "torchvision:")
 
+def create_network(source: str, *, num_classes: int | None = None) -> nn.Module:
+    """Return a network of timm or torchvision with random weights.
 
-def create_network(source: str, classes: int | None) -> nn.Module:
+    Args:
+        source: `timm:NAME` or `torchvision:NAME`.
+        num_classes: number of outputs; None means the library's default.
+
+    Raises:
+        UsageError: the library is not installed or has no network of this name.
+    """
     library, _, name = source.partition(":")
-    options = {} if classes is None else {"num_classes": classes}
-    make, names = library_of(library)
+    create, names = _open_library(library, source)
     if name not in names:
-        raise UsageError(f"{library} has no network {name!r}.{did_you_mean(name, names)}")
-    net: nn.Module = make(name, **options)
+        raise UsageError(
+            problem(
+                f"{library} has no network {name!r}.{did_you_mean(name, names)}", allowed=_ALLOWED[library]
+            )
+        )
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    net: nn.Module = create(name, **options)
     return net
 
 
-def library_of(library: str) -> tuple[Callable[..., Any], list[str]]:
+_ALLOWED = {
+    "timm": "the names that timm.list_models() returns",
+    "torchvision": "the names that torchvision.models.list_models(torchvision.models) returns",
+}
+
+
+def _open_library(library: str, source: str) -> tuple[Callable[..., Any], list[str]]:
+    """Return the function of a library that creates a network, and the names that it knows."""
     if library == "timm":
         try:
             import timm
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("timm:… needs timm. Install it: pip install timm") from None
+            raise UsageError(problem(f"{source} needs timm", fix="pip install timm")) from None
         return timm.create_model, timm.list_models()
-    import torchvision
+    from normfree.data.torchvision_import import torchvision_module
 
-    return torchvision.models.get_model, torchvision.models.list_models(module=torchvision.models)
+    models = torchvision_module("models")
+    return models.get_model, models.list_models(module=models)

@@ -1,58 +1,77 @@
-"""`normfree list` and `normfree show`."""
+"""`normfree list`: networks with their size and cost, or recipes."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
+from normfree.suggest import problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass
 class ListArguments:
-    """Networks with their size and cost, or recipes."""
+    """List the networks with their size and cost, or the training recipes."""
 
     what: Positional[str] = "models"
     """models, recipes, or a pattern of model names such as 'nf_*'."""
     pattern: Positional[str] = "*"
-    """A shell pattern of names."""
+    """A shell pattern of model names."""
 
 
 def list_(arguments: ListArguments) -> int:
+    """Print a table of models or recipes; return 0."""
     from rich.console import Console
-    from rich.table import Table
 
     what, pattern = arguments.what, arguments.pattern
     if what not in ("models", "recipes"):
         what, pattern = "models", what
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    if what == "recipes":
-        from normfree.training.recipes import RECIPES
-
-        table.add_column("recipe")
-        table.add_column("what")
-        for name, recipe in RECIPES.items():
-            table.add_row(name, (recipe.__doc__ or "").splitlines()[0])
-    else:
-        from normfree.models.cost import count
-        from normfree.models.variants import list_models, variant_of
-
-        for column in ("model", "parameters", "GMAC", "train px", "test px", "norm", "depths", "widths"):
-            table.add_column(
-                column, justify="left" if column in ("model", "norm", "depths", "widths") else "right"
-            )
-        names = list_models(pattern)
-        if not names:
-            raise UsageError(f"no model matches {pattern!r}. All names: normfree list models")
-        for name in names:
-            row = variant_of(name)
-            cost = count(row)
-            table.add_row(
-                name, f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}", str(row.train_size), str(row.test_size),
-                row.norm, " ".join(map(str, row.depths)), " ".join(map(str, row.widths)),
-            )  # fmt: skip
-    # A file or pipe gets whole lines, a terminal its own width.
+    table = _recipes() if what == "recipes" else _models(pattern)
+    # On a terminal, rich uses its width; in a file or pipe, 140 columns keep every line whole.
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
     return 0
+
+
+def _recipes() -> Table:
+    """Return the table of all recipes."""
+    from rich.table import Table
+
+    from normfree.training.recipes import RECIPES
+
+    table = Table("recipe", "description", box=None, pad_edge=False, header_style="bold")
+    for name, recipe in RECIPES.items():
+        table.add_row(name, (recipe.__doc__ or "").splitlines()[0])
+    return table
+
+
+def _models(pattern: str) -> Table:
+    """Return the table of the models whose names match a shell pattern."""
+    from rich.table import Table
+
+    from normfree.models.cost import count
+    from normfree.models.variants import list_models, variant_of
+
+    names = list_models(pattern)
+    if not names:
+        raise UsageError(
+            problem(f"no model matches {pattern!r}", allowed="a shell pattern such as 'nf_*'",
+                    fix="see all names with `normfree list models`")
+        )  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("model", "parameters", "GMAC", "train px", "test px", "norm", "depths", "widths"):
+        left = column in ("model", "norm", "depths", "widths")
+        table.add_column(column, justify="left" if left else "right")
+    for name in names:
+        variant = variant_of(name)
+        cost = count(variant)
+        table.add_row(
+            name, f"{cost.parameters:,}", f"{cost.macs / 1e9:.3f}", str(variant.train_size), str(variant.test_size),
+            variant.norm, " ".join(map(str, variant.depths)), " ".join(map(str, variant.widths)),
+        )  # fmt: skip
+    return table

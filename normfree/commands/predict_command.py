@@ -1,4 +1,4 @@
-"""normfree.commands.predict_command."""
+"""`normfree predict`: the most probable classes of image files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
+from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from normfree.inference import Prediction
@@ -19,62 +20,77 @@ if TYPE_CHECKING:
 
 @dataclass
 class PredictArguments:
-    """Classes of image files, or of all images under folders."""
+    """Predict the classes of image files, or of all images in folders and their subfolders."""
 
     model: Positional[str]
     """A run or model folder."""
     paths: Positional[tuple[str, ...]]
     """Image files and folders."""
     top: int = 5
-    """How many classes to name for each image."""
+    """Number of classes to print for each image."""
     out: str = ""
-    """Write to this file instead: .csv or .jsonl."""
+    """Write to this file instead; its name ends in .csv or .jsonl."""
     format: Literal["table", "csv", "jsonl"] = "table"
-    """What to print when there is no --out."""
+    """What to print without --out."""
     batch_size: int = 64
-    """Images at a time."""
+    """Images per forward pass."""
     device: str = "auto"
-    """cpu, cuda, mps; auto: the first GPU, else the CPU."""
+    """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
 
 
 def predict_(arguments: PredictArguments) -> int:
+    """Print or write the predictions; return 0, or 2 if a file cannot be read."""
     from normfree.inference import predict
     from normfree.pretrained import from_pretrained
 
-    kind = arguments.format
-    if arguments.out:
-        suffix = Path(arguments.out).suffix.removeprefix(".")
-        if suffix not in ("csv", "jsonl"):
-            raise UsageError(f"--out {arguments.out!r}: expected a name that ends in .csv or .jsonl.")
-        kind = "csv" if suffix == "csv" else "jsonl"
-    answers = predict(from_pretrained(arguments.model), arguments.paths, top=arguments.top,
-                      batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
+    format = _format(arguments)
+    predictions = predict(from_pretrained(arguments.model), arguments.paths, top=arguments.top,
+                          batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
     failed = 0
     file = open(arguments.out, "w", encoding="utf-8", newline="") if arguments.out else sys.stdout  # noqa: SIM115
     try:
         writer = csv.writer(file)
-        if kind == "csv":
+        if format == "csv":
             writer.writerow(["path", "rank", "class", "probability", "error"])
-        for answer in answers:
-            failed += bool(answer.error)
-            _write(answer, kind, file, writer)
+        for prediction in predictions:
+            failed += bool(prediction.error)
+            _write(prediction, format, file, writer)
     finally:
         if arguments.out:
             file.close()
     if failed:
-        print(f"normfree: {failed} files could not be read; each is named in the output", file=sys.stderr)
+        print(
+            f"normfree: {failed} files could not be read; the output states the reason for each",
+            file=sys.stderr,
+        )
     return 2 if failed else 0
 
 
-def _write(answer: Prediction, kind: str, file: IO[str], writer: Any) -> None:
-    # a file's name need not be UTF-8
-    path, error = (text.encode(errors="backslashreplace").decode() for text in (answer.path, answer.error))
-    pairs = list(zip(answer.classes, answer.probabilities, strict=True))
-    if kind == "jsonl":
+def _format(arguments: PredictArguments) -> str:
+    """Return the format of the output: that of --out by its suffix, else --format."""
+    if not arguments.out:
+        return arguments.format
+    suffix = Path(arguments.out).suffix.removeprefix(".")
+    if suffix not in ("csv", "jsonl"):
+        raise UsageError(
+            problem(f"--out is {arguments.out!r}", allowed="a name that ends in .csv or .jsonl",
+                    fix=f"--out {Path(arguments.out).stem}.csv")
+        )  # fmt: skip
+    return suffix
+
+
+def _write(prediction: Prediction, format: str, file: IO[str], writer: Any) -> None:
+    """Write one prediction in the given format."""
+    # The name of a file need not be valid UTF-8.
+    path, error = (
+        text.encode(errors="backslashreplace").decode() for text in (prediction.path, prediction.error)
+    )
+    pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
+    if format == "jsonl":
         top = [{"class": c, "probability": round(p, 6)} for c, p in pairs]
         entry = {"path": path, "error": error} if error else {"path": path, "top": top}
         print(json.dumps(entry, ensure_ascii=False), file=file)
-    elif kind == "csv":
+    elif format == "csv":
         rows = [[path, i, c, f"{p:.6f}", ""] for i, (c, p) in enumerate(pairs, start=1)]
         writer.writerows(rows or [[path, "", "", "", error]])
     else:

@@ -1,4 +1,4 @@
-"""`normfree serve`."""
+"""`normfree serve`: a trained network behind HTTP."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from tyro.conf import Positional
 
 @dataclass
 class ServeArguments:
-    """A page to drop pictures on, and a JSON endpoint with the same answers."""
+    """Serve a web page that classifies dropped images, and a JSON endpoint with the same predictions."""
 
     model: Positional[str]
-    """A run or model folder, or an .onnx file of `normfree export`."""
+    """A run or model folder, or an .onnx file that `normfree export` wrote."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every one. There is no authentication."""
+    """Address to listen on; 0.0.0.0 listens on all. There is no authentication."""
     port: int = 8000
-    """0: any free one."""
+    """Port to listen on; 0: any free port."""
     max_batch: int = 16
-    """Most pictures that go through the network together; 1: each alone."""
+    """Maximum number of images per forward pass; 1: no batching."""
     max_delay_ms: float = 5.0
-    """How long a picture waits for others, in milliseconds."""
+    """Milliseconds that an image waits for others to form a batch."""
     device: str = "auto"
-    """cpu, cuda, mps; auto: the first GPU, else the CPU."""
+    """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
     max_bytes: int = 32_000_000
-    """Most bytes of one request."""
+    """Maximum number of bytes per request."""
     max_pixels: int = 64_000_000
-    """Most pixels of one picture."""
+    """Maximum number of pixels per image."""
     max_files: int = 16
-    """Most files of one request."""
+    """Maximum number of files per request."""
 
 
 def serve(arguments: ServeArguments) -> int:
+    """Serve until SIGINT or SIGTERM; return 0."""
     from normfree.serve.app import create_app
     from normfree.serve.server import listen, make_server, run
 
-    sock = listen(arguments.host, arguments.port)  # before the network, which may take long
+    # Reserve the port first, because loading the network may take long.
+    sock = listen(arguments.host, arguments.port)
     try:
         from normfree.pretrained import from_pretrained
         from normfree.serve.upload import Limits
 
-        logging.getLogger("python_multipart").setLevel(
-            logging.ERROR
-        )  # a line for every broken form otherwise
+        # python_multipart would log a line for every malformed form.
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         logging.basicConfig(
             level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
         )
@@ -60,11 +61,11 @@ def serve(arguments: ServeArguments) -> int:
         host, port = sock.getsockname()[:2]
         if not ipaddress.ip_address(host).is_loopback:
             print(
-                f"normfree: {host} can be reached from outside, and there is no authentication",
+                f"normfree: {host} can be reached from other machines, and there is no authentication",
                 file=sys.stderr,
             )
         shown = f"[{host}]" if ":" in host else host
-        print(f"{name}, {len(model.classes)} classes: http://{shown}:{port}/  (Ctrl-C ends it)", flush=True)
+        print(f"{name}, {len(model.classes)} classes: http://{shown}:{port}/  (Ctrl-C stops it)", flush=True)
         run(make_server(app, limits=limits), sock)
     finally:
         sock.close()

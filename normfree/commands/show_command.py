@@ -1,4 +1,4 @@
-"""normfree.commands.show_command."""
+"""`normfree show`: everything about a network, a recipe or a run."""
 
 from __future__ import annotations
 
@@ -13,38 +13,53 @@ from normfree.commands.usage import UsageError
 
 @dataclass
 class ShowArguments:
-    """Everything about a network, a recipe or a run."""
+    """Show everything about a network, a recipe or a run."""
 
     name: Positional[str]
     """A model name, a recipe name, or a run folder."""
 
 
 def show(arguments: ShowArguments) -> int:
-    from normfree.training.config_io import load_config, to_toml
+    """Print the fields of a variant or the config of a recipe or run; return 0."""
     from normfree.training.recipes import RECIPES
 
     name = arguments.name
     if name in RECIPES:
-        from normfree.training.resolve import resolve
-
-        recipe = RECIPES[name]
-        config = recipe()
-        if config.model != "auto":  # whose network a folder of weights will bring
-            config = resolve(config, starts=False).config
-        print(f"# recipe {name}: {recipe.__doc__}\n{to_toml(config)}", end="")
+        _show_recipe(name)
     elif (Path(name) / "config.toml").is_file():
-        print(f"# run {name}\n{to_toml(load_config(Path(name) / 'config.toml'))}", end="")
-        results = Path(name) / "results.json"
-        if results.is_file():
-            scores = json.loads(results.read_text(encoding="utf-8"))
-            print(f"\n# top-1 {scores['weights']['top1']:.2f} %, averaged {scores['average']['top1']:.2f} %, "
-                  f"after {scores['steps']} steps")  # fmt: skip
+        _show_run(Path(name))
     else:
         _show_model(name)
     return 0
 
 
+def _show_recipe(name: str) -> None:
+    """Print the config of a recipe, with "auto" values resolved where the recipe itself names a model."""
+    from normfree.training.config_io import to_toml
+    from normfree.training.recipes import RECIPES
+    from normfree.training.resolve import resolve
+
+    recipe = RECIPES[name]
+    config = recipe()
+    if config.model != "auto":
+        config = resolve(config, starts=False).config
+    print(f"# recipe {name}: {recipe.__doc__}\n{to_toml(config)}", end="")
+
+
+def _show_run(folder: Path) -> None:
+    """Print the config of a run and, if it is finished, its scores."""
+    from normfree.training.config_io import load_config, to_toml
+
+    print(f"# run {folder}\n{to_toml(load_config(folder / 'config.toml'))}", end="")
+    results = folder / "results.json"
+    if results.is_file():
+        scores = json.loads(results.read_text(encoding="utf-8"))
+        print(f"\n# top-1 {scores['weights']['top1']:.2f} %, averaged {scores['average']['top1']:.2f} %, "
+              f"after {scores['steps']} steps")  # fmt: skip
+
+
 def _show_model(name: str) -> None:
+    """Print the size, the fields and the parameter groups of a variant."""
     from dataclasses import fields
 
     import torch
@@ -56,19 +71,17 @@ def _show_model(name: str) -> None:
     from normfree.training.recipes import RECIPES
 
     try:
-        row = variant_of(name)
+        variant = variant_of(name)
     except ValueError as error:
-        raise UsageError(
-            f"{error}; all recipes: {', '.join(RECIPES)}; a run is a folder with a config.toml"
-        ) from None
-    cost = count(row)
-    print(
-        f"# {name}: {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} G multiply-accumulates at {row.test_size} px"
-    )
-    for field in fields(row):
-        print(f"{field.name} = {getattr(row, field.name)!r}")
+        others = f"a recipe ({', '.join(RECIPES)}) or a run folder, which contains config.toml"
+        raise UsageError(f"{str(error).rstrip('.')}. Also allowed: {others}.") from None
+    cost = count(variant)
+    print(f"# {name}: {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} G multiply-accumulates at "
+          f"{variant.test_size} px")  # fmt: skip
+    for field in fields(variant):
+        print(f"{field.name} = {getattr(variant, field.name)!r}")
     with torch.device("meta"):
-        net = Net(row)
+        net = Net(variant)
     print("# parameter groups")
     for group in parameter_groups(net, weight_decay=1.0, clipping=1.0):
         sizes = sum(p.numel() for p in group["params"])

@@ -1,135 +1,209 @@
-"""`normfree train`: recipe, run or file, then overrides; the flags are the config's keys."""
+"""`normfree train`: start or resume a run. Every config key is an option."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
 from normfree.commands.usage import UsageError
-from normfree.suggest import did_you_mean
+from normfree.suggest import did_you_mean, problem
 
 if TYPE_CHECKING:
     from normfree.training.config import Config
 
-TRAIN_WORDS = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--key value ...]
+TRAIN_HELP = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--key value ...]
 
-  nothing        the demo; the recipe "scratch" when --data names data of your own, "finetune" with --weights too
-  RECIPE         a name from `normfree list recipes`
-  RUN            a run folder: continue it where it stopped
-  FILE.toml      a config, for example runs/demo-1/config.toml
-  --out FOLDER   the run folder; default runs/RECIPE-N
-  --exact        short for --parallel exact: the same bits for any number of processes
-  --find-lr      no run, but a test of learning rates: find_lr.png and find_lr.json,
-                 here or in --out, and a suggestion
+  nothing        run the recipe "demo"; with --data, "scratch"; with --data and --weights, "finetune"
+  RECIPE         run a recipe; `normfree list recipes` lists them
+  RUN            resume the run of this folder where it stopped
+  FILE.toml      run a config file, for example runs/demo-1/config.toml
+  --out FOLDER   folder of the new run; default: runs/RECIPE-N
+  --exact        same as --parallel exact: bit-identical for any number of processes
+  --find-lr      do not train, but try learning rates: write find_lr.png and find_lr.json
+                 to --out or the current folder, and suggest a learning rate
+
+The defaults below are those of the recipe "demo".
 """
 
+# Options that may change when a run is resumed, because they do not change its result.
+RESUME_OPTIONS = ("device", "input.workers", "log.every", "log.keep", "log.profile", "log.to", "parallel")
 
-def train(words: list[str]) -> int:
-    """Resolves recipe, file or run and the overrides, then trains, or with --find-lr tries learning rates."""
-    words = [part for word in words for part in (("--parallel", "exact") if word == "--exact" else (word,))]
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The arguments of `normfree train`.
+
+    Attributes:
+        source: a recipe, a run folder or a .toml file; "" if none is given.
+        out: the value of --out; "" if it is not given.
+        find_lr: True if --find-lr is given.
+        overrides: the remaining arguments, which set config keys.
+    """
+
+    source: str
+    out: str
+    find_lr: bool
+    overrides: tuple[str, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """The config keys in `overrides`, in order."""
+        return [arg.removeprefix("--").partition("=")[0] for arg in self.overrides if arg.startswith("--")]
+
+    @property
+    def run_config(self) -> Path | None:
+        """The config of the run folder that `source` names; None if it does not name one."""
+        path = Path(self.source) / "config.toml"
+        return path if self.source and path.is_file() else None
+
+
+def parse(args: Sequence[str]) -> TrainArguments:
+    """Separate the options of the command from those that set config keys.
+
+    Raises:
+        UsageError: --out has no value.
+    """
+    rest: list[str] = []
+    out, find_lr = "", False
+    remaining = list(args)
+    while remaining:
+        arg = remaining.pop(0)
+        if arg == "--exact":
+            rest += ["--parallel", "exact"]
+        elif arg == "--find-lr":
+            find_lr = True
+        elif arg.startswith("--out="):
+            out = arg.removeprefix("--out=")
+        elif arg == "--out":
+            if not remaining or remaining[0].startswith("--"):
+                raise UsageError(problem("--out has no value", fix="--out FOLDER"))
+            out = remaining.pop(0)
+        else:
+            rest.append(arg)
+    source = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+    return TrainArguments(source, out, find_lr, tuple(rest))
+
+
+def train(args: Sequence[str]) -> int:
+    """Run `normfree train` with these arguments; return the exit code."""
+    if {"--help", "-h"} & set(args):
+        return _print_help()
     try:
-        if "--find-lr" in words:
-            return _find_lr([word for word in words if word != "--find-lr"])
-        config, folder = _chosen(list(words))
-        _run_pipes(words, config)
+        arguments = parse(args)
+        if arguments.find_lr:
+            return _find_lr(arguments)
+        config, folder = _resume(arguments) if arguments.run_config else _start(arguments)
+        _run_pipes(arguments, config)
     except ValueError:
+        # torchrun gives all processes the same arguments; only one process of each machine reports the error.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        return 2  # torchrun gives all processes the same words; one on each machine complains
+        return 2
     return _train(config, folder)
 
 
-def _chosen(words: list[str]) -> tuple[Config, Path]:
-    out, words = _take_option(words, "--out")
-    source = words.pop(0) if words and not words[0].startswith("--") else ""
+# --- config and folder -------------------------------------------------------------------------------
+
+
+def _start(arguments: TrainArguments) -> tuple[Config, Path]:
+    """Return the config of a new run and its folder."""
     from normfree.training.config_io import load_config
 
-    if source and (Path(source) / "config.toml").is_file():
-        return _resume(Path(source), words, out)
-    config, name = _base(source, words)
-    folder = Path(out) if out else _free_folder(name)
+    config, name = _config(arguments)
+    folder = Path(arguments.out) if arguments.out else _free_folder(name)
     if (folder / "config.toml").exists():
-        before = load_config(folder / "config.toml")
-        raise UsageError(f"{folder} holds a run of {before.model} on {before.data}. Continue it with `normfree train "
-                         f"{folder}`, or choose another --out.")  # fmt: skip
+        existing = load_config(folder / "config.toml")
+        raise UsageError(
+            problem(f"{folder} contains a run of {existing.model} on {existing.data}", allowed="a folder without a run",
+                    fix=f"resume it with `normfree train {folder}`, or choose another --out")
+        )  # fmt: skip
     return config, folder
 
 
-def _run_pipes(words: list[str], config: Config) -> None:
-    """Runs the shell commands of a --data word that was typed in this call, once on each machine. What they wrote is
-    then there for the run, which itself runs none."""
-    typed = any(word.partition("=")[0] == "--data" for word in words)
-    if typed and "pipe:" in config.data and os.environ.get("LOCAL_RANK", "0") == "0":
-        from normfree.data.sources.open import open_source
+def _resume(arguments: TrainArguments) -> tuple[Config, Path]:
+    """Return the config of the run to resume and its folder."""
+    from normfree.training.config_io import load_config, with_overrides
 
-        open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, pipes=True)
-
-
-def _find_lr(words: list[str]) -> int:
-    out, words = _take_option(words, "--out")
-    source = words.pop(0) if words and not words[0].startswith("--") else ""
-    if source and (Path(source) / "config.toml").is_file():
-        source = str(Path(source) / "config.toml")
-    config, _ = _base(source, words)
-    if (Path(out) / "config.toml").exists():
-        raise UsageError(f"{out or '.'} holds a run, and --find-lr is none. Choose another --out.")
-    from normfree.tools.find_lr import find_lr
-
-    find_lr(config, out)
-    return 0
+    folder = Path(arguments.source)
+    blocked = ["--out"] * bool(arguments.out)
+    blocked += [f"--{key}" for key in arguments.keys if key not in RESUME_OPTIONS]
+    if blocked:
+        raise UsageError(
+            problem(f"{', '.join(blocked)} cannot change when a run is resumed",
+                    allowed=", ".join(f"--{key}" for key in RESUME_OPTIONS),
+                    fix=f"start a new run with `normfree train {folder}/config.toml --key value`")
+        )  # fmt: skip
+    return with_overrides(load_config(folder / "config.toml"), arguments.overrides), folder
 
 
-def _base(source: str, words: list[str]) -> tuple[Config, str]:
+def _config(arguments: TrainArguments) -> tuple[Config, str]:
+    """Return the config of a recipe or file with the overrides applied, and its name."""
     from normfree.training.config_io import load_config, with_overrides
     from normfree.training.recipes import DEFAULT_RECIPE, RECIPES
 
+    source = str(arguments.run_config or arguments.source)
     if source.endswith(".toml"):
-        return with_overrides(load_config(Path(source)), words), Path(source).stem
+        return with_overrides(load_config(Path(source)), arguments.overrides), Path(source).stem
     if not source:
-        given = {word.partition("=")[0] for word in words}
         source = (
-            DEFAULT_RECIPE if "--data" not in given else "finetune" if "--weights" in given else "scratch"
+            "demo"
+            if "data" not in arguments.keys
+            else "finetune"
+            if "weights" in arguments.keys
+            else "scratch"
         )
     if source not in RECIPES:
-        hint = did_you_mean(source, RECIPES)
-        raise UsageError(f"{source!r} is no recipe, run folder or .toml file.{hint} Recipes: {', '.join(RECIPES)}. "
-                         "For images of your own: --data FOLDER.")  # fmt: skip
-    return with_overrides(RECIPES[source](), words), source
-
-
-def _resume(folder: Path, words: list[str], out: str) -> tuple[Config, Path]:
-    from normfree.training.config_io import load_config, with_overrides
-
-    harmless = {
-        "device",
-        "input.workers",
-        "log.every",
-        "log.keep",
-        "log.profile",
-        "log.to",
-        "parallel",
-    }  # what does not change the result
-    other = [w.removeprefix("--").partition("=")[0] for w in words if w.startswith("--")]
-    blocked = [w for w in other if w not in harmless]
-    if out or blocked:
-        what = ", ".join(["--out"] * bool(out) + [f"--{w}" for w in blocked])
-        raise UsageError(f"{what}: a run continues as it was started; only {', '.join(sorted(harmless))} may change. "
-                         f"For a new run: normfree train {folder}/config.toml --key value")  # fmt: skip
-    return with_overrides(load_config(folder / "config.toml"), words), folder
+        raise UsageError(
+            problem(f"{source!r} is not a recipe, a run folder or a .toml file.{did_you_mean(source, RECIPES)}",
+                    allowed=f"the recipes {', '.join(RECIPES)}", fix="to train on your own images, use --data FOLDER")
+        )  # fmt: skip
+    return with_overrides(RECIPES[source](), arguments.overrides), source
 
 
 def _free_folder(name: str) -> Path:
+    """Return the first of runs/NAME-1, runs/NAME-2, ... that does not exist."""
     number = 1
     while Path("runs", f"{name}-{number}").exists():
         number += 1
     return Path("runs", f"{name}-{number}")
 
 
+def _run_pipes(arguments: TrainArguments, config: Config) -> None:
+    """Run the shell commands of a --data option of this command line, once per machine.
+
+    The run then reads the files that they wrote. A run never executes shell commands from its config.
+    """
+    given = "data" in arguments.keys
+    if given and "pipe:" in config.data and os.environ.get("LOCAL_RANK", "0") == "0":
+        from normfree.data.sources.open import open_source
+
+        open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, pipes=True)
+
+
+# --- running -----------------------------------------------------------------------------------------
+
+
+def _find_lr(arguments: TrainArguments) -> int:
+    """Try learning rates; return 0."""
+    from normfree.tools.find_lr import find_lr
+
+    config, _ = _config(arguments)
+    if (Path(arguments.out) / "config.toml").exists():
+        raise UsageError(
+            problem(f"{arguments.out or 'the current folder'} contains a run, and --find-lr does not train",
+                    fix="choose another --out")
+        )  # fmt: skip
+    find_lr(config, arguments.out)
+    return 0
+
+
 def _train(config: Config, folder: Path) -> int:
+    """Train; return 0, 3 if the run diverged, or the exit code of a stopped run."""
     from normfree.training.allocator import keep_freed_memory
     from normfree.training.distributed.world import ElsewhereError
     from normfree.training.loop import train as run
@@ -137,57 +211,37 @@ def _train(config: Config, folder: Path) -> int:
     from normfree.training.trainer import DivergedError
 
     if config.device in ("auto", "cpu"):
-        keep_freed_memory()  # also harmless beside a GPU
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, this one alone speaks
+        keep_freed_memory()  # has no effect on a GPU
+    # torchrun sets RANK. Only the main process prints.
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         run(config, folder)
     except StoppedBySignal as stopped:
-        if first:
+        if is_main:
             print(
-                f"\nstopped after step {stopped.step}, everything is saved. Continue: normfree train {folder}"
+                f"\nstopped after step {stopped.step}; everything is saved. Resume: normfree train {folder}"
             )
         return stopped.exit_code
     except DivergedError as error:
-        if first:
+        if is_main:
             print(f"normfree: {error}", file=sys.stderr)
-        return 3  # its own code, so that scripts can tell a diverged run from a wrong command
+        return 3  # scripts can distinguish a diverged run from a wrong command
     except ElsewhereError:
-        if first:
+        if is_main:
             raise
         return 2
     return 0
 
 
-def _take_option(words: list[str], option: str) -> tuple[str, list[str]]:
-    """The value of `option` (or "") and the other words."""
-    rest, value, i = [], "", 0
-    while i < len(words):
-        word = words[i]
-        if word == option:
-            if i + 1 == len(words) or words[i + 1].startswith("--"):
-                raise UsageError(f"{option}: a value is missing.")
-            value, i = words[i + 1], i + 1
-        elif word.startswith(option + "="):
-            value = word.partition("=")[2]
-        else:
-            rest.append(word)
-        i += 1
-    return value, rest
+def _print_help() -> int:
+    """Print the usage and the config keys with the defaults of the recipe "demo"; return 0."""
+    import tyro
 
-
-def train_help() -> int:
     from normfree.training.config import Config
     from normfree.training.recipes import DEFAULT_RECIPE, RECIPES
 
-    print(TRAIN_WORDS)
-    try:
-        tyro.cli(
-            Config,
-            args=["--help"],
-            prog="normfree train",
-            default=RECIPES[DEFAULT_RECIPE](),
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit:
-        return 0
+    print(TRAIN_HELP)
+    with suppress(SystemExit):
+        tyro.cli(Config, default=RECIPES[DEFAULT_RECIPE](), args=["--help"], prog="normfree train",
+                 config=(tyro.conf.FlagConversionOff,))  # fmt: skip
     return 0

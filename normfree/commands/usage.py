@@ -1,7 +1,20 @@
-"""What the verbs share: the error of a wrong command line, and the nearest word."""
+"""The error of an invalid command line, and a check that two commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from normfree.suggest import problem, some_names
+
 
 class UsageError(ValueError):
-    """The command line was not understood."""
+    """The command line is invalid. The message states what was given, what is allowed, and the nearest fix."""
+
+
+def check_classes(data: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UsageError unless the classes of `data` are those of the model, in the same order."""
+    if tuple(given) != tuple(known):
+        raise UsageError(
+            problem(f"{data} has the classes {some_names(given)}", allowed=f"the model's classes {some_names(known)}, "
+                    "in the same order", fix="rename the class folders")
+        )  # fmt: skip

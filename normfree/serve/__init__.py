@@ -1,1 +1,1 @@
-"""A trained network behind HTTP: a page to drop pictures on and a JSON endpoint with the same answers."""
+"""An HTTP server for a trained network: a web page for images, and a JSON endpoint with the same predictions."""

@@ -1,7 +1,8 @@
-"""Dynamic micro-batching: pictures that arrive within a few milliseconds of each other go through the network
-together. A network without batch statistics answers each as if it had come alone.
+"""Dynamic batching: images that arrive within a few milliseconds of each other go through the network together.
 
-Legend: B batch, S image size, K classes.
+Without batch statistics, the output for an image does not depend on the other images of its batch.
+
+Shapes: B batch, S image size, K classes.
 """
 
 from __future__ import annotations
@@ -21,30 +22,38 @@ from normfree.data.transforms.normalize import normalize
 from normfree.deploy.fold import fold
 from normfree.models.net import Net
 from normfree.pretrained import TrainedModel
+from normfree.suggest import problem
 
 _log = logging.getLogger("normfree.serve")
 
 
 class Unavailable(RuntimeError):
-    """No more pictures are taken now: the queue is full, or the server is stopping."""
+    """No images are accepted at the moment: the queue is full, or the server is stopping."""
 
 
 @dataclass
 class _Waiting:
+    """An image in the queue."""
+
     image: Tensor
     future: Future[Tensor] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
-    """One worker thread that calls `run` (images B 3 S S -> rows B ..., B at most `max_batch`) on what waits.
+    """A worker thread that collects images into batches and runs a function on each batch.
 
-    A batch starts when it is full, or when its oldest picture has waited `max_delay_ms` milliseconds for company,
-    whichever is first; 0 never waits. At most `max_queue` pictures wait. `on_batch` is told the size and the
-    seconds of every batch.
+    A batch starts when it is full, or when its oldest image has waited for `max_delay_ms`.
+
+    Args:
+        run: function from images B 3 S S to outputs B x ..., where B is at most `max_batch`.
+        max_batch: maximum number of images per batch.
+        max_delay_ms: milliseconds that an image waits for others; 0 means no waiting.
+        max_queue: maximum number of waiting images.
+        on_batch: called with the size and the seconds of every batch.
 
     Raises:
-        ValueError: a number makes no sense.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -57,15 +66,13 @@ class Batcher:
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
         if max_batch < 1:
-            raise ValueError(
-                f"max_batch={max_batch}. Allowed: 1 or more. Fix: max_batch=1 takes each picture alone."
-            )
+            raise ValueError(problem(f"max_batch is {max_batch}", allowed="1 or more", fix="max_batch=1"))
         if not 0 <= max_delay_ms <= 10_000:
             raise ValueError(
-                f"max_delay_ms={max_delay_ms}. Allowed: 0 to 10000. Fix: max_delay_ms=0 never waits."
+                problem(f"max_delay_ms is {max_delay_ms}", allowed="0 to 10000", fix="max_delay_ms=5")
             )
         if max_queue < 1:
-            raise ValueError(f"max_queue={max_queue}. Allowed: 1 or more. Fix: max_queue=128")
+            raise ValueError(problem(f"max_queue is {max_queue}", allowed="1 or more", fix="max_queue=128"))
         self._run, self._on_batch = run, on_batch
         self.max_batch, self.max_queue = max_batch, max_queue
         self._delay = max_delay_ms / 1000
@@ -76,21 +83,21 @@ class Batcher:
         self._worker.start()
 
     def __len__(self) -> int:
-        """Pictures that wait; those in the network, or whose client gave up, no longer do."""
+        """Return the number of waiting images, without those in the network and those that were canceled."""
         with self._change:
             self._drop_cancelled()
             return len(self._queue)
 
     @property
     def ready(self) -> bool:
-        """The worker lives and takes pictures."""
+        """True if the worker is alive and accepts images."""
         return not self._closed and self._worker.is_alive()
 
     def submit(self, images: Sequence[Tensor]) -> list[Future[Tensor]]:
-        """Queues pictures (each 3 S S), all or none; one future per picture, with its row of `run`'s answer.
+        """Queue images, each 3 S S, all or none; return a future for the output of each.
 
         Raises:
-            Unavailable: the queue has no room for all of them, or `stop` was called.
+            Unavailable: the queue cannot take all of them, or `stop` was called.
         """
         waiting = [_Waiting(image) for image in images]
         with self._change:
@@ -99,14 +106,16 @@ class Batcher:
             if len(self._queue) + len(waiting) > self.max_queue:
                 self._drop_cancelled()
             if len(self._queue) + len(waiting) > self.max_queue:
-                raise Unavailable(f"the queue is full ({len(self._queue)} pictures wait)")
+                raise Unavailable(f"the queue is full ({len(self._queue)} images wait)")
             self._queue.extend(waiting)
             self._change.notify()
         return [w.future for w in waiting]
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Takes no more, answers what waits, and ends the worker. What is left after `timeout` seconds gets
-        `Unavailable`."""
+        """Accept no more images, process those that wait, and end the worker.
+
+        Images that are left after `timeout` seconds get the exception `Unavailable`.
+        """
         with self._change:
             self._closed = True
             self._change.notify()
@@ -129,39 +138,43 @@ class Batcher:
                 self._change.wait(left)
 
     def _drop_cancelled(self) -> None:
-        """Whoever gave up waiting takes no room."""
+        """Remove canceled images from the queue."""
         self._queue = deque(w for w in self._queue if not w.future.cancelled())
 
     def _work(self) -> None:
+        """Process batches until the batcher is stopped."""
         while batch := self._take():
-            # one may have given up since
+            # An image may have been canceled since `_take`.
             batch = [w for w in batch if w.future.set_running_or_notify_cancel()]
             if batch:
-                self._answer(batch)
+                self._process(batch)
 
-    def _answer(self, batch: list[_Waiting]) -> None:
+    def _process(self, batch: list[_Waiting]) -> None:
+        """Run a batch and set the results of its futures."""
         started = time.monotonic()
         try:
-            rows = self._run(torch.stack([w.image for w in batch]))
-            if len(rows) != len(batch):
-                raise RuntimeError(f"the network gave {len(rows)} answers to {len(batch)} pictures")
+            outputs = self._run(torch.stack([w.image for w in batch]))
+            if len(outputs) != len(batch):
+                raise RuntimeError(f"the network returned {len(outputs)} outputs for {len(batch)} images")
         except Exception as error:
             for waiting in batch:
                 waiting.future.set_exception(error)
             return
-        for waiting, row in zip(batch, rows, strict=True):
-            waiting.future.set_result(row)
+        # The batch is recorded first, so that the metrics count it when a client has its response.
         if self._on_batch is not None:
             try:
                 self._on_batch(len(batch), time.monotonic() - started)
-            except Exception:  # counting must not end the worker
+            except Exception:  # an error in `on_batch` must not end the worker
                 _log.exception("on_batch failed")
+        for waiting, output in zip(batch, outputs, strict=True):
+            waiting.future.set_result(output)
 
 
 def probabilities(model: TrainedModel, *, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """uint8 images B 3 S S -> probabilities B K, float32 on the CPU, as `normfree.inference.predict` has them.
+    """Return a function from uint8 images B 3 S S to probabilities B K, float32 on the CPU.
 
-    A network of ours is folded first (`normfree.deploy.fold`): the same answers to rounding, in less time.
+    The probabilities are those of `normfree.predict`. A `Net` is folded first, which is faster and gives the same
+    outputs up to rounding.
     """
     pre = model.preprocessing
     net = fold(model.net) if isinstance(model.net, Net) else model.net

@@ -1,4 +1,4 @@
-"""The page and the policy that lets exactly its own style and script run."""
+"""The web page, and a content security policy that allows only its own style and script."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import re
 from importlib.resources import files
 
 
-def page() -> tuple[str, str]:
-    """(HTML, Content-Security-Policy). The policy names the page's style and script by their SHA-256; the page may
-    talk to its own server only, and nothing may frame it."""
+def index_page() -> tuple[str, str]:
+    """Return the HTML and its Content-Security-Policy.
+
+    The policy identifies the style and the script by their SHA-256. The page may connect only to its own server, and no
+    other page may embed it in a frame.
+    """
     html = files("normfree.serve").joinpath("page.html").read_text(encoding="utf-8")
     style, script = (_source(html, tag) for tag in ("style", "script"))
     return html, (
@@ -20,7 +23,8 @@ def page() -> tuple[str, str]:
 
 
 def _source(html: str, tag: str) -> str:
+    """Return the policy's source expression for the content of the only element `tag`."""
     found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
-    assert len(found) == 1, f"one <{tag}> is expected"
+    assert len(found) == 1, f"expected one <{tag}>"
     digest = hashlib.sha256(found[0].encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -1,4 +1,4 @@
-"""Numbers about a server in the Prometheus text format, and one log line for everything that goes wrong in it."""
+"""Metrics of a server in the Prometheus text format, and a log line for each request that fails."""
 
 from __future__ import annotations
 
@@ -14,81 +14,90 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("normfree.serve")
-#: Others are counted together: a stranger's paths must not become time series.
+# Requests for other paths are counted together, so that clients cannot create time series.
 PATHS = ("/", "/predict", "/health", "/metrics")
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
-    """The counters of one server. `queue_length` is asked whenever the numbers are read."""
+class RequestMetrics:
+    """The metrics of one server. `queue_length` is called whenever they are read."""
 
     def __init__(self, queue_length: Callable[[], float]) -> None:
-        self.registry = here = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "normfree_requests", "Requests answered, by path and status.", ["path", "status"], registry=here
+            "normfree_requests", "Requests, by path and status.", ["path", "status"], registry=registry
         )
         self.seconds = Histogram(
             "normfree_request_seconds",
-            "From a request's head to the end of its answer.",
+            "Seconds from the head of a request to the end of its response.",
             ["path"],
-            registry=here,
+            registry=registry,
         )
-        self.pictures = Counter(
-            "normfree_pictures", "Pictures, by what became of them.", ["result"], registry=here
-        )
+        self.images = Counter("normfree_images", "Images, by result.", ["result"], registry=registry)
         self.batch_size = Histogram(
-            "normfree_batch_size", "Pictures per batch.", buckets=_SIZES, registry=here
+            "normfree_batch_size", "Images per batch.", buckets=_SIZES, registry=registry
         )
         self.batch_seconds = Histogram(
-            "normfree_batch_seconds", "A batch's time in the network.", registry=here
+            "normfree_batch_seconds", "Seconds of a batch in the network.", registry=registry
         )
-        Gauge("normfree_queue_length", "Pictures that wait.", registry=here).set_function(queue_length)
+        Gauge("normfree_queue_length", "Images that wait for the network.", registry=registry).set_function(
+            queue_length
+        )
 
     def on_batch(self, size: int, seconds: float) -> None:
+        """Record a batch of `size` images that took `seconds`."""
         self.batch_size.observe(size)
         self.batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
-class Watch:
-    """ASGI middleware: counts and times every request, gives it an id, and turns an exception that nobody caught
-    into a log line and an answer 500 with that id."""
+class RequestMonitor:
+    """ASGI middleware that counts and times requests and gives each an id.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    It turns an uncaught exception into a log line and a response with status 500 and that id.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, name = time.monotonic(), 0, uuid4().hex[:12]
-        scope.setdefault("state", {})["request_id"] = name
+        started, status, request_id = time.monotonic(), 0, uuid4().hex[:12]
+        scope.setdefault("state", {})["request_id"] = request_id
 
-        async def note(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = name
+                headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
         try:
-            await self.app(scope, receive, note)
-        except asyncio.CancelledError:  # uvicorn's grace is over
+            await self.app(scope, receive, send_and_record)
+        except asyncio.CancelledError:  # uvicorn's time for open requests is over
             log.warning(
-                "request %s: %s %r given up, the server is stopping", name, scope["method"], scope["path"]
+                "request %s: %s %r canceled, the server is stopping",
+                request_id,
+                scope["method"],
+                scope["path"],
             )
             if status == 0:
-                await JSONResponse({"error": "the server is stopping"}, status_code=503)(scope, receive, note)
+                await JSONResponse({"error": "the server is stopping"}, status_code=503)(
+                    scope, receive, send_and_record
+                )
         except Exception:
-            log.exception("request %s: %s %r failed", name, scope["method"], scope["path"])
+            log.exception("request %s: %s %r failed", request_id, scope["method"], scope["path"])
             if status == 0:
-                answer = JSONResponse({"error": f"internal error, request {name}"}, status_code=500)
-                await answer(scope, receive, note)
+                response = JSONResponse({"error": f"internal error, request {request_id}"}, status_code=500)
+                await response(scope, receive, send_and_record)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self.metrics.requests.labels(path, str(status)).inc()

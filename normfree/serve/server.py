@@ -1,4 +1,4 @@
-"""The application on a socket: uvicorn with limits that it lacks, and a clean end."""
+"""Serve the application on a socket: uvicorn with additional limits and a clean shutdown."""
 
 from __future__ import annotations
 
@@ -14,46 +14,55 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from normfree.serve.upload import Limits
+from normfree.suggest import problem
 
-_HEAD_BYTES = 16_384  # request line and headers; what common servers allow
-_GRACE = 5  # seconds for open requests when the server stops
+# Bytes of request line and headers, as common servers allow.
+_HEAD_BYTES = 16_384
+# Seconds in which open requests are answered when the server stops.
+SHUTDOWN_SECONDS = 5
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is any free one.
+    """Return a listening socket. Port 0 means any free port.
 
     Raises:
-        ValueError: the address does not exist here, is taken, or may not be used.
+        ValueError: the address does not exist on this machine, is in use, or is not permitted.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"port {port}. Allowed: 0 to 65535. Fix: --port 8000")
+        raise ValueError(problem(f"port is {port}", allowed="0 to 65535", fix="--port 8000"))
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise ValueError(f"host {host!r}: {error.strerror or error}. Fix: --host 127.0.0.1") from None
+        reason = error.strerror or error
+        raise ValueError(problem(f"host {host!r}: {reason}", fix="--host 127.0.0.1")) from None
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that has just been left is free
+        # A port that another process has just closed can be used at once.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(1024)
     except OSError as error:
         sock.close()
         fix = "--host 127.0.0.1"
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            fix = "another --port; 0 takes a free one"
-        raise ValueError(
-            f"{host} port {port} cannot be used: {error.strerror or error}. Fix: {fix}"
-        ) from None
+            fix = "choose another --port, or 0 for any free port"
+        reason = error.strerror or error
+        raise ValueError(problem(f"{host} port {port} cannot be used: {reason}", fix=fix)) from None
     return sock
 
 
-def make_server(app: FastAPI, *, limits: Limits | None = None) -> Server:
-    """A uvicorn server for `app`; `run` it, or await its `serve`, with the socket of `listen`."""
+def make_server(
+    app: FastAPI, *, limits: Limits | None = None, shutdown_seconds: float = SHUTDOWN_SECONDS
+) -> Server:
+    """Return a uvicorn server for `app`. Pass it to `run`, or await its `serve`, with the socket of `listen`.
+
+    Open requests are answered for `shutdown_seconds` when it stops, and then canceled.
+    """
     limits = limits or Limits()
     head_seconds = limits.head_seconds
 
     class Protocol(H11Protocol):
-        """uvicorn's own, which waits for ever for a request that never comes whole."""
+        """uvicorn's protocol, with a time limit for incomplete requests."""
 
         _timer: asyncio.TimerHandle | None = None
 
@@ -92,22 +101,26 @@ def make_server(app: FastAPI, *, limits: Limits | None = None) -> Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=limits.max_connections + 1,  # uvicorn counts the connection that asks
-            timeout_graceful_shutdown=_GRACE,
+            # uvicorn counts the new connection as well.
+            limit_concurrency=limits.max_connections + 1,
+            timeout_graceful_shutdown=shutdown_seconds,  # type: ignore[arg-type]
             h11_max_incomplete_event_size=_HEAD_BYTES,
         )
     )
 
 
 def run(server: Server, sock: socket.socket) -> None:
-    """Serves until SIGINT or SIGTERM, answers what is open, and returns."""
-    with _quiet_end():
+    """Serve until SIGINT or SIGTERM, answer open requests, and return."""
+    with _ignored_signals():
         server.run(sockets=[sock])
 
 
 @contextmanager
-def _quiet_end() -> Iterator[None]:
-    # uvicorn raises the signal once more when it is done, which would end the process as if it had failed
+def _ignored_signals() -> Iterator[None]:
+    """Ignore the signal that uvicorn raises again after its shutdown.
+
+    It would end the process as if it had failed.
+    """
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,4 +1,4 @@
-"""`normfree convert`: anybody's weights in, a model folder or a released file out, whole or not at all."""
+"""`normfree convert` from each format to a model folder or an .npz file, which appear complete or not at all."""
 
 import hashlib
 import os
@@ -30,9 +30,9 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def failing(words, capsys) -> str:
-    """Exit code 2, and its line."""
-    assert main(words) == 2
+def failing(args, capsys) -> str:
+    """Run a command that exits with 2; return the one line that it prints."""
+    assert main(args) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0].removeprefix("normfree: ")
@@ -50,7 +50,7 @@ def test_a_released_file_to_a_folder_and_back(tmp_path, capsys):
         f"model          nf_resnet_nano, 384,968 parameters, 3 classes\n"
         f"names          DeepMind's (released layout)\n"
         f"preprocessing  32 px, crop_resize, bicubic without antialiasing, mean 0.485 0.456 0.406, "
-        f"std 0.229 0.224 0.225 (assumed from the row)\n"
+        f"std 0.229 0.224 0.225 (assumed from the variant)\n"
         f"weights        {folder}/model.safetensors, sha256 {sha}\n"
     )
     model = from_pretrained(folder)
@@ -68,24 +68,25 @@ def test_a_released_file_to_a_folder_and_back(tmp_path, capsys):
 
 
 def test_timm_weights_compute_what_timm_computes(tmp_path, capsys):
-    """safetensors, then the folder that comes of it: recognised by their names, opened by timm."""
+    """A file of timm is recognized by its names, and timm opens the folder that is written."""
     theirs = timm.create_model("test_nfnet", num_classes=3).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     save_file(theirs.state_dict(), tmp_path / "a.safetensors")
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
-    words = [
+    args = [
         "convert",
         str(tmp_path / "a.safetensors"),
         str(tmp_path / "out"),
         "--classes",
         str(tmp_path / "names.txt"),
     ]
-    assert main(words) == 0
+    assert main(args) == 0
     out = capsys.readouterr().out
     assert "model          timm_test_nfnet, 190,659 parameters, 3 classes\nnames          timm's\n" in out
     assert (
-        "160 px, center, bicubic, mean 0.500 0.500 0.500, std 0.500 0.500 0.500 (assumed from the row)" in out
+        "160 px, center, bicubic, mean 0.500 0.500 0.500, std 0.500 0.500 0.500 (assumed from the variant)"
+        in out
     )
     ours, images = from_pretrained(tmp_path / "out"), torch.randn(2, 3, 64, 64)
     assert ours.classes == ("ant", "bee", "cat")
@@ -103,18 +104,18 @@ def test_a_torch_file_and_its_key(tmp_path, capsys):
         "state_dict_ema": {f"module.{k}": v for k, v in average.state_dict().items()},
     }
     torch.save(both, tmp_path / "a.pth")
-    words = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]
-    assert failing(words, capsys) == (
+    args = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "out")]
+    assert failing(args, capsys) == (
         f"{tmp_path}/a.pth: it has several state dicts: state_dict, state_dict_ema. Fix: choose one, for example "
         "--key state_dict_ema."
     )
     assert not (tmp_path / "out").exists()
-    assert main([*words, "--key", "state_dict_ema"]) == 0
+    assert main([*args, "--key", "state_dict_ema"]) == 0
     assert same(from_pretrained(tmp_path / "out").net, average)
 
 
 def test_deepminds_weights_compute_in_two_ways(tmp_path, monkeypatch, capsys):
-    """On a narrow stand-in for F0, so that it takes no time: what differs is the row that is chosen."""
+    """The variants differ. A narrow network stands in for F0, to save time."""
     from normfree.models import variants
 
     narrow = {"widths": (16, 16, 16, 16), "depths": (1, 1, 1, 1), "group_width": 8}
@@ -124,12 +125,12 @@ def test_deepminds_weights_compute_in_two_ways(tmp_path, monkeypatch, capsys):
     write_haiku(tmp_path / "a.npz", haiku_from_state_dict(net.state_dict()))
     save_file(timm_from_state_dict(net.state_dict()), tmp_path / "a.safetensors")
     for source in ("a.npz", "a.safetensors"):
-        for numerics, row in (("reference", "nfnet_f0"), ("timm", "timm_dm_nfnet_f0")):
+        for numerics, name in (("reference", "nfnet_f0"), ("timm", "timm_dm_nfnet_f0")):
             out = tmp_path / f"{source}-{numerics}"
             assert main(["convert", str(tmp_path / source), str(out), "--numerics", numerics]) == 0
-            assert capsys.readouterr().out.startswith(f"model          {row}, ")
+            assert capsys.readouterr().out.startswith(f"model          {name}, ")
             model = from_pretrained(out)
-            assert model.net.name == row
+            assert model.net.name == name
             assert same(model.net, net)
             assert model.preprocessing == Preprocessing(256, antialias=source != "a.npz")
     assert main(["convert", str(tmp_path / "a.npz-timm"), str(tmp_path / "back.npz")]) == 0
@@ -143,7 +144,7 @@ def test_a_folder_keeps_its_classes_and_preprocessing(tmp_path, monkeypatch, cap
     model = TrainedModel(shaken("nf_resnet_nano", depths=(1, 1, 1)), pre, ("a", "b", "ç"))
     save_pretrained(model, tmp_path / "one")
     asked = []
-    monkeypatch.setattr(hub, "fetch", lambda word: asked.append(word) or tmp_path / "one")
+    monkeypatch.setattr(hub, "fetch", lambda name: asked.append(name) or tmp_path / "one")
     for i, source in enumerate((str(tmp_path / "one"), "hf-hub:someone/one")):
         assert main(["convert", source, str(tmp_path / f"out{i}")]) == 0
         text = capsys.readouterr().out
@@ -157,18 +158,18 @@ def test_a_folder_keeps_its_classes_and_preprocessing(tmp_path, monkeypatch, cap
     assert asked == ["hf-hub:someone/one"]
 
 
-def test_model_names_the_row(tmp_path, capsys):
+def test_model_names_the_variant(tmp_path, capsys):
     save_file(shaken("nf_resnet_nano").state_dict(), tmp_path / "a.safetensors")
-    words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "out")]
-    assert failing([*words, "--model", "nf_resnet_micro"], capsys).startswith(
+    args = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "out")]
+    assert failing([*args, "--model", "nf_resnet_micro"], capsys).startswith(
         f"{tmp_path}/a.safetensors does not fit nf_resnet_micro with 3 classes: head.weight has shape (3, 256), "
     )
-    assert failing([*words, "--model", "nano"], capsys).startswith("unknown model 'nano'.")
+    assert failing([*args, "--model", "nano"], capsys).startswith("unknown model 'nano'.")
     assert not (tmp_path / "out").exists()
-    assert main([*words, "--model", "nf_resnet_nano"]) == 0
+    assert main([*args, "--model", "nf_resnet_nano"]) == 0
 
 
-def test_words_that_make_no_sense(tmp_path, capsys):
+def test_invalid_arguments(tmp_path, capsys):
     net = shaken("nf_resnet_nano")
     source, out = tmp_path / "a.safetensors", tmp_path / "out"
     save_file(net.state_dict(), source)
@@ -179,32 +180,32 @@ def test_words_that_make_no_sense(tmp_path, capsys):
     (tmp_path / "two.txt").write_text("a\n\n")
     (tmp_path / "file").touch()
     cases = {
-        f"{source} {out} --key ema": "--key ema: only files of torch.save (.pth, .pt, .bin, .ckpt, .pkl) have keys. "
-                                     "Leave it out.",
-        f"{source} {out} --numerics timm": "--numerics timm: only DeepMind's NFNets, F0 to F6, compute in two ways. "
-                                           "Leave it out.",
-        f"{source} {out} --classes {tmp_path}/two.txt": f"--classes {tmp_path}/two.txt: 2 lines, 1 of them empty; the "
-                                                        "network has 3 classes. Give one name per line.",
-        f"{tmp_path}/folder {out} --model x": "--model x: a folder's config.json says which network it is. Leave it "
-                                              "out.",
-        f"{source} {tmp_path}/folder": f"{tmp_path}/folder exists already and is not an empty folder. Choose "
-                                       "another, or remove it first.",
-        f"{source} {tmp_path}/file": f"{tmp_path}/file exists already and is not an empty folder. Choose another, or "
-                                     "remove it first.",
-        f"{tmp_path}/timm {tmp_path}/b.npz": "timm_test_nfnet computes as timm does, which the released layout cannot "
-                                             "say. Convert it to a folder.",
+        f"{source} {out} --key ema": f"--key ema is given for {source}. Allowed: files written by torch.save (.pth, "
+                                     ".pt, .bin, .ckpt, .pkl). Fix: leave --key out.",
+        f"{source} {out} --numerics timm": f"{source}: --numerics is timm. Allowed: reference, except for DeepMind's "
+                                           "NFNets, F0 to F6. Fix: leave --numerics out.",
+        f"{source} {out} --classes {tmp_path}/two.txt": f"--classes {tmp_path}/two.txt has 2 lines, 1 of them empty. "
+                                                        "Allowed: 3 lines with one class name each.",
+        f"{tmp_path}/folder {out} --model x": "--model x is given for a folder, whose config.json names the network. "
+                                              "Fix: leave --model out.",
+        f"{source} {tmp_path}/folder": f"{tmp_path}/folder already exists. Allowed: a new or an empty folder. Fix: "
+                                       "choose another name, or remove it first.",
+        f"{source} {tmp_path}/file": f"{tmp_path}/file already exists. Allowed: a new or an empty folder. Fix: choose "
+                                     "another name, or remove it first.",
+        f"{tmp_path}/timm {tmp_path}/b.npz": "timm_test_nfnet computes as timm does, which DeepMind's file format "
+                                             "cannot express. Fix: convert it to a folder.",
         f"{tmp_path}/file {out}": f"{tmp_path}/file is of an unknown kind. Allowed: .safetensors, .npz or a model "
                                   "folder.",
         f"{tmp_path}/nothing.npz {out}": f"'{tmp_path}/nothing.npz' does not exist. Fix: give a file or folder of "
                                          "weights.",
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
-    for words, message in cases.items():
-        assert failing(["convert", *words.split()], capsys).endswith(message), words
+    for args, message in cases.items():
+        assert failing(["convert", *args.split()], capsys).endswith(message), args
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "b.npz").touch()
     assert failing(["convert", str(source), str(tmp_path / "b.npz")], capsys) == (
-        f"{tmp_path}/b.npz exists already. Choose another name, or remove it first."
+        f"{tmp_path}/b.npz already exists. Allowed: a new file. Fix: choose another name, or remove it first."
     )
 
 
@@ -229,7 +230,7 @@ def test_a_failed_convert_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_new_folder_may_lie_deeper_or_be_empty(tmp_path, capsys):
+def test_the_target_folder_may_be_nested_or_empty(tmp_path, capsys):
     net = shaken("nf_resnet_nano")
     save_file(net.state_dict(), tmp_path / "a.safetensors")
     (tmp_path / "empty").mkdir()

@@ -45,9 +45,9 @@ def test_a_torchvision_network_fitted_and_rewritten(tmp_path, capsys):
     torch.save(net.state_dict(), tmp_path / "a.pth")
     for i in range(3):
         Image.effect_noise((300, 260), 80).convert("RGB").save(tmp_path / f"{i}.png")
-    words = ["--weights", str(tmp_path / "a.pth"), "--images", str(tmp_path)]
+    args = ["--weights", str(tmp_path / "a.pth"), "--images", str(tmp_path)]
     source, out = "torchvision:mobilenet_v3_small", tmp_path / "out.safetensors"
-    assert main(["convert", source, str(out), "--how", "normalizer_free", *words]) == 0
+    assert main(["convert", source, str(out), "--how", "normalizer_free", *args]) == 0
     assert (
         "normalizer_free: 23 standardized, 11 folded; 29 kept\noutputs differ by " in capsys.readouterr().out
     )
@@ -61,24 +61,25 @@ def test_a_torchvision_network_fitted_and_rewritten(tmp_path, capsys):
     assert "num_classes=1000" in capsys.readouterr().out
 
 
-def test_words_that_make_no_sense(tmp_path, capsys):
+def test_invalid_arguments(tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     save_file({"fc.weight": torch.zeros(3, 512)}, tmp_path / "a.safetensors")
     cases = {
-        f"timm:test_resnet {tmp_path}/out": f"{tmp_path}/out: the target of timm:test_resnet is a new file that ends "
-        "in .safetensors, since a network of another library has no model folder here.",
-        f"timm:test_resnet {out}": "timm:test_resnet has no weights of its own here. Add --weights FILE, or --how "
-        "scratch.",
-        f"timm:test_resnet {out} --weights a --how normalizer_free": "--how normalizer_free fits kernels to pictures. "
-        "Add --images FOLDER; 128 are enough.",
-        f"torchvision:resnet19 {out} --how scratch": "torchvision has no network 'resnet19'. Did you mean 'resnet18'?",
-        f"a.npz {out} --weights b": "--how, --weights and --images are for timm:NAME and torchvision:NAME, not for "
-        "a.npz.",
+        f"timm:test_resnet {tmp_path}/out": f"the target of timm:test_resnet is {tmp_path}/out. Allowed: a new file "
+        "that ends in .safetensors.",
+        f"timm:test_resnet {out}": "timm:test_resnet has random weights. Allowed: --how exact with trained weights. "
+        "Fix: add --weights FILE, or --how scratch.",
+        f"timm:test_resnet {out} --weights a --how normalizer_free": "--how normalizer_free has no images to fit "
+        "weights to. Fix: add --images FOLDER; 128 images are enough.",
+        f"torchvision:resnet19 {out} --how scratch": "torchvision has no network 'resnet19'. Did you mean 'resnet18'? "
+        "Allowed: the names that torchvision.models.list_models(torchvision.models) returns.",
+        f"a.npz {out} --weights b": "--how, --weights or --images is given for a.npz. Allowed: these options with "
+        "timm:NAME and torchvision:NAME. Fix: leave them out.",
         f"torchvision:resnet18 {out} --weights {tmp_path}/a.safetensors": f"{tmp_path}/a.safetensors does not fit "
         "torchvision:resnet18 with 3 classes: Missing key(s) in state_dict: ",
         f"torchvision:densenet121 {out} --how scratch": "DenseNet.cat: cat has no rule.",
     }
-    for words, message in cases.items():
-        assert main(["convert", *words.split()]) == 2
-        assert capsys.readouterr().err.startswith(f"normfree: {message}"), words
+    for args, message in cases.items():
+        assert main(["convert", *args.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"normfree: {message}"), args
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""`normfree diagnose`: tables, JSON and pictures of a name, a run and networks of others; what it refuses."""
+"""`normfree diagnose` on a model name, a run and networks of other libraries: tables, JSON, plots and errors."""
 
 import json
 import shlex
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(folder):
-    """A run folder as training leaves it, with what it sampled."""
+    """Return a run folder as training leaves it, with sampled ratios in metrics.jsonl."""
     from normfree.training.config_io import to_toml, with_overrides
     from normfree.training.recipes import RECIPES
 
@@ -42,25 +42,27 @@ def test_a_name_is_measured_on_noise_with_open_branches(folder, capsys):
     out = capsys.readouterr().out
     assert out.startswith("nf_resnet_nano, random weights, skip gains 1, 4 images of N(0, 1) at 32 px\n")
     assert "(1.040)" in out
-    assert "training: no; not a bit changed\nevaluation: no; not a bit changed\n" in out
-    assert " would clip 10 % of the units" not in out  # random weights recommend nothing
-    pictures = ["diagnose-nf_resnet_nano/signal.png", "diagnose-nf_resnet_nano/ratios.png"]
-    assert out.endswith(f"\npictures: {', '.join(pictures)}\n")
-    for name in pictures:
-        with Image.open(folder / name) as picture:
-            assert picture.width <= 600  # legible on a phone
-            assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    assert "training: no, bit for bit the same\nevaluation: no, bit for bit the same\n" in out
+    assert " would clip 10 % of the units" not in out  # there is no recommendation for random weights
+    plots = ["diagnose-nf_resnet_nano/signal.png", "diagnose-nf_resnet_nano/ratios.png"]
+    assert out.endswith(f"\nplots: {', '.join(plots)}\n")
+    for name in plots:
+        with Image.open(folder / name) as image:
+            assert image.width <= 600  # legible on a phone
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 50
 
 
 def test_a_run_is_measured_on_its_own_data_and_recommends_by_its_samples(run, capsys):
-    assert main(["diagnose", "run", "--batch-size", "4", "--out", "pictures"]) == 0
+    assert main(["diagnose", "run", "--batch-size", "4", "--out", "plots"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"run, 4 images of {SOURCE} at 16 px\n")
-    assert "λ 0.07 would clip 10 % of the units that have a gradient, by 3 samples of the run\n" in out
-    assert sorted(p.name for p in (run.parent / "pictures").iterdir()) == ["ratios.png", "signal.png"]
+    assert (
+        "λ 0.07 would clip 10 % of the units that have a gradient, according to 3 samples of the run\n" in out
+    )
+    assert sorted(p.name for p in (run.parent / "plots").iterdir()) == ["ratios.png", "signal.png"]
 
 
-def test_json_holds_every_number_and_draws_only_when_told(run, capsys):
+def test_json_contains_every_number_and_draws_only_with_out(run, capsys):
     assert main(["diagnose", "run/model", SOURCE, "--batch-size", "4", "--image-size", "8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert report["what"] == f"run/model, 4 images of {SOURCE} at 8 px"
@@ -71,7 +73,7 @@ def test_json_holds_every_number_and_draws_only_when_told(run, capsys):
     assert [p.name for p in run.parent.iterdir()] == ["run"]
 
 
-def test_networks_of_others(folder, capsys):
+def test_networks_of_other_libraries(folder, capsys):
     pytest.importorskip("torchvision")
     assert (
         main(["diagnose", "torchvision:resnet18", "--batch-size", "2", "--image-size", "32", "--json"]) == 0
@@ -84,38 +86,42 @@ def test_networks_of_others(folder, capsys):
     assert main(["diagnose", "torchvision:squeezenet1_1", "--batch-size", "2", "--image-size", "32"]) == 0
     out = capsys.readouterr().out
     assert "SqueezeNet has no residual block: " in out
-    assert out.endswith("\npictures: diagnose-torchvision-squeezenet1_1/ratios.png\n")
+    assert out.endswith("\nplots: diagnose-torchvision-squeezenet1_1/ratios.png\n")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
         (
             "nf_resnet_nanno",
-            "unknown model 'nf_resnet_nanno'. Did you mean 'nf_resnet_nano'? All names: normfree list models; others: "
-            "a run or model folder, timm:NAME, torchvision:NAME",
+            "unknown model 'nf_resnet_nanno'. Did you mean 'nf_resnet_nano'? All names: normfree list models. Also "
+            "allowed: a run or model folder, timm:NAME or torchvision:NAME.",
         ),
         (
             "torchvision:resnt18",
-            "torchvision has no classifier 'resnt18'. Did you mean 'torchvision:resnet18'?",
+            "torchvision has no network 'resnt18'. Did you mean 'resnet18'? Allowed: the names that "
+            "torchvision.models.list_models(torchvision.models) returns.",
         ),
-        ("nf_resnet_nano --batch-size 1", "--batch-size 1: expected 2 or more; one has no neighbours."),
+        (
+            "nf_resnet_nano --batch-size 1",
+            "--batch-size is 1. Allowed: 2 or more, to compare an image in different batches. Fix: --batch-size 16.",
+        ),
         (
             "nf_resnet_nano --image-size -1",
-            "--image-size -1: expected pixels, or 0 for the network's own.",
+            "--image-size is -1. Allowed: pixels, or 0 for the network's own size.",
         ),
         (
             f"nf_resnet_nano {SOURCE} --batch-size 7",
-            f"{SOURCE} has 6 images for --batch-size 7. Use 6 or less.",
+            f"--batch-size is 7. Allowed: at most 6, the number of images of {SOURCE}. Fix: --batch-size 6.",
         ),
         (
             "run synthetic:classes=2,size=16,train=6,val=6",
-            "synthetic:classes=2,size=16,train=6,val=6 has classes disk, ring, ...; the model knows disk, ring, "
-            "square, .... They must be the same, in the same order.",
+            "synthetic:classes=2,size=16,train=6,val=6 has the classes 'disk', 'ring'. Allowed: the model's classes "
+            "'disk', 'ring', 'square', in the same order. Fix: rename the class folders.",
         ),
     ],
 )
-def test_what_it_refuses(run, words, message, capsys):
-    words = words if "--batch-size" in words else f"{words} --batch-size 4"
-    assert main(["diagnose", *shlex.split(words)]) == 2
+def test_invalid_arguments(run, line, message, capsys):
+    line = line if "--batch-size" in line else f"{line} --batch-size 4"
+    assert main(["diagnose", *shlex.split(line)]) == 2
     assert capsys.readouterr().err == f"normfree: {message}\n"

@@ -1,4 +1,4 @@
-"""`normfree serve` from a shell: the address, clean ends, one-line errors."""
+"""`normfree serve` as a process: its address, clean shutdown, and one-line errors."""
 
 import json
 import os
@@ -26,11 +26,11 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_it_says_its_address_serves_and_ends_cleanly_on_both_signals(folder):
+def test_it_prints_its_address_serves_and_exits_cleanly_on_both_signals(folder):
     for number in (signal.SIGTERM, signal.SIGINT):
-        words = [sys.executable, "-m", "normfree", "serve", str(folder), "--port", "0", "--device", "cpu"]
+        args = [sys.executable, "-m", "normfree", "serve", str(folder), "--port", "0", "--device", "cpu"]
         process = subprocess.Popen(
-            words,
+            args,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -39,7 +39,7 @@ def test_it_says_its_address_serves_and_ends_cleanly_on_both_signals(folder):
         try:
             line = process.stdout.readline()
             found = re.fullmatch(
-                r"nf_resnet_nano, 3 classes: (http://127\.0\.0\.1:\d+/)  \(Ctrl-C ends it\)\n", line
+                r"nf_resnet_nano, 3 classes: (http://127\.0\.0\.1:\d+/)  \(Ctrl-C stops it\)\n", line
             )
             with urllib.request.urlopen(found[1] + "health", timeout=60) as response:
                 assert json.load(response)["ready"] is True
@@ -51,7 +51,7 @@ def test_it_says_its_address_serves_and_ends_cleanly_on_both_signals(folder):
         assert (process.returncode, out, err) == (0, "", "")
 
 
-def test_a_busy_port_is_one_line_and_2(folder, capsys):
+def test_a_port_in_use_is_one_line_and_exit_code_2(folder, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -59,31 +59,33 @@ def test_a_busy_port_is_one_line_and_2(folder, capsys):
         assert cli.main(["serve", str(folder), "--port", str(port)]) == 2
     assert capsys.readouterr().err == (
         f"normfree: 127.0.0.1 port {port} cannot be used: Address already in use. "
-        "Fix: another --port; 0 takes a free one\n"
+        "Fix: choose another --port, or 0 for any free port.\n"
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("line", "message"),
     [
-        ("--port 70000", "port 70000. Allowed: 0 to 65535. Fix: --port 8000"),
-        # an address for examples, which no machine has
+        ("--port 70000", "port is 70000. Allowed: 0 to 65535. Fix: --port 8000."),
+        # an address reserved for documentation, which no machine has
         ("--port 0 --host 203.0.113.1",
-         "203.0.113.1 port 0 cannot be used: Cannot assign requested address. Fix: --host 127.0.0.1"),
-        ("--port 0 --max-batch 0", "max_batch=0. Allowed: 1 or more. Fix: max_batch=1 takes each picture alone."),
-        ("--port 0 --max-files 0", "max_files=0. Allowed: above 0. Fix: max_files=16"),
+         "203.0.113.1 port 0 cannot be used: Cannot assign requested address. Fix: --host 127.0.0.1."),
+        ("--port 0 --max-batch 0", "max_batch is 0. Allowed: 1 or more. Fix: max_batch=1."),
+        ("--port 0 --max-files 0", "max_files is 0. Allowed: above 0. Fix: max_files=16."),
     ],
 )  # fmt: skip
-def test_wrong_words_are_one_line_and_2(folder, capsys, words, message):
-    assert cli.main(["serve", str(folder), "--device", "cpu", *words.split()]) == 2
+def test_invalid_arguments_are_one_line_and_exit_code_2(folder, capsys, line, message):
+    assert cli.main(["serve", str(folder), "--device", "cpu", *line.split()]) == 2
     assert capsys.readouterr().err == f"normfree: {message}\n"
 
 
 @pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
-def test_an_open_address_is_warned_about(folder, capsys, monkeypatch, host, warned):
+def test_a_public_address_prints_a_warning(folder, capsys, monkeypatch, host, warned):
     monkeypatch.setattr(server, "run", lambda *_: None)
     assert cli.main(["serve", str(folder), "--host", host, "--port", "0", "--device", "cpu"]) == 0
     expected = (
-        f"normfree: {host} can be reached from outside, and there is no authentication\n" if warned else ""
+        f"normfree: {host} can be reached from other machines, and there is no authentication\n"
+        if warned
+        else ""
     )
     assert capsys.readouterr().err == expected

@@ -1,4 +1,4 @@
-"""A server on a free loopback port, and a network whose answers are known."""
+"""A server on a free loopback port, and a network whose outputs are known."""
 
 import contextlib
 import threading
@@ -10,12 +10,18 @@ import torch
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
 from normfree.serve.app import create_app
-from normfree.serve.server import listen, make_server
+from normfree.serve.server import SHUTDOWN_SECONDS, listen, make_server
 from normfree.serve.upload import Limits
 
 
 class Brightest(torch.nn.Module):
-    """Logits are the mean of each channel, so the class is the picture's colour. Faults can be asked for."""
+    """A network whose logits are the mean of each channel, so the class is the color of the image.
+
+    Attributes:
+        fault: "raise" makes `forward` fail, "nan" makes its outputs NaN.
+        gate: `forward` waits until this event is set.
+        entered: set when `forward` is called.
+    """
 
     def __init__(self):
         super().__init__()
@@ -28,23 +34,24 @@ class Brightest(torch.nn.Module):
         self.entered.set()
         self.gate.wait(60)
         if self.fault == "raise":
-            raise RuntimeError("out of memory, say")
+            raise RuntimeError("out of memory")
         logits = 20 * images.mean(dim=(2, 3))
         return logits * float("nan") if self.fault == "nan" else logits
 
 
 @pytest.fixture
-def colours():
+def colors():
     pre = Preprocessing(image_size=8, crop="squash", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return TrainedModel(Brightest(), pre, ("red", "green", "<b>blue</b>"))
 
 
 @contextlib.contextmanager
-def serve(model, *, limits=None, **options):
+def serve(model, *, limits=None, shutdown_seconds=SHUTDOWN_SECONDS, **options):
+    """Serve a model; yield the port and the application."""
     limits = limits or Limits()
     app = create_app(model, device="cpu", limits=limits, **options)
     sock = listen("127.0.0.1", 0)
-    server = make_server(app, limits=limits)
+    server = make_server(app, limits=limits, shutdown_seconds=shutdown_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     while not server.started:
@@ -62,7 +69,7 @@ def serve(model, *, limits=None, **options):
 
 @pytest.fixture
 def eventually():
-    """eventually(holds): waits for what the server comes to in its own time; fails after a minute."""
+    """Return a function that waits until a condition holds, and fails after a minute."""
 
     def wait(holds):
         deadline = time.monotonic() + 60
@@ -75,5 +82,5 @@ def eventually():
 
 @pytest.fixture
 def serving():
-    """serving(model, **options) -> context manager of (port, app)"""
+    """Return `serve`: a context manager that yields (port, app)."""
     return serve

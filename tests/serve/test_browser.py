@@ -1,4 +1,4 @@
-"""The page in a real browser. Screenshots go to the folder that NORMFREE_SHOTS names, if it is set."""
+"""The web page in a browser. Screenshots are written to the folder in NORMFREE_SHOTS, if it is set."""
 
 import base64
 import io
@@ -27,8 +27,8 @@ PASTE = """(data) => {
 }"""
 
 
-def picture(channel, strength=200):
-    """A soft disc of one colour on a pale ground."""
+def disc_png(channel, strength=200):
+    """Return a PNG of a soft disc of one color on a pale background."""
     y, x = np.mgrid[:180, :240]
     disc = np.clip(1.2 - np.hypot(x - 120, y - 90) / 70, 0, 1)
     pixels = np.full((180, 240, 3), 225.0)
@@ -39,7 +39,7 @@ def picture(channel, strength=200):
     return out.getvalue()
 
 
-RED, GREEN, BLUE = (picture(c) for c in range(3))
+RED, GREEN, BLUE = (disc_png(c) for c in range(3))
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,14 @@ def chromium():
 
 @pytest.fixture
 def complaints():
-    """What the console said."""
+    """Return the errors and warnings of the console, which grow during a test."""
     return []
 
 
 @pytest.fixture
-def page(chromium, serving, colours, complaints):
-    """The page, open; whatever the console or the policy complains about fails the test."""
-    with serving(colours, name="nf_colours") as (port, _):
+def page(chromium, serving, colors, complaints):
+    """Open the page. An error or warning in the console fails the test."""
+    with serving(colors, name="nf_colors") as (port, _):
         context = chromium.new_context(viewport={"width": 1000, "height": 820})
         page = context.new_page()
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
@@ -72,7 +72,7 @@ def page(chromium, serving, colours, complaints):
         page.set_default_timeout(8000)
         yield page
         context.close()
-    # an answer 4xx or 5xx that a test asked for is reported by the console as well
+    # The console also reports responses with status 4xx or 5xx, which some tests cause.
     assert [c for c in complaints if "server responded with a status of" not in c] == []
 
 
@@ -90,9 +90,9 @@ def first_class(page, name):
     return card.locator(".label").first.inner_text()
 
 
-def test_a_dropped_picture_is_named_and_the_bar_is_as_long_as_its_probability(page):
+def test_a_dropped_image_shows_its_class_and_a_bar_as_long_as_the_probability(page):
     page.get_by_text("3 classes · 8 × 8 pixels · cpu").wait_for()
-    assert page.locator("h1").inner_text() == "nf_colours"
+    assert page.locator("h1").inner_text() == "nf_colors"
     drop(page, "disc.png", RED)
     page.locator(".bars").wait_for()
     assert first_class(page, "disc.png") == "red"
@@ -111,8 +111,8 @@ def test_a_dropped_picture_is_named_and_the_bar_is_as_long_as_its_probability(pa
     assert page.locator(".thumb img").evaluate("i => i.complete && i.naturalWidth") == 240
 
 
-def test_a_wrong_file_shows_its_error_in_place_and_the_next_picture_works(page):
-    drop(page, "notes.txt", b"no picture", "text/plain")
+def test_an_invalid_file_shows_its_error_and_the_next_image_works(page):
+    drop(page, "notes.txt", b"not an image", "text/plain")
     page.locator(".error").wait_for()
     assert (
         page.locator(".error").inner_text()
@@ -132,11 +132,11 @@ def test_names_of_classes_and_files_are_text(page):
     assert first_class(page, name) == "<b>blue</b>"
     assert page.locator("#answers b").count() == 0
     assert page.locator("#answers img").count() == 1  # the thumbnail
-    assert page.title() == "nf_colours · normfree"
+    assert page.title() == "nf_colors · normfree"
 
 
-def test_several_files_from_the_picker_a_paste_and_the_keyboard(page):
-    with page.expect_file_chooser() as chooser:  # set up in the background, so not right before Enter
+def test_several_files_chosen_with_the_keyboard_and_a_pasted_image(page):
+    with page.expect_file_chooser() as chooser:  # takes time to take effect, so it comes before the Tab key
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "drop"
         page.keyboard.press("Enter")
@@ -151,7 +151,7 @@ def test_several_files_from_the_picker_a_paste_and_the_keyboard(page):
     assert [first_class(page, n) for n in names[:3]] == ["red", "green", "<b>blue</b>"]
     page.evaluate(PASTE, base64.b64encode(GREEN).decode())
     page.locator(".bars").nth(7).wait_for()
-    assert first_class(page, "pasted picture") == "green"
+    assert first_class(page, "pasted image") == "green"
     page.locator("#top").select_option("1")
     assert page.locator(".row:visible").count() == 8
     page.get_by_role("button", name="Clear").click()
@@ -160,23 +160,23 @@ def test_several_files_from_the_picker_a_paste_and_the_keyboard(page):
 
 
 def lightness(page, selector, what):
-    """0 (black) to 1, of a computed colour."""
+    """Return the lightness of a computed color, from 0 (black) to 1."""
     text = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{what}")
     return sum(int(part) for part in text[text.index("(") + 1 : -1].split(",")[:3]) / 765
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1000, 360])
-def test_it_reads_on_a_phone_and_in_the_dark(page, scheme, width):
+def test_the_page_is_legible_on_a_phone_and_in_dark_mode(page, scheme, width):
     page.set_viewport_size({"width": width, "height": 820})
     page.emulate_media(color_scheme=scheme)
     for name, data in (("a rather long name of a photograph, as people make them, 2021-07-14 10.22.31.png", RED),
-                       ("meadow.png", picture(1, 25)), ("sea.png", BLUE)):  # fmt: skip
+                       ("meadow.png", disc_png(1, 25)), ("sea.png", BLUE)):  # fmt: skip
         drop(page, name, data)
-    drop(page, "notes.txt", b"no picture", "text/plain")
+    drop(page, "notes.txt", b"not an image", "text/plain")
     page.locator(".error").wait_for()
     page.locator(".bars").nth(2).wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # no horizontal scrolling
     assert all(b["width"] > 40 for b in map(lambda t: t.bounding_box(), page.locator(".track").all()))
     ground, ink = lightness(page, "body", "backgroundColor"), lightness(page, "body", "color")
     assert (ground > 0.9 and ink < 0.2) if scheme == "light" else (ground < 0.15 and ink > 0.85)
@@ -186,14 +186,14 @@ def test_it_reads_on_a_phone_and_in_the_dark(page, scheme, width):
     shoot(page, f"{scheme}-{width}")
 
 
-def test_a_server_that_is_gone_is_said(page):
+def test_an_unreachable_server_is_reported(page):
     page.get_by_text("3 classes").wait_for()
     page.route(
         "**/predict*", lambda route: route.fulfill(status=500, content_type="text/html", body="<b>proxy</b>")
     )
     drop(page, "disc.png", RED)
     page.locator(".error").wait_for()
-    assert page.locator(".error").inner_text() == "the server did not answer; try again"
+    assert page.locator(".error").inner_text() == "the server did not respond; try again"
     page.unroute("**/predict*")
 
 
@@ -205,7 +205,7 @@ def test_the_policy_stops_foreign_script(page, complaints):
       document.body.insertAdjacentHTML("beforeend", "<img src='data:,' onerror=\\"document.title = 'owned'\\">");
     }""")
     page.wait_for_timeout(100)
-    assert page.title() == "nf_colours · normfree"
+    assert page.title() == "nf_colors · normfree"
     assert [c.split(" violates ")[0] for c in complaints] == [
         "Executing inline script",
         "Executing inline event handler",

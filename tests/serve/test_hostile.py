@@ -1,4 +1,4 @@
-"""A thousand malformed requests, several at a time, and the server answers the next good one."""
+"""After a thousand malformed requests, several at a time, the server answers a valid request."""
 
 import contextlib
 import io
@@ -16,13 +16,15 @@ from PIL import Image
 
 from normfree.serve.upload import Limits
 
+# Short limits for requests that are rejected because they take too long.
 HURRIED = Limits(max_bytes=1_000_000, body_seconds=0.5, head_seconds=0.5)
-PATIENT = Limits(max_bytes=1_000_000)  # on a busy machine any request may take more than half a second
+# On a busy machine any request may take more than half a second.
+PATIENT = Limits(max_bytes=1_000_000)
 
 
 def encoded(kind, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 40, (40, 50, 3), dtype=np.uint8)
-    pixels[..., 0] += 200  # red, with enough noise that a cut does not go unnoticed
+    pixels[..., 0] += 200  # red, with noise, so that a truncated file cannot be decoded
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
@@ -49,7 +51,7 @@ def request(body, *, kind="image/png", length=None, path="/predict", method="POS
 
 
 def form(*files, kind="multipart/form-data; boundary=edge"):
-    """Files as (raw bytes of the name, data)."""
+    """Return a request with files, each (raw bytes of the name, data)."""
     parts = [
         b'--edge\r\nContent-Disposition: form-data; name="file"; filename="'
         + name
@@ -62,13 +64,16 @@ def form(*files, kind="multipart/form-data; boundary=edge"):
 
 
 class Client:
-    """One connection, as rude as it likes."""
+    """A client that sends raw bytes."""
 
     def __init__(self, port):
         self.port = port
 
     def talk(self, *pieces, pause=0.0, half_close=False):
-        """(status, JSON or text) of the first answer; (0, "") if the server only closed the connection."""
+        """Send pieces of a request; return status and JSON or text of the first response.
+
+        The result is (0, "") if the server closed the connection without a response.
+        """
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
             try:
                 for piece in pieces:
@@ -77,7 +82,7 @@ class Client:
                 if half_close:
                     sock.shutdown(socket.SHUT_WR)
             except (BrokenPipeError, ConnectionResetError):
-                pass  # refused in the middle: the answer may be there all the same
+                pass  # rejected while it was sent; there may still be a response
             return self.read(sock)
 
     @staticmethod
@@ -127,7 +132,7 @@ def pixel_bomb(client, r):
 
 
 def hundred_megabytes(client, r):
-    """Streamed without a length, or with one: refused long before the end."""
+    """Send 100 MB, with or without a Content-Length, which is rejected long before the end."""
     if r.random() < 0.3:
         return client.talk(request(b"", length=100_000_000)), {413}
     sent = 0
@@ -141,7 +146,7 @@ def hundred_megabytes(client, r):
         while sent < 100_000_000:
             try:
                 if sock.recv(1, socket.MSG_PEEK):
-                    break  # the answer is there
+                    break  # the response has arrived
             except BlockingIOError:
                 pass
             sock.setblocking(True)
@@ -165,7 +170,7 @@ def length_too_short(client, r):
     return client.talk(request(PNG, length=r.randrange(1, 1000))), {
         422,
         0,
-    }  # the rest is no request: 400, and closed
+    }  # the rest is an invalid request
 
 
 def slow_body(client, r):
@@ -182,13 +187,13 @@ def huge_head(client, r):
 
 
 def no_http(client, r):
-    words = [
+    lines = [
         b"\x16\x03\x01\x02\x00",
         b"GET\r\n\r\n",
         b"POST /predict HTTP/x\r\n\r\n",
         r.randbytes(300) + b"\r\n\r\n",
     ]
-    return client.talk(r.choice(words), half_close=True), {400, 0}
+    return client.talk(r.choice(lines), half_close=True), {400, 0}
 
 
 def bad_form(client, r):
@@ -209,7 +214,7 @@ def bad_charset(client, r):
         ["undefined", "idna", "punycode", "utf-7", "zlib", "rot13", "nothing", "utf-16", "unicode_escape"]
     )
     kind = f"multipart/form-data; boundary=edge; charset={charset}"
-    return client.talk(form((b"\xff\\ud800+2AA-.x", b"no picture"), kind=kind)), {400, 422}
+    return client.talk(form((b"\xff\\ud800+2AA-.x", b"not an image"), kind=kind)), {400, 422}
 
 
 def unknown_path(client, r):
@@ -237,21 +242,26 @@ def many_files(client, r):
 
 
 def names(client, r):
-    """Good pictures with names that mean harm: answered, and the name is only repeated."""
-    words = [
+    """Send valid images with malicious names, which are only returned to the client."""
+    candidates = [
         b"\xff\xfe\x80.png",
         b"../../../etc/passwd",
         b"C:\\\\windows\\\\x",
         b"<img src=x onerror=alert(1)>",
     ]
-    words += [b"a" * 4000, b"%0d%0aX-Evil: 1", "\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe".encode(), b"\xed\xa0\x80"]
-    name = r.choice(words)
-    status, said = client.talk(form((name, PNG)))
-    assert said["predictions"][0]["top"][0]["class"] == "red"
+    candidates += [
+        b"a" * 4000,
+        b"%0d%0aX-Evil: 1",
+        "\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe".encode(),
+        b"\xed\xa0\x80",
+    ]
+    name = r.choice(candidates)
+    status, result = client.talk(form((name, PNG)))
+    assert result["predictions"][0]["top"][0]["class"] == "red"
     if name.startswith(b"<"):
-        assert said["predictions"][0]["name"] == name.decode()
-    assert len(said["predictions"][0]["name"]) <= 255
-    return (status, said), {200}
+        assert result["predictions"][0]["name"] == name.decode()
+    assert len(result["predictions"][0]["name"]) <= 255
+    return (status, result), {200}
 
 
 KINDS = [
@@ -260,55 +270,57 @@ KINDS = [
 ]  # fmt: skip
 
 
-LATE = {slow_body, slow_head, length_too_long}  # refused for the time they take
+# Requests that are rejected because they take too long.
+LATE = {slow_body, slow_head, length_too_long}
 
 
-def test_a_thousand_malformed_requests_leave_it_answering(serving, colours, caplog):
+def test_the_server_survives_a_thousand_malformed_requests(serving, colors, caplog, eventually):
     with (
-        serving(colours, limits=PATIENT) as (port, app),
-        serving(colours, limits=HURRIED) as (hurried, hurried_app),
+        serving(colors, limits=PATIENT) as (port, app),
+        serving(colors, limits=HURRIED) as (hurried, hurried_app),
     ):
 
         def attack(number):
             kind = KINDS[number % len(KINDS)]
             client = Client(hurried if kind in LATE else port)
-            (status, said), allowed = kind(client, random.Random(number))
-            return kind.__name__, status, said, allowed
+            (status, result), allowed = kind(client, random.Random(number))
+            return kind.__name__, status, result, allowed
 
         with ThreadPoolExecutor(24) as pool:
             results = list(pool.map(attack, range(1008)))
         unexpected = {
-            (kind, status, str(said)[:200])
-            for kind, status, said, allowed in results
+            (kind, status, str(result)[:200])
+            for kind, status, result, allowed in results
             if status not in allowed
         }
         assert not unexpected
         assert max(status for _, status, _, _ in results) < 500
-        for _, status, said, _ in results:  # every refusal by the application says why, in one line
-            if status >= 400 and isinstance(said, dict):
-                assert said["error"].strip()
-                assert "\n" not in said["error"]
+        # Each rejection by the application has a reason in one line.
+        for _, status, result, _ in results:
+            if status >= 400 and isinstance(result, dict):
+                assert result["error"].strip()
+                assert "\n" not in result["error"]
         for each, service in ((port, app.state.service), (hurried, hurried_app.state.service)):
             assert Client(each).talk(request(JPEG))[1]["predictions"][0]["top"][0]["class"] == "red"
-            assert service.held.count == 0  # nothing is left behind
-            assert len(service.batcher) == 0
+            # The server may notice a disconnected client after the client has finished.
+            eventually(lambda service=service: service.held.count == 0 and len(service.batcher) == 0)
         assert [r for r in caplog.records if r.levelname == "ERROR"] == []
 
 
-def test_an_unfinished_head_does_not_hold_a_connection(serving, colours):
-    with serving(colours, limits=HURRIED) as (port, _):
-        for words in (b"", b"GET / HT"):
+def test_an_unfinished_head_does_not_hold_a_connection(serving, colors):
+    with serving(colors, limits=HURRIED) as (port, _):
+        for head in (b"", b"GET / HT"):
+            started = time.monotonic()  # before the server can start its timer
             with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
-                sock.sendall(words)
-                started = time.monotonic()
+                sock.sendall(head)
                 with contextlib.suppress(ConnectionResetError):
                     assert sock.recv(100) == b""
                 assert time.monotonic() - started > 0.3
 
 
-def test_a_refused_body_is_not_read_for_ever(serving, colours):
+def test_a_rejected_body_is_not_read_forever(serving, colors):
     with (
-        serving(colours, limits=HURRIED) as (port, _),
+        serving(colors, limits=HURRIED) as (port, _),
         socket.create_connection(("127.0.0.1", port), timeout=60) as sock,
     ):
         sock.sendall(request(b"", length=10**9))
@@ -321,9 +333,9 @@ def test_a_refused_body_is_not_read_for_ever(serving, colours):
         assert time.monotonic() - started < 30
 
 
-def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, caplog, eventually):
+def test_connections_over_the_limit_get_503_and_a_log_line(serving, colors, caplog, eventually):
     limits = Limits(max_connections=3, head_seconds=120)
-    with serving(colours, limits=limits) as (port, _):
+    with serving(colors, limits=limits) as (port, _):
         held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
         eventually(lambda: Client(port).talk(request(PNG))[0] == 503)
         assert "Exceeded concurrency limit." in [r.message for r in caplog.records]
@@ -332,11 +344,11 @@ def test_connections_over_the_limit_get_503_and_a_log_line(serving, colours, cap
         eventually(lambda: Client(port).talk(request(PNG))[0] == 200)
 
 
-def test_a_client_that_leaves_leaves_nothing(serving, colours, caplog, eventually):
+def test_a_client_that_disconnects_leaves_nothing_behind(serving, colors, caplog, eventually):
     limits = Limits(max_queue=1, max_files=1)
-    with serving(colours, max_batch=1, max_delay_ms=0, limits=limits) as (port, app):
-        colours.net.entered.clear()
-        colours.net.gate.clear()
+    with serving(colors, max_batch=1, max_delay_ms=0, limits=limits) as (port, app):
+        colors.net.entered.clear()
+        colors.net.gate.clear()
         service = app.state.service
 
         def metrics():
@@ -344,37 +356,38 @@ def test_a_client_that_leaves_leaves_nothing(serving, colours, caplog, eventuall
 
         arrived = [
             (request(PNG, length=99_999), lambda: service.held.count),
-            (request(PNG), colours.net.entered.is_set),
+            (request(PNG), colors.net.entered.is_set),
             (request(PNG), lambda: len(service.batcher)),
             (request(PNG), lambda: len(service.batcher)),
         ]
-        for left, (words, here) in enumerate(arrived, 1):
+        for left, (data, has_arrived) in enumerate(arrived, 1):
             with socket.create_connection(("127.0.0.1", port)) as sock:
-                sock.sendall(words)
-                eventually(here)
+                sock.sendall(data)
+                eventually(has_arrived)
             eventually(lambda n=left: f'requests_total{{path="/predict",status="499"}} {n}.0' in metrics())
-        colours.net.gate.set()
+        colors.net.gate.set()
         assert Client(port).talk(request(PNG))[0] == 200
         assert service.held.count == 0
-        assert "normfree_batch_size_sum 2.0" in metrics()  # the one that was in the network, and the last
+        assert (
+            "normfree_batch_size_sum 2.0" in metrics()
+        )  # the image that was in the network, and the last one
         assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-def test_open_requests_are_answered_at_the_end_or_told(serving, colours, caplog, monkeypatch):
-    for grace, status in ((60, 200), (0.4, 503)):
-        monkeypatch.setattr("normfree.serve.server._GRACE", grace)
-        with ThreadPoolExecutor() as pool, serving(colours) as (port, _):
-            colours.net.entered.clear()
-            colours.net.gate.clear()
+def test_open_requests_are_answered_at_shutdown_or_get_503(serving, colors, caplog):
+    for seconds, status in ((60, 200), (0.4, 503)):
+        with ThreadPoolExecutor() as pool, serving(colors, shutdown_seconds=seconds) as (port, _):
+            colors.net.entered.clear()
+            colors.net.gate.clear()
             answer = pool.submit(Client(port).talk, request(PNG))
-            assert colours.net.entered.wait(60)
+            assert colors.net.entered.wait(60)
             if status == 200:
-                threading.Timer(0.2, colours.net.gate.set).start()  # after the end has begun
+                threading.Timer(0.2, colors.net.gate.set).start()  # after the shutdown has begun
             else:
-                answer.add_done_callback(lambda _: colours.net.gate.set())
+                answer.add_done_callback(lambda _: colors.net.gate.set())
         assert answer.result()[0] == status
     assert answer.result()[1] == {"error": "the server is stopping"}
     assert [r.message.split(": ", 1)[1] for r in caplog.records if r.name == "normfree.serve"] == [
-        "POST '/predict' given up, the server is stopping"
+        "POST '/predict' canceled, the server is stopping"
     ]
     assert not any(r.exc_info for r in caplog.records)
