@@ -10,16 +10,32 @@ from typing import Any
 
 
 def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Call `write` with a temporary path beside `target`, then rename that to `target`; return `target`.
+    """Write to a temporary path in the folder of `target`, then rename it to `target`.
 
-    `write` makes a file or a folder. An existing file is replaced, an existing folder only if it is empty. If `write`
-    fails, the temporary path is removed and `target` is left as it was.
+    A file replaces an existing file, and a folder replaces an empty folder. If anything fails, the temporary path is
+    removed and `target` stays as it was. Missing parent folders are created.
+
+    Args:
+        target: the file or folder to write.
+        write: function that creates a file or a folder at the path that it is given.
+
+    Returns:
+        `target`.
+
+    Raises:
+        OSError: the target cannot be written, or it is a folder that is not empty or that a file would replace.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     atomic_write(Path(folder, "a.txt"), lambda path: path.write_text("hello")).read_text()
+        'hello'
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         write(temporary)
-        if target.is_dir():
+        if temporary.is_dir() and target.is_dir():
             target.rmdir()
         temporary.replace(target)
     finally:
@@ -31,5 +47,5 @@ def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def atomic_write_text(target: Path, text: str) -> Path:
-    """Write `text` to `target` in UTF-8 with `atomic_write`."""
+    """Write `text` in UTF-8 with `atomic_write`; return `target`."""
     return atomic_write(target, lambda path: path.write_text(text, encoding="utf-8"))

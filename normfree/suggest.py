@@ -1,4 +1,4 @@
-"""Suggestions and the one form of error messages: what was given, what is allowed, the nearest fix."""
+"""Suggestions for misspelled names, and error messages in one form: what was given, what is allowed, the nearest fix."""
 
 from __future__ import annotations
 
@@ -6,27 +6,44 @@ import difflib
 from collections.abc import Iterable
 
 
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """Return the word of `known` most similar to `word`, or None if none is similar."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return close[0] if close else None
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the string of `known` that is most similar to `name`, or None if none is similar.
+
+    >>> closest("nfnet-f0", ["nfnet_f0", "nf_resnet50"])
+    'nfnet_f0'
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the word of `known` most similar to `word`, or "" if none is similar."""
-    close = closest(word, known)
-    return f" Did you mean {close!r}?" if close else ""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence to append to an error message, or "" if no string of `known` is similar to `name`.
+
+    >>> did_you_mean("trian", ["train", "eval"])
+    " Did you mean 'train'?"
+    """
+    match = closest(name, known)
+    return f" Did you mean {match!r}?" if match else ""
 
 
 def some_names(names: Iterable[str], *, limit: int = 5) -> str:
-    """Return the first `limit` of `names`, quoted and joined by commas, and how many more there are."""
+    """Return the first `limit` of `names`, quoted and separated by commas, and the number of the remaining ones.
+
+    >>> some_names(["a", "b", "c"], limit=2)
+    "'a', 'b' and 1 more"
+    """
     listed = list(names)
     text = ", ".join(repr(name) for name in listed[:limit])
     return f"{text} and {len(listed) - limit} more" if len(listed) > limit else text
 
 
 def problem(given: str, *, allowed: str = "", fix: str = "") -> str:
-    """Return an error message in three parts: "GIVEN. Allowed: ALLOWED. Fix: FIX."
+    """Return an error message in three parts. The last two are optional.
+
+    Args:
+        given: what was given or found.
+        allowed: what would be valid.
+        fix: the nearest correction.
 
     >>> problem("decay is 2.0", allowed="0 to 1", fix="pass decay=0.99999, the published value")
     'decay is 2.0. Allowed: 0 to 1. Fix: pass decay=0.99999, the published value.'
@@ -35,11 +52,11 @@ def problem(given: str, *, allowed: str = "", fix: str = "") -> str:
     return " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in parts if part)
 
 
-def unknown(what: str, word: str, known: Iterable[str]) -> str:
-    """Return the message for a `word` that is none of `known`: "unknown model 'x'. Did you mean 'y'? Allowed: ..."
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the error message for a name that is not in `known`.
 
     >>> unknown("mode", "agx", ["agc", "norm"])
     "unknown mode 'agx'. Did you mean 'agc'? Allowed: 'agc', 'norm'."
     """
     listed = list(known)
-    return f"unknown {what} {word!r}.{did_you_mean(word, listed)} Allowed: {', '.join(map(repr, listed))}."
+    return f"unknown {kind} {name!r}.{did_you_mean(name, listed)} Allowed: {', '.join(map(repr, listed))}."

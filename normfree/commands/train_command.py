@@ -150,13 +150,8 @@ def _config(arguments: TrainArguments) -> tuple[Config, str]:
     if source.endswith(".toml"):
         return with_overrides(load_config(Path(source)), arguments.overrides), Path(source).stem
     if not source:
-        source = (
-            "demo"
-            if "data" not in arguments.keys
-            else "finetune"
-            if "weights" in arguments.keys
-            else "scratch"
-        )
+        has_data, has_weights = "data" in arguments.keys, "weights" in arguments.keys
+        source = DEFAULT_RECIPE if not has_data else "finetune" if has_weights else "scratch"
     if source not in RECIPES:
         raise UsageError(
             problem(f"{source!r} is not a recipe, a run folder or a .toml file.{did_you_mean(source, RECIPES)}",
