@@ -1,4 +1,4 @@
-"""Suggestions for misspelled names, and error messages in one form: what was given, what is allowed, the nearest fix."""
+"""Suggestions for misspelled names, and error messages of three parts: what was given, what is allowed, the fix."""
 
 from __future__ import annotations
 
