@@ -1,7 +1,7 @@
 """Accuracy against batch size for batch norm, no norm, and no norm with AGC: figure 2a of [B] at the size of CIFAR-10.
 
-    python experiments/batch_size.py [--preset cpu|gpu] [--data WORD] [--jobs 1]
-    python experiments/batch_size.py --probe        # the runs that chose the rate and λ
+    python -m experiments.batch_size [--preset cpu|gpu] [--data WORD] [--jobs 1]
+    python -m experiments.batch_size --probe        # the runs that chose the rate and λ
 
 [B] is arXiv 2102.06171. Three arms share one row, one base learning rate (times batch / 256) and one number of epochs:
 `bn`, the batch-norm twin; `nf`, the normalizer-free network without clipping; `nf_agc`, the same with AGC. A cell is
@@ -28,8 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batch_size_report import ARMS, write
-
+from experiments.batch_size_report import ARMS, write
 from normfree import VARIANTS
 from normfree.data.seeds import permutation
 from normfree.training.allocator import keep_freed_memory
@@ -54,7 +53,7 @@ PROBE_SEED = 100  # in no table
 
 # Rows of this experiment alone: six bottleneck blocks on 16, 8 and 4 px, so that two cores train them 45 times.
 _THIN = replace(VARIANTS["nf_resnet_nano"], stem="conv3_stride2", depths=(2, 2, 2), widths=(32, 64, 128))
-ROWS = {"nf_resnet_thin": _THIN, "resnet_thin": replace(_THIN, norm="batch")}
+EXTRA_VARIANTS = {"nf_resnet_thin": _THIN, "resnet_thin": replace(_THIN, norm="batch")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +288,7 @@ def run_cells(wanted: Sequence[Cell], *, preset: str, data: str, runs: Path, job
         words = ["--preset", preset, "--data", data, "--runs", str(runs), "--cell", json.dumps(asdict(cell))]
         # in a session of its own: a Ctrl-C reaches this process alone, which then asks every cell once to save itself
         process = subprocess.Popen(
-            [sys.executable, __file__, *words], env=environment, start_new_session=True
+            [sys.executable, "-m", "experiments.batch_size", *words], env=environment, start_new_session=True
         )
         running.add(process)
         code = process.wait()
@@ -365,7 +364,7 @@ def found(name: str, *, runs: Path, data: str) -> dict[str, Any]:
     preset, row = PRESETS[name], VARIANTS[PRESETS[name].model]
     word = "FOLDER" if Path(data).exists() else data  # a path means nothing elsewhere
     files = Path(PackedSource(runs / name / "train.packed", check=False).name(0)).suffix
-    command = "python experiments/batch_size.py" + (f" --preset {name}" if name != "cpu" else "")
+    command = "python -m experiments.batch_size" + (f" --preset {name}" if name != "cpu" else "")
     others = [other for other in ("cpu", "gpu") if other != name and not (runs / other).exists()]
     return {
         "name": name, "command": command + (f" --data {word}" if data != preset.data else ""),
@@ -379,7 +378,7 @@ def found(name: str, *, runs: Path, data: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    VARIANTS.update(ROWS)
+    VARIANTS.update(EXTRA_VARIANTS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--data", default="", help="any data word of normfree; default: the preset's")

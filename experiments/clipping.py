@@ -1,6 +1,6 @@
 """Which λ? A sweep of adaptive gradient clipping, and what the samples of a run recommend.
 
-    python experiments/clipping.py [--seeds 2] [--epochs 5]
+    python -m experiments.clipping [--seeds 2] [--epochs 5]
 
 A small NF-ResNet on the demo's emoji at 16 px, two batch sizes, no augmentation but flips, at rates where clipping has
 work to do; about six minutes on one core. Every tenth step `ratio_quantiles` samples the ratios of gradient to weight
@@ -115,7 +115,7 @@ def main() -> None:
     lines = [
         "# λ: what a sweep finds, and what the samples of a run recommend",
         "",
-        f"`python experiments/clipping.py --seeds {arguments.seeds} --epochs {arguments.epochs}`: nf_resnet_nano on "
+        f"`python -m experiments.clipping --seeds {arguments.seeds} --epochs {arguments.epochs}`: nf_resnet_nano on "
         f"{len(data[0][0])} emoji at {SIZE} px, {len(data[1][0])} to validate, mean of {arguments.seeds} seeds. The "
         "binomial standard error of one top-1 is about 2.5 points. Means leave out runs that "
         "diverged. The last column is what each run's own samples "

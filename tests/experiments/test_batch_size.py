@@ -16,23 +16,24 @@ from types import ModuleType
 import pytest
 import torch
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """experiments/batch_size.py, with its rows in the table for the length of a test."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    module = import_module("batch_size")
-    for name, row in module.ROWS.items():
-        monkeypatch.setitem(module.VARIANTS, name, row)
+    """Return `experiments.batch_size`, with its variants in the table for the duration of a test."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    module = import_module("experiments.batch_size")
+    for name, variant in module.EXTRA_VARIANTS.items():
+        monkeypatch.setitem(module.VARIANTS, name, variant)
     return module
 
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return import_module("batch_size_report")
+    """Return `experiments.batch_size_report`."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return import_module("experiments.batch_size_report")
 
 
 def test_cells_are_every_arm_batch_and_seed_once_and_the_probe_is_none_of_them(script: ModuleType) -> None:
@@ -157,7 +158,7 @@ def test_finished_cells_make_page_picture_and_json(script: ModuleType, tmp_path:
     assert [row["status"] for row in found["cells"]] == ["done"] * 3
     page = script.write(found, tmp_path / "results")
     assert "**3 of 6 cells are finished: no verdict yet.**" in page
-    assert "`python experiments/batch_size.py --preset tiny`: 3 cells" in page
+    assert "`python -m experiments.batch_size --preset tiny`: 3 cells" in page
     assert (tmp_path / "results" / "batch_size_tiny.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "results" / "batch_size_tiny.json").read_text())["total"] == 6
     with pytest.raises(ValueError, match=r"holds cells on synthetic:.*, not on emoji\."):
@@ -165,7 +166,7 @@ def test_finished_cells_make_page_picture_and_json(script: ModuleType, tmp_path:
 
 
 def test_published_page_is_what_its_json_gives(report: ModuleType, tmp_path: Path) -> None:
-    results = EXPERIMENTS / "results"
+    results = ROOT / "experiments" / "results"
     found = json.loads((results / "batch_size.json").read_text(encoding="utf-8"))
     assert report.write(found, tmp_path) == (results / "batch_size.md").read_text(encoding="utf-8")
     assert len(found["cells"]) == found["total"]
@@ -173,16 +174,16 @@ def test_published_page_is_what_its_json_gives(report: ModuleType, tmp_path: Pat
 
 @pytest.mark.slow
 def test_command_continues_after_a_signal(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXPERIMENTS / "batch_size.py"), "--preset", "tiny"]
+    command = [sys.executable, "-m", "experiments.batch_size", "--preset", "tiny"]
     command += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while first.poll() is None and not list((tmp_path / "runs").glob("tiny/*/cell.json")):
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGINT)
     _, errors = first.communicate(timeout=300)
     assert first.returncode == 1
     assert errors.endswith("stopped; say the same command again to continue\n")
-    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600, cwd=ROOT)
     assert not again.stdout.startswith("0 of 6")
     assert "# Accuracy against batch size" in again.stdout
     found = json.loads((tmp_path / "results" / "batch_size_tiny.json").read_text())

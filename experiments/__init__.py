@@ -1,0 +1,1 @@
+"""Experiments behind the measured results: each module writes one page of `experiments/results/`."""
