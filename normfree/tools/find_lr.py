@@ -1,11 +1,11 @@
-"""Learning-rate range test: the rate grows from step to step, and the loss shows how far it may grow (Smith 2015,
-arXiv 1506.01186, section 3.3).
+"""Learning-rate range test: the learning rate grows in each step until the loss rises (Smith 2015, arXiv 1506.01186,
+section 3.3).
 
-The rule. The loss is smoothed by a moving median, which neither noise nor an explosion moves. The edge is the last rate
-at which it still keeps half of its fall. Suggested is a third of that: the test takes each rate for one step only, so
-that a rate above the limit of stability shows late, with momentum 0.9 on noisy quadratics at 1.2 to 2.9 times the limit
-(tests/train/test_find_lr.py). AGC hides a divergence longer, since it bounds every update by the weights; the loss
-rises all the same, and the rule asks for no more than that.
+The loss is smoothed by a moving median, which is robust to noise and to a sudden divergence. The edge is the last
+learning rate at which the smoothed loss is still below the middle between its start and its minimum. We suggest a third
+of it: each rate is used for one step only, so a rate above the limit of stability is noticed late. With momentum 0.9 on
+noisy quadratics the edge is 1.2 to 2.9 times that limit (tests/tools/test_find_lr.py). AGC delays a divergence because
+it bounds each update by the weights; the loss still rises, which is all that the rule needs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from rich.console import Console
 
 from normfree.data.loader import train_batches
 from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE, new_figure
+from normfree.files import atomic_write_text
+from normfree.suggest import problem
 from normfree.training import class_weights
 from normfree.training.config import Config
 from normfree.training.console import RunLog
@@ -30,19 +32,29 @@ from normfree.training.trainer import DivergedError, Trainer
 
 LOW, HIGH, PER_DECADE = 1e-5, 10.0, 20
 STEPS = 1 + PER_DECADE * round(math.log10(HIGH / LOW))  # 121
-REACH = 4  # steps on each side in a median: 9 in all
-KEPT = 0.5  # of the fall, at the edge
+# Steps on each side of a step in the moving median, which has 9 steps in total.
+REACH = 4
+# Fraction of the decrease of the loss that is left at the edge.
+KEPT = 0.5
+# The edge divided by the suggested learning rate.
 SAFETY = 3.0
-EXPLODED = 4.0  # times the loss at the start
-CLEAR = 2.0  # a fall is one from this many deviations of single losses
+# The test ends if the loss is this many times the loss at the start.
+EXPLODED = 4.0
+# The loss has decreased if the difference is this many standard deviations of the losses of single steps.
+CLEAR = 2.0
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """`losses[i]` is the mean loss of step i, before its update with `rates[i]`; `smoothed` its moving median.
+    """Result of a range test.
 
-    edge: the last rate at which the loss keeps half of its fall. suggested: a third of it; None: the loss never fell
-    clearly. bounded: whether the loss rose again; else the edge is the highest rate tried.
+    Attributes:
+        rates: Learning rate of each step.
+        losses: Mean loss of each step, before the update.
+        smoothed: Moving median of `losses`.
+        edge: Last learning rate at which half of the decrease of the smoothed loss is left.
+        suggested: A third of `edge`, or None if the loss never decreased by more than its noise.
+        bounded: Whether the loss rose again; otherwise `edge` is the highest learning rate tried.
     """
 
     rates: tuple[float, ...]
@@ -54,16 +66,18 @@ class RangeTest:
 
 
 def sweep_rates(*, low: float = LOW, high: float = HIGH, steps: int = STEPS) -> list[float]:
-    """`steps` rates from `low` to `high`, each the same multiple of the one before."""
+    """Return `steps` learning rates from `low` to `high` in geometric progression."""
     return [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
 
 
 def range_test(step: Callable[[float], float], rates: Sequence[float]) -> RangeTest:
-    """Calls `step(rate)`, which returns the loss before its update, for rising rates until the loss explodes: not
-    finite, `DivergedError`, or the median of five above 4 times that at the start.
+    """Call `step(rate)`, which returns the loss before its update, for each of the rising `rates`; return the result.
+
+    The test ends early if the loss diverges: it is not finite, `step` raises `DivergedError`, or the median of the last
+    five losses is above 4 times that of the first five.
 
     Raises:
-        ValueError: it explodes within the first five rates.
+        ValueError: The loss diverges within the first five rates.
     """
     losses: list[float] = []
     for rate in rates:
@@ -78,19 +92,21 @@ def range_test(step: Callable[[float], float], rates: Sequence[float]) -> RangeT
             break
     if len(losses) <= 5:
         raise ValueError(
-            f"the loss explodes at a rate of {rates[len(losses)]:.2g}, where the range test has hardly begun. "
-            "The weights or the data are at fault rather than the rate: look at both."
+            problem(
+                f"the loss diverges at a learning rate of {rates[len(losses)]:.2g}, at the start of the range test",
+                fix="check the weights and the data, which are more likely the cause than the learning rate",
+            )
         )
     return judge(rates, losses)
 
 
 def judge(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """The rule of this page, for a sweep that is done; there may be fewer losses than rates."""
+    """Apply the rule described above to the losses of a test; there may be fewer losses than rates."""
     smoothed = [median(losses[max(0, i - REACH) : i + REACH + 1]) for i in range(len(losses))]
     start, lowest = smoothed[0], min(smoothed)
     level = start - KEPT * (start - lowest)
     last = max(i for i, value in enumerate(smoothed) if value <= level)
-    quiet = range(max(REACH, len(losses) // 3))  # too low a rate to change much: what moves there is noise
+    quiet = range(max(REACH, len(losses) // 3))  # low rates change little, so differences are noise
     noise = math.sqrt(fmean((losses[i] - smoothed[i]) ** 2 for i in quiet))
     fell = start - lowest > max(CLEAR * noise, 1e-9 * abs(start))
     return RangeTest(
@@ -100,15 +116,21 @@ def judge(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
 
 
 def find_lr(config: Config, out: str | Path, *, console: Console | None = None) -> RangeTest:
-    """The range test for a run of `config`, from its first weights, over its own batches; prints a table and writes
-    find_lr.json and find_lr.png into `out`. A function of the config and its seed; no run begins.
+    """Do the range test with the initial weights and the batches of `config`; the result depends only on the config.
+
+    Prints a table and writes find_lr.json and find_lr.png to the folder `out`. No run is started.
 
     Raises:
-        ValueError: data or model cannot be used, or there are several processes.
+        ValueError: The data or the model cannot be used, or there are several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--find-lr takes one process. A rate holds for a batch size, not for a number of processes: "
-                         "run it without torchrun, with --input.micro_batch to fit the memory.")  # fmt: skip
+        raise ValueError(
+            problem(
+                "--find-lr in several processes",
+                allowed="one process; the learning rate depends on the batch size, not on the number of processes",
+                fix="run it without torchrun, with a smaller --input.micro_batch if it needs too much memory",
+            )
+        )
     run_log = RunLog(console or Console())
     resolved = resolve(_constant(config))
     config = resolved.config
@@ -135,45 +157,51 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
         batches.close()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "find_lr.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    atomic_write_text(folder / "find_lr.json", json.dumps(asdict(result), indent=1) + "\n")
     for line in lines(result):
         run_log.info(line)
     try:
-        title = f"{config.model} on {config.data}, {config.input.batch_size} images a step"
+        title = f"{config.model} on {config.data}, {config.input.batch_size} images per step"
         draw(result, folder / "find_lr.png", title=title)
-        run_log.info(f"picture: {folder / 'find_lr.png'}")
+        run_log.info(f"plot: {folder / 'find_lr.png'}")
     except ModuleNotFoundError as error:
-        run_log.info(f"no picture: {error}")
+        run_log.info(f"no plot: {error}")
     return result
 
 
 def _constant(config: Config) -> Config:
-    """The config with the rate as it is given, for as many steps as the test takes, in one process."""
+    """Return the config with a constant learning rate, the length of the test and one process."""
     optim = config.optim.model_copy(update={"schedule": "constant", "warmup": "0st"})
     return config.model_copy(update={"length": f"{STEPS}st", "parallel": "replicated", "optim": optim})
 
 
 def lines(result: RangeTest) -> list[str]:
-    """What the command prints: twice a decade the rate and the smoothed loss, then the suggestion and why."""
+    """Return the lines to print: learning rate and smoothed loss twice per decade, and the suggestion."""
     table = ["     lr    loss"]
     for i in range(0, len(result.rates), PER_DECADE // 2):
         table.append(f"{result.rates[i]:7.1e}  {result.smoothed[i]:6.3f}")
     if result.suggested is None:
-        said = "the loss fell no further than its noise: no rate can be suggested. Larger batches have less noise."
+        advice = (
+            "no suggestion: the loss did not decrease by more than its noise. Larger batches have less noise."
+        )
     elif result.bounded:
-        said = f"suggested: --optim.lr {result.suggested:.2g}, a third of {result.edge:.2g}, the last rate at which " \
-               "the loss kept half of its fall"  # fmt: skip
+        advice = (
+            f"suggested: --optim.lr {result.suggested:.2g}, a third of {result.edge:.2g}, the last learning rate with "
+            "at least half of the decrease of the loss"
+        )
     else:
-        said = f"the loss had not risen again at {result.edge:.2g}, the highest rate tried; --optim.lr " \
-               f"{result.suggested:.2g} is a third of that, and more may do"  # fmt: skip
-    return [*table, said]
+        advice = (
+            f"suggested: --optim.lr {result.suggested:.2g} or more: a third of {result.edge:.2g}, the highest learning "
+            "rate tried, at which the loss had not risen again"
+        )
+    return [*table, advice]
 
 
 def draw(result: RangeTest, path: Path, *, title: str) -> None:
-    """The losses over the rates, with the edge and the suggestion, as a PNG.
+    """Plot the losses against the learning rates, with the edge and the suggestion, and save it as PNG.
 
     Raises:
-        ModuleNotFoundError: matplotlib is missing; the message says what to install.
+        ModuleNotFoundError: matplotlib is missing; the message names the package to install.
     """
     figure = new_figure(7, 4.2)
     axis = figure.subplots()

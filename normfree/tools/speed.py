@@ -1,7 +1,7 @@
-"""How fast a row trains and predicts on this machine, and how much of what the machine could do that is.
+"""Measurement of the training and prediction time of a variant on this machine, and of the machine's utilization.
 
-Legend: B batch, S image side. A step is the whole of `Trainer.step`: forward, backward, clipping, decay, momentum,
-average. Data loading is not in it.
+A training step is all of `Trainer.step`: forward, backward, clipping, weight decay, momentum and weight average. Data
+loading is not included.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ from normfree.data.loader import Batch
 from normfree.deploy.fold import fold
 from normfree.models.cost import count
 from normfree.models.variants import variant_of
+from normfree.suggest import problem
 from normfree.training.config import AugmentConfig, Config, InputConfig
 from normfree.training.resolve import resolve
 from normfree.training.trainer import Trainer
 
-#: Multiply-accumulates of a training step per one of inference: forward, and backward for inputs and for weights.
+# Multiply-accumulates of a training step relative to inference: forward, and backward for inputs and for weights.
 BACKWARD = 3
 _CLASSES = 1000
-_PROBE = 2048  # side of the matrices whose product is taken for what the machine can do
+# Side of the matrices whose product measures the speed of the machine.
+_PROBE = 2048
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of a row: seconds of one training step and of one prediction of a whole batch, plain and folded.
+    """Times of a variant.
 
-    `flops` is the rate of a large matrix product in the same precision; `peak_bytes` the most memory a step took (on
-    a CPU: the most the process ever had). Shares are of the time that the multiplications alone would take at `flops`.
+    Attributes:
+        train_s: Median seconds of one training step.
+        predict_s: Median seconds of one prediction of a batch.
+        folded_s: The same for the folded network.
+        flops: Floating-point operations per second of a large matrix product in the same precision.
+        peak_bytes: Largest memory use of a step (on a CPU: of the process since its start).
     """
 
     name: str
@@ -50,11 +56,11 @@ class Speed:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image at `image_size`."""
+        """Multiply-accumulates of the inference of one image of `image_size`."""
         return count(variant_of(self.name), image_size=self.image_size).macs
 
     def share(self, seconds: float, *, passes: int = 1) -> float:
-        """What part of `seconds` the multiplications of a batch would take at the measured rate."""
+        """Return the fraction of `seconds` in which a batch could be multiplied at the rate `flops`."""
         return 2 * passes * self.macs * self.batch_size / self.flops / seconds
 
 
@@ -68,17 +74,26 @@ def measure(
     compiled: bool = False,
     rounds: int = 5,
 ) -> Speed:
-    """Builds the row `name` with random weights and times it on random images of `image_size` (0: its training size).
+    """Measure the variant `name` with random weights and random images.
 
-    The three arms take turns, `rounds` times after one that is not counted, so that a machine that slows down slows
-    all of them.
+    Training, prediction and folded prediction alternate, `rounds` times after one warm-up round, so that a machine that
+    slows down affects all of them.
+
+    Args:
+        name: Name of a variant.
+        batch_size: Images per batch.
+        image_size: Side of the images in pixels; 0 is the training size of the variant.
+        device: "auto" is the first GPU, else the CPU.
+        precision: "float32" or "bfloat16".
+        compiled: Whether to use torch.compile.
+        rounds: Number of measurements of which the median is taken.
 
     Raises:
-        ValueError: the name or a value is not possible.
+        ValueError: The name or a value is not allowed.
     """
-    for word, value in (("batch_size", batch_size), ("rounds", rounds)):
+    for option, value in (("batch_size", batch_size), ("rounds", rounds)):
         if value < 1:
-            raise ValueError(f"{word}={value}: expected 1 or more.")
+            raise ValueError(problem(f"{option}={value}", allowed="1 or more"))
     size = image_size or variant_of(name).train_size
     resolved = resolve(
         Config.model_validate(
@@ -114,7 +129,7 @@ def measure(
 
 
 def matmul_rate(device: torch.device, precision: str = "float32", *, rounds: int = 5) -> float:
-    """Floating-point operations a second of a large square matrix product, the best of `rounds`."""
+    """Return the floating-point operations per second of a large square matrix product, the best of `rounds`."""
     kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
     side = _PROBE if device.type == "cpu" else 4 * _PROBE
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
@@ -124,11 +139,13 @@ def matmul_rate(device: torch.device, precision: str = "float32", *, rounds: int
 
 @torch.inference_mode()
 def _predict(net: nn.Module, images: Tensor) -> Tensor:
-    answer: Tensor = net.eval()(images)
-    return answer
+    """Return the logits of `images` in evaluation mode."""
+    logits: Tensor = net.eval()(images)
+    return logits
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of one call of `run`, until the device has finished."""
     _wait(device)
     start = time.perf_counter()
     run()
@@ -137,6 +154,7 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _wait(device: torch.device) -> None:
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -144,7 +162,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
+    """Return the largest memory use in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""normfree.training.console."""
+"""Messages and progress of a run on the console."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-QUIET_INTERVAL = 10.0  # seconds between lines where there is no terminal
+# Seconds between progress lines if the output is not a terminal.
+QUIET_INTERVAL = 10.0
 
 
 class RunLog:
-    """What a run tells its user: printed, and kept in the run folder's log.txt as soon as there is one."""
+    """Messages of a run: printed to a console and, once a file is attached, also written to that file."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._said: list[str] = []
-        self._log: Path | None = None
+        self._earlier: list[str] = []
+        self._file: Path | None = None
 
     def info(self, text: str) -> None:
-        """One line; long ones are left to the terminal."""
+        """Print a line and write it to the attached file. Long lines are not wrapped."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        if self._log is None:
-            self._said.append(text + "\n")
+        if self._file is None:
+            self._earlier.append(text + "\n")
         else:
-            with self._log.open("a", encoding="utf-8") as file:
+            with self._file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def attach_file(self, path: Path) -> None:
-        """From now on, and for what was said before, also write to `path`."""
+        """Append all earlier and later messages to the file `path`."""
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(self._said)
-        self._said, self._log = [], path
+            file.writelines(self._earlier)
+        self._earlier, self._file = [], path
 
 
 class ProgressLine:
-    """Progress on a terminal: one line with loss, top-1, images/s, clipped fraction and the time left."""
+    """Progress of a run: loss, top-1, images per second, fraction of clipped units and remaining time.
+
+    On a terminal it is one line that is updated in each step, elsewhere a new line every QUIET_INTERVAL seconds.
+    """
 
     def __init__(self, run_log: RunLog, *, step: int, total_steps: int) -> None:
         console = run_log.console
-        self._run_log, self._quiet, self._total, self._last = (
-            run_log,
-            not console.is_terminal,
-            total_steps,
-            time.monotonic(),
-        )
+        self._run_log, self._quiet = run_log, not console.is_terminal
+        self._total, self._last = total_steps, time.monotonic()
         self._progress = Progress(
             BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
             TextColumn("left"), console=console, disable=not console.is_terminal,
@@ -64,7 +64,7 @@ class ProgressLine:
         self._progress.stop()
 
     def update(self, step: int, **values: float) -> None:
-        """Shows the state after `step` steps."""
+        """Show the values after `step` steps: loss, train_top1 (percent), images_per_s and clipped (fraction)."""
         text = (
             f"loss {values['loss']:.3f}  top-1 {values['train_top1']:.1f} %  {values['images_per_s']:.0f} images/s  "
             f"clipped {100 * values['clipped']:.1f} %"

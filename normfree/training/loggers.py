@@ -1,7 +1,7 @@
-"""Where the rows of metrics.jsonl also go: TensorBoard and Weights & Biases, when a run asks for them.
+"""Optional copies of metrics.jsonl in TensorBoard and Weights & Biases (W&B).
 
-metrics.jsonl is the truth, the others are copies of it. A continued run sends what a logger does not have yet, from
-that file; so no step is there twice, none is missing, and a logger may join a run that began without it.
+metrics.jsonl is complete; the loggers get copies of its rows. A continued run sends each logger the rows of the file
+that it does not have yet, so no step is missing or repeated, and a logger may be added to a run that began without it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from normfree.diagnose.metrics_file import read_metrics
+from normfree.suggest import problem
 from normfree.training.config import Config, loggers_in
 from normfree.training.console import RunLog
 from normfree.training.metrics import MetricsWriter
@@ -22,20 +23,22 @@ Row = Mapping[str, Any]
 
 
 class Logger(Protocol):
-    """Whoever takes rows: `step`, then names and numbers."""
+    """Receiver of rows, which hold `step` and named numbers."""
 
     def write(self, row: Row) -> None:
-        """One row; on its way to the disk when this returns."""
+        """Write one row and flush it."""
 
     def close(self) -> None:
-        """Ends it; everything is written."""
+        """Write everything that is pending and close the logger."""
 
 
 class TensorBoard:
-    """Event files in `folder`, flushed row by row (0.3 ms), so that they outlive a kill.
+    """TensorBoard event files in `folder`, flushed after each row (0.3 ms), so that they are kept after a kill.
 
-    `rows`: what metrics.jsonl holds up to `step`, after which the run continues. Only a folder without events takes
-    them; in another they lie already, and what lies beyond `step` is marked as void.
+    Args:
+        folder: Folder of the event files.
+        rows: Rows of metrics.jsonl up to `step`. They are written if the folder has no events yet.
+        step: Step after which the run continues. Existing events after it are marked as invalid.
     """
 
     def __init__(self, folder: Path, *, rows: Iterable[Row] = (), step: int = 0) -> None:
@@ -47,28 +50,28 @@ class TensorBoard:
             self.write(row)
 
     def write(self, row: Row) -> None:
-        """One row."""
+        """Write one row."""
         for name, value in scalars(row).items():
             self._writer.add_scalar(name, value, row["step"])
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the event file."""
+        """Close the event file."""
         self._writer.close()
 
 
 class WandB:
-    """One W&B run for one run folder: its id lies in wandb/id. Offline unless WANDB_MODE says otherwise.
+    """One W&B run for each run folder, with its id in wandb/id. Offline unless WANDB_MODE is set.
 
-    A run that continues online takes up where the server's history ends. Offline there is nobody to ask, and a kill
-    may have cut the last file short, so that a continued run writes a file of the whole history, from `rows`: the
-    newest one is complete.
+    A run that continues online starts where the history on the server ends. Offline this history is not available, and
+    a kill may have truncated the last file, so a continued run writes a new file with the whole history from `rows`:
+    the newest file is complete.
     """
 
     def __init__(self, out: Path, *, config: Config, rows: Iterable[Row] = ()) -> None:
         import wandb
 
-        mode: Any = os.environ.get("WANDB_MODE") or "offline"  # nothing leaves the machine unasked
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"  # send data only on request
         name = out / "wandb" / "id"
         if not name.exists():
             name.parent.mkdir(parents=True, exist_ok=True)
@@ -80,57 +83,57 @@ class WandB:
             name=os.environ.get("WANDB_NAME") or out.resolve().name,
             config=config.model_dump(), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-        self._begin = self._run.step  # smaller steps are on the server already
+        self._begin = self._run.step  # the server already has smaller steps
         for row in rows:
             self.write(row)
 
     def write(self, row: Row) -> None:
-        """One row; those of one step become one row of W&B's."""
+        """Write one row; W&B merges rows with the same step."""
         if row["step"] >= self._begin:
             self._run.log(scalars(row), step=row["step"])
 
     def close(self) -> None:
-        """Ends the run's file; online, waits until it is sent."""
+        """Close the file of the run; if online, wait until it is sent."""
         self._run.finish()
 
 
 class Logs:
-    """metrics.jsonl, and whoever is to hear of its rows as well. One of those that fails is named once and then left
-    out: a run is worth more than its log."""
+    """Writer to metrics.jsonl and to the other loggers. A logger that fails is reported once and then disabled."""
 
     def __init__(self, metrics: MetricsWriter, others: Mapping[str, Logger], run_log: RunLog) -> None:
         self._metrics, self._others, self._run_log = metrics, dict(others), run_log
 
     def write(self, **row: Any) -> None:
-        """One row, with its `step`."""
+        """Write one row, which includes its `step`."""
         self._metrics.write(**row)
         self._each(lambda other: other.write(row))
 
     def close(self) -> None:
-        """Ends all of them."""
+        """Close all loggers."""
         self._metrics.close()
         self._each(lambda other: other.close())
 
     def _each(self, call: Callable[[Logger], None]) -> None:
+        """Call `call` with each logger; report and disable those that fail."""
         for name in list(self._others):
             try:
                 call(self._others[name])
             except Exception as error:
                 del self._others[name]
                 what = str(error).splitlines() or [""]
-                self._run_log.info(f"{name} has failed and gets nothing more ({type(error).__name__}: {what[0]}); "
-                                "metrics.jsonl goes on. A continued run tries again.")  # fmt: skip
+                self._run_log.info(f"{name} failed and is disabled ({type(error).__name__}: {what[0]}); "
+                                "metrics.jsonl is still written. A continued run tries it again.")  # fmt: skip
 
 
 def require(to: str) -> None:
-    """Looks whether the loggers named in `log.to` are installed, which takes no time.
+    """Check that the loggers named in `log.to` are installed, without importing them.
 
     Raises:
-        ModuleNotFoundError: one is not; the message says what to install.
+        ModuleNotFoundError: One is not installed; the message names the package to install.
     """
     for name in loggers_in(to):
         found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # without an origin: a folder called wandb, not the package
+        if found is None or found.origin is None:  # no origin: a folder called wandb
             raise ModuleNotFoundError(
                 f"log.to={to!r} needs the package {name}, which is not installed. Fix: pip install "
                 f"'normfree[{name}]', or --log.to \"\"."
@@ -138,10 +141,10 @@ def require(to: str) -> None:
 
 
 def open_logs(out: Path, config: Config, *, step: int, run_log: RunLog) -> Logs:
-    """The logs of the run in `out`, which continues after `step`.
+    """Open the loggers of the run in `out`, which continues after `step`.
 
     Raises:
-        ValueError: a logger cannot be opened; `log.to` and its reason.
+        ValueError: A logger cannot be opened; the message has its reason.
     """
     metrics = MetricsWriter(out / "metrics.jsonl", step=step)
     rows = read_metrics(metrics.path)
@@ -152,32 +155,33 @@ def open_logs(out: Path, config: Config, *, step: int, run_log: RunLog) -> Logs:
                 others[name] = TensorBoard(out / "tensorboard", rows=rows, step=step)
             else:
                 others[name] = WandB(out, config=config, rows=rows)
-        except Exception as error:  # no disk, no network, no key: theirs to know, the user's to decide
+        except Exception as error:  # for example no disk space, network or API key
             metrics.close()
             raise ValueError(
-                f"log.to={config.log.to!r}: {name} cannot be opened ({type(error).__name__}: {error}). Mend that, or "
-                f'leave it out: --log.to "".'
+                problem(
+                    f"log.to={config.log.to!r}: {name} cannot be opened ({type(error).__name__}: {error})",
+                    fix='remove the cause, or disable it with --log.to ""',
+                )
             ) from error
     return Logs(metrics, others, run_log)
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl under the names that these loggers' users know: train/loss, train/lr,
-    val/top1, val/ema_top1.
+    """Return the numbers of a row of metrics.jsonl under grouped names: train/loss, train/lr, val/top1, val/ema_top1.
 
-    What was seen on the validation source goes under val/, all else under train/; a key with a group of its own keeps
-    it. The epoch goes with a row of losses or of scores; no name has two values at one step.
+    Values of the validation source are in val/, all others in train/; a key that contains "/" is kept. The epoch is in
+    the group of the row's losses or scores; no name has two values at one step.
     """
-    place = "val/" if "top1" in row else "train/" if "loss" in row else ""
+    group = "val/" if "top1" in row else "train/" if "loss" in row else ""
     found = {}
     for key, value in row.items():
-        if key == "step" or not isinstance(value, (int, float)) or (key == "epoch" and not place):
+        if key == "step" or not isinstance(value, (int, float)) or (key == "epoch" and not group):
             continue
         if "/" in key:
             name = key
         elif key.startswith(("val_", "ema_")) or key in ("top1", "top5"):
             name = "val/" + key.replace("val_", "")
         else:
-            name = (place if key == "epoch" else "train/") + key.removeprefix("train_")
+            name = (group if key == "epoch" else "train/") + key.removeprefix("train_")
         found[name] = float(value)
     return found

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl always, and one live line on a terminal (or a line now and then in a file)."""
+"""metrics.jsonl and the running means that are written to it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfree.files import atomic_write_text
+
 
 class MetricsWriter:
-    """Appends objects to `metrics.jsonl`. Opened at a step, it drops what a killed run had written beyond it."""
+    """Writer of metrics.jsonl, one JSON object per line.
+
+    Lines after `step`, which a killed run may have written after its last checkpoint, are removed first.
+    """
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
@@ -25,36 +30,34 @@ class MetricsWriter:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError):
                     continue
-        work = path.with_name(f".{path.name}.tmp")  # a kill in the middle must not cost the lines so far
-        work.write_text("".join(kept), encoding="utf-8")
-        work.replace(path)
+        atomic_write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
-        """One object; flushed, so that it outlives the process."""
+        """Write one object and flush it to the operating system, so that it is kept if the process is killed."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Close the file."""
         self._file.close()
 
 
 class NullMetricsWriter:
-    """`MetricsWriter` of a process that writes nothing."""
+    """`MetricsWriter` of processes other than rank 0, which writes nothing."""
 
     def write(self, **values: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Meter:
-    """Means over the steps since it was last read. Keeps tensors where they are, so that a GPU is not waited for.
+    """Means over the steps since the last `read`. Tensors stay on their device, so `add` does not wait for a GPU.
 
-    A checkpoint takes its `state` along, and a new meter continues from it, so that the row after a stop covers the
-    steps before it as well.
+    A checkpoint stores its `state`, from which a new meter continues, so that the first line after a stop also covers
+    the steps before it.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
@@ -65,18 +68,19 @@ class Meter:
             self._images, self._since = state["images"], time.monotonic() - state["seconds"]
 
     def _start(self) -> None:
+        """Reset all sums."""
         self._losses: list[Tensor] = []
         self._corrects: list[Tensor] = []
         self._images, self._since = 0, time.monotonic()
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """One step: its mean loss, its correct answers, its images."""
+        """Add one step: its mean loss, number of correct predictions and number of images."""
         self._losses.append(loss)
         self._corrects.append(correct)
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """Mean loss, train_top1 in percent and images per second since the last reading; then starts anew."""
+        """Return the mean loss, train_top1 in percent and images per second since the last `read`, and reset them."""
         seconds = max(1e-9, time.monotonic() - self._since)
         values = {
             "loss": float(_stack(self._losses).mean()),
@@ -87,7 +91,7 @@ class Meter:
         return values
 
     def state(self) -> dict[str, Any]:
-        """What has been added since the last reading, as plain numbers; exact for float32. Waits for a GPU."""
+        """Return what was added since the last `read` as Python numbers, exact for float32. Waits for a GPU."""
         return {
             "losses": _stack(self._losses).tolist() if self._losses else [],
             "corrects": _stack(self._corrects).tolist() if self._corrects else [],
@@ -97,4 +101,5 @@ class Meter:
 
 
 def _stack(values: list[Tensor]) -> Tensor:
-    return torch.stack([v.to(values[-1].device) for v in values])  # those of a checkpoint lie on the CPU
+    """Stack scalars on the device of the newest one; those of a checkpoint are on the CPU."""
+    return torch.stack([v.to(values[-1].device) for v in values])

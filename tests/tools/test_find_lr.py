@@ -105,16 +105,17 @@ def test_a_loss_that_does_not_fall_gives_no_rate():
     result = judged(lambda x: 2.0 + 0.1 * float(torch.randn((), generator=generator)))
     assert result.suggested is None
     assert lines(result)[-1] == (
-        "the loss fell no further than its noise: no rate can be suggested. Larger batches have less noise."
+        "no suggestion: the loss did not decrease by more than its noise. Larger batches have less noise."
     )
     assert judged(lambda x: 2.0).suggested is None
 
 
-def test_a_loss_that_never_rises_says_so():
+def test_a_loss_that_never_rises_is_reported():
     result = judged(lambda x: 2.0 - 0.1 * max(0, x + 4))
     assert (result.edge, result.bounded) == (pytest.approx(10.0), False)
     assert lines(result)[-1] == (
-        "the loss had not risen again at 10, the highest rate tried; --optim.lr 3.3 is a third of that, and more may do"
+        "suggested: --optim.lr 3.3 or more: a third of 10, the highest learning rate tried, at which the loss had not "
+        "risen again"
     )
 
 
@@ -136,11 +137,11 @@ def test_it_stops_when_the_loss_explodes(end):
 
 
 def test_an_explosion_at_once_is_an_error():
-    with pytest.raises(ValueError, match="hardly begun") as error:
+    with pytest.raises(ValueError, match="diverges") as error:
         range_test(lambda rate: float("nan"), sweep_rates())
     assert str(error.value) == (
-        "the loss explodes at a rate of 1e-05, where the range test has hardly begun. The weights or the data are at "
-        "fault rather than the rate: look at both."
+        "the loss diverges at a learning rate of 1e-05, at the start of the range test. Fix: check the weights and the "
+        "data, which are more likely the cause than the learning rate."
     )
 
 
@@ -198,6 +199,6 @@ def test_several_processes_are_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", *FLAGS, "--find-lr", "--out", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.startswith(
-        "normfree: --find-lr takes one process. A rate holds for a batch"
+        "normfree: --find-lr in several processes. Allowed: one process"
     )
     assert not (tmp_path / "x").exists()

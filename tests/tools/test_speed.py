@@ -62,4 +62,4 @@ def test_the_command(capsys):
     assert main(["bench", "nf_resnet_nano", "nfnet_f00"]) == 2
     assert capsys.readouterr().err.startswith("normfree: unknown model 'nfnet_f00'. Did you mean 'nfnet_f0'?")
     assert main([*words, "--rounds", "0"]) == 2
-    assert capsys.readouterr().err == "normfree: rounds=0: expected 1 or more.\n"
+    assert capsys.readouterr().err == "normfree: rounds=0. Allowed: 1 or more.\n"

@@ -201,7 +201,7 @@ class Failing:
         self.calls += 1
 
 
-def test_a_logger_that_fails_is_named_once_and_the_rest_goes_on(tmp_path):
+def test_a_logger_that_fails_is_reported_once_and_the_others_continue(tmp_path):
     speaker, text = run_log()
     failing, board = Failing(), TensorBoard(tmp_path / "board")
     log = Logs(
@@ -212,8 +212,8 @@ def test_a_logger_that_fails_is_named_once_and_the_rest_goes_on(tmp_path):
     log.close()
     assert failing.calls == 1
     assert text.getvalue() == (
-        "wandb has failed and gets nothing more (OSError: no space left); metrics.jsonl goes on. A continued run tries "
-        "again.\n"
+        "wandb failed and is disabled (OSError: no space left); metrics.jsonl is still written. A continued run tries "
+        "it again.\n"
     )
     assert rows(tmp_path) == ROWS
     assert sorted(events(tmp_path / "board")["train/loss"]) == [2, 4, 6, 8]
@@ -249,8 +249,8 @@ def test_a_logger_that_cannot_be_opened_stops_before_the_first_step(tmp_path, mo
     with pytest.raises(ValueError, match="cannot be opened") as error:
         loop.train(config, tmp_path / "run", console=Console(file=io.StringIO()))
     assert str(error.value) == (
-        "log.to='tensorboard': tensorboard cannot be opened (PermissionError: read-only). Mend that, or leave it out: "
-        '--log.to "".'
+        "log.to='tensorboard': tensorboard cannot be opened (PermissionError: read-only). Fix: remove the "
+        'cause, or disable it with --log.to "".'
     )
     assert rows(tmp_path / "run") == []
 
