@@ -255,7 +255,7 @@ def test_a_logger_that_cannot_be_opened_stops_before_the_first_step(tmp_path, mo
     assert rows(tmp_path / "run") == []
 
 
-def test_the_words_of_log_to():
+def test_the_names_in_log_to():
     for to, names in {
         "": (), "wandb": ("wandb",), "wandb, tensorboard": ("tensorboard", "wandb"), "tensorboard,tensorboard":
         ("tensorboard",),
