@@ -1,1 +1,1 @@
-"""Parameters in, update out."""
+"""Gradient clipping, the optimizer, weight averaging and schedules; works with any `nn.Module`."""

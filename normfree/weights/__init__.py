@@ -1,1 +1,1 @@
-"""normfree.weights."""
+"""Weight files and the names in them: reading, writing and conversion to our names; independent of any network."""
