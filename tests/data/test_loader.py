@@ -113,7 +113,7 @@ def test_without_repeats_the_draws_are_the_formula() -> None:
 @pytest.mark.parametrize("repeats", [2, 3, 6])
 def test_repeats_change_the_order_alone(repeats: int) -> None:
     source = make_source(10, tones=3)
-    # `repeats` epochs of 10 are whole steps of 6 for 6 epochs; each sample has 6 showings in both streams
+    # `repeats` epochs of 10 are whole steps of 6 for 6 epochs; each sample is shown 6 times in both streams
     plain, repeated = stream(source, num_steps=10), stream(source, num_steps=10, repeats=repeats)
     assert sorted(shown(plain)) == sorted(shown(repeated))
     assert shown(plain) != shown(repeated)
@@ -146,7 +146,7 @@ def test_repeated_batches_depend_on_seed_and_step_alone(pairs: FreshPairs | None
 
 
 def test_no_sample_is_mixed_with_its_own_copy() -> None:
-    # two quarters of 3 and more: the partner stands at least `repeats` places further
+    # two quarters of 3 and more: the partner is at least `repeats` positions later
     for batch in stream(make_source(30), repeats=3, batch_size=6, pairs=FreshPairs(mixup=0.2, cutmix=1.0)):
         order = permutation(30, 5, "order", batch.step * 4 // 30).tolist()
         images = order[batch.step * 4 % 30 : batch.step * 4 % 30 + 4]
@@ -176,7 +176,7 @@ def test_augmentation_depends_on_the_sample_not_on_its_batch() -> None:
             assert torch.equal(image, by_six[batch.epoch, name])
 
 
-def test_training_draws_among_the_pictures_of_a_sample_and_evaluation_does_not() -> None:
+def test_training_draws_among_the_images_of_a_sample_and_evaluation_does_not() -> None:
     source = make_source(2, tones=4)
     squash = eval_transform(image_size=8, crop="squash")
     batches = train_batches(source, squash, batch_size=2, seed=0, num_steps=40)
@@ -240,7 +240,7 @@ def test_more_ranks_than_samples() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_file_is_named_word_for_word(tmp_path: Path, workers: int) -> None:
+def test_a_bad_file_is_named_name_for_name(tmp_path: Path, workers: int) -> None:
     for i in range(6):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"")

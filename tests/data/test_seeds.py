@@ -54,17 +54,17 @@ def splitmix64(seed: int, count: int) -> list[int]:
 
 
 def test_the_order_is_that_of_splitmix64() -> None:
-    # the outputs for seed 1234567 that implementations of splitmix64 are commonly checked against
+    # the usual test vector of splitmix64 implementations, seed 1234567
     assert splitmix64(1234567, 3) == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     numbers = splitmix64(key(7, "order", 2), 300)
     assert permutation(300, 7, "order", 2).tolist() == sorted(range(300), key=numbers.__getitem__)
 
 
-def test_every_place_is_equally_likely() -> None:
+def test_every_position_is_equally_likely() -> None:
     counts = np.zeros((5, 5))
     for i in range(4000):
         counts[np.arange(5), permutation(5, "uniform", i)] += 1
-    # 4000 draws of 1/5: mean 800, standard deviation 25; five of them leave room
+    # 4000 draws of 1/5: mean 800, standard deviation 25; the limit is five of them
     assert np.abs(counts - 800).max() < 127
 
 

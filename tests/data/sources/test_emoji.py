@@ -25,20 +25,21 @@ def test_counts_of_the_table() -> None:
     table = emoji.read_table()
     assert len(table) == 1898
     assert sum(len(entry.files) - 1 for entry in table) == 1875
-    assert Counter(entry.group for entry in table) == {
+    counts = Counter(entry.group.partition(" ")[0] for entry in table)
+    assert counts == {
         "Activities": 85,
-        "Animals & Nature": 153,
+        "Animals": 153,
         "Flags": 269,
-        "Food & Drink": 135,
+        "Food": 135,
         "Objects": 262,
-        "People & Body": 385,
-        "Smileys & Emotion": 168,
+        "People": 385,
+        "Smileys": 168,
         "Symbols": 223,
-        "Travel & Places": 218,
+        "Travel": 218,
     }
 
 
-def test_the_split_is_the_same_for_ever(split: Split) -> None:
+def test_the_split_is_the_same_forever(split: Split) -> None:
     train, val = codes(split, "train"), codes(split, "val")
     assert (len(train), len(val)) == (1491, 374)
     # a change of this number is a change of the data set: old accuracies are then not comparable
@@ -47,7 +48,7 @@ def test_the_split_is_the_same_for_ever(split: Split) -> None:
     assert [per_class[k] for k in range(9)] == [17, 31, 52, 27, 52, 72, 34, 45, 44]
 
 
-def test_no_picture_and_no_identity_is_on_both_sides(split: Split) -> None:
+def test_no_image_and_no_identity_is_on_both_sides(split: Split) -> None:
     train, val = codes(split, "train"), codes(split, "val")
     assert not {emoji.identity(code) for code in train} & {emoji.identity(code) for code in val}
     tones = {entry.code: len(entry.files) for entry in emoji.read_table()}
@@ -72,18 +73,18 @@ def test_an_identity_has_no_sex_and_no_joiner() -> None:
 def test_a_waving_hand_shows_six_tones_in_training(split: Split) -> None:
     table = {entry.code: entry for entry in emoji.read_table()}
     i = next(i for i, code in enumerate(codes(split, "train")) if len(table[code].files) == 6)
-    pictures = [np.asarray(split.train.image(i, draw)).tobytes() for draw in range(12)]
-    assert len(set(pictures)) == 6
-    assert pictures[:6] == pictures[6:]
-    assert pictures[0] == np.asarray(split.train.image(i)).tobytes()
+    images = [np.asarray(split.train.image(i, draw)).tobytes() for draw in range(12)]
+    assert len(set(images)) == 6
+    assert images[:6] == images[6:]
+    assert images[0] == np.asarray(split.train.image(i)).tobytes()
 
 
-def test_validation_shows_base_pictures_alone(split: Split) -> None:
+def test_validation_shows_base_images_alone(split: Split) -> None:
     for i in range(len(split.val)):
         assert split.val.image(i, 1).tobytes() == split.val.image(i).tobytes()
 
 
-def test_pictures_are_72_pixels_over_white(split: Split) -> None:
+def test_images_are_72_pixels_over_white(split: Split) -> None:
     assert split.image_size == 72
     face = split.train.image(codes(split, "train").index("1f600"))
     assert (face.mode, face.size) == ("RGB", (72, 72))

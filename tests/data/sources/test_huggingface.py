@@ -28,13 +28,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-def picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 11, 3), dtype=np.uint8))
 
 
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    make_image(number).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -56,47 +56,47 @@ def parquet(folder: Path, **parts: Any) -> str:
     return f"hf:{folder}"
 
 
-def message(word: str, **options: Any) -> str:
+def message(spec: str, **options: Any) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        open_source(word, **options)
+        open_source(spec, **options)
     return str(caught.value)
 
 
 def check(source: Any, numbers: range) -> None:
     assert source.classes == tuple(NAMES)
     assert [source.label(i) for i in range(len(source))] == [i % 3 for i in numbers]
-    for place, number in enumerate(numbers):
-        assert source.image(place).tobytes() == picture(number).tobytes()
+    for position, number in enumerate(numbers):
+        assert source.image(position).tobytes() == make_image(number).tobytes()
 
 
-def test_parquet_and_saved_folders_give_the_same_pictures(tmp_path: Path) -> None:
+def test_parquet_and_saved_folders_give_the_same_images(tmp_path: Path) -> None:
     train, val = rows(range(9)), rows(range(9, 13))
     datasets.DatasetDict({"train": train, "validation": val}).save_to_disk(tmp_path / "saved")
-    for word in (parquet(tmp_path / "pq", train=train, validation=val), f"hf:{tmp_path / 'saved'}"):
-        split = open_source(word)
+    for spec in (parquet(tmp_path / "pq", train=train, validation=val), f"hf:{tmp_path / 'saved'}"):
+        split = open_source(spec)
         check(split.train, range(9))
         check(split.val, range(9, 13))
-        check(open_labeled(word), range(9, 13))
-        assert split.train.name(3) == f"{word[3:]}/train/3"
+        check(open_labeled(spec), range(9, 13))
+        assert split.train.name(3) == f"{spec[3:]}/train/3"
         assert (
             split.notes[0]
-            == f"{word[3:]} (train, validation): 9 images to train on, 4 to validate, 3 classes"
+            == f"{spec[3:]} (train, validation): 9 images to train on, 4 to validate, 3 classes"
         )
         assert audit(split.train).bad == ()
 
 
 def test_options_choose_splits_and_columns(tmp_path: Path) -> None:
-    word = parquet(tmp_path, big=rows(range(6), column="scan"), small=rows(range(6, 9), column="scan"))
-    split = open_source(f"{word},split=big,val=small,image=scan,label=label")
+    spec = parquet(tmp_path, big=rows(range(6), column="scan"), small=rows(range(6, 9), column="scan"))
+    split = open_source(f"{spec},split=big,val=small,image=scan,label=label")
     check(split.train, range(6))
     check(split.val, range(6, 9))
-    check(open_source(f"{word},split=big,val=small").train, range(6))  # the one column of pictures is found
+    check(open_source(f"{spec},split=big,val=small").train, range(6))  # the one column of images is found
 
 
 @pytest.mark.parametrize(
     "image", [datasets.Value("binary"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}]
 )
-def test_pictures_without_the_image_feature(tmp_path: Path, image: Any) -> None:
+def test_images_without_the_image_feature(tmp_path: Path, image: Any) -> None:
     check(
         open_source(
             parquet(tmp_path, train=rows(range(6), image=image), test=rows(range(3), image=image))
@@ -112,7 +112,7 @@ def test_labels_that_are_texts_or_plain_numbers(tmp_path: Path) -> None:
     assert open_source(parquet(tmp_path / "b", train=numbers, test=numbers)).classes == ("0", "1", "2")
 
 
-def test_one_split_is_divided_by_hash_alike_in_every_run_and_place(tmp_path: Path) -> None:
+def test_one_split_is_divided_by_hash_alike_in_every_run_and_folder(tmp_path: Path) -> None:
     data = rows(range(30))
     data.save_to_disk(tmp_path / "one")
     data.save_to_disk(tmp_path / "two")
@@ -123,10 +123,10 @@ def test_one_split_is_divided_by_hash_alike_in_every_run_and_place(tmp_path: Pat
     assert sorted(parts[0].label(i) for i in range(6)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_batches_are_those_of_the_pictures_in_memory_whatever_the_workers(tmp_path: Path) -> None:
+def test_batches_are_those_of_the_images_in_memory_whatever_the_workers(tmp_path: Path) -> None:
     source = open_source(parquet(tmp_path, train=rows(range(9)), test=rows(range(3)))).train
     arrays = ArraySource(
-        np.stack([np.asarray(picture(i)) for i in range(9)]),
+        np.stack([np.asarray(make_image(i)) for i in range(9)]),
         [i % 3 for i in range(9)],
         classes=NAMES,
         names="abcdefghi",
@@ -180,19 +180,19 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_errors_name_what_there_is(tmp_path: Path) -> None:
-    word = parquet(tmp_path / "a", train=rows(range(6)), test=rows(range(3)))
+    spec = parquet(tmp_path / "a", train=rows(range(6)), test=rows(range(3)))
     assert (
-        message(f"{word},split=trian") == f"'{word}' has no split 'trian'. Allowed: train, test. "
+        message(f"{spec},split=trian") == f"'{spec}' has no split 'trian'. Allowed: train, test. "
         "Fix: choose one with split=SPLIT. Did you mean 'train'?"
     )
     assert (
-        message(f"{word},label=lable") == f"'{word}' has no column 'lable'. Allowed: image, label. "
+        message(f"{spec},label=lable") == f"'{spec}' has no column 'lable'. Allowed: image, label. "
         "Fix: choose one with label=COLUMN. Did you mean 'label'?"
     )
-    assert message(f"{word},image=label").startswith(f"the column 'label' of '{word}' holds ClassLabel(")
-    assert message(f"{word},label=image").startswith(f"the column 'image' of '{word}' holds Image(")
-    assert message(f"{word},lebal=x") == (
-        f"'{word},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., image=..., label=..., "
+    assert message(f"{spec},image=label").startswith(f"the column 'label' of '{spec}' holds ClassLabel(")
+    assert message(f"{spec},label=image").startswith(f"the column 'image' of '{spec}' holds Image(")
+    assert message(f"{spec},lebal=x") == (
+        f"'{spec},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., image=..., label=..., "
         "subset=..., revision=..., download=..., streaming=..., buffer=... Did you mean 'label'?"
     )
     assert message("hf:") == (

@@ -35,7 +35,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-def picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 11, 3), dtype=np.uint8))
 
 
@@ -43,14 +43,14 @@ def table(numbers: range, labels: list[Any], *, kind: Any) -> Any:
     cells = []
     for i in numbers:
         buffer = io.BytesIO()
-        picture(i).save(buffer, "PNG")
+        make_image(i).save(buffer, "PNG")
         cells.append({"bytes": buffer.getvalue(), "path": None})
     features = datasets.Features({"image": datasets.Image(), "label": kind})
     return datasets.Dataset.from_dict({"image": cells, "label": labels}, features=features)
 
 
 def folder(root: Path, *, by_class: bool = False, texts: bool = False, files: tuple[int, ...] = FILES) -> str:
-    """Parquet files of `files` rows to train on, and 4 rows to validate; picture i is number i, its class i % 3."""
+    """Write parquet files of `files` rows to train on, and 4 rows to validate; image i is number i, its class i % 3."""
     (root / "data").mkdir(parents=True)
     starts = np.cumsum([0, *files]).tolist()
     kind = datasets.Value("string") if texts else datasets.ClassLabel(names=NAMES)
@@ -64,19 +64,19 @@ def folder(root: Path, *, by_class: bool = False, texts: bool = False, files: tu
     return f"hf:{root},streaming=yes"
 
 
-def message(word: str, **options: Any) -> str:
+def message(spec: str, **options: Any) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        open_source(word, **options)
+        open_source(spec, **options)
     return str(caught.value)
 
 
 class InMemory(ArraySource):
-    """The same pictures in memory, in the order of the stream."""
+    """The same images in memory, in the order of the stream."""
 
     def __init__(self, stream: Any) -> None:
-        pictures = np.stack([np.asarray(picture(i)) for i in range(TOTAL)])
+        images = np.stack([np.asarray(make_image(i)) for i in range(TOTAL)])
         names = [stream.name(i) for i in range(TOTAL)]
-        super().__init__(pictures, [i % 3 for i in range(TOTAL)], classes=NAMES, names=names)
+        super().__init__(images, [i % 3 for i in range(TOTAL)], classes=NAMES, names=names)
         self.order = stream.order
 
     def read(self, indices: Sequence[int]) -> dict[int, Any]:
@@ -102,8 +102,8 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
 
 @pytest.mark.parametrize("texts", [False, True])
 def test_a_stream_has_the_rows_of_the_set(tmp_path: Path, texts: bool) -> None:
-    word = folder(tmp_path, texts=texts)
-    split, plain = open_source(word), open_source(f"hf:{tmp_path}")
+    spec = folder(tmp_path, texts=texts)
+    split, plain = open_source(spec), open_source(f"hf:{tmp_path}")
     assert not split.files
     assert split.classes == tuple(NAMES)
     assert split.notes[2] == (
@@ -111,7 +111,7 @@ def test_a_stream_has_the_rows_of_the_set(tmp_path: Path, texts: bool) -> None:
         "a resumed run reads its files again up to its position"
     )
     assert len(split.notes) == 3
-    for left, right in ((split.train, plain.train), (split.val, plain.val), (open_labeled(word), plain.val)):
+    for left, right in ((split.train, plain.train), (split.val, plain.val), (open_labeled(spec), plain.val)):
         assert len(left) == len(right)
         for i in (*range(len(left)), 3, 0, 2):
             assert (left.label(i), left.name(i)) == (right.label(i), right.name(i))
@@ -135,7 +135,7 @@ def test_the_order_holds_each_row_once_and_mixes_blocks_of_the_buffer(tmp_path: 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"pairs": FreshPairs(mixup=0.2, cutmix=1.0)}])
-def test_batches_are_those_of_the_pictures_in_memory_whatever_the_workers(
+def test_batches_are_those_of_the_images_in_memory_whatever_the_workers(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     source: Any = open_source(f"{folder(tmp_path)},buffer=20").train
@@ -147,11 +147,11 @@ def test_batches_are_those_of_the_pictures_in_memory_whatever_the_workers(
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_resumed_stream_and_the_parts_of_the_ranks(tmp_path: Path, world_size: int) -> None:
-    word = f"{folder(tmp_path)},buffer=20"
-    wanted = stream(InMemory(open_source(word).train))
+    spec = f"{folder(tmp_path)},buffer=20"
+    wanted = stream(InMemory(open_source(spec).train))
     for start in (1, 12, 29):
         ranks = [
-            stream(open_source(word).train, start_step=start, rank=rank, world_size=world_size)
+            stream(open_source(spec).train, start_step=start, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         for batch, *parts in zip(wanted[start:], *ranks, strict=True):
@@ -167,11 +167,11 @@ def test_evaluation_sees_everything_once_and_in_order(tmp_path: Path, world_size
         for rank in range(world_size)
         for batch in eval_batches(source, squash, batch_size=7, rank=rank, world_size=world_size)
     ]
-    assert torch.equal(torch.cat(parts), torch.stack([squash(picture(i)) for i in range(TOTAL)]))
+    assert torch.equal(torch.cat(parts), torch.stack([squash(make_image(i)) for i in range(TOTAL)]))
 
 
 class Counted:
-    """The rows of a stream; counts how often a file is begun and how many rows are taken."""
+    """The rows of a stream, with counters of opened files and of rows read."""
 
     def __init__(self, rows: Any) -> None:
         self.rows, self.begun, self.taken = rows, 0, 0
@@ -199,17 +199,19 @@ def test_each_row_is_taken_once_an_epoch_and_few_are_kept(tmp_path: Path, batch_
     source: Any = open_source(f"{folder(tmp_path)},buffer=5").train
     counted = source._rows = Counted(source._rows)
     steps = range(3 * TOTAL // batch_size)
-    plan = TrainSampler(TOTAL, batch_size=batch_size, steps=steps, order=lambda turn: source.order(0, turn))
-    for _, _, places in plan:
-        for index, data in source.read([index for _, index in places]).items():
-            assert Image.open(io.BytesIO(data)).tobytes() == picture(index).tobytes()
+    sampler = TrainSampler(
+        TOTAL, batch_size=batch_size, steps=steps, order=lambda cycle: source.order(0, cycle)
+    )
+    for _, _, refs in sampler:
+        for index, data in source.read([index for _, index in refs]).items():
+            assert Image.open(io.BytesIO(data)).tobytes() == make_image(index).tobytes()
         assert sum(map(len, source._pieces.values())) <= 2 * 5
     assert (counted.begun, counted.taken) == (3 * len(FILES), 3 * TOTAL)
 
 
 def test_only_a_sorted_stream_is_noted(tmp_path: Path) -> None:
-    word = f"{folder(tmp_path / 'a', by_class=True, files=(120,))},buffer=10"
-    assert open_source(word).notes[3] == (
+    spec = f"{folder(tmp_path / 'a', by_class=True, files=(120,))},buffer=10"
+    assert open_source(spec).notes[3] == (
         "the stream is sorted: 10 images in a row hold 1.0 classes on average, 2.9 if they were shuffled; networks "
         "train badly on sorted data. Raise buffer=, or leave out streaming"
     )
@@ -223,13 +225,13 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         for i in numbers:
             path = tmp_path / part / NAMES[i % 3] / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(i).save(path)
+            make_image(i).save(path)
     split = open_source(f"hf:{tmp_path},streaming=yes")
     assert sorted(split.train.image(i).tobytes() for i in range(12)) == sorted(
-        picture(i).tobytes() for i in range(12)
+        make_image(i).tobytes() for i in range(12)
     )
     assert [split.val.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
-    assert split.val.image(3).tobytes() == picture(16).tobytes()
+    assert split.val.image(3).tobytes() == make_image(16).tobytes()
 
 
 def test_a_stream_that_breaks_off_or_has_become_shorter_is_named(tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_a_stream_that_breaks_off_or_has_become_shorter_is_named(tmp_path: Path)
         )
 
 
-def test_a_row_without_a_picture_is_named(tmp_path: Path) -> None:
+def test_a_row_without_a_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     data = datasets.Dataset.from_dict({"image": [None, None], "label": [0, 1]}, features=features)
@@ -258,7 +260,7 @@ def test_a_row_without_a_picture_is_named(tmp_path: Path) -> None:
         stream(source)
 
 
-def test_streaming_is_the_users_own_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_is_the_users_own_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = folder(tmp_path)
     real, asked = datasets.load_dataset, []
 
@@ -277,18 +279,18 @@ def test_streaming_is_the_users_own_word(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_errors_of_streams(tmp_path: Path) -> None:
-    word = folder(tmp_path / "a")
-    plain = word.removesuffix(",streaming=yes")
+    spec = folder(tmp_path / "a")
+    plain = spec.removesuffix(",streaming=yes")
     assert message(f"{plain},streaming=true") == "streaming=true. Allowed: yes or no. Fix: streaming=yes."
-    assert message(f"{word},buffer=0") == "buffer=0. Allowed: a whole number from 1. Fix: buffer=1000."
+    assert message(f"{spec},buffer=0") == "buffer=0. Allowed: a whole number from 1. Fix: buffer=1000."
     assert message(f"{plain},buffer=10") == (
         "buffer=10 without streaming=yes. Allowed: both or none; without streaming the whole set is shuffled. "
         "Fix: leave out buffer."
     )
-    assert message(f"{word},split=test,val=nothing").startswith(f"'{plain}' has no split 'nothing'.")
-    assert message(f"{word},image=label").startswith(f"the column 'label' of '{plain}' holds ClassLabel(")
+    assert message(f"{spec},split=test,val=nothing").startswith(f"'{plain}' has no split 'nothing'.")
+    assert message(f"{spec},image=label").startswith(f"the column 'label' of '{plain}' holds ClassLabel(")
     (tmp_path / "a" / "data" / "test-00000-of-00001.parquet").unlink()
-    assert message(word) == (
+    assert message(spec) == (
         f"'{plain}' has no split to validate on, and a stream cannot be divided. Allowed: a second split, or a set "
         "without streaming. Fix: leave out streaming."
     )

@@ -129,10 +129,10 @@ def test_errors_of_the_layout(tmp_path: Path) -> None:
     assert message(tmp_path) == (
         f"{tmp_path / 'val.txt'} has no label for {FILES[1]!r} of {val}. Allowed: one for each. Fix: complete it."
     )
-    for word in ("3", "-1", "n99999999"):
-        (tmp_path / "val.txt").write_text("".join(f"{name} {word}\n" for name in FILES))
+    for spec in ("3", "-1", "n99999999"):
+        (tmp_path / "val.txt").write_text("".join(f"{name} {spec}\n" for name in FILES))
         assert message(tmp_path) == (
-            f"{tmp_path / 'val.txt'} gives {FILES[0]!r} the class {word!r}. Allowed: a class folder of "
+            f"{tmp_path / 'val.txt'} gives {FILES[0]!r} the class {spec!r}. Allowed: a class folder of "
             f"{tmp_path / 'train'}, or its index from 0 to 2. Fix: use the list of this data set."
         )
 

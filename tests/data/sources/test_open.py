@@ -226,7 +226,7 @@ def test_a_fraction_that_leaves_nothing(tmp_path: Path, fraction: float) -> None
 # --- synthetic
 
 
-def test_synthetic_pictures_are_functions_of_their_number() -> None:
+def test_synthetic_images_are_functions_of_their_number() -> None:
     split = open_source("synthetic:classes=4,size=24,train=40,val=8")
     assert split.classes == ("disk", "ring", "square", "frame")
     assert (len(split.train), len(split.val), split.image_size) == (40, 8, 24)
@@ -234,30 +234,28 @@ def test_synthetic_pictures_are_functions_of_their_number() -> None:
     more = open_source("synthetic:classes=4,size=24,train=60,val=8", seed=9)
     for i in range(40):
         assert split.train.image(i).tobytes() == more.train.image(i).tobytes()
-    pictures = {source.image(i).tobytes() for source in (split.train, split.val) for i in range(len(source))}
-    assert len(pictures) == 48
+    images = {source.image(i).tobytes() for source in (split.train, split.val) for i in range(len(source))}
+    assert len(images) == 48
 
 
 def test_synthetic_classes_can_be_told_apart() -> None:
-    # The area of the shape alone, found by its colour, tells bars from squares far above chance.
+    # The area of the shape, found by its color, is enough to distinguish bars from squares far above chance.
     split = open_source("synthetic:size=32,train=400,val=10")
     sizes: dict[str, list[float]] = {name: [] for name in split.classes}
     for i in range(400):
-        picture = np.asarray(split.train.image(i)).astype(float)
-        background = np.median(
-            np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]]), axis=0
-        )
-        mask = np.abs(picture - background).min(axis=2) > 35
+        image = np.asarray(split.train.image(i)).astype(float)
+        background = np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
+        mask = np.abs(image - background).min(axis=2) > 35
         rows, columns = mask.sum(1).max(), mask.sum(0).max()
         sizes[split.classes[split.train.label(i)]].append(float(columns / max(rows, 1)))
     assert np.median(sizes["bar"]) < 0.5 < np.median(sizes["square"]) < 2 < np.median(sizes["pillar"])
 
 
 def test_errors_of_synthetic() -> None:
-    words = "classes, size, train, val, each as option=number, separated by commas"
+    specs = "classes, size, train, val, each as option=number, separated by commas"
     assert (
         message("synthetic:klasses=3")
-        == f"'synthetic:klasses=3' has an unknown option 'klasses'. Allowed: {words}. Fix: classes=10."
+        == f"'synthetic:klasses=3' has an unknown option 'klasses'. Allowed: {specs}. Fix: classes=10."
     )
     assert message("synthetic:classes=1") == (
         "'synthetic:classes=1' gives classes=1. Allowed: a whole number from 2 to 10. Fix: classes=10."
@@ -267,14 +265,14 @@ def test_errors_of_synthetic() -> None:
     )
 
 
-# --- torchvision's sets, from tiny copies in the layouts that their authors published
+# --- torchvision's data sets, from tiny copies in the published layouts
 
 
 def fake_cifar10(root: Path) -> np.ndarray:
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    planes = rng.integers(0, 256, (6, 2, 3072), dtype=np.uint8)  # six files of two pictures: R, G, B planes
+    planes = rng.integers(0, 256, (6, 2, 3072), dtype=np.uint8)  # six files of two images: R, G, B planes
     for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         (folder / name).write_bytes(pickle.dumps({"data": planes[k], "labels": [k, 9 - k]}))
     labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -297,11 +295,11 @@ def test_cifar10_from_a_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert split.classes[:2] == ("airplane", "automobile")
     assert [split.train.label(i) for i in range(4)] == [0, 9, 1, 8]
     assert split.val.name(1) == "cifar10/test/1"
-    picture = np.asarray(split.val.image(1))
-    assert np.array_equal(picture.transpose(2, 0, 1).reshape(-1), planes[5, 1])
+    image = np.asarray(split.val.image(1))
+    assert np.array_equal(image.transpose(2, 0, 1).reshape(-1), planes[5, 1])
 
 
-def test_grey_sets_become_rgb(tmp_path: Path) -> None:
+def test_gray_sets_become_rgb(tmp_path: Path) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
@@ -337,7 +335,7 @@ def test_nothing_is_downloaded_unless_told(tmp_path: Path, name: str, folder: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
+def test_the_spec_says_where_a_set_lies_and_whether_to_fetch_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchvision import datasets
@@ -353,9 +351,9 @@ def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
             super().__init__(root, train=train)
 
     monkeypatch.setattr(datasets, "CIFAR10", Recorded)
-    for word in (f"cifar10:root={tmp_path}/a, b", f"cifar10:download=yes,root={tmp_path}/a, b"):
-        assert len(open_source(word).train) == 10
-        assert len(open_labeled(word)) == 2
+    for spec in (f"cifar10:root={tmp_path}/a, b", f"cifar10:download=yes,root={tmp_path}/a, b"):
+        assert len(open_source(spec).train) == 10
+        assert len(open_labeled(spec)) == 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a, b").rename("data")
     open_source("cifar10:download=yes")
@@ -364,7 +362,7 @@ def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
 
 
 @pytest.mark.parametrize(
-    ("word", "text"),
+    ("spec", "text"),
     [
         ("download=true", "download=true. Allowed: yes or no. Fix: download=yes."),
         ("download=never", "download=never. Allowed: yes or no. Fix: download=no."),
@@ -383,8 +381,8 @@ def test_the_word_says_where_a_set_lies_and_whether_to_fetch_it(
         ),
     ],
 )
-def test_errors_of_the_options_of_a_set(word: str, text: str) -> None:
-    assert message(f"cifar10:{word}") == text
+def test_errors_of_the_options_of_a_set(spec: str, text: str) -> None:
+    assert message(f"cifar10:{spec}") == text
 
 
 def test_a_torchvision_that_does_not_fit_names_both_versions(

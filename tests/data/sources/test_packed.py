@@ -31,7 +31,7 @@ def error(path: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_pictures_of_the_right_size_come_back_exactly(tmp_path: Path) -> None:
+def test_images_of_the_right_size_come_back_exactly(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     wanted = source()
     path = pack(wanted, tmp_path / "new" / "x.safetensors", size=12, progress=lambda *at: told.append(at))
@@ -80,7 +80,7 @@ def test_a_pickled_source_carries_no_pixels(tmp_path: Path) -> None:
     assert len(pickle.dumps(PackedSource(path))) < path.stat().st_size / 20
 
 
-def test_words_for_packed_files(tmp_path: Path) -> None:
+def test_specs_for_packed_files(tmp_path: Path) -> None:
     pack(source(30), tmp_path / "t", size=12)
     pack(source(6), tmp_path / "v", size=12)
     split = open_source(f"packed:{tmp_path}/t,val={tmp_path}/v")
@@ -90,7 +90,8 @@ def test_words_for_packed_files(tmp_path: Path) -> None:
     assert (len(halved.train), len(open_labeled(f"packed:{tmp_path}/t"))) == (24, 30)
     pack(source(6), tmp_path / "v", size=10)
     with pytest.raises(
-        ValueError, match=r"differ in classes or size \(12 and 10 px\)\. Allowed: both packed alike"
+        ValueError,
+        match=r"differ in classes or size \(12 and 10 px\)\. Allowed: files of the same classes and size",
     ):
         open_source(f"packed:{tmp_path}/t,val={tmp_path}/v")
 
@@ -99,9 +100,9 @@ def test_one_flipped_bit_anywhere_in_the_data_is_noticed(tmp_path: Path) -> None
     path = pack(source(), tmp_path / "x", size=12)
     whole = path.read_bytes()
     first = 8 + int.from_bytes(whole[:8], "little")
-    for place in np.random.default_rng(0).integers(first, len(whole), 40):
+    for position in np.random.default_rng(0).integers(first, len(whole), 40):
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(place) % 8
+        damaged[position] ^= 1 << int(position) % 8
         path.write_bytes(damaged)
         assert error(path) == (
             f"{path} is damaged: its sha256 differs. Allowed: a file that normfree.data.sources.packed.pack wrote. "
@@ -123,7 +124,7 @@ def test_files_that_are_no_packed_ones(tmp_path: Path) -> None:
     )
 
 
-def test_a_bad_picture_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_bad_image_leaves_nothing_behind(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
     broken = FolderSource(tmp_path, [("a.png", 0), ("b.png", 1)], classes="ab")

@@ -20,7 +20,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shard(path: Path, first: int) -> Path:
-    """A tar of pictures `first` ... `first` + 5, each of its own grey; the class is the number modulo 2."""
+    """Write a tar of images `first` ... `first` + 5, each of a different gray value; the class is the number modulo 2."""
     with tarfile.open(path, "w") as file:
         for i in range(first, first + 6):
             buffer = io.BytesIO()
@@ -32,9 +32,9 @@ def shard(path: Path, first: int) -> Path:
     return path
 
 
-def message(word: str, **options: Any) -> str:
+def message(spec: str, **options: Any) -> str:
     with pytest.raises(ValueError, match=r".") as caught:
-        open_source(word, **options)
+        open_source(spec, **options)
     return str(caught.value)
 
 
@@ -48,21 +48,21 @@ def test_what_a_command_writes_is_a_shard(tmp_path: Path, kept: Path) -> None:
     shard(tmp_path / "a-0.tar", 0), shard(tmp_path / "a-1.tar", 6), shard(tmp_path / "v.tar", 20)
     size = (tmp_path / "v.tar").stat().st_size
     count = tmp_path / "count"
-    word = f"pipe:echo x >> {count}; cat {tmp_path}/a-{{0..1}}.tar | cat,val=pipe:cat < {tmp_path}/v.tar"
+    spec = f"pipe:echo x >> {count}; cat {tmp_path}/a-{{0..1}}.tar | cat,val=pipe:cat < {tmp_path}/v.tar"
     for pipes in (True, False, True):  # once here, the files need no command
-        split = open_source(word, pipes=pipes)
+        split = open_source(spec, pipes=pipes)
         assert contents(split.train) == [(f"a-{i // 6}.tar/{i:03}.png", i % 2, i) for i in range(12)]
         assert split.notes[2:] == (
             f"2 shards were fetched into {kept}, {2 * size:,} bytes",
             f"1 shards were fetched into {kept}, {size:,} bytes",
         )
         assert contents(split.val) == [(f"v.tar/{i:03}.png", i % 2, i) for i in range(20, 26)]
-        assert contents(open_labeled(f"shards:{word}", pipes=pipes)) == contents(split.val)
+        assert contents(open_labeled(f"shards:{spec}", pipes=pipes)) == contents(split.val)
     assert count.read_text() == "x\nx\n"
     assert len(list(kept.iterdir())) == 3
     for path in tmp_path.glob("*.tar"):  # and no sources
         path.unlink()
-    assert contents(open_source(word).train) == contents(split.train)
+    assert contents(open_source(spec).train) == contents(split.train)
 
 
 def test_the_part_chosen_by_hash_is_that_of_the_files_themselves(tmp_path: Path) -> None:
@@ -74,13 +74,13 @@ def test_the_part_chosen_by_hash_is_that_of_the_files_themselves(tmp_path: Path)
 def test_no_command_runs_that_the_user_has_not_typed(tmp_path: Path, kept: Path) -> None:
     trace = tmp_path / "trace"
     for opener in (open_source, open_labeled):
-        for word in (
+        for spec in (
             f"pipe:touch {trace}",
             f"shards:pipe:touch {trace}",
             f"shards:x.tar,val=pipe:touch {trace}",
         ):
             with pytest.raises(ValueError, match=r"."):
-                opener(word)
+                opener(spec)
     assert message(f"pipe:touch {trace}") == (
         f"'pipe:touch {trace}' is a shell command, and was not typed here. Allowed: commands that the user types; "
         "those of a config only if their files were fetched before. "

@@ -40,13 +40,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def picture(number: int) -> Image.Image:
+def make_image(number: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 11, 3), dtype=np.uint8))
 
 
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
-    picture(number).save(buffer, "PNG")
+    make_image(number).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -63,8 +63,8 @@ def tar(members: list[tuple[str, bytes] | tarfile.TarInfo], kind: int = tarfile.
     return buffer.getvalue()
 
 
-def shards(folder: Path, word: str = "train", *, counts: tuple[int, ...] = (5, 3, 4), first: int = 0) -> Path:
-    """Shards word-0.tar, ... of pictures `first`, `first` + 1, ...; picture i has class i % 3."""
+def shards(folder: Path, spec: str = "train", *, counts: tuple[int, ...] = (5, 3, 4), first: int = 0) -> Path:
+    """Write shards SPEC-0.tar, ... of images `first`, `first` + 1, ...; image i has class i % 3."""
     folder.mkdir(exist_ok=True)
     number = first
     for shard, count in enumerate(counts):
@@ -76,13 +76,13 @@ def shards(folder: Path, word: str = "train", *, counts: tuple[int, ...] = (5, 3
             pair = [(f"{number:04}.png", png(number)), label]
             members += pair if number % 4 < 2 else pair[::-1]
             number += 1
-        (folder / f"{word}-{shard}.tar").write_bytes(tar(members))
+        (folder / f"{spec}-{shard}.tar").write_bytes(tar(members))
     return folder
 
 
 def arrays(count: int) -> ArraySource:
-    """The same pictures in memory."""
-    images = np.stack([np.asarray(picture(i)) for i in range(count)])
+    """The same images in memory."""
+    images = np.stack([np.asarray(make_image(i)) for i in range(count)])
     return ArraySource(
         images, [i % 3 for i in range(count)], classes="012", names=[str(i) for i in range(count)]
     )
@@ -99,7 +99,7 @@ def error(pattern: str | Path, **options: Any) -> str:
     return str(caught.value)
 
 
-# --- the same samples as from memory
+# --- the same samples as in memory
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -115,7 +115,7 @@ def test_every_tar_format_gives_the_very_bytes(tmp_path: Path, kind: int) -> Non
     assert source.classes == ("0", "1", "2")
 
 
-def test_batches_are_those_of_the_pictures_in_memory_whatever_the_workers(tmp_path: Path) -> None:
+def test_batches_are_those_of_the_images_in_memory_whatever_the_workers(tmp_path: Path) -> None:
     source = open_shards(str(shards(tmp_path / "s") / "train-{0..2}.tar"))
     for workers in (0, 2):
         for batch, wanted in zip(stream(source, workers=workers), stream(arrays(12)), strict=True):
@@ -198,24 +198,24 @@ def _counting(made: list[str]) -> Any:
 
 def test_a_damaged_or_forbidden_cache_costs_only_time(tmp_path: Path) -> None:
     shards(tmp_path / "s", counts=(3,))
-    place, cache = StoredFile(str(tmp_path / "s" / "train-0.tar")), tmp_path / "mine"
-    wanted, _ = index_of(place, cache=cache)
+    shard, cache = StoredFile(str(tmp_path / "s" / "train-0.tar")), tmp_path / "mine"
+    wanted, _ = index_of(shard, cache=cache)
     (file,) = cache.iterdir()
     for content in (b"", b"PK nonsense", file.read_bytes()[:200]):
         file.write_bytes(content)
-        found, _ = index_of(place, cache=cache)
+        found, _ = index_of(shard, cache=cache)
         assert found.names == wanted.names
         assert found.offsets.tolist() == wanted.offsets.tolist()
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder should be")
-    assert index_of(place, cache=blocked)[0].names == wanted.names
+    assert index_of(shard, cache=blocked)[0].names == wanted.names
     assert [p.suffix for p in cache.iterdir()] == [".npz"]
 
 
 # --- class names and the split
 
 
-def test_class_names_beside_the_shards(tmp_path: Path) -> None:
+def test_class_names_next_to_the_shards(tmp_path: Path) -> None:
     folder = shards(tmp_path / "s")
     (folder / "classes.json").write_text('["ant", "bee", "cat"]')
     assert open_shards(str(folder / "train-*.tar")).classes == ("ant", "bee", "cat")
@@ -233,7 +233,7 @@ def test_class_names_beside_the_shards(tmp_path: Path) -> None:
     )
 
 
-def test_words_for_shards(tmp_path: Path) -> None:
+def test_specs_for_shards(tmp_path: Path) -> None:
     folder = shards(tmp_path / "s")
     shards(folder, "val", counts=(4,), first=100)
     named = open_source(f"shards:{folder}/train-{{0..2}}.tar,val={folder}/val-0.tar")
@@ -249,12 +249,12 @@ def test_words_for_shards(tmp_path: Path) -> None:
     assert len(open_labeled(folder)) == 4
 
 
-def test_an_archive_beside_class_folders_is_left_alone(tmp_path: Path) -> None:
+def test_an_archive_next_to_class_folders_is_not_used(tmp_path: Path) -> None:
     shards(tmp_path)
     for name in "ab":
         (tmp_path / name).mkdir()
         for i in range(2):
-            picture(i).save(tmp_path / name / f"{i}.png")
+            make_image(i).save(tmp_path / name / f"{i}.png")
     split = open_source(tmp_path)
     assert (split.classes, len(split.train), len(split.val)) == (("a", "b"), 2, 2)
 

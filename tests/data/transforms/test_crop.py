@@ -22,14 +22,14 @@ def photo(height: int, width: int) -> np.ndarray:
     return np.clip(np.asarray(noise) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("word", "limit"), [("bilinear", 1), ("bicubic", 2)])
+@pytest.mark.parametrize(("name", "limit"), [("bilinear", 1), ("bicubic", 2)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_resize_is_pillows_across_and_then_down(word: str, limit: int, shape: tuple[int, int]) -> None:
+def test_resize_is_pillows_across_and_then_down(name: str, limit: int, shape: tuple[int, int]) -> None:
     # Each pass rounds, so two may differ by 2; bicubic passes also overshoot and clip, so their order matters.
-    pixels, mode = photo(*shape), Image.Resampling[word.upper()]
+    pixels, mode = photo(*shape), Image.Resampling[name.upper()]
     wanted = Image.fromarray(pixels).resize((64, shape[0]), mode).resize((64, 64), mode)
     error = np.abs(
-        resize(pixels, 64, 64, interpolation=word).permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)
+        resize(pixels, 64, 64, interpolation=name).permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)
     )
     assert error.max() <= limit
     assert (error > 0).mean() < 0.05
@@ -39,8 +39,8 @@ def test_resize_is_pillows_across_and_then_down(word: str, limit: int, shape: tu
 def test_resize_is_antialiased() -> None:
     board = np.indices((128, 128)).sum(0) % 2 * 255  # at half the size each pixel sees as much black as white
     pixels = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
-    for word in ("bilinear", "bicubic"):
-        found = resize(pixels, 32, 32, interpolation=word)[:, 2:-2, 2:-2].int()
+    for name in ("bilinear", "bicubic"):
+        found = resize(pixels, 32, 32, interpolation=name)[:, 2:-2, 2:-2].int()
         assert (found - 127).abs().max() <= 3
 
 
@@ -82,7 +82,7 @@ def _after(transform: Callable[[Image.Image], Tensor], image: Image.Image, seed:
 
 
 @pytest.mark.parametrize("randaugment", ["off", "trivial", "4x5", "tv:2x9"])
-def test_arrays_and_pictures_give_the_same(randaugment: str) -> None:
+def test_arrays_and_images_give_the_same(randaugment: str) -> None:
     transform = train_transform(image_size=32, randaugment=randaugment)
     pixels = photo(50, 70)
     for seed in range(10):
@@ -95,7 +95,7 @@ def test_arrays_and_pictures_give_the_same(randaugment: str) -> None:
 
 
 class Plain:
-    """The same pictures without `pixels`."""
+    """The same images without `pixels`."""
 
     def __init__(self, source: ArraySource) -> None:
         self.classes, self.label, self.image, self.name = (
@@ -110,7 +110,7 @@ class Plain:
         return self.count
 
 
-def test_batches_do_not_depend_on_how_a_source_hands_over_its_pictures_nor_on_threads_or_workers() -> None:
+def test_batches_do_not_depend_on_how_a_source_hands_over_its_images_nor_on_threads_or_workers() -> None:
     images = np.stack([np.roll(photo(40, 30), i, axis=0) for i in range(8)])
     source = ArraySource(images, [i % 2 for i in range(8)], classes="ab", names="abcdefgh")
 

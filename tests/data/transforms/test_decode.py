@@ -114,7 +114,7 @@ def test_transparency_is_laid_over_the_background() -> None:
     assert np.asarray(load_image(data, background=(0, 0, 9)))[0, :2].tolist() == [[0, 0, 9], list(RED)]
 
 
-def test_a_palette_with_a_transparent_colour() -> None:
+def test_a_palette_with_a_transparent_color() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((1, 0), 1)
@@ -124,7 +124,7 @@ def test_a_palette_with_a_transparent_colour() -> None:
     ]
 
 
-def test_grey_one_bit_and_cmyk() -> None:
+def test_gray_one_bit_and_cmyk() -> None:
     assert np.asarray(load_image(encode(Image.new("L", (1, 1), 77), "PNG"))).tolist() == [[[77, 77, 77]]]
     assert np.asarray(load_image(encode(Image.new("1", (1, 1), 1), "PNG"))).tolist() == [[list(WHITE)]]
     for kind in ("JPEG", "TIFF"):
@@ -132,7 +132,7 @@ def test_grey_one_bit_and_cmyk() -> None:
         assert np.abs(cmyk.astype(int) - RED).max() <= 3, kind
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
     values = np.array([[0, 128, 129, 257, 25700, 32896, 65535]], dtype=np.uint16)
     expected = [0, 0, 1, 1, 100, 128, 255]  # value / 257, to the nearest
     for kind in ("PNG", "TIFF"):
@@ -164,26 +164,26 @@ def test_the_exif_orientation_is_applied_once(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's remark
-def test_damaged_exif_beside_sound_pixels_is_forgiven() -> None:
+def test_damaged_exif_next_to_sound_pixels_is_forgiven() -> None:
     data = encode(photo(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12\x00")
     assert load_image(data).size == (40, 30)
 
 
 def test_the_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 255, 0), (0, 0, 255))]
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, (0, 255, 0), (0, 0, 255))]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert Image.open(io.BytesIO(data)).n_frames == 3  # type: ignore[attr-defined]
     assert np.asarray(load_image(data))[4, 4].tolist() == list(RED)
 
 
-def test_random_damage_ends_in_a_picture_or_an_image_error() -> None:
+def test_random_damage_ends_in_a_image_or_an_image_error() -> None:
     rng = np.random.default_rng(0)
     sound = [encode(photo(), kind) for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP")]
     outcomes = [0, 0]
     for trial in range(300):
         data = bytearray(sound[trial % len(sound)])
-        for place in rng.integers(0, len(data), size=rng.integers(1, 12)):
-            data[place] = rng.integers(0, 256)
+        for position in rng.integers(0, len(data), size=rng.integers(1, 12)):
+            data[position] = rng.integers(0, 256)
         try:
             outcomes[0] += load_image(bytes(data)).mode == "RGB"
         except ImageError:

@@ -30,7 +30,7 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether simplejpeg decoded, for each call."""
+    """Record for each call whether simplejpeg decoded the image."""
     taken: list[bool] = []
     decode = jpeg._quick
 
@@ -56,10 +56,10 @@ def test_pixels_are_pillows_to_the_bit(
     assert quick == [True]
 
 
-def test_grey_is_quick_and_other_colours_are_pillows(quick: list[bool]) -> None:
-    grey, ink = encode(photo(mode="L")), encode(photo(mode="CMYK"))
+def test_gray_is_quick_and_other_colors_are_pillows(quick: list[bool]) -> None:
+    gray, ink = encode(photo(mode="L")), encode(photo(mode="CMYK"))
     plain = encode(photo(), keep_rgb=True)
-    for data in (grey, ink, plain):
+    for data in (gray, ink, plain):
         assert np.array_equal(load_array(data), np.asarray(load_image(data)))
     assert quick == [True, False, False]
 
@@ -75,10 +75,10 @@ def test_notes_are_looked_for_before_the_first_scan_and_nowhere_else(quick: list
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = (
-        data[:2] + segment(0xE2, b"\xff\xda in a colour profile") + segment(0xE1, exif.tobytes()) + data[2:]
+        data[:2] + segment(0xE2, b"\xff\xda in a color profile") + segment(0xE1, exif.tobytes()) + data[2:]
     )
     assert np.array_equal(load_array(turned), np.asarray(load_image(turned)))
-    behind = data + b"Exif\0\0"  # what follows the picture turns nothing
+    behind = data + b"Exif\0\0"  # what follows the image turns nothing
     assert np.array_equal(load_array(behind), np.asarray(load_image(behind)))
     assert quick == [False, True]
 
@@ -92,7 +92,7 @@ def test_a_head_that_cannot_be_read_is_everything(cut: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_are_upright(orientation: int, quick: list[bool]) -> None:
+def test_turned_images_are_upright(orientation: int, quick: list[bool]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(photo(), exif=exif)
@@ -123,7 +123,7 @@ def outcome(read: Any, data: bytes) -> Any:
 
 
 def test_damage_has_the_same_outcome_as_with_pillow() -> None:
-    # Truncations and overwritten bytes: the same pixels, or the same error word for word.
+    # Truncations and overwritten bytes: the same pixels, or the same error name for name.
     rng = np.random.default_rng(0)
     errors = 0
     for options in ({}, {"progressive": True}):

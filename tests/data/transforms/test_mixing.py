@@ -1,4 +1,4 @@
-"""Fresh pairs: the reference's doubled batch, in numbers read off it and in laws."""
+"""Tests of `FreshPairs` against numbers of the reference code's doubled batch, and of its properties."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ REFERENCE = dict(np.load(Path(__file__).parents[2] / "reference" / "augment.npz"
 
 
 class Told:
-    """A generator that draws the reference's numbers."""
+    """A generator that returns the numbers drawn by the reference code."""
 
     def __init__(self, ratio):
         self.ratio = ratio
@@ -29,7 +29,7 @@ def chw(image):
 
 
 def test_the_reference_batch_from_its_own_draws(monkeypatch):
-    """Which images meet (quarters), how they mix, and what their labels weigh."""
+    """Check which images are paired (quarters), how they are mixed, and the weights of their labels."""
     images, labels, masks = REFERENCE["mix|images"], REFERENCE["mix|labels"], REFERENCE["mix|mask"]
     pairs = FreshPairs(mixup=0.2, cutmix=1.0)
     for output in range(4):
@@ -49,7 +49,7 @@ def test_the_reference_batch_from_its_own_draws(monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_every_image_that_is_read_is_used_once(mixup, cutmix, batch_size):
     pairs = FreshPairs(mixup=mixup, cutmix=cutmix)
-    used = [place for output in range(batch_size) for place in pairs.positions(output, batch_size)[:2]]
+    used = [position for output in range(batch_size) for position in pairs.positions(output, batch_size)[:2]]
     assert sorted(used) == list(range(2 * batch_size))
     by_cutmix = sum(pairs.positions(output, batch_size)[2] for output in range(batch_size))
     assert by_cutmix == (0 if cutmix == 0 else batch_size if mixup == 0 else batch_size // 2)
@@ -107,7 +107,7 @@ def test_batches_depend_on_nothing_but_seed_and_step(after):
 
 def test_a_step_reads_twice_the_batch():
     seen = [i for b in stream(FreshPairs(cutmix=1.0), batch_size=17) for i in b.indices.tolist()]
-    # 17 of the 34 places of each step are first images: over one epoch of places each image comes at most once
+    # 17 of the 34 positions of each step are first images: over one epoch of positions each image comes at most once
     first = stream(FreshPairs(cutmix=1.0), batch_size=17)[0]
     assert sorted(first.indices.tolist()) == list(range(17))
     assert first.epoch == 0

@@ -1,4 +1,4 @@
-"""RandAugment as the reference ran it: every operation pixel by pixel, every draw by law."""
+"""Tests of RandAugment: every operation equals the reference pixel by pixel, and draws have the right distribution."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,7 @@ from normfree.data.transforms import randaugment as ops
 from normfree.data.transforms.train import AfterMixing, train_transform
 
 REFERENCE = dict(np.load(Path(__file__).parents[2] / "reference" / "augment.npz"))
-PICTURE = REFERENCE["image"]
+IMAGE = REFERENCE["image"]
 CASES = [key for key in REFERENCE if key.startswith("op|") and not key.endswith("args")]
 FUNCTIONS = {
     "AutoContrast": ops.autocontrast, "Equalize": ops.equalize, "Invert": ops.invert, "Rotate": ops.rotate,
@@ -24,7 +24,7 @@ WHOLE = ("Posterize", "Solarize", "SolarizeAdd")
 
 
 class Fixed:
-    """A generator that draws what it is told to."""
+    """A generator that returns the given numbers."""
 
     def __init__(self, uniform):
         self.uniform = uniform
@@ -37,11 +37,11 @@ class Fixed:
 def test_every_pixel_of_every_operation(case):
     name, level, *negated = case.split("|")[1:]
     numbers = [int(v) if name in WHOLE else float(v) for v in REFERENCE[f"{case}|args"]]
-    before = PICTURE.copy()
-    assert np.array_equal(FUNCTIONS[name](PICTURE, *numbers), REFERENCE[case])
-    assert np.array_equal(PICTURE, before)
-    # and the magnitude leads to that number: 5, 10 and 15 are M5, M10 and M15
-    drawn = ops.apply(name, PICTURE, magnitude=float(level[1:]), rng=Fixed(0.9 if negated else 0.1))
+    before = IMAGE.copy()
+    assert np.array_equal(FUNCTIONS[name](IMAGE, *numbers), REFERENCE[case])
+    assert np.array_equal(IMAGE, before)
+    # The magnitude gives that number: 5, 10 and 15 are M5, M10 and M15.
+    drawn = ops.apply(name, IMAGE, magnitude=float(level[1:]), rng=Fixed(0.9 if negated else 0.1))
     assert np.array_equal(drawn, REFERENCE[case])
 
 
@@ -50,12 +50,12 @@ def test_no_operation_was_left_out():
     assert len(ops.OPERATIONS) == 16
 
 
-def test_cutout_is_a_grey_square_cut_at_the_border():
-    out = ops.cutout(PICTURE, 5, (3, 20))
-    painted = (out == ops.FILL).all(axis=2) & (PICTURE != ops.FILL).any(axis=2)
+def test_cutout_is_a_gray_square_cut_at_the_border():
+    out = ops.cutout(IMAGE, 5, (3, 20))
+    painted = (out == ops.FILL).all(axis=2) & (IMAGE != ops.FILL).any(axis=2)
     rows, columns = np.nonzero(painted)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 7, 15, 24)
-    assert np.array_equal(out[8:], PICTURE[8:])
+    assert np.array_equal(out[8:], IMAGE[8:])
 
 
 def test_operations_are_drawn_evenly_and_always_applied(monkeypatch):
@@ -63,7 +63,7 @@ def test_operations_are_drawn_evenly_and_always_applied(monkeypatch):
     monkeypatch.setattr(ops, "apply", lambda name, image, **_: seen.update([name]) or image)
     rng = np.random.default_rng(0)
     for _ in range(1000):
-        ops.rand_augment(PICTURE, layers=4, magnitude=5, rng=rng)
+        ops.rand_augment(IMAGE, layers=4, magnitude=5, rng=rng)
     assert sum(seen.values()) == 4000
     expected = 4000 / 16
     chi_squared = sum((n - expected) ** 2 / expected for n in seen.values())
@@ -71,17 +71,17 @@ def test_operations_are_drawn_evenly_and_always_applied(monkeypatch):
     assert chi_squared < 37.7  # 15 degrees of freedom, one in a thousand
 
 
-def test_the_word_is_this_and_the_generator_decides():
-    picture = Image.fromarray(PICTURE)
+def test_the_name_is_this_and_the_generator_decides():
+    image = Image.fromarray(IMAGE)
     transform = train_transform(
         image_size=48, crop_min=1.0, crop_ratio=(1.0, 1.0), flip=0.0, randaugment="2x10"
     )
     torch.manual_seed(3)
-    first = transform(picture)
+    first = transform(image)
     torch.manual_seed(3)
-    assert torch.equal(transform(picture), first)
-    assert not torch.equal(transform(picture), first)
+    assert torch.equal(transform(image), first)
+    assert not torch.equal(transform(image), first)
     after = AfterMixing("2x10")
-    one, two = (after(PICTURE, np.random.default_rng(5)) for _ in range(2))
+    one, two = (after(IMAGE, np.random.default_rng(5)) for _ in range(2))
     assert np.array_equal(one, two)
-    assert one.shape == PICTURE.shape
+    assert one.shape == IMAGE.shape

@@ -1,4 +1,4 @@
-"""The reference code's pixel arithmetic, against numbers read off it (tests/reference/augment.npz)."""
+"""Tests of the pixel arithmetic against outputs of the reference code (tests/reference/augment.npz)."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ REFERENCE = dict(np.load(Path(__file__).parents[2] / "reference" / "augment.npz"
 @pytest.mark.parametrize("size", [48, 64])
 @pytest.mark.parametrize("crop", ["resize_crop_32", "crop_resize"])
 def test_evaluation_without_antialiasing_is_the_references(crop, size):
-    picture = Image.fromarray(REFERENCE["eval|image"])
+    image = Image.fromarray(REFERENCE["eval|image"])
     wanted = torch.from_numpy(REFERENCE[f"eval|{crop}|{size}"]).permute(2, 0, 1)
-    exact = eval_transform(image_size=size, crop=crop, antialias=False)(picture)
+    exact = eval_transform(image_size=size, crop=crop, antialias=False)(image)
     assert exact.dtype == torch.float32
-    # grey levels; TensorFlow takes the filter's weights from a table of 1024 entries
+    # gray levels; TensorFlow takes the filter's weights from a table of 1024 entries
     assert float((exact - wanted).abs().max()) < 0.05
-    ours = eval_transform(image_size=size, crop=crop)(picture)
-    assert float((ours - wanted).abs().max()) > 2  # so the word matters
+    ours = eval_transform(image_size=size, crop=crop)(image)
+    assert float((ours - wanted).abs().max()) > 2  # so the name matters
 
 
 def test_resizing_to_the_same_size_changes_nothing():
@@ -44,7 +44,7 @@ def test_without_antialiasing_only_the_references_two_crops_exist():
         eval_transform(image_size=8, crop="squash", antialias=False)
 
 
-def test_normalize_takes_grey_levels_of_either_type():
+def test_normalize_takes_gray_levels_of_either_type():
     wanted = torch.from_numpy(REFERENCE["norm|out"]).permute(2, 0, 1)
     images = torch.from_numpy(REFERENCE["norm|in"]).permute(2, 0, 1)[None]
     torch.testing.assert_close(normalize(images)[0], wanted, rtol=0, atol=1e-6)

@@ -31,10 +31,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --- one picture
+# --- one image
 
 
-def test_training_pictures_are_uint8_squares_that_follow_torchs_generator() -> None:
+def test_training_images_are_uint8_squares_that_follow_torchs_generator() -> None:
     transform = train_transform(image_size=24, randaugment="tv:2x9")
     torch.manual_seed(3)
     first, second = transform(gradient(60, 40)), transform(gradient(60, 40))
@@ -44,12 +44,12 @@ def test_training_pictures_are_uint8_squares_that_follow_torchs_generator() -> N
     assert torch.equal(transform(gradient(60, 40)), first)
 
 
-def test_the_whole_area_without_a_flip_is_the_picture() -> None:
+def test_the_whole_area_without_a_flip_is_the_image() -> None:
     transform = train_transform(image_size=32, crop_min=1.0, crop_ratio=(1, 1), flip=0.0)
-    picture = gradient(32, 32)
-    assert np.array_equal(transform(picture).permute(1, 2, 0).numpy(), np.asarray(picture))
+    image = gradient(32, 32)
+    assert np.array_equal(transform(image).permute(1, 2, 0).numpy(), np.asarray(image))
     mirror = train_transform(image_size=32, crop_min=1.0, crop_ratio=(1, 1), flip=1.0)
-    assert torch.equal(mirror(picture), transform(picture).flip(2))
+    assert torch.equal(mirror(image), transform(image).flip(2))
 
 
 def test_crops_keep_to_their_share_of_the_area() -> None:
@@ -64,12 +64,12 @@ def test_crops_keep_to_their_share_of_the_area() -> None:
 
 
 def test_randaugment_shows_the_fill_where_it_moves_the_edge() -> None:
-    picture = Image.new("RGB", (32, 32), (255, 255, 255))
+    image = Image.new("RGB", (32, 32), (255, 255, 255))
     transform = train_transform(
         image_size=32, crop_min=1.0, flip=0.0, randaugment="tv:1x30", fill=(7, 90, 200)
     )
     torch.manual_seed(0)
-    corners = {tuple(transform(picture)[:, 0, 0].tolist()) for _ in range(60)}
+    corners = {tuple(transform(image)[:, 0, 0].tolist()) for _ in range(60)}
     assert (7, 90, 200) in corners
 
 
@@ -104,10 +104,10 @@ def test_wrong_options_of_the_transforms() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 9000), (9000, 1), (3, 700)])
-def test_a_long_thin_picture_costs_no_more_than_its_crop(size: tuple[int, int]) -> None:
-    picture = gradient(*size)
+def test_a_long_thin_image_costs_no_more_than_its_crop(size: tuple[int, int]) -> None:
+    image = gradient(*size)
     out = eval_transform(image_size=32, crop="center", crop_pct=0.9)(
-        picture
+        image
     )  # 35 x 315,000 if done in two steps
     assert out.shape == (3, 32, 32)
     assert (
@@ -116,23 +116,23 @@ def test_a_long_thin_picture_costs_no_more_than_its_crop(size: tuple[int, int]) 
 
 
 def test_resize_crop_32_cuts_16_pixels_on_each_side() -> None:
-    # A picture of exactly S + 32 pixels is not resampled: the centre comes back untouched.
-    picture = gradient(96, 96)
-    out = eval_transform(image_size=64)(picture)
-    assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(picture)[16:80, 16:80])
+    # An image of exactly S + 32 pixels is not resampled: the center comes back untouched.
+    image = gradient(96, 96)
+    out = eval_transform(image_size=64)(image)
+    assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(image)[16:80, 16:80])
 
 
 def test_crop_resize_keeps_the_aspect() -> None:
-    # side = 32 / (32 + 32) * min(100, 64) = 32: again no resampling; offsets (100 - 32 + 1) // 2, (64 - 32 + 1) // 2
-    picture = gradient(100, 64)
-    out = eval_transform(image_size=32, crop="crop_resize")(picture)
-    assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(picture)[16:48, 34:66])
+    # side = 32 / (32 + 32) * min(100, 64) = 32: so again nothing is resampled; offsets (100 - 32 + 1) // 2, (64 - 32 + 1) // 2
+    image = gradient(100, 64)
+    out = eval_transform(image_size=32, crop="crop_resize")(image)
+    assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(image)[16:48, 34:66])
 
 
 def test_squash_sees_everything() -> None:
-    picture = gradient(40, 40)
-    out = eval_transform(image_size=40, crop="squash")(picture)
-    assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(picture))
+    image = gradient(40, 40)
+    out = eval_transform(image_size=40, crop="squash")(image)
+    assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(image))
     wide = eval_transform(image_size=16, crop="squash")(gradient(64, 32))
     assert wide.shape == (3, 16, 16)
     assert float(wide[0, :, 0].float().mean()) < 16
@@ -176,7 +176,7 @@ def test_normalize_is_the_formula() -> None:
 
 
 def batch(n: int = 16, size: int = 12) -> tuple[Tensor, Tensor]:
-    # picture i has the value i everywhere and the label i: what is in the mixture can be read off
+    # image i has the value i everywhere and the label i: the content of a mix is visible in its values
     return torch.arange(n).float().view(n, 1, 1, 1).expand(n, 3, size, size).clone(), torch.arange(n)
 
 
@@ -191,12 +191,12 @@ def test_without_mixing_labels_become_one_hot_and_smoothing_is_the_formula() -> 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
 @pytest.mark.parametrize("n", [1, 2, 7, 16])
-def test_targets_say_exactly_what_is_in_the_picture(options: dict[str, float], n: int) -> None:
+def test_targets_say_exactly_what_is_in_the_image(options: dict[str, float], n: int) -> None:
     images, labels = batch(n)
     for seed in range(5):
         mixed, targets = mix(images, labels, num_classes=n, generator=generator(seed), **options)
         torch.testing.assert_close(targets.sum(1), torch.ones(n))
-        # the mean of picture i is sum_k targets[i, k] * k, since picture k has the value k
+        # the mean of image i is sum_k targets[i, k] * k, since image k has the value k
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ labels.float(), rtol=1e-5, atol=1e-5)
         assert int((targets > 0).sum(1).max()) <= 2
 
@@ -205,7 +205,7 @@ def test_mixup_is_one_blend_per_example_and_cutmix_a_box() -> None:
     images, labels = batch(64)
     mixed, targets = mix(images, labels, num_classes=64, generator=generator(), mixup=1.0, cutmix=1.0)
     for i in range(32):
-        assert mixed[i].unique().numel() == 1  # a blend of two flat pictures is flat
+        assert mixed[i].unique().numel() == 1  # a blend of two flat images is flat
     weights = targets[torch.arange(32), labels[:32]]
     assert weights.unique().numel() == 32  # one lambda per example, not per batch
     for i in range(32, 64):
@@ -216,7 +216,7 @@ def test_mixup_is_one_blend_per_example_and_cutmix_a_box() -> None:
         assert float(targets[i, i]) == pytest.approx(float(own.float().mean()))
 
 
-def test_nobody_is_mixed_with_himself() -> None:
+def test_no_example_is_mixed_with_itself() -> None:
     images, labels = batch(8)
     for seed in range(100):
         _, targets = mix(images, labels, num_classes=8, generator=generator(seed), mixup=1.0)
@@ -238,7 +238,7 @@ def test_mixup_weights_follow_the_beta_distribution() -> None:
 
 def test_cutmix_boxes_have_the_expected_area() -> None:
     # u uniform, side sqrt(1 - u) =: s, so p(s) = 2 s; the expected share of an axis, clipped at the border about a
-    # uniform centre, is s - s^2 / 4, so the own share is int_0^1 2 s (s - s^2/4)^2 ds = 1/2 - 1/5 + 1/48 = 0.3208
+    # uniform center, is s - s^2 / 4, so the own share is int_0^1 2 s (s - s^2/4)^2 ds = 1/2 - 1/5 + 1/48 = 0.3208
     images, labels = torch.zeros(4000, 1, 64, 64), torch.zeros(4000, dtype=torch.int64)
     labels[::2] = 1
     images[::2] = 1
