@@ -20,7 +20,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shard(path: Path, first: int) -> Path:
-    """Write a tar of images `first` ... `first` + 5, each of a different gray value; the class is the number modulo 2."""
+    """Write a tar of images `first` ... `first` + 5, each of a different gray; the class is the number modulo 2."""
     with tarfile.open(path, "w") as file:
         for i in range(first, first + 6):
             buffer = io.BytesIO()

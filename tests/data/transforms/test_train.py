@@ -123,7 +123,7 @@ def test_resize_crop_32_cuts_16_pixels_on_each_side() -> None:
 
 
 def test_crop_resize_keeps_the_aspect() -> None:
-    # side = 32 / (32 + 32) * min(100, 64) = 32: so again nothing is resampled; offsets (100 - 32 + 1) // 2, (64 - 32 + 1) // 2
+    # side = 32 / (32 + 32) * min(100, 64) = 32: nothing is resampled; offsets (100 - 32 + 1) // 2, (64 - 32 + 1) // 2
     image = gradient(100, 64)
     out = eval_transform(image_size=32, crop="crop_resize")(image)
     assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(image)[16:48, 34:66])
