@@ -21,7 +21,7 @@ OFF = {"drop_rate": 0.0, "stochdepth_rate": 0.0, "skip_gain": 1.0}
 FAMILIES = {
     "nfnet_f0": ({"widths": (32, 64, 96, 96), "depths": (1, 2, 3, 2), "group_width": 8, **OFF}, 0.999),
     "nf_regnet_b0": ({"widths": (24, 48, 96, 176), "depths": (1, 2, 3, 2), **OFF}, 0.999),
-    "nf_resnet_micro": (OFF, 0.999),
+    "nf_resnet_micro": ({"widths": (16, 32, 64), **OFF}, 0.999),
     "nf_resnet50": ({"widths": (32, 64, 128, 256), "depths": (2, 2, 2, 2), **OFF}, 0.99),
 }
 
