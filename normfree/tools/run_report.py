@@ -1,7 +1,7 @@
-"""report.html: one page about one run, or several side by side, with the same figures as PNG in a folder beside it.
+"""report.html: a page about one run or several runs side by side, and its figures as PNG in a folder next to it.
 
-What the run wrote is read (config.toml, metrics.jsonl, results.json); what it did not write is computed from its model
-folder and its data: the worst mistakes, signal propagation, gradients against weights.
+Scores and curves are read from the run folder (config.toml, metrics.jsonl, results.json). The worst mistakes, signal
+propagation and gradient norms are computed from the saved model and the data.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from normfree.diagnose import html_page, network_figures, run_figures
 from normfree.diagnose.gradients import gradient_report
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.propagation import signal_propagation
+from normfree.files import atomic_write_text
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-MISTAKES = 12  # pictures shown of a run
-IMAGES = 16  # of the validation source, for signals and gradients
-THUMBNAIL = 160  # px; a larger picture is shown this long
+# Images with the worst mistakes that are shown for each run.
+MISTAKES = 12
+# Validation images that are used for signal propagation and gradients.
+IMAGES = 16
+# Longest side of shown images in px; larger ones are scaled down.
+THUMBNAIL = 160
 
 
 @dataclass(frozen=True)
 class Course:
-    """What a run folder holds of one run, as far as it got: `results` is empty before its end."""
+    """Contents of a run folder, finished or not; `results` is empty until the run ends."""
 
     name: str
     folder: Path
@@ -52,7 +56,11 @@ class Course:
 
 
 def read_course(folder: Path) -> Course:
-    """Raises ValueError when `folder` is no run folder or has no metrics yet."""
+    """Read a run folder.
+
+    Raises:
+        ValueError: `folder` is not a run folder or has no metrics yet.
+    """
     if not (folder / "config.toml").is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.toml. Folders of runs: runs/*.")
     metrics, results = folder / "metrics.jsonl", folder / "results.json"
@@ -64,10 +72,14 @@ def read_course(folder: Path) -> Course:
 
 
 def write_report(folders: Sequence[Path], path: Path, *, device: str = "auto") -> Path:
-    """Writes the page to `path` and its figures to the folder of the same name without suffix. Returns `path`.
+    """Write the page to `path` and its figures to the folder of the same name without suffix; return `path`.
 
-    folders: run folders, finished or not, at most as many as there are colours. The first one's data must still be
-    there for mistakes and signals; a run whose data are gone is reported without them, and the page says so.
+    Mistakes and signals are shown only for runs whose data can still be read; the page notes where they are missing.
+
+    Args:
+        folders: Run folders, finished or not; at most one for each of the colors of the figures.
+        path: Path of the HTML file.
+        device: Device for the computations; "auto" is the first GPU, else the CPU.
 
     Raises:
         ValueError: a folder is no run folder or has no metrics, or there are none or too many.
@@ -85,20 +97,17 @@ def write_report(folders: Sequence[Path], path: Path, *, device: str = "auto") -
     facts = "; ".join(f"{c.config.model} on {c.config.data}" for c in courses)
     drawn.folder.mkdir(parents=True, exist_ok=True)
     drawn.save()
-    work = path.with_name(f".{path.name}.tmp")
-    work.write_text(html_page.page(title, facts, sections), encoding="utf-8")
-    work.replace(path)
-    return path
+    return atomic_write_text(path, html_page.page(title, facts, sections))
 
 
 class _Drawn:
-    """The figures of the page, each kept to be saved as PNG too."""
+    """The figures of the page, which are also saved as PNG."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._figures = folder, dict[str, "Figure"]()
 
     def block(self, drawn: Iterator[tuple[Figure, str]] | Sequence[tuple[Figure, str]]) -> str:
-        """HTML of figures, side by side."""
+        """Return the HTML of figures side by side."""
         pairs = list(drawn)
         for figure, label in pairs:
             self._figures[re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")] = figure
@@ -109,26 +118,26 @@ class _Drawn:
             figure.savefig(self.folder / f"{name}.png", dpi=130, facecolor="white")
 
 
-# --- what the run wrote ------------------------------------------------------------------------------
+# --- read from the run folder ------------------------------------------------------------------------------
 
 
 def _scores(courses: Sequence[Course]) -> html_page.PageSection:
     lines: dict[str, list[str]] = {}
-    for place, course in enumerate(courses):
+    for column, course in enumerate(courses):
         for label, value in _facts(course):
-            lines.setdefault(label, [""] * len(courses))[place] = value
+            lines.setdefault(label, [""] * len(courses))[column] = value
     rows = [(label, *values) for label, values in lines.items()]
     return html_page.PageSection("Scores", html_page.table(["", *(c.name for c in courses)], rows))
 
 
 def _facts(course: Course) -> Iterator[tuple[str, str]]:
     results, rows = course.results, course.rows
-    for key, words in (("average", "averaged weights"), ("weights", "last weights")):
+    for key, which in (("average", "averaged weights"), ("weights", "last weights")):
         if key in results:
             scores = results[key]
-            yield f"top-1, {words}", f"{scores['top1']:.2f} %"
-            yield f"top-5, {words}", f"{scores['top5']:.2f} %"
-            yield f"loss, {words}", f"{scores['loss']:.4f}"
+            yield f"top-1, {which}", f"{scores['top1']:.2f} %"
+            yield f"top-5, {which}", f"{scores['top5']:.2f} %"
+            yield f"loss, {which}", f"{scores['loss']:.4f}"
     if results:
         yield "validation images", f"{results['average']['images']:,}"
     else:
@@ -205,13 +214,13 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# --- what is computed ---------------------------------------------------------------------------------
+# --- computed ---------------------------------------------------------------------------------
 
 
 def _inside(
     course: Course, drawn: _Drawn, device: torch.device, *, several: bool
 ) -> Iterator[html_page.PageSection]:
-    """Mistakes, signals and gradients of a finished run whose data are still there."""
+    """Yield mistakes, signal propagation and gradients of a finished run if its data can be read."""
     if not (course.folder / "model" / "config.json").is_file():
         return
     whose = f" of {course.name}" if several else ""
@@ -222,7 +231,7 @@ def _inside(
         source = open_data(course.config, RunLog(Console(quiet=True)), check=False).val
     except (ValueError, ModuleNotFoundError) as error:
         yield html_page.PageSection(
-            f"Mistakes and signals{whose}", "", f"Not shown, for the data cannot be read: {error}"
+            f"Mistakes and signals{whose}", "", f"Not shown because the data cannot be read: {error}"
         )
         return
     yield _mistakes(model, source, device, whose)

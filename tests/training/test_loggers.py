@@ -264,8 +264,7 @@ def test_the_names_in_log_to():
     with pytest.raises(ConfigError) as error:
         with_overrides(Config(), ["--log.to", "tensorboard,wanda"])
     assert str(error.value) == (
-        "log.to='tensorboard,wanda': expected tensorboard, wandb, or both with a comma between them. Nearest to "
-        "'wanda': wandb."
+        "log.to='tensorboard,wanda'. Allowed: tensorboard, wandb, or both separated by a comma. Did you mean 'wandb'?"
     )
 
 
