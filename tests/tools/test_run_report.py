@@ -63,7 +63,7 @@ def test_an_unfinished_run_and_one_whose_data_are_gone(runs, tmp_path):
     config = tmp_path / "moved" / "config.toml"
     config.write_text(config.read_text().replace("synthetic:classes=3,size=16,train=24,val=12", "gone"))
     page = write_report([tmp_path / "moved"], tmp_path / "page.html").read_text()
-    assert "Not shown, for the data cannot be read: " in page
+    assert "Not shown because the data cannot be read: " in page
 
 
 def test_what_is_no_run_is_refused(runs, capsys, tmp_path):
