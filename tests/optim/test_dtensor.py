@@ -84,7 +84,7 @@ def test_all_processes_name_a_gradient_that_is_not_finite_in_one(found, size):
             assert (message, untouched, units) == plain[target]
             assert untouched
             assert message.startswith(
-                f"1 of {len(found['plain']['norms'])} gradients are not finite: {target!r}."
+                f"1 of {len(found['plain']['norms'])} gradients are not finite: {target!r}; none was changed."
             )
 
 
