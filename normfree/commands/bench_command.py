@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 
@@ -13,7 +14,7 @@ from tyro.conf import Positional
 class BenchArguments:
     """Measure images per second of networks on this machine, in training and prediction, against a lower bound."""
 
-    names: Positional[tuple[str, ...]]
+    names: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME...")]
     """Model names."""
     batch_size: int = 8
     """Images per step."""

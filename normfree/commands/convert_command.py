@@ -24,10 +24,10 @@ class ConvertArguments:
     """Convert weights of DeepMind, timm and others to a model folder, or a network to DeepMind's file format; or remove
     batch norm from a network of timm or torchvision."""
 
-    source: Positional[str]
+    source: Annotated[Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """What to convert: an .npz file released by DeepMind, a .safetensors or .pth file, a run or model folder of
     normfree or timm, hf-hub:OWNER/NAME; or timm:NAME or torchvision:NAME, whose batch norm is removed."""
-    target: Positional[str]
+    target: Annotated[Positional[str], tyro.conf.arg(metavar="TARGET")]
     """A new folder; or a new file that ends in .npz, for DeepMind's format, or in .safetensors for timm:NAME and
     torchvision:NAME."""
     model: str = ""

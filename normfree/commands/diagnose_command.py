@@ -8,8 +8,9 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
@@ -29,9 +30,9 @@ class DiagnoseArguments:
     """Measure signal propagation, gradients relative to weights, and dependence on the batch; print tables and draw
     plots (PNG). For a run, also write an HTML page."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A model name, a run or model folder, or timm:NAME or torchvision:NAME (random weights)."""
-    data: Positional[str] = ""
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="[DATA]")] = ""
     """A folder with one subfolder per class, or the name of a data set; default: the data of the run, else Gaussian
     noise. If it is a second run folder, only one HTML page that compares both runs is written."""
     batch_size: int = 16

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import check_classes
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 class EvalArguments:
     """Measure top-1 and top-5 accuracy of a trained network on labeled images, preprocessed as its config states."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder."""
-    data: Positional[str]
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")]
     """A folder with one subfolder per class, or the name of a data set; its validation part is used if it has one."""
     batch_size: int = 128
     """Images per forward pass."""

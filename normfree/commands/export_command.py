@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
@@ -32,7 +33,7 @@ class ExportArguments:
     """Write one file for other runtimes, with preprocessing and class names inside, after comparing it with the network
     on real images."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder, or hf-hub:OWNER/NAME."""
     format: Literal["onnx", "pt2"] = "onnx"
     """onnx: for onnxruntime and others; pt2: for torch.export."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 class ListArguments:
     """List the networks with their size and cost, or the training recipes."""
 
-    what: Positional[str] = "models"
+    what: Annotated[Positional[str], tyro.conf.arg(metavar="[WHAT]")] = "models"
     """models, recipes, or a pattern of model names such as 'nf_*'."""
-    pattern: Positional[str] = "*"
+    pattern: Annotated[Positional[str], tyro.conf.arg(metavar="[PATTERN]")] = "*"
     """A shell pattern of model names."""
 
 

@@ -7,8 +7,9 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class PredictArguments:
     """Predict the classes of image files, or of all images in folders and their subfolders."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder."""
-    paths: Positional[tuple[str, ...]]
+    paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH...")]
     """Image files and folders."""
     top: int = 5
     """Number of classes to print for each image."""

@@ -7,7 +7,9 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.conf import Positional
 
 
@@ -15,7 +17,7 @@ from tyro.conf import Positional
 class ServeArguments:
     """Serve a web page that classifies dropped images, and a JSON endpoint with the same predictions."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder, or an .onnx file that `normfree export` wrote."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 listens on all. There is no authentication."""

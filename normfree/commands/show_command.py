@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
@@ -15,7 +17,7 @@ from normfree.commands.usage import UsageError
 class ShowArguments:
     """Show everything about a network, a recipe or a run."""
 
-    name: Positional[str]
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
     """A model name, a recipe name, or a run folder."""
 
 

@@ -333,7 +333,7 @@ def test_the_command(emoji: list[Image], tmp_path: Path, capsys: pytest.CaptureF
         f"{folder / 'model.onnx'}: {size / 1e6:.2f} MB, ONNX opset 20, folded, {nodes} nodes\n"
     )
     assert "  0 batch norms, 0 nodes that compute on weights alone\n" in printed.out
-    assert "against the network on 3 pictures: largest relative error " in printed.out
+    assert "against the network on 3 images: largest relative error " in printed.out
     assert "first class the same on 100 %" in printed.out
     args = [
         "export",
@@ -355,9 +355,11 @@ def test_the_command(emoji: list[Image], tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--int8", "--format", "pt2"], "--int8 quantizes the folded ONNX file; drop --unfolded and --format pt2."),
-        (["--int8", "--unfolded"], "--int8 quantizes the folded ONNX file; drop --unfolded and --format pt2."),
-        ([], "is no run, so it names no data, and the file must be compared on real pictures. Add --images FOLDER; a "),
+        (["--int8", "--format", "pt2"], "--int8 is given with --unfolded or --format pt2. Allowed: --int8 with "
+         "a folded ONNX file."),
+        (["--int8", "--unfolded"], "--int8 is given with --unfolded or --format pt2. Allowed: --int8 with "
+         "a folded ONNX file."),
+        ([], "names no data, because it is not a run, and the exported file is compared on real images. Fix: add "),
         (["--images", "nowhere.png"], "'nowhere.png' does not exist."),
     ],
 )  # fmt: skip
@@ -378,10 +380,10 @@ def test_the_command_reads_the_data_of_a_run(tmp_path: Path, capsys: pytest.Capt
     save_pretrained(network("nano"), run / "model")
     (run / "config.toml").write_text('data = "synthetic:classes=7,size=32,train=14,val=9"\n')
     assert main(["export", str(run)]) == 0
-    assert "against the network on 9 validation pictures" in capsys.readouterr().out
+    assert "against the network on 9 validation images" in capsys.readouterr().out
     assert (run / "model.onnx").is_file()
     (run / "config.toml").write_text('data = "moved"\n')
     assert main(["export", str(run)]) == 2
     assert "the run's data cannot be read: 'moved' is neither a folder" in capsys.readouterr().err
     assert main(["export", str(run / "model.onnx")]) == 2
-    assert "model.onnx' is a file. Give the run or model folder that it came from." in capsys.readouterr().err
+    assert "model.onnx' is a file. Allowed: a run or model folder." in capsys.readouterr().err

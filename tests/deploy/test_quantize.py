@@ -232,9 +232,9 @@ def test_the_command_prints_the_accuracy_of_both_files(
     after = 100 * float(
         (open_onnx(folder / "run" / "model.int8.onnx")[0](val).argmax(1) == truth).float().mean()
     )
-    wanted = f"top-1 on 96 labelled pictures: float {before:.2f} %, int8 {after:.2f} %, {after - before:+.2f} points\n"
+    wanted = f"top-1 on 96 labeled images: float {before:.2f} %, int8 {after:.2f} %, {after - before:+.2f} points\n"
     assert wanted in printed.out
-    assert "against the float file on the 256 training pictures that set its ranges: " in printed.out
+    assert "against the float file on the 256 training images that set its ranges: " in printed.out
     assert printed.out.count("images/s at batch ") == 2
 
 
@@ -250,11 +250,11 @@ def test_the_command_reports_missing_labels(
     args += ["--images", str(tmp_path)]
     assert main(args) == 0
     assert (
-        "  accuracy not measured: no labels; give --images a folder of class folders"
+        "  accuracy not measured, because the images have no labels. Fix: --images FOLDER"
         in capsys.readouterr().out
     )
     for i in range(8):
         (tmp_path / "labelled" / source.classes[source.label(i)]).mkdir(parents=True, exist_ok=True)
         source.image(i).save(tmp_path / "labelled" / source.classes[source.label(i)] / f"{i}.png")
     assert main([*args[:-1], str(tmp_path / "labelled")]) == 0
-    assert "  top-1 on 8 labelled pictures: float " in capsys.readouterr().out
+    assert "  top-1 on 8 labeled images: float " in capsys.readouterr().out

@@ -190,7 +190,7 @@ def test_a_run_folder_is_not_written_to(tmp_path, capsys):
     (tmp_path / "config.toml").write_text('data = "emoji"\n')
     assert main(["train", *FLAGS, "--find-lr", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"normfree: {tmp_path} holds a run, and --find-lr is none. Choose another --out.\n"
+        f"normfree: {tmp_path} contains a run, and --find-lr does not train. Fix: choose another --out.\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
 

@@ -70,10 +70,11 @@ def test_what_is_no_run_is_refused(runs, capsys, tmp_path):
     words = ["diagnose", "nf_resnet_nano", str(runs / "slow")]
     assert main(words) == 2
     assert (
-        f"{runs / 'slow'} is a run, and nf_resnet_nano is none to put beside it." in capsys.readouterr().err
+        f"{runs / 'slow'} is a run, but nf_resnet_nano is not. Allowed: two run folders"
+        in capsys.readouterr().err
     )
     assert main(["diagnose", "nf_resnet_nano", "--report", "x.html"]) == 2
-    assert "--report x.html: only runs have a page, and nf_resnet_nano is none." in capsys.readouterr().err
+    assert "--report is given, but nf_resnet_nano is not a run. Allowed: " in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"is no run folder: it has no config\.toml"):
         write_report([tmp_path], tmp_path / "x.html")
     with pytest.raises(ValueError, match=r"5 runs: expected 1 to 4 in one report\."):

@@ -228,7 +228,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_all_processes(tmp_path):
     saved, passed_over = checkpoint.newest(out / "checkpoints")
     assert passed_over == []
     assert text.endswith(
-        f"stopped after step {saved.step}, everything is saved. Continue: normfree train {out}\n"
+        f"stopped after step {saved.step}; everything is saved. Resume: normfree train {out}\n"
     )
     assert not any(Path("/proc", worker).exists() for worker in workers)
 

@@ -278,7 +278,7 @@ def test_sigterm_to_one_or_all_saves_once(torchrun, plans, tmp_path, target):
     saved, passed_over = checkpoint.newest(out / "checkpoints")
     assert passed_over == []
     assert (
-        text.count(f"stopped after step {saved.step}, everything is saved. Continue: normfree train {out}\n")
+        text.count(f"stopped after step {saved.step}; everything is saved. Resume: normfree train {out}\n")
         == 1
     )
     assert "Terminated" not in text  # no worker was killed by the signal
