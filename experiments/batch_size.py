@@ -1,14 +1,15 @@
 """Accuracy against batch size for batch norm, no norm, and no norm with AGC: figure 2a of [B] at the size of CIFAR-10.
 
-    python -m experiments.batch_size [--preset cpu|gpu] [--data WORD] [--jobs 1]
-    python -m experiments.batch_size --probe        # the runs that chose the rate and λ
+    python -m experiments.batch_size [--preset cpu|gpu] [--data DATA] [--jobs 1]
+    python -m experiments.batch_size --probe        # the runs that determined the rate and λ
 
-[B] is arXiv 2102.06171. Three arms share one row, one base learning rate (times batch / 256) and one number of epochs:
-`bn`, the batch-norm twin; `nf`, the normalizer-free network without clipping; `nf_agc`, the same with AGC. A cell is
-one arm at one batch size from one seed: a run folder of its own below runs/batch_size/. Say the command again after an
-interruption: finished cells are kept, the broken one continues where it was saved. Writes
-experiments/results/batch_size.md, .json and .png. `--data` is any data word of normfree; the default, cifar10, must lie
-in data/ (`normfree train cifar --data cifar10:download=yes` fetches it). A part of it is packed once into one file.
+[B] is arXiv 2102.06171. Three arms share a variant, a base learning rate (times batch / 256) and a number of epochs:
+`bn` is the batch-norm twin, `nf` the normalizer-free network without clipping, and `nf_agc` the same with AGC. A cell
+is one arm at one batch size with one seed; it has its own run folder in runs/batch_size/. After an interruption, run
+the same command again: finished cells are kept, and the interrupted cell continues from its checkpoint. Writes
+experiments/results/batch_size.md, .json and .png. `--data` takes any value of normfree's `--data`. The default,
+cifar10, must be in data/ (`normfree train cifar --data cifar10:download=yes` downloads it). The images used are packed
+once.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.batch_size_report import ARMS, write
 from normfree import VARIANTS
 from normfree.data.seeds import permutation
+from normfree.suggest import problem
 from normfree.training.allocator import keep_freed_memory
 from normfree.training.config import (
     AugmentConfig,
@@ -49,17 +51,20 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs/batch_size")
 RESULTS = Path(__file__).parent / "results"
-PROBE_SEED = 100  # in no table
+PROBE_SEED = 100  # not used in the table
 
-# Rows of this experiment alone: six bottleneck blocks on 16, 8 and 4 px, so that two cores train them 45 times.
+# Variants of this experiment only: six bottleneck blocks at 16, 8 and 4 px; two cores can train them 45 times.
 _THIN = replace(VARIANTS["nf_resnet_nano"], stem="conv3_stride2", depths=(2, 2, 2), widths=(32, 64, 128))
 EXTRA_VARIANTS = {"nf_resnet_thin": _THIN, "resnet_thin": replace(_THIN, norm="batch")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One size of the experiment. `lr` is the peak rate at a batch of 256; `clippings` are AGC's λ, one for each batch
-    size, as [B] took the best for each. `probes` are the λ that were tried, by batch size."""
+    """One size of the experiment.
+
+    `lr` is the peak rate at a batch of 256. `clippings` are AGC's λ, one for each batch size, since [B] used the best
+    for each. `probes` are the λ that were tried, by batch size.
+    """
 
     data: str = "cifar10"
     model: str
@@ -84,13 +89,14 @@ PRESETS = {
         probe_lrs=(0.2, 0.4, 0.8),
         probes={32: (0.08, 0.16), 64: (0.08, 0.16), 128: (0.04, 0.08, 0.16), 256: (0.04, 0.08, 0.16),
                 512: (0.005, 0.01, 0.02, 0.04, 0.08)},
-        note="The machine did other work too. The plan began with λ = 0.02 at every batch size; after its seed 0 "
-             "(below) each batch size got a λ of its own, and the largest kept 0.02.",
+        note="The machine was shared with other work. The first plan used λ = 0.02 at every batch size. After its "
+             "seed 0 (below), each batch size got its own λ; the largest kept 0.02.",
     ),
     "gpu": Preset(
         model="nf_resnet_mini", train_images=50_000, val_images=10_000, length="60ep", warmup="5ep",
         batches=(128, 256, 512, 1024, 2048, 4096), seeds=5, lr=0.1, workers=8,
-        clippings=(0.16, 0.16, 0.08, 0.04, 0.02, 0.01),  # [B] at 4096; below that a guess, doubled as the batch halves
+        # 0.01 at 4096 is from [B]; the others are a guess, doubled when the batch size is halved.
+        clippings=(0.16, 0.16, 0.08, 0.04, 0.02, 0.01),
         probe_lrs=(0.1, 0.2, 0.4), probes=dict.fromkeys((128, 512, 1024, 2048, 4096), (0.01, 0.02, 0.04, 0.08, 0.16)),
     ),
     "tiny": Preset(
@@ -102,7 +108,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: `lr` is the rate at a batch of 256, `clipping` AGC's λ (0 in the other arms)."""
+    """One run: `lr` is the peak rate at a batch of 256, `clipping` is AGC's λ (0 in the other arms)."""
 
     arm: str
     batch: int
@@ -117,14 +123,14 @@ class Cell:
 
 
 def cell(preset: Preset, arm: str, *, batch: int, seed: int, lr: float = 0.0, clipping: float = 0.0) -> Cell:
-    """A cell with the preset's rate and λ unless others are given."""
+    """Return a cell with the preset's rate and λ unless others are given."""
     own = dict(zip(preset.batches, preset.clippings, strict=True))[batch]
     clipping = (clipping or own) if arm == "nf_agc" else 0.0
     return Cell(arm, batch, seed, lr or preset.lr, clipping)
 
 
 def cells(preset: Preset) -> list[Cell]:
-    """All cells of the table, seed after seed, so that an interrupted experiment holds whole tables."""
+    """Return all cells of the table, ordered by seed, so that an interrupted experiment has complete tables."""
     return [
         cell(preset, arm, batch=batch, seed=seed)
         for seed in range(preset.seeds)
@@ -134,7 +140,7 @@ def cells(preset: Preset) -> list[Cell]:
 
 
 def config_of(preset: Preset, cell: Cell, data: str) -> Config:
-    """The config of a cell: [B] section 4.1 and appendix D, but short, small and with open branches."""
+    """Return the config of a cell: [B] section 4.1 and appendix D, but shorter, smaller and with skip gains of 1."""
     samples, batch = preset.train_images, cell.batch
     steps = steps_of(preset.length, samples=samples, batch_size=batch)
     return Config(
@@ -148,23 +154,19 @@ def config_of(preset: Preset, cell: Cell, data: str) -> Config:
         optim=OptimConfig(
             lr=cell.lr * batch / 256, weight_decay=1e-4, warmup=preset.warmup,
             clip="agc" if cell.arm == "nf_agc" else "off", clipping=cell.clipping or 0.01,
-            ema_decay=0.0,  # no average: it equals the weights
+            ema_decay=0.0,  # the average equals the weights
         ),
         log=LogConfig(every=max(1, steps // 100), evaluate_every=preset.length, checkpoint_every="2ep"),
     )  # fmt: skip
 
 
-# --- data ---------------------------------------------------------------------------------------------
-
-
-class Part:
-    """`count` samples of a source, as many of each class as possible, chosen by a fixed order."""
+class BalancedSubset:
+    """`count` samples of a source, balanced over classes as far as possible, chosen by a fixed permutation."""
 
     def __init__(self, source: Source, count: int) -> None:
         if count > len(source):
-            raise ValueError(
-                f"{count} images are wanted and the data has {len(source)}. Allowed: up to that. Fix: another --data"
-            )
+            given = f"{count} images are requested and the data has {len(source)}"
+            raise ValueError(problem(given, allowed=f"at most {len(source)}", fix="pass another --data"))
         self._source, self.classes = source, source.classes
         members: dict[int, list[int]] = {}
         for index in permutation(len(source), 0, "batch_size"):
@@ -186,34 +188,33 @@ class Part:
 
 
 def packed(preset: Preset, data: str, folder: Path) -> str:
-    """The preset's part of `data` as a data word: two packed files in `folder`, written if they are not there."""
+    """Pack the preset's part of `data` into two files in `folder`, unless they exist; return their `--data` value."""
     from normfree.data.sources.open import open_source
     from normfree.data.sources.packed import pack
 
     files = {part: folder / f"{part}.packed" for part in ("train", "val")}
-    told = folder / "data.txt"  # whence the files came
-    if not told.exists():
+    source_file = folder / "data.txt"  # the data that the files were made from
+    if not source_file.exists():
         split = open_source(data)
         counts = {"train": preset.train_images, "val": preset.val_images}
         for part, path in files.items():
-            pack(Part(getattr(split, part), counts[part]), path, size=32)
-        told.write_text(data + "\n", encoding="utf-8")
-    if told.read_text(encoding="utf-8").strip() != data:
-        raise ValueError(
-            f"{folder} holds cells on {told.read_text(encoding='utf-8').strip()}, not on {data}. Allowed: one data "
-            f"set for each preset. Fix: move {folder} away"
-        )
+            pack(BalancedSubset(getattr(split, part), counts[part]), path, size=32)
+        source_file.write_text(data + "\n", encoding="utf-8")
+    packed_data = source_file.read_text(encoding="utf-8").strip()
+    if packed_data != data:
+        given = f"{folder} has cells trained on {packed_data}, not on {data}"
+        raise ValueError(problem(given, allowed="one data set for each preset", fix=f"move {folder} away"))
     return f"packed:{files['train']},val={files['val']}"
 
 
-# --- cells --------------------------------------------------------------------------------------------
-
-
 def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
-    """Trains a cell in `folder`/NAME to its end, or to a signal, and writes cell.json there. Returns an exit code.
+    """Train a cell in `folder`/NAME until it ends or receives a signal, and write cell.json there.
 
-    A run whose gradients or answers are no longer finite has diverged: that is a result, with the accuracy of
-    guessing, and is not repeated.
+    A run whose gradients or outputs are no longer finite has diverged. This is a result, with the accuracy of guessing,
+    and the cell is not repeated.
+
+    Returns:
+        The exit code.
     """
     import torch
     from rich.console import Console
@@ -244,13 +245,13 @@ def run_cell(preset: Preset, cell: Cell, *, data: str, folder: Path) -> int:
 
 
 def read_cell(out: Path) -> dict[str, Any]:
-    """What cell.json of a cell says; empty when there is none."""
+    """Return the content of a cell's cell.json; empty if there is none."""
     path = out / "cell.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def read_rows(folder: Path, wanted: Iterable[Cell]) -> list[dict[str, Any]]:
-    """One row for every finished or diverged cell: the cell, its outcome, steps and the mean clipped fraction."""
+    """Return a row for every finished or diverged cell: the cell, its outcome, steps and mean clipped fraction."""
     from normfree.diagnose.metrics_file import read_metrics
 
     rows = []
@@ -270,25 +271,25 @@ def read_rows(folder: Path, wanted: Iterable[Cell]) -> list[dict[str, Any]]:
 
 
 def run_cells(wanted: Sequence[Cell], *, preset: str, data: str, runs: Path, jobs: int) -> None:
-    """Runs the cells that are not finished, `jobs` at a time, each in a process of its own with one thread.
+    """Run the unfinished cells, `jobs` at a time, each in its own process with one thread.
 
     Raises:
-        KeyboardInterrupt: a signal came; the cells at work have been saved.
+        KeyboardInterrupt: a signal was received; the running cells have been saved.
         ValueError: a cell failed for another reason than divergence.
     """
     folder, running = runs / preset, set[subprocess.Popen[bytes]]()
     left = [c for c in wanted if read_cell(folder / c.name).get("status") not in ("done", "diverged")]
     print(
-        f"{len(wanted) - len(left)} of {len(wanted)} cells are there, {len(left)} to run in {folder}/",
+        f"{len(wanted) - len(left)} of {len(wanted)} cells are finished, {len(left)} to run in {folder}/",
         flush=True,
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def work(cell: Cell) -> None:
-        words = ["--preset", preset, "--data", data, "--runs", str(runs), "--cell", json.dumps(asdict(cell))]
-        # in a session of its own: a Ctrl-C reaches this process alone, which then asks every cell once to save itself
+        args = ["--preset", preset, "--data", data, "--runs", str(runs), "--cell", json.dumps(asdict(cell))]
+        # A new session, so that Ctrl-C reaches only this process, which then signals each cell once to save its state.
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.batch_size", *words], env=environment, start_new_session=True
+            [sys.executable, "-m", "experiments.batch_size", *args], env=environment, start_new_session=True
         )
         running.add(process)
         code = process.wait()
@@ -317,12 +318,11 @@ def run_cells(wanted: Sequence[Cell], *, preset: str, data: str, runs: Path, job
             raise
 
 
-# --- the command ---
-
-
 def probe_cells(preset: Preset) -> list[Cell]:
-    """The runs behind the preset's rate (both networks at the middle batch) and λ; and, from seed 0, what the λ of the
-    largest batch does at the smaller ones."""
+    """Return the runs that determine the preset's rate (both networks at the middle batch size) and λ.
+
+    They include, with seed 0, the λ of the largest batch size at the smaller ones.
+    """
     middle = preset.batches[len(preset.batches) // 2]
     rates = [
         cell(preset, arm, batch=middle, seed=PROBE_SEED, lr=lr)
@@ -344,7 +344,7 @@ def probe_cells(preset: Preset) -> list[Cell]:
 
 
 def machine() -> str:
-    """Cores and name of the CPU, or of the GPU."""
+    """Return the number of cores and the name of the CPU, or the name of the GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -356,22 +356,22 @@ def machine() -> str:
 
 
 def found(name: str, *, runs: Path, data: str) -> dict[str, Any]:
-    """All that is known of a preset's cells: what batch_size.json holds and the page is made of."""
+    """Return everything known about a preset's cells: the content of batch_size.json, from which the page is made."""
     import torch
 
     from normfree.data.sources.packed import PackedSource
 
-    preset, row = PRESETS[name], VARIANTS[PRESETS[name].model]
-    word = "FOLDER" if Path(data).exists() else data  # a path means nothing elsewhere
+    preset, variant = PRESETS[name], VARIANTS[PRESETS[name].model]
+    shown = "FOLDER" if Path(data).exists() else data  # a local path is meaningless on other machines
     files = Path(PackedSource(runs / name / "train.packed", check=False).name(0)).suffix
     command = "python -m experiments.batch_size" + (f" --preset {name}" if name != "cpu" else "")
     others = [other for other in ("cpu", "gpu") if other != name and not (runs / other).exists()]
     return {
-        "name": name, "command": command + (f" --data {word}" if data != preset.data else ""),
-        "data": f"{files} files of {word}" if files else word, "machine": machine(), "torch": str(torch.__version__),
+        "name": name, "command": command + (f" --data {shown}" if data != preset.data else ""),
+        "data": f"{files} files of {shown}" if files else shown, "machine": machine(), "torch": str(torch.__version__),
         "remark": f"{preset.note} Not yet run: preset {' and '.join(others)}." if others else preset.note,
         "preset": asdict(preset),
-        "network": {"depths": row.depths, "widths": row.widths, "skip_gain": row.skip_gain},
+        "network": {"depths": variant.depths, "widths": variant.widths, "skip_gain": variant.skip_gain},
         "total": len(cells(preset)),
         "cells": read_rows(runs / name, cells(preset)), "probe": read_rows(runs / name, probe_cells(preset)),
     }  # fmt: skip
@@ -381,24 +381,26 @@ def main() -> None:
     VARIANTS.update(EXTRA_VARIANTS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--data", default="", help="any data word of normfree; default: the preset's")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, of one thread each")
-    parser.add_argument("--probe", action="store_true", help="run the cells that choose rate and λ")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="where the cells' run folders go")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where table, picture and JSON go")
+    parser.add_argument("--data", default="", help="any value of normfree's --data; default: the preset's")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells that run at the same time, one thread each"
+    )
+    parser.add_argument("--probe", action="store_true", help="run the cells that determine rate and λ")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder for the cells' run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for table, plot and JSON")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     data, folder = arguments.data or preset.data, arguments.runs / arguments.preset
     if arguments.cell:
-        word = packed(preset, data, folder)
-        sys.exit(run_cell(preset, Cell(**json.loads(arguments.cell)), data=word, folder=folder))
+        packed_data = packed(preset, data, folder)
+        sys.exit(run_cell(preset, Cell(**json.loads(arguments.cell)), data=packed_data, folder=folder))
     try:
         packed(preset, data, folder)
         wanted = probe_cells(preset) if arguments.probe else cells(preset)
         run_cells(wanted, preset=arguments.preset, data=data, runs=arguments.runs, jobs=arguments.jobs)
     except KeyboardInterrupt:
-        sys.exit("stopped; say the same command again to continue")
+        sys.exit("stopped; run the same command again to continue")
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(write(found(arguments.preset, runs=arguments.runs, data=data), arguments.results))
