@@ -31,10 +31,10 @@ def test_one_run_on_one_page_with_its_figures_beside_it(runs, capsys, monkeypatc
     titles = re.findall(r"<h2>([^<]+)", page)
     assert titles == ["Scores", "Course", "Answers", "Worst mistakes", "Signal propagation",
                       "Gradients against weights", "Settings"]  # fmt: skip
-    pictures = {path.name for path in (runs / "slow" / "report").iterdir()}
-    assert len(pictures) == page.count("<svg") >= 10
-    assert {"loss-nats-over-epochs.png", "confusion-of-slow.png", "gradients-against-weights.png"} <= pictures
-    for name in pictures:
+    images = {path.name for path in (runs / "slow" / "report").iterdir()}
+    assert len(images) == page.count("<svg") >= 10
+    assert {"loss-nats-over-epochs.png", "confusion-of-slow.png", "gradients-against-weights.png"} <= images
+    for name in images:
         Image.open(runs / "slow" / "report" / name).verify()
     assert main(["predict", "slow", str(runs / "slow" / "report")]) == 0  # a run with a report is still a run
 
@@ -67,8 +67,8 @@ def test_an_unfinished_run_and_one_whose_data_are_gone(runs, tmp_path):
 
 
 def test_what_is_no_run_is_refused(runs, capsys, tmp_path):
-    words = ["diagnose", "nf_resnet_nano", str(runs / "slow")]
-    assert main(words) == 2
+    args = ["diagnose", "nf_resnet_nano", str(runs / "slow")]
+    assert main(args) == 2
     assert (
         f"{runs / 'slow'} is a run, but nf_resnet_nano is not. Allowed: two run folders"
         in capsys.readouterr().err

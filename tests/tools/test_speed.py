@@ -39,7 +39,7 @@ def test_a_product_is_faster_than_a_thousandth_of_a_core():
 
 
 def test_the_command(capsys):
-    words = [
+    args = [
         "bench",
         "nf_resnet_nano",
         "--batch-size",
@@ -51,15 +51,15 @@ def test_the_command(capsys):
         "--device",
         "cpu",
     ]
-    assert main(words) == 0
+    assert main(args) == 0
     said = capsys.readouterr().out
     assert "nf_resnet_nano" in said
     assert "on cpu; the floor is the time of the multiplications alone" in said
-    assert main([*words, "--json"]) == 0
+    assert main([*args, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["name"], facts["batch_size"]) == ("nf_resnet_nano", 2)
     assert facts["folded_share"] > 0
     assert main(["bench", "nf_resnet_nano", "nfnet_f00"]) == 2
     assert capsys.readouterr().err.startswith("normfree: unknown model 'nfnet_f00'. Did you mean 'nfnet_f0'?")
-    assert main([*words, "--rounds", "0"]) == 2
+    assert main([*args, "--rounds", "0"]) == 2
     assert capsys.readouterr().err == "normfree: rounds=0. Allowed: 1 or more.\n"

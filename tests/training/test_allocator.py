@@ -21,8 +21,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's switch")
 def test_a_block_that_was_freed_is_not_asked_for_again():
-    def faults(word):
-        done = subprocess.run([sys.executable, "-c", WORK, word], capture_output=True, text=True, check=True)
+    def faults(arg):
+        done = subprocess.run([sys.executable, "-c", WORK, arg], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     kept = faults("keep")

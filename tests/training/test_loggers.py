@@ -124,10 +124,10 @@ def stop_after(monkeypatch, step: int) -> None:
 
 
 def test_a_stopped_and_continued_run_has_each_row_once_everywhere(tmp_path, monkeypatch):
-    words = ["train", "scratch", *FLAGS, "--log.to", "tensorboard,wandb", "--out", str(tmp_path / "run")]
+    args = ["train", "scratch", *FLAGS, "--log.to", "tensorboard,wandb", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
-        assert main(words) == 143
+        assert main(args) == 143
     assert_copies(tmp_path / "run")
     assert main(["train", str(tmp_path / "run")]) == 0
     assert_copies(tmp_path / "run")
@@ -174,7 +174,7 @@ def test_wandb_sends_no_step_that_the_server_has(tmp_path, monkeypatch):
             sent.append(step)
 
     asked = {}
-    monkeypatch.setattr(wandb, "init", lambda **words: asked.update(words) or Run())
+    monkeypatch.setattr(wandb, "init", lambda **args: asked.update(args) or Run())
     monkeypatch.setenv("WANDB_MODE", "online")
     logger = WandB(tmp_path, config=Config(), rows=ROWS[:3])
     logger.write(ROWS[3])
@@ -223,8 +223,8 @@ def test_a_logger_that_fails_is_reported_once_and_the_others_continue(tmp_path):
 def test_a_missing_package_is_one_line_before_the_data(tmp_path, monkeypatch, capsys, name):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == name else real(n, *a))
-    words = ["train", *FLAGS, "--log.to", name, "--out", str(tmp_path / "run")]
-    assert main(words) == 2
+    args = ["train", *FLAGS, "--log.to", name, "--out", str(tmp_path / "run")]
+    assert main(args) == 2
     assert capsys.readouterr().err == (
         f"normfree: log.to='{name}' needs the package {name}, which is not installed. Fix: pip install "
         f"'normfree[{name}]', or --log.to \"\".\n"
@@ -241,7 +241,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_cannot_be_opened_stops_before_the_first_step(tmp_path, monkeypatch):
-    def refused(*args, **words):
+    def refused(*args, **args):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(loggers, "TensorBoard", refused)
