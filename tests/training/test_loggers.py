@@ -174,7 +174,7 @@ def test_wandb_sends_no_step_that_the_server_has(tmp_path, monkeypatch):
             sent.append(step)
 
     asked = {}
-    monkeypatch.setattr(wandb, "init", lambda **args: asked.update(args) or Run())
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or Run())
     monkeypatch.setenv("WANDB_MODE", "online")
     logger = WandB(tmp_path, config=Config(), rows=ROWS[:3])
     logger.write(ROWS[3])
@@ -241,7 +241,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_cannot_be_opened_stops_before_the_first_step(tmp_path, monkeypatch):
-    def refused(*args, **args):
+    def refused(*args, **options):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(loggers, "TensorBoard", refused)
