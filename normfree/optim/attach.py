@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,14 +25,57 @@ class AgcHandle:
         exempt: names of the parameters that are not clipped.
     """
 
-    def __init__(self, exempt: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        clipping: float,
+        *,
+        names: dict[int, str],
+        skipped: set[int],
+        unit: str,
+        eps: float,
+        error_if_nonfinite: bool,
+    ) -> None:
         self.report: ClipReport | None = None
-        self.exempt = exempt
-        self._remove: Callable[[], None] = lambda: None
+        self.exempt = tuple(names[i] for i in names if i in skipped)
+        self._optimizer, self._clipping, self._names, self._skipped = optimizer, clipping, names, skipped
+        self._unit, self._eps, self._error_if_nonfinite = unit, eps, error_if_nonfinite
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Detach AGC from the optimizer."""
-        self._remove()
+        self._hook.remove()
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._clip()
+            return None
+
+        def clipped_closure() -> Any:
+            loss = closure()
+            self._clip()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], clipped_closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": clipped_closure}
+
+    def _clip(self) -> None:
+        _unscale_(self._optimizer)
+        groups = []
+        for g, group in enumerate(self._optimizer.param_groups):
+            named = [
+                (self._names.get(id(p), f"parameter {i} of group {g}"), p)
+                for i, p in enumerate(group["params"])
+            ]
+            clipped = {"params": [(name, p) for name, p in named if id(p) not in self._skipped]}
+            groups.append(clipped | ({"clipping": group["clipping"]} if "clipping" in group else {}))
+        # A GradScaler skips the step itself if a gradient is not finite.
+        raises = self._error_if_nonfinite and getattr(self._optimizer, "found_inf", None) is None
+        self.report = adaptive_clip_grad_(
+            groups, self._clipping, eps=self._eps, unit=self._unit, error_if_nonfinite=raises
+        )
 
 
 def attach_agc(
@@ -96,39 +139,9 @@ def attach_agc(
         {id(p): name for name, p in model.named_parameters() if id(p) in ours} if model is not None else {}
     )
     skipped = _exempt(exempt, model, names)
-    handle = AgcHandle(tuple(names[i] for i in names if i in skipped))
-
-    def clip() -> None:
-        _unscale_(optimizer)
-        groups = [
-            {
-                "params": [(names.get(id(p), f"parameter {i} of group {g}"), p) for i, p in enumerate(group["params"])
-                           if id(p) not in skipped],
-                **({"clipping": group["clipping"]} if "clipping" in group else {}),
-            }
-            for g, group in enumerate(optimizer.param_groups)
-        ]  # fmt: skip
-        # A GradScaler skips the step itself if a gradient is not finite.
-        raises = error_if_nonfinite and getattr(optimizer, "found_inf", None) is None
-        handle.report = adaptive_clip_grad_(groups, clipping, eps=eps, unit=unit, error_if_nonfinite=raises)
-
-    def before_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            clip()
-            return None
-
-        def clipped_closure() -> Any:
-            loss = closure()
-            clip()
-            return loss
-
-        if len(args) > 1:
-            return (args[0], clipped_closure, *args[2:]), kwargs
-        return args, {**kwargs, "closure": clipped_closure}
-
-    handle._remove = optimizer.register_step_pre_hook(before_step).remove
-    return handle
+    return AgcHandle(
+        optimizer, clipping, names=names, skipped=skipped, unit=unit, eps=eps, error_if_nonfinite=error_if_nonfinite
+    )  # fmt: skip
 
 
 def _exempt(exempt: str | Sequence[str], model: nn.Module | None, names: dict[int, str]) -> set[int]:

@@ -14,7 +14,7 @@ from normfree.data.spec import is_yes
 from normfree.suggest import did_you_mean, problem
 
 # Usual names of the columns, in order of preference.
-_IMAGES = ("image", "img", "jpg")
+_IMAGES = ("image", "img", "jpg", "picture")  # language: a name of others
 _LABELS = ("label", "labels", "fine_label", "cls")
 _LABEL_TYPES = (
     "string",
