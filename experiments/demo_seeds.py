@@ -2,8 +2,8 @@
 
     python -m experiments.demo_seeds [--jobs 2] [--seeds 3]
 
-Runs `normfree train demo --model M --seed S` for both rows, two at a time on one core each, into runs/demo-seeds/;
-finished runs are kept, stopped ones continue. Writes experiments/results/demo_seeds.md.
+Runs `normfree train demo --model M --seed S` for both variants, two at a time on one core each, in runs/demo-seeds/.
+Finished runs are kept, and interrupted runs continue. Writes experiments/results/demo_seeds.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from normfree.training.recipes import demo
 
@@ -24,23 +25,24 @@ RUNS = Path("runs/demo-seeds")
 RESULT = Path(__file__).parent / "results" / "demo_seeds.md"
 
 
-def run(model: str, seed: int, threads: int) -> dict:
-    """One training run, in a process of its own; its results.json."""
+def run(model: str, seed: int, threads: int) -> dict[str, Any]:
+    """Run one training in its own process; return its results.json."""
     out = RUNS / f"{model}-{seed}"
     if not (out / "results.json").exists():
         if (out / "config.toml").exists():
-            words = [str(out)]
+            args = [str(out)]
         else:
-            words = ["demo", "--model", model, "--seed", str(seed), "--out", str(out)]
+            args = ["demo", "--model", model, "--seed", str(seed), "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run([sys.executable, "-m", "normfree", "train", *words], check=True, env=environment,
+        subprocess.run([sys.executable, "-m", "normfree", "train", *args], check=True, env=environment,
                        stdout=subprocess.DEVNULL)  # fmt: skip
     return json.loads((out / "results.json").read_text())
 
 
 def main() -> None:
+    """Run all seeds and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     network = demo().model
@@ -48,12 +50,12 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         futures = {(m, s): pool.submit(run, m, s, threads) for s in range(arguments.seeds) for m in models}
-        results = {place: future.result() for place, future in futures.items()}
+        results = {cell: future.result() for cell, future in futures.items()}
     lines = [
         "# The demo's network and its batch-norm twin",
         "",
-        f"`python -m experiments.demo_seeds --seeds {arguments.seeds}`: `normfree train demo`, only the model "
-        "changed. Top-1 in percent on the validation emoji, mean ± standard deviation over seeds, and each seed.",
+        f"`python -m experiments.demo_seeds --seeds {arguments.seeds}`: `normfree train demo` with only the model "
+        "changed. Top-1 in percent on the validation emoji: mean ± standard deviation over seeds, and each seed.",
         "",
         "| model | averaged weights | seeds | last weights | seeds |",
         "|---|---|---|---|---|",
@@ -70,7 +72,7 @@ def main() -> None:
     lines += [
         "",
         f"{images} validation images, so the binomial standard error of one figure is about {error:.1f} points. "
-        f"{platform.machine()}, CPU, {threads} thread(s) a run.",
+        f"{platform.machine()}, CPU, {threads} thread(s) per run.",
     ]
     RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Fine-tuning on a small folder at batch sizes 2, 8 and 64: a normalizer-free network beside its batch-norm twin.
+"""Fine-tuning on a small folder at batch sizes 2, 8 and 64: a normalizer-free network and its batch-norm twin.
 
     pip download --no-deps elpv-dataset==1.0.0.post1        # or any folder with one folder per class
     python -m experiments.finetune --elpv elpv_dataset-1.0.0.post1-py3-none-any.whl
@@ -6,10 +6,12 @@
 
 1. Both networks are trained on the embedded emoji with the demo's recipe.
 2. The folder is split once, half of each class for validation, and packed at 128 px.
-3. Each arm tries the same learning rates, with a seed that is in no table, and keeps its best.
-4. Each cell is one run of the recipe `finetune`; rate and forgetting of the average by linear scaling of the batch.
-One process, one thread. A finished run is kept, a stopped one continues. The 2,624 photographs of solar cells (ELPV:
-Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0) stay where they are. Writes results/finetune.json and finetune.md.
+3. Each arm tries the same learning rates, with a seed that is not used in the tables, and keeps its best.
+4. Each cell is one run of the recipe `finetune`; rate and averaging window scale linearly with the batch size.
+
+One process with one thread. Finished runs are kept, and interrupted runs continue. The 2,624 photographs of solar cells
+(ELPV: Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0) are not part of this repository. Writes results/finetune.json and
+results/finetune.md.
 """
 
 from __future__ import annotations
@@ -25,19 +27,17 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from normfree import evaluate, from_pretrained
-from normfree.data.sources.open import open_source
+from normfree import Config, evaluate, from_pretrained, open_source, train
 from normfree.data.sources.packed import pack
 from normfree.data.subset import Subset
 from normfree.preprocessing import Preprocessing
-from normfree.training.config import Config
 from normfree.training.config_io import with_overrides
 from normfree.training.early_stopping import Best
-from normfree.training.loop import train
 from normfree.training.recipes import RECIPES
 from normfree.training.stop import StoppedBySignal
 
@@ -51,21 +51,21 @@ GRADES = {
 }
 ARMS = {"NF + AGC": ("nf_resnet_nano_64", "agc"), "BN twin": ("resnet_nano_64", "off")}
 BATCH_SIZES = (2, 8, 64)
-PLAIN = 8  # the batch size of everything that is measured at one batch size only
+PLAIN = 8  # the batch size of all measurements at a single batch size
 RATES = (0.01, 0.02, 0.04)  # at batch size 32; the recipe's is 0.02
 LENGTH, PROBE_LENGTH, PROBE_SEED = "4ep", "2ep", 100
-SIZES = (48, 64, 80, 96, 128)  # px at test; training is at 64
+SIZES = (48, 64, 80, 96, 128)  # test sizes in px; training is at 64
 PACKED = 128  # px
 POWERS = (0.0, 0.5, 1.0)
 FEW = 75  # training images of each class in the small folder
 FEW_LENGTHS = ("30ep", "1000st")
-WHOLE = "30ep"  # the recipe's length
-PATIENCES = (2, 3, 5, 10)  # the recipe's is 10
+WHOLE = "30ep"  # length of the recipe
+PATIENCES = (2, 3, 5, 10)  # the recipe uses 10
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: which arm, how, and from which seed."""
+    """One run: its arm, settings and seed."""
 
     arm: str
     batch_size: int
@@ -76,29 +76,31 @@ class Cell:
     few: bool = False
 
     def name(self) -> str:
-        words = [ARMS[self.arm][0], f"b{self.batch_size}", f"s{self.seed}"]
-        words += [f"balance{self.balance:g}"] if self.balance else []
-        words += [] if self.pretrained else ["scratch"]
-        words += ["few"] if self.few else []
-        return "-".join(words + ([] if self.length == LENGTH else [self.length]))
+        """Return the name of the run folder."""
+        parts = [ARMS[self.arm][0], f"b{self.batch_size}", f"s{self.seed}"]
+        parts += [f"balance{self.balance:g}"] if self.balance else []
+        parts += [] if self.pretrained else ["scratch"]
+        parts += ["few"] if self.few else []
+        return "-".join(parts + ([] if self.length == LENGTH else [self.length]))
 
     def flags(self, data: str, rate: float) -> list[str]:
+        """Return the command-line options of the run; `rate` is for batch size 32."""
         model, clip = ARMS[self.arm]
-        share = self.batch_size / 32
+        scale = self.batch_size / 32
         start = str(RUNS / f"pretrained-{model}") if self.pretrained else ""
         every = "1000st" if self.few else "1ep" if self.length == WHOLE else "2ep"
         options = {
             "data": data.replace("train.", "few.") if self.few else data, "model": model, "weights": start,
             "seed": self.seed, "device": "cpu", "length": self.length, "patience": 0, "input.workers": 0,
-            "input.batch_size": self.batch_size, "optim.lr": rate * share, "optim.clip": clip,
-            "optim.ema_decay": 1 - 0.01 * share, "optim.class_balance": self.balance,
+            "input.batch_size": self.batch_size, "optim.lr": rate * scale, "optim.clip": clip,
+            "optim.ema_decay": 1 - 0.01 * scale, "optim.class_balance": self.balance,
             "log.evaluate_every": every, "log.checkpoint_every": every,
         }  # fmt: skip
         return [f"--{key}={value}" for key, value in options.items()]
 
 
 def run(config: Config, out: Path) -> Path:
-    """Trains or continues `out`, unless it is done."""
+    """Train or continue the run `out`, unless it is finished; return its folder."""
     if not (out / "results.json").exists():
         print(f"{time.strftime('%H:%M:%S')} {out.name}", flush=True)
         start = time.process_time()
@@ -113,13 +115,13 @@ def run(config: Config, out: Path) -> Path:
 
 
 def cpu_seconds(out: Path) -> float:
-    """What a run has cost so far, in all its parts that were not killed outright."""
+    """Return the CPU time of a run so far, without parts that were killed."""
     path = out / "cpu_seconds.txt"
     return float(path.read_text()) if path.exists() else 0.0
 
 
-def read(out: Path) -> dict:
-    """What a finished run reached, epoch by epoch, and what it cost."""
+def read(out: Path) -> dict[str, Any]:
+    """Return the scores of a finished run, evaluation by evaluation, and its CPU time."""
     scores = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -132,7 +134,7 @@ def read(out: Path) -> dict:
 
 
 def unpack_elpv(wheel: Path) -> Path:
-    """The package's photographs in one folder per grade."""
+    """Copy the package's photographs into one folder per grade; return the parent folder."""
     folder = RUNS / "elpv"
     with zipfile.ZipFile(wheel) as archive:
         for line in archive.read("elpv_dataset/data/labels.csv").decode().splitlines():
@@ -144,7 +146,7 @@ def unpack_elpv(wheel: Path) -> Path:
 
 
 def packed(data: str) -> str:
-    """The folder as two packed files; every run reads the same split."""
+    """Pack the folder into two files, so that every run reads the same split; return their `--data` value."""
     parts = [RUNS / "train.packed", RUNS / "val.packed"]
     if not all(part.exists() for part in parts):
         split = open_source(data, val_fraction=0.5, seed=0)
@@ -160,7 +162,7 @@ def packed(data: str) -> str:
 
 
 def probe(data: str) -> dict[str, dict[float, float]]:
-    """Averaged top-1 of each arm at each rate, batch size 8."""
+    """Return top-1 of the averaged weights for each arm and rate, at batch size 8."""
     found: dict[str, dict[float, float]] = {}
     for arm in ARMS:
         for rate in RATES:
@@ -172,7 +174,7 @@ def probe(data: str) -> dict[str, dict[float, float]]:
 
 
 def at_sizes(cell: Cell, data: str) -> dict[int, float]:
-    """Top-1 of a finished cell's network on validation pictures of several sizes."""
+    """Return top-1 of a finished cell's network on validation images of several sizes."""
     trained, split = from_pretrained(RUNS / cell.name()), open_source(data)
     return {
         size: evaluate(trained.net, split.val, preprocessing=Preprocessing(image_size=size, crop="squash"),
@@ -182,6 +184,7 @@ def at_sizes(cell: Cell, data: str) -> dict[int, float]:
 
 
 def spread(values: list[float]) -> str:
+    """Return the text of mean ± standard deviation, with the number of values if it is below 3."""
     if len(values) < 2:
         return f"{values[0]:.1f} (1)" if values else "not run"
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" + (
@@ -190,11 +193,15 @@ def spread(values: list[float]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     return ["| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows]]
 
 
 def stopped(course: list[tuple[float, float]], patience: int) -> tuple[int, float]:
-    """(evaluations seen, best score) of a run's averaged (top-1, loss) with that patience; 0: the whole run."""
+    """Return (evaluations used, best score) of a run with that patience, from its averaged (top-1, loss) values.
+
+    A patience of 0 is the whole run.
+    """
     best = Best()
     for number, (top1, loss) in enumerate(course, 1):
         best = best.after(top1, loss, number)
@@ -204,6 +211,7 @@ def stopped(course: list[tuple[float, float]], patience: int) -> tuple[int, floa
 
 
 def patience_rows(courses: list[list[tuple[float, float]]]) -> list[list[str]]:
+    """Return the table rows on patience."""
     rows = []
     for patience in (0, *PATIENCES):
         ends = [stopped(course, patience) for course in courses]
@@ -213,14 +221,14 @@ def patience_rows(courses: list[list[tuple[float, float]]]) -> list[list[str]]:
     return rows
 
 
-def page(found: dict, seeds: int) -> str:
-    """The tables in words and figures, from what `main` has collected so far."""
+def page(found: dict[str, Any], seeds: int) -> str:
+    """Return the text of the page, from the results that `main` has collected so far."""
     cells = {Cell(**c["cell"]): c for c in found["cells"]}
 
-    def of(arm: str, batch: int, **other) -> list[dict]:
+    def of(arm: str, batch: int, **other: Any) -> list[dict[str, Any]]:
         return [cells[c] for s in range(seeds) if (c := Cell(arm, batch, s, **other)) in cells]
 
-    def pair(arm: str, batch: int, **other) -> list[str]:
+    def pair(arm: str, batch: int, **other: Any) -> list[str]:
         scores = [cell["average"] for cell in of(arm, batch, **other)]
         return [spread([x[kind] for x in scores]) for kind in ("top1", "balanced_top1")]
 
@@ -232,15 +240,15 @@ def page(found: dict, seeds: int) -> str:
     lines = [
         "# Fine-tuning on a small folder", "",
         f"`python -m experiments.finetune`: {found['images'][0]} training and {found['images'][1]} validation images "
-        f"in {found['classes']} classes; the largest has {found['largest']:.1f} % of the latter. Both networks have "
-        f"learned the emoji before. Recipe `finetune`, {LENGTH}, 64 px, no early stop, averaged weights after the "
-        f"last step; mean ± standard deviation of {seeds} seeds (number in brackets if fewer), which change everything "
-        "but the split. BN twin: no clipping, the rest the same.", "",
-        f"Learning rate at batch size 32: {rates}; others by linear scaling, and so does the average forget. Both "
-        f"arms tried the same rates at batch size {PLAIN} for {PROBE_LENGTH} with seed {PROBE_SEED}, on the same "
+        f"in {found['classes']} classes; the largest has {found['largest']:.1f} % of the latter. Both networks were "
+        f"trained on the emoji before. Recipe `finetune`, {LENGTH}, 64 px, no early stopping, averaged weights after "
+        f"the last step; mean ± standard deviation of {seeds} seeds (number in parentheses if fewer). The seed changes "
+        "everything except the split. The BN twin has no clipping; all else is the same.", "",
+        f"Learning rate at batch size 32: {rates}; scaled linearly at other batch sizes, as is the averaging window. "
+        f"Both arms tried the same rates at batch size {PLAIN} for {PROBE_LENGTH} with seed {PROBE_SEED}, on the same "
         f"validation images; top-1 %: {tried}.", "",
         *table(
-            ["network", "batch", "top-1 %", "mean over classes %", "clipped units %", "CPU s a run"],
+            ["network", "batch", "top-1 %", "mean over classes %", "clipped units %", "CPU s per run"],
             [
                 [arm, str(batch), *pair(arm, batch),
                  spread([100 * c["clipped"] for c in of(arm, batch)]),
@@ -248,28 +256,30 @@ def page(found: dict, seeds: int) -> str:
                 for arm in ARMS for batch in BATCH_SIZES
             ],
         ), "",
-        f"One validation figure is uncertain by about {found['error']:.1f} points; all cells share the images, so "
-        "differences are surer than that.", "", f"## Class balance, batch size {PLAIN}", "",
+        f"The standard error of one validation figure is about {found['error']:.1f} points; all cells use the same "
+        "images, so differences are more certain than that.", "", f"## Class balance, batch size {PLAIN}", "",
         *table(
             ["network", "class_balance", "top-1 %", "mean over classes %"],
             [[arm, f"{b:g}", *pair(arm, PLAIN, balance=b)] for arm in ARMS for b in POWERS],
-        ), "", "## A folder of few images, batch size 32", "",
-        f"The first {FEW} training images of each class, {FEW * found['classes']} in all; the same to validate.", "",
+        ), "", "## Few images, batch size 32", "",
+        f"The first {FEW} training images of each class, {FEW * found['classes']} in total; the validation images are the "
+        "same.", "",
         *table(
             ["network", "length", "top-1 %", "mean over classes %"],
             [["NF + AGC", n, *pair("NF + AGC", 32, length=n, few=True)] for n in FEW_LENGTHS],
-        ), "", f"## What patience would have done, batch size 32, {WHOLE}", "",
-        f"From the courses of whole runs, an evaluation an epoch. Averaged top-1 after the last step: "
-        f"{pair('NF + AGC', 32, length=WHOLE)[0]} %. A best score was chosen on the images that it is measured on.", "",
+        ), "", f"## Effect of patience, batch size 32, {WHOLE}", "",
+        f"Computed from complete runs with one evaluation per epoch. Averaged top-1 after the last step: "
+        f"{pair('NF + AGC', 32, length=WHOLE)[0]} %. The best score is chosen on the images on "
+        "which it is measured.", "",
         *table(
-            ["patience", "epochs taken", "best averaged top-1 %", "most points lost"],
+            ["patience", "epochs used", "best averaged top-1 %", "most points lost"],
             patience_rows([c["course"] for c in of("NF + AGC", 32, length=WHOLE)]),
-        ), "", f"## What the pretrained weights bring, batch size {PLAIN}", "",
+        ), "", f"## Pretrained and random weights, batch size {PLAIN}", "",
         *table(
             ["network", "start", "top-1 %", "mean over classes %"],
             [
-                ["NF + AGC", word, *pair("NF + AGC", PLAIN, pretrained=p)]
-                for word, p in (("emoji", True), ("random", False))
+                ["NF + AGC", start, *pair("NF + AGC", PLAIN, pretrained=p)]
+                for start, p in (("emoji", True), ("random", False))
             ],
         ), "", f"## Test resolution, batch size {PLAIN}, top-1 %", "",
         *table(
@@ -280,13 +290,13 @@ def page(found: dict, seeds: int) -> str:
             ],
         ), "",
         f"{platform.machine()}, torch {torch.__version__}, CPU, one thread; {found['cpu_minutes']:.0f} core-minutes in "
-        "all.",
+        "total.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def every_cell(seeds: int) -> list[Cell]:
-    """The table first, seed by seed, then what is measured beside it."""
+    """Return all cells: the main table first, seed by seed, then the other measurements."""
     table = [Cell(arm, batch, seed) for seed in range(seeds) for batch in (PLAIN, 64, 2) for arm in ARMS]
     rest = [Cell(arm, PLAIN, seed, balance=b) for b in POWERS if b for seed in range(seeds) for arm in ARMS]
     rest += [Cell("NF + AGC", PLAIN, seed, pretrained=False) for seed in range(seeds)]
@@ -295,13 +305,14 @@ def every_cell(seeds: int) -> list[Cell]:
 
 
 def main() -> None:
+    """Run all cells that are missing, and write the page after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a folder with one folder per class")
     parser.add_argument("--elpv", type=Path, help="the wheel of elpv-dataset")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     if not arguments.data and not arguments.elpv:
-        parser.error("say --data FOLDER or --elpv WHEEL")
+        parser.error("pass --data FOLDER or --elpv WHEEL")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -336,4 +347,4 @@ if __name__ == "__main__":
     try:
         main()
     except StoppedBySignal as stopped:
-        sys.exit(stopped.exit_code)  # everything is saved; the same command continues
+        sys.exit(stopped.exit_code)  # the state is saved; the same command continues

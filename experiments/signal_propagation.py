@@ -1,11 +1,11 @@
-"""The signal propagation plots of the first paper, on seven networks, beside the predictions.
+"""Signal propagation plots of the first paper for seven networks, with the predictions.
 
     python -m experiments.signal_propagation [--size 224] [--batch 16]
 
-Gaussian noise of unit variance through networks with random weights: batch norm before and after ReLU, NF-ResNet-50
-with and without weight standardization (skip gains 1), NFNet-F0 as it is and with strided shortcuts, and torchvision's
-ResNet-50. One thread, about a minute and 1.5 GB. Writes experiments/results/signal_propagation.md and two pictures in
-docs/.
+Gaussian noise of unit variance passes through networks with random weights: batch norm before and after ReLU,
+NF-ResNet-50 with and without weight standardization (skip gains of 1), NFNet-F0 unchanged and with strided shortcuts,
+and torchvision's ResNet-50. Takes one thread, about a minute and 1.5 GB. Writes
+experiments/results/signal_propagation.md and two plots in docs/. [A] is arXiv 2101.08692.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from normfree.models.net import Block
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "experiments" / "results" / "signal_propagation.md"
-PICTURES = {"norm": ROOT / "docs" / "spp_batch_norm.png", "free": ROOT / "docs" / "spp_normalizer_free.png"}
+PLOTS = {"norm": ROOT / "docs" / "spp_batch_norm.png", "free": ROOT / "docs" / "spp_normalizer_free.png"}
 
 
 def relu_first() -> nn.Module:
-    """ResNet-50 with batch norm between ReLU and convolution; kernels of variance 1 / fan-in, as that order wants."""
+    """Return ResNet-50 with batch norm between ReLU and convolution, and weights of variance 1 / fan-in to match."""
     net = create_model("resnet50")
     for block in net.modules():
         if isinstance(block, Block):
@@ -46,8 +46,10 @@ def relu_first() -> nn.Module:
 
 
 def unstandardized() -> nn.Module:
-    """NF-ResNet-50 with plain He-normal kernels, variance 2 / fan-in, and no γ: what [A] starts from. The stem's input
-    has met no ReLU, so its kernels have variance 1 / fan-in."""
+    """Return NF-ResNet-50 with plain He-normal weights and no γ, the starting point of [A].
+
+    Weights have variance 2 / fan-in, except in the stem, whose input has passed no ReLU: 1 / fan-in.
+    """
     net = create_model("nf_resnet50", skip_gain=1.0)
     for name, conv in net.named_modules():
         if isinstance(conv, WSConv2d):
@@ -58,33 +60,34 @@ def unstandardized() -> nn.Module:
     return net
 
 
-def foreign() -> nn.Module:
+def torchvision_resnet50() -> nn.Module:
+    """Return torchvision's ResNet-50 with random weights."""
     from torchvision.models import resnet50
 
     return resnet50(weights=None)
 
 
-def nothing(_k: int) -> None:
-    return None
+def no_prediction(_k: int) -> None:
+    """Return None: there is no prediction for block k."""
 
 
-#: name -> (network, prediction for block k of a stage where the report does not bring one)
+# Name -> (network, prediction for block k of a stage; None: as in the report).
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], PredictedSignal | None] | None]] = {
     "ResNet-50, BN-ReLU-conv": (lambda: create_model("resnet50"), None),
     "ResNet-50, ReLU-BN-conv": (relu_first, lambda k: PredictedSignal(0.0, k + 1.0, 1.0)),
     "NF-ResNet-50": (lambda: create_model("nf_resnet50", skip_gain=1.0), None),
-    "NF-ResNet-50 without weight standardization": (unstandardized, nothing),
+    "NF-ResNet-50 without weight standardization": (unstandardized, no_prediction),
     "NFNet-F0": (lambda: create_model("nfnet_f0", skip_gain=1.0), None),
     "NFNet-F0, strided shortcuts": (
         lambda: create_model("nfnet_f0", skip_gain=1.0, shortcut="strided"),
         None,
     ),
-    "torchvision's resnet50": (foreign, nothing),
+    "torchvision's resnet50": (torchvision_resnet50, no_prediction),
 }
 
 
-def look(name: str, *, size: int, batch: int) -> SignalReport:
-    """The report of one network, with its predictions."""
+def measure(name: str, *, size: int, batch: int) -> SignalReport:
+    """Return the report of one network, with its predictions."""
     make, predict = NETWORKS[name]
     torch.manual_seed(0)
     net = make()
@@ -95,7 +98,7 @@ def look(name: str, *, size: int, batch: int) -> SignalReport:
 
 
 def table(name: str, report: SignalReport) -> list[str]:
-    """Stage by stage, measured and predicted of the last block; and the largest deviation of any block's variance."""
+    """Return measured and predicted values of each stage's last block, and the largest deviation of any variance."""
     lines = [
         f"## {name}", "",
         "| stage | blocks | variance after the last | branch variance, mean | squared mean after the last | cosine |",
@@ -118,6 +121,7 @@ def table(name: str, report: SignalReport) -> list[str]:
 
 
 def main() -> None:
+    """Measure all networks, and write the page and the plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
@@ -126,21 +130,21 @@ def main() -> None:
     reports = {}
     for name in NETWORKS:
         start = time.monotonic()
-        reports[name] = look(name, size=arguments.size, batch=arguments.batch)
+        reports[name] = measure(name, size=arguments.size, batch=arguments.batch)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     lines = [
         "# Signal propagation at initialization",
         "",
         f"`python -m experiments.signal_propagation --size {arguments.size} --batch {arguments.batch}`: "
         f"{arguments.batch} images of N(0, 1) at {arguments.size} px, random weights of seed 0, "
-        "predictions in brackets.",
+        "predictions in parentheses.",
         "",
     ]
     for name, report in reports.items():
         lines += table(name, report)
     RESULT.write_text("\n".join(lines), encoding="utf-8")
-    for kind, picture in PICTURES.items():
-        draw_signal({n: r for n, r in reports.items() if n.startswith("NF") == (kind == "free")}, picture)
+    for kind, path in PLOTS.items():
+        draw_signal({n: r for n, r in reports.items() if n.startswith("NF") == (kind == "free")}, path)
     print("\n".join(lines))
 
 
