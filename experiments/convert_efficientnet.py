@@ -299,9 +299,9 @@ def _tuning_lines(seeds: int) -> list[str]:
     lines = [
         f"Then fine-tuned with a new head for the nine emoji groups (largest: 19.3 %): {IMAGES} training emoji "
         f"chosen by the seed, each used once, {SIZE} px, SGD with Nesterov, cosine, AGC {CLIPPING} for networks "
-        "without batch norm. The rate of each network at each batch size is the best of three or four on another seed and the "
-        "validation emoji, which favors all equally. Top-1 on the 374 validation emoji: mean ± standard deviation over "
-        "seeds, and each seed.",
+        "without batch norm. The rate of each network at each batch size is the best of three or four on another seed "
+        "and the validation emoji, which favors all equally. Top-1 on the 374 validation emoji: mean ± standard "
+        "deviation over seeds, and each seed.",
         "",
         "| network | " + " | ".join(f"batch {b}" for b in BATCHES) + " |",
         "|---|" + "---|" * len(BATCHES),

@@ -262,8 +262,8 @@ def page(found: dict[str, Any], seeds: int) -> str:
             ["network", "class_balance", "top-1 %", "mean over classes %"],
             [[arm, f"{b:g}", *pair(arm, PLAIN, balance=b)] for arm in ARMS for b in POWERS],
         ), "", "## Few images, batch size 32", "",
-        f"The first {FEW} training images of each class, {FEW * found['classes']} in total; the validation images are the "
-        "same.", "",
+        f"The first {FEW} training images of each class, {FEW * found['classes']} in total; the validation images "
+        "are the same.", "",
         *table(
             ["network", "length", "top-1 %", "mean over classes %"],
             [["NF + AGC", n, *pair("NF + AGC", 32, length=n, few=True)] for n in FEW_LENGTHS],
