@@ -69,6 +69,15 @@ def test_links_resolve(page):
     assert "../shared" not in text  # nothing outside the repository
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "tests" / "reference" / "README.md"], ids=lambda p: p.name)
+def test_named_programs_and_tests_exist(page):
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(r"\b(?:tests|docs|experiments|benchmarks)/[\w/]+\.py\b", text)
+    modules = re.findall(r"python -m ((?:experiments|benchmarks)[\w.]*)", text)
+    for file in (*files, *(f"{module.replace('.', '/')}.py" for module in modules)):
+        assert (ROOT / file).exists(), file
+
+
 def test_the_readme_has_no_blank_left_to_fill():
     assert not re.search(r"@[A-Z_]+@|TODO|TBD", (ROOT / "README.md").read_text(encoding="utf-8"))
 
