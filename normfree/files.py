@@ -25,7 +25,7 @@ def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
     Raises:
         OSError: the target cannot be written, or it is a folder that is not empty or that a file would replace.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     atomic_write(Path(folder, "a.txt"), lambda path: path.write_text("hello")).read_text()

@@ -103,7 +103,7 @@ def evaluate(
     Raises:
         ValueError: the logits are not finite, or their number is not the number of classes.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import normfree
         >>> from normfree.data.source import ArraySource
@@ -264,7 +264,7 @@ def predict(
         ValueError: a path does not exist, or `top` or `batch_size` is below 1. Raised by the call itself, before the
             first prediction.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import normfree
         >>> from PIL import Image

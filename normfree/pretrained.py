@@ -75,7 +75,7 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
         ValueError: the number of class names is not the number of outputs, or the network is folded or was read from
             an ONNX file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import normfree
         >>> from normfree.preprocessing import Preprocessing
@@ -143,7 +143,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -
         ValueError: the folder is not a model folder, or the hub refused the upload.
         ModuleNotFoundError: huggingface_hub is not installed.
 
-    Example:
+    Examples:
         `tests/test_pretrained.py` runs this code with a local replacement of the hub.
 
         >>> import normfree
@@ -211,7 +211,7 @@ def from_pretrained(
     Raises:
         ValueError: there is no such folder or file, or its contents are invalid.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import normfree
         >>> from normfree.preprocessing import Preprocessing

@@ -119,7 +119,7 @@ class ArraySource:
         rows: `rows[i]` lists the indices into `images` of sample i, the canonical image first. None means that sample
             i owns image i alone, so M equals N.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> source = ArraySource(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], classes=["a", "b"], names=["x", "y"])
         >>> len(source), source.label(1), source.image(1).size

@@ -106,7 +106,7 @@ def export(
             is written.
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import normfree
         >>> from normfree.preprocessing import Preprocessing

@@ -43,7 +43,7 @@ def fold(net: Net) -> Net:
     Raises:
         TypeError: `net` is another module.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from normfree import create_model, fold
         >>> model = create_model("nf_resnet_nano", num_classes=10).eval()

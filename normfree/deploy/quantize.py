@@ -88,7 +88,7 @@ def quantize(
             the logits of the quantized file are too different, and then no file is written.
         ModuleNotFoundError: onnx or onnxruntime is not installed.
 
-    Example:
+    Examples:
         It needs `normfree[onnx]`; `tests/deploy/test_quantize.py` runs this code.
 
         >>> import torch

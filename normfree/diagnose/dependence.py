@@ -78,7 +78,7 @@ def batch_dependence(model: nn.Module, images: Tensor) -> DependenceReport:
     Raises:
         ValueError: there are fewer than two images, or no output has one row per image.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import normfree
         >>> images = torch.randn(3, 3, 8, 8)

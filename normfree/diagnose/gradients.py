@@ -127,7 +127,7 @@ def gradient_report(
     Raises:
         ValueError: no parameter has a gradient.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import normfree
         >>> layer = torch.nn.Linear(4, 2, bias=False)

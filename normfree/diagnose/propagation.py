@@ -107,7 +107,7 @@ def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str
         NoResidualBlocksError: the network has no residual blocks and `blocks` is empty.
         ValueError: a name in `blocks` is unknown, or its output is not an activation map.
 
-    Example:
+    Examples:
         The predicted variance grows by α² = 0.04 per block and is reset at the start of each stage:
 
         >>> import torch

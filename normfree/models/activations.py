@@ -93,7 +93,7 @@ def gain_of(fn: Activation) -> float:
     Raises:
         ValueError: `fn` is constant, not finite on [-12, 12], or does not act element by element.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from normfree import gain_of
         >>> round(gain_of(torch.relu), 4)
@@ -151,7 +151,7 @@ def scaled_activation(name: str | Activation) -> ScaledActivation:
     Raises:
         ValueError: the name is unknown, or no gain can be computed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from normfree import scaled_activation
         >>> scaled_activation("silu")

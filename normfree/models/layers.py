@@ -40,7 +40,7 @@ def standardize(weight: Tensor, gain: Tensor, *, scale: float = 1.0, eps: str = 
     Returns:
         O I H W in the dtype of `weight`, computed in float32 or wider.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from normfree import standardize
         >>> weight = standardize(torch.randn(4, 8, 3, 3), torch.ones(4))
@@ -84,7 +84,7 @@ class WSConv2d(nn.Module):
     Raises:
         ValueError: `groups` does not divide the channels, or the fan-in is 1: every standardized weight would be 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from normfree import WSConv2d
         >>> conv = WSConv2d(16, 32, kernel_size=3, stride=2)

@@ -233,7 +233,7 @@ def list_models(pattern: str = "*") -> list[str]:
     Args:
         pattern: with * for any characters and [ab] for one of some.
 
-    Example:
+    Examples:
         >>> from normfree import list_models
         >>> list_models("nf_regnet_b[01]")
         ['nf_regnet_b0', 'nf_regnet_b1']

@@ -39,7 +39,7 @@ def create_model(
     Raises:
         ValueError: the name, a field or a value is not possible, or the weights do not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from normfree import create_model
         >>> model = create_model("nf_resnet_nano", num_classes=10)

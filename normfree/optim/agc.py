@@ -82,7 +82,7 @@ def adaptive_clip_grad_(
         NonFiniteGradientError: a gradient contains Inf or NaN; no gradient was changed.
         ValueError: `clipping` or `eps` is negative, a gradient is sparse, or the input is of another type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(4, 2, bias=False)
         >>> _ = model.weight.data.fill_(1.0)  # each unit (a row) has norm 2

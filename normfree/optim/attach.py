@@ -117,7 +117,7 @@ def attach_agc(
         ValueError: `model` is missing, has no parameter of the optimizer or no classifier; a pattern matches no
             parameter; `clipping` or `eps` is negative; `unit` is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

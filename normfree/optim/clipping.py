@@ -51,7 +51,7 @@ def clip_grad_(
         ValueError: the mode is unknown, `clipping` is negative, or it is 0 for "norm" or "value", which would erase the
             gradient.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.zeros(2, requires_grad=True)
         >>> weight.grad = torch.tensor([3.0, 4.0])

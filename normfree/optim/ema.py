@@ -56,7 +56,7 @@ class Ema:
     Raises:
         ValueError: `decay` is not in [0, 1].
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.zeros_(model.weight)

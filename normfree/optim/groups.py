@@ -81,7 +81,7 @@ def parameter_groups(
         ValueError: no rule matches a parameter, a pattern of `lr_multipliers` matches no trainable parameter that an
             earlier one does not match, or a pattern of `unclipped` matches no parameter.
 
-    Example:
+    Examples:
         >>> net = normfree.create_model("nf_resnet_nano", num_classes=3)
         >>> groups = normfree.parameter_groups(net, weight_decay=2e-5, clipping=0.01)
         >>> for group in groups:

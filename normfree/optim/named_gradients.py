@@ -28,7 +28,7 @@ class NonFiniteGradientError(ValueError):
     Attributes:
         names: the parameters, as a tuple.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> model(torch.tensor([[float("inf"), 0.0]])).sum().backward()
@@ -61,7 +61,7 @@ class ClipReport:
         units: number of units that clipping applied to.
         grad_norm: 0-dim, global L2 norm of all gradients before clipping.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.ones(2, 4, requires_grad=True)
         >>> weight.grad = torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.01]])

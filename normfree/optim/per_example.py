@@ -41,7 +41,7 @@ def per_example_gradients(
         ValueError: the model has a layer that uses batch statistics or draws random numbers, so that the gradient of
             an example is not defined by the example; or `targets` do not match `images`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = normfree.create_model("nf_resnet_nano", num_classes=3).eval()
         >>> grads = normfree.per_example_gradients(model, torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))

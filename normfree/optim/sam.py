@@ -33,7 +33,7 @@ class SAM:
     Raises:
         ValueError: `rho` is not above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = model.weight.data.fill_(1.0)

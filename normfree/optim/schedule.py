@@ -27,7 +27,7 @@ def warmup_cosine(progress: float, *, warmup: float = 0.0, final: float = 0.0) -
     Raises:
         ValueError: an argument is outside [0, 1].
 
-    Example:
+    Examples:
         >>> [round(normfree.warmup_cosine(step / 10, warmup=0.2), 2) for step in (0, 1, 2, 4, 6, 10)]
         [0.0, 0.5, 1.0, 0.85, 0.5, 0.0]
 

@@ -44,7 +44,7 @@ class SGD(Optimizer):
         ValueError: lr, momentum or weight_decay is negative, momentum is 0 with `nesterov`, or a group has its own
             `lr`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.tensor([1.0], requires_grad=True)
         >>> optimizer = normfree.SGD([("weight", weight)], 0.1)

@@ -75,7 +75,7 @@ def convert_batchnorm(
         NotTraceableError: (a ValueError) with the other methods, torch.fx cannot trace the model; with "scratch", the
             model has an operation without a rule.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import normfree
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()

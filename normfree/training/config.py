@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -35,6 +35,12 @@ class ConfigSection(BaseModel):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():  # `--help` would keep the line breaks of the source
+            field.description = " ".join((field.description or "").split())
 
 
 # --- validators: a ValueError holds the allowed values, which config_io.py reports together with the given one ----
@@ -227,7 +233,18 @@ class LogConfig(ConfigSection):
 
 
 class Config(ConfigSection):
-    """All settings that determine a run."""
+    """All settings that determine a run: strict types, no unknown keys, immutable.
+
+    Sections are `input`, `net`, `augment`, `optim` and `log`; `normfree train --help` describes every key.
+
+    Raises:
+        pydantic.ValidationError: a key or a value is not allowed.
+
+    Examples:
+        >>> config = normfree.Config(data="photos/", model="nf_resnet50", length="90ep")
+        >>> config.optim.clip, config.input.batch_size
+        ('agc', 64)
+    """
 
     data: str = "emoji"
     """Training data: a folder with one subfolder of images per class, emoji, synthetic,

@@ -103,7 +103,7 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
     Raises:
         ConfigError: Keys are unknown, values are missing or not allowed; the message lists all of them.
 
-    Example:
+    Examples:
         >>> with_overrides(Config(), ["--optim.lr", "0.05", "--compile=true"]).optim.lr
         0.05
     """

@@ -58,7 +58,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         DivergedError: a gradient was not finite.
         StoppedBySignal: SIGTERM or SIGINT arrived; a checkpoint was written first.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from normfree import Config, train
         >>> from rich.console import Console

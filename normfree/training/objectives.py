@@ -33,7 +33,7 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5) -> Tenso
     Raises:
         ValueError: the shapes differ or are not N D, or the temperature is not above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> views = torch.eye(4)  # four images whose two views agree and which are orthogonal to each other
         >>> normfree.nt_xent(views, views, temperature=0.1) < 0.01
@@ -78,7 +78,7 @@ def triplet_loss(
     Raises:
         ValueError: a shape, the margin or the name of the mining is not allowed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> embeddings, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
         >>> normfree.triplet_loss(embeddings, labels, margin=0.2)  # the margin is met: d(a, n) = sqrt(2)
@@ -129,7 +129,7 @@ def contrastive_loss(
     Raises:
         ValueError: a shape or margin is not allowed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> embeddings, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
         >>> normfree.contrastive_loss(embeddings, labels)  # the distance of two orthogonal unit vectors

@@ -48,7 +48,7 @@ class TrainResult:
         average: evaluation of their exponential moving average, which is the saved model.
         seconds: wall time of this call.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> import torch
         >>> from normfree.inference import Evaluation

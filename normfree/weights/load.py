@@ -38,7 +38,7 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, Any], *, head
     Raises:
         ValueError: the source cannot be read, names are missing or unknown, shapes differ, or a value is not finite.
 
-    Example:
+    Examples:
         >>> trained = normfree.create_model("nf_resnet_nano", num_classes=3)
         >>> net = normfree.create_model("nf_resnet_nano", num_classes=5)
         >>> normfree.load_weights(net, trained.state_dict(), head=False)

@@ -59,8 +59,8 @@ def open_source(
         ValueError: The data cannot be found or used.
         ModuleNotFoundError: A package is missing; the message names the extra that installs it.
 
-    Example:
-        >>> split = open_source("synthetic:classes=3,size=16,train=6,val=3")
+    Examples:
+        >>> split = normfree.open_source("synthetic:classes=3,size=16,train=6,val=3")
         >>> len(split.train), len(split.val), split.classes
         (6, 3, ('disk', 'ring', 'square'))
         >>> split.train.label(4), split.train.image(4).size
