@@ -56,7 +56,7 @@ def unstandardized() -> nn.Module:
             stem = name.startswith("stem")
             nn.init.normal_(conv.weight, std=((1 if stem else 2) / conv.weight[0].numel()) ** 0.5)
             beta = 1.0 if stem else conv.input_scale / GAINS["relu"]
-            conv.standardized_weight = lambda conv=conv, beta=beta: conv.weight * beta  # type: ignore[method-assign]
+            conv.shared_weight = conv.weight.detach() * beta  # used in place of the standardized weight
     return net
 
 

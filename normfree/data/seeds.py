@@ -41,9 +41,8 @@ def permutation(n: int, *parts: int | str) -> np.ndarray:
         raise ValueError(
             problem(f"permutation of {n} items", allowed="0 or more", fix="check the length of the data")
         )
-    x = np.uint64(key(*parts)) + _GOLDEN * np.arange(
-        1, n + 1, dtype=np.uint64
-    )  # wraps modulo 2**64, as intended
+    steps = np.arange(1, n + 1, dtype=np.uint64)
+    x = np.uint64(key(*parts)) + _GOLDEN * steps  # wraps modulo 2**64, as intended
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")

@@ -131,10 +131,8 @@ def _differentiable(
     """Return the gradients of x, weight and bias as functions of x, weight and `grad` made of plain ops."""
     a = x if act is None else act(x)
     a = a if border is None else F.pad(a, border)
-    typed = (
-        a.to(grad.dtype),
-        weight.to(grad.dtype),
-    )  # under autocast the result has another dtype than the input
+    # Under autocast the result has another dtype than the input.
+    typed = a.to(grad.dtype), weight.to(grad.dtype)
     y = F.conv2d(*typed, None, geometry.stride, geometry.padding, 1, geometry.groups)
     wanted = [t for t, needed in zip((x, weight), needs, strict=False) if needed]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())

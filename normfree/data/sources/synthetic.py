@@ -46,9 +46,8 @@ def open_synthetic(text: str) -> Split:
 
 def _draw(shape: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw one image, uint8 `size` `size` 3."""
-    radius = rng.uniform(
-        0.25, 0.4
-    )  # of the side; the range of the center keeps most of the shape inside the image
+    # As fractions of the side; the range of the center keeps most of the shape inside the image.
+    radius = rng.uniform(0.25, 0.4)
     center_u, center_v = rng.uniform(0.35, 0.65, size=2)
     grid = (np.arange(size) + 0.5) / size
     u, v = ((grid - center_u) / radius)[None, :], ((grid - center_v) / radius)[:, None]
