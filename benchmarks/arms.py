@@ -1,4 +1,4 @@
-"""One way to do the job of a comparison."""
+"""Arms: the alternatives that a comparison measures."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do the job.
+    """One of the alternatives that a comparison measures.
 
-    run: does it once and returns what the gate compares.
-    before: called before each run, not timed.
-    then: a second part of the job, timed with the first and also apart.
-    distance: how far this arm's work is from the right one (relative L2), where `run`'s result does not show it.
-    allowed: what `distance` may be, where that is not the comparison's tolerance.
-    alike: whether the result of `run` is to be that of the first arm.
-    images: how many one run takes; arms are compared by the time for one.
-    compiled: the first call compiles, and the time that this takes is reported.
-    facts: further figures for the tables.
+    Args:
+        name: name in the tables.
+        run: does the work once and returns what the gate compares.
+        before: called before each run, not timed.
+        then: a second part of the work, timed with the first and also separately.
+        distance: returns the relative L2 error of this arm's work, where the result of `run` does not show it.
+        allowed: the largest `distance`, if it differs from the comparison's tolerance.
+        alike: whether the result of `run` must equal that of the first arm.
+        images: number of images per run; arms are compared by the time per image.
+        compiled: the first call compiles; the time for it is reported.
+        facts: further figures for the tables.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""CIFAR-10 that lies on the device: seconds of training until the test set is right to 94 %. Not yet measured.
+"""Seconds of training on CIFAR-10 in device memory until 94 % accuracy on the test set. Not yet measured.
 
-A normalizer-free network with adaptive gradient clipping, and its batch-norm twin with the same recipe. The time is
-that of the training steps; scoring after each epoch is not in it.
+A normalizer-free network with adaptive gradient clipping, and its batch-norm twin with the same recipe. The time
+includes training steps only, not the evaluation after each epoch.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from benchmarks.harness import Bench, Case
 from benchmarks.networks import FORMATS
 from benchmarks.summary import Comparison, spread, timing
 from benchmarks.update_arms import our_update
+from normfree import create_model, open_source
 from normfree.data.source import ArraySource, Source
-from normfree.data.sources.open import open_source
 from normfree.models.net import Net
 from normfree.models.shared_weights import standardized_once
-from normfree.models.zoo import create_model
 from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD
 
 TARGET = 0.94
-ROWS = ("resnet_mini", "nf_resnet_mini")  # the baseline first
+NAMES = ("resnet_mini", "nf_resnet_mini")  # the baseline first
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training set
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of SGD and AGC; after `epochs` a run counts as one that does not get there. `shift`: pixels."""
+    """Settings of SGD and AGC. A run that misses the target within `epochs` counts as failed; `shift` is in pixels."""
 
     batch_size: int = 512
     lr: float = 0.4
@@ -50,7 +49,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """Images N 3 32 32, normalized, and labels N, on the device."""
 
     images: Tensor
@@ -58,24 +57,26 @@ class Pictures:
 
 
 def case(data: Path | None) -> Case:
-    """`data`: the folder with cifar-10-batches-py."""
+    """Return the case; `data` is the folder with cifar-10-batches-py."""
     return Case("CIFAR-10 to 94 %", ("cifar10",), partial(measure, data))
 
 
 def measure(data: Path | None, bench: Bench) -> Iterator[Comparison]:
-    """Seeds in turn for both networks, until the time is up. Without data, or where a network stays below the target,
-    it says so instead."""
+    """Train both networks with one seed after another until the time is up.
+
+    Missing data, and networks that stay below the target, are recorded in `bench.skipped`.
+    """
     if data is None:
-        bench.skipped.append("CIFAR-10 to 94 %: no data; give its folder with --data FOLDER")
+        bench.skipped.append("CIFAR-10 to 94 %: no data; pass its folder with --data FOLDER")
         return
     train, test = load(data, bench.device)
-    runs: dict[str, list[float]] = {name: [] for name in ROWS}
+    runs: dict[str, list[float]] = {name: [] for name in NAMES}
     longest = 0.0
     for seed in range(bench.rounds + 1):  # the first is not counted
         if bench.left() < longest:
             break
         start = bench.clock()
-        for name in random.Random(seed).sample(ROWS, len(ROWS)):
+        for name in random.Random(seed).sample(NAMES, len(NAMES)):
             seconds, accuracy = race(bench, name, train, test, Recipe(), seed)
             if accuracy < TARGET:
                 bench.skipped.append(
@@ -88,41 +89,42 @@ def measure(data: Path | None, bench: Bench) -> Iterator[Comparison]:
 
 
 def _comparison(runs: dict[str, list[float]]) -> Iterator[Comparison]:
-    """Of the seeds with which both arrived, if those are two or more."""
+    """Compare the seeds with which both networks reached the target, if there are at least two."""
     both = [pair for pair in zip(*runs.values(), strict=False) if all(s == s for s in pair)]
     if len(both) < 2:
         return
-    dice, columns = random.Random(0), list(zip(*both, strict=True))
-    timings = tuple(timing(name, own, columns[0], dice) for name, own in zip(runs, columns, strict=True))
-    # seeds are the noise here: how far one stands from the median of all
-    noise = spread([value / median(columns[0]) for value in columns[0]], dice)
-    yield Comparison("CIFAR-10 to 94 %", ROWS[0], timings, noise, len(both), unit="s")
+    rng, columns = random.Random(0), list(zip(*both, strict=True))
+    timings = tuple(timing(name, own, columns[0], rng) for name, own in zip(runs, columns, strict=True))
+    # The noise is the deviation of single seeds from the median of all.
+    noise = spread([value / median(columns[0]) for value in columns[0]], rng)
+    yield Comparison("CIFAR-10 to 94 %", NAMES[0], timings, noise, len(both), unit="s")
 
 
-def load(data: Path, device: torch.device) -> tuple[Pictures, Pictures]:
-    """Both parts.
+def load(data: Path, device: torch.device) -> tuple[Images, Images]:
+    """Return training and test images.
 
     Raises:
-        ValueError: the folder does not hold CIFAR-10.
+        ValueError: the folder does not have CIFAR-10.
     """
     split = open_source(f"cifar10:root={data}")
     return _on(split.train, device), _on(split.val, device)
 
 
-def _on(source: Source, device: torch.device) -> Pictures:
+def _on(source: Source, device: torch.device) -> Images:
+    """Return all images of a source, normalized, on the device."""
     assert isinstance(source, ArraySource)
     pixels = torch.stack([torch.from_numpy(source.pixels(i)) for i in range(len(source))])
     labels = torch.tensor([source.label(i) for i in range(len(source))])
     images = pixels.to(device).permute(0, 3, 1, 2).float().div_(255)
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
     images = ((images - mean) / std).contiguous(memory_format=FORMATS["NHWC"])
-    return Pictures(images, labels.to(device))
+    return Images(images, labels.to(device))
 
 
 def race(
-    bench: Bench, name: str, train: Pictures, test: Pictures, recipe: Recipe, seed: int
+    bench: Bench, name: str, train: Images, test: Images, recipe: Recipe, seed: int
 ) -> tuple[float, float]:
-    """Trains one network. Returns seconds of training until the target, or all, and the accuracy then."""
+    """Train one network; return seconds of training until the target or the end, and the accuracy at that time."""
     torch.manual_seed(seed)
     classes = int(train.labels.max()) + 1
     net = create_model(name, num_classes=classes, stochdepth_rate=0.0).to(bench.device)
@@ -156,7 +158,7 @@ def race(
 
 
 def shifted(images: Tensor, most: int) -> Tensor:
-    """Each image moved by up to `most` pixels both ways, mirrored at the border, and flipped half of the time."""
+    """Shift each image by up to `most` pixels, with reflection at the border, and flip it with probability 1/2."""
     count, _, height, width = images.shape
     padded = F.pad(images, [most] * 4, mode="reflect")
     top, left = (torch.randint(2 * most + 1, (count, 1), device=images.device) for _ in range(2))
@@ -170,7 +172,7 @@ def shifted(images: Tensor, most: int) -> Tensor:
 
 
 def train_step(net: Net, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
-    """Gradients of one batch."""
+    """Compute the gradients of one batch."""
     net.zero_grad(set_to_none=True)
     with standardized_once(net):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
@@ -179,8 +181,8 @@ def train_step(net: Net, images: Tensor, labels: Tensor, recipe: Recipe) -> None
 
 
 @torch.inference_mode()
-def score(net: torch.nn.Module, test: Pictures) -> float:
-    """Part of the test set that is right."""
+def score(net: torch.nn.Module, test: Images) -> float:
+    """Return the accuracy on the test set, from 0 to 1."""
     net.eval()
     parts = zip(test.images.split(1000), test.labels.split(1000), strict=True)
     right = sum((net(images).argmax(dim=1) == labels).sum() for images, labels in parts)

@@ -1,5 +1,4 @@
-"""Single convolutions of NFNet-F0 both ways: which memory format, 1x1 ones as convolution or as matrix product, and how
-networks compute them."""
+"""Single convolutions of NFNet-F0: memory formats, 1x1 ones as matrix products, and as our networks compute them."""
 
 from __future__ import annotations
 
@@ -19,19 +18,20 @@ from normfree.ops import conv2d_backends
 
 ABOUT = (
     "Milliseconds of one convolution's forward pass, input gradient and weight gradient, in both memory formats; "
-    "a 1×1 convolution also as a linear layer over pixels; and as our networks compute it. Results are compared first. "
-    "Floors are the larger one of its multiplications at the rate of a large matrix product and its bytes at the rate "
-    "of a copy; a 3×3 convolution of stride 1 can do with 4 of 9 multiplications. On a GPU bfloat16."
+    "also as our networks compute it and, if it is 1×1, as a linear layer over pixels. Results are compared "
+    "first. A floor is the larger of two lower bounds: the multiplications at the rate of a large matrix product, "
+    "and the bytes at the rate of a copy. A 3×3 convolution of stride 1 can be computed with 4 of 9 "
+    "multiplications. On a GPU the type is bfloat16."
 )
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 BATCH = {"cpu": 8, "cuda": 256}
-#: Relative L2 distance that reordered sums may show.
+# Largest relative L2 distance caused by a different order of sums.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolution without bias on square maps of `side`, with the padding that keeps them."""
+    """A convolution without bias on square feature maps of `side`, with padding that keeps their size."""
 
     inputs: int
     outputs: int
@@ -42,16 +42,16 @@ class Shape:
 
     @property
     def groups(self) -> int:
-        """How many groups of `group_width` input channels; 0: one group."""
+        """Number of groups of `group_width` input channels; one group if it is 0."""
         return self.inputs // self.group_width if self.group_width else 1
 
     def __str__(self) -> str:
-        words = f"{self.kernel_size}×{self.kernel_size}, {self.inputs} to {self.outputs}, {self.side}²"
-        words += f", stride {self.stride}" if self.stride > 1 else ""
-        return words + (f", {self.groups} groups" if self.groups > 1 else "")
+        text = f"{self.kernel_size}×{self.kernel_size}, {self.inputs} to {self.outputs}, {self.side}²"
+        text += f", stride {self.stride}" if self.stride > 1 else ""
+        return text + (f", {self.groups} groups" if self.groups > 1 else "")
 
 
-#: Those of NFNet-F0 at 192 px: the 3x3 ones of width 128 a group, and the 1x1 ones around them.
+# The convolutions of NFNet-F0 at 192 px: 3x3 with groups of width 128, and the 1x1 ones around them.
 GROUPED = ((128, 48, 1), (256, 48, 2), (256, 24, 1), (768, 24, 2), (768, 12, 1), (768, 12, 2), (768, 6, 1))
 POINTWISE = ((512, 256, 24), (512, 768, 24), (1536, 768, 12), (768, 1536, 12), (1536, 3072, 6))
 SHAPES = (
@@ -61,30 +61,30 @@ SHAPES = (
 
 
 def cases(device: torch.device) -> list[Case]:
-    """One for each shape."""
+    """Return a case for each shape."""
     return [case(shape, BATCH[device.type]) for shape in SHAPES]
 
 
 def case(shape: Shape, images: int) -> Case:
-    """All directions of one shape."""
-    word = "pointwise" if shape.kernel_size == 1 else "grouped"
-    return Case(str(shape), (word,), partial(measure, shape, images))
+    """Return the case of one shape, with all directions."""
+    kind = "pointwise" if shape.kernel_size == 1 else "grouped"
+    return Case(str(shape), (kind,), partial(measure, shape, images))
 
 
 def measure(shape: Shape, images: int, bench: Bench) -> Iterator[Comparison]:
-    """One comparison for each direction. Windows are short, as there are many."""
+    """Yield a comparison for each direction. Windows are short, since there are many comparisons."""
     kind = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     short = replace(bench, window_s=0.1 * bench.window_s)
     x, weight, up = tensors(shape, images, bench.device, kind)
     for direction in DIRECTIONS:
         arms = [
-            Arm(word, partial(run, direction, shape, *(t.to(memory_format=layout) for t in (x, weight, up))))
-            for word, layout in FORMATS.items()
+            Arm(name, partial(run, direction, shape, *(t.to(memory_format=layout) for t in (x, weight, up))))
+            for name, layout in FORMATS.items()
         ]
         if shape.kernel_size == shape.stride == 1:
             arms.append(Arm("linear", linear(direction, x, weight, up)))
-        there = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, up))
-        arms.append(Arm("normfree NHWC", partial(ours, direction, shape, *there)))
+        channels_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, up))
+        arms.append(Arm("normfree NHWC", partial(ours, direction, shape, *channels_last)))
         lowest = floor(bench, shape, [x, weight, up])
         yield from compare(short, f"{shape}, {direction}", arms, tolerance=TOLERANCE[kind], floor=lowest)
 
@@ -92,7 +92,7 @@ def measure(shape: Shape, images: int, bench: Bench) -> Iterator[Comparison]:
 def tensors(
     shape: Shape, images: int, device: torch.device, kind: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random input, kernel and gradient of the output."""
+    """Return random input, weight and gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     after = -(-shape.side // shape.stride)
     fan_in = shape.inputs // shape.groups
@@ -106,7 +106,7 @@ def tensors(
 
 
 def run(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> Tensor:
-    """One direction by the library's convolution."""
+    """Compute one direction with PyTorch's convolution."""
     side = shape.kernel_size // 2
     if direction == "forward":
         return F.conv2d(x, weight, None, shape.stride, side, 1, shape.groups)
@@ -119,7 +119,7 @@ def run(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> 
 
 @torch.no_grad()
 def ours(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) -> Tensor:
-    """One direction as our networks compute it."""
+    """Compute one direction as our networks do."""
     side = shape.kernel_size // 2
     geometry = conv2d_backends.Geometry(shape.stride, (side, side), shape.groups)
     with torch.set_grad_enabled(direction != "forward"):  # gradients are computed by the backend of training
@@ -134,7 +134,7 @@ def ours(direction: str, shape: Shape, x: Tensor, weight: Tensor, up: Tensor) ->
 
 
 def linear(direction: str, x: Tensor, weight: Tensor, up: Tensor) -> Callable[[], Tensor]:
-    """A 1x1 convolution as matrix products over the pixels of channels_last maps. Results in the same shapes."""
+    """Return a 1x1 convolution as a matrix product over the pixels of channels_last maps, with the same shapes."""
     x, up = (t.permute(0, 2, 3, 1).contiguous() for t in (x, up))
     matrix = weight.flatten(1)
     if direction == "forward":
@@ -145,7 +145,7 @@ def linear(direction: str, x: Tensor, weight: Tensor, up: Tensor) -> Callable[[]
 
 
 def floor(bench: Bench, shape: Shape, moved: list[Tensor]) -> Floor | None:
-    """What each direction needs at least: it reads two of the three tensors and writes the third."""
+    """Return the lower bound for each direction, which reads two of the three tensors and writes the third."""
     if not bench.matmul or not bench.bandwidth:
         return None
     _, weight, up = moved

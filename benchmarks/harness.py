@@ -1,7 +1,7 @@
-"""Side by side in one process: every arm once per round in shuffled order, ratios within rounds, medians, intervals.
+"""Comparisons in one process: every arm once per round in shuffled order, ratios within rounds, medians, intervals.
 
-A comparison has a correctness gate (where arms disagree no time is taken) and the baseline twice (A/A): a difference
-smaller than what the baseline shows against itself is no difference. Statistics stand in `statistic.py`.
+A comparison has a correctness gate (if arms disagree, no time is reported) and measures the baseline twice (A/A): a
+difference smaller than that of the baseline from itself does not count. The statistics are in `summary.py`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ from torch import Tensor
 from benchmarks.arms import Arm
 from benchmarks.summary import Comparison, Floor, Sample, summary
 
-#: Counted rounds below which a comparison says nothing.
+# A comparison needs at least this many counted rounds.
 LEAST = 5
-#: Seconds of a call above which a call more, only to get warm, is too dear.
+# Calls of more than this many seconds get no extra warm-up call.
 LONG_S = 1.0
 CPU = torch.device("cpu")
 
 
 class GateError(ArithmeticError):
-    """Arms that should do the same work do not."""
+    """Arms that should do the same work disagree."""
 
 
 class OutOfTimeError(Exception):
-    """What is left of the suite's time does not suffice for `LEAST` rounds."""
+    """The remaining time of the suite is too short for `LEAST` rounds."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """How a suite measures: its device, its time, and what it had to leave out.
+    """Settings of a suite's measurements: its device, its time, and what it left out.
 
-    rounds: counted ones; where time runs short fewer, but not below `LEAST`.
-    window_s: a visit to an arm is one warm call, then calls for at least this long; a longer call comes alone.
-    deadline: of the suite; share: of the case at work. Both on `clock`, in seconds.
-    bandwidth, matmul: the machine's ceilings in bytes/s (read and written) and flop/s; 0: not measured.
-    skipped: what was left out and why, in words; filled as the suite goes on.
+    Args:
+        device: device of all arms.
+        rounds: number of counted rounds; fewer if time is short, but at least `LEAST`.
+        window_s: a visit to an arm is one warm-up call, then calls for at least this long; a longer call is alone.
+        deadline: end of the suite on `clock`, in seconds.
+        share: end of the current case on `clock`, in seconds.
+        bandwidth: measured rate of a copy in bytes/s, read and written; 0 if not measured.
+        matmul: measured rate of a matrix product in FLOP/s; 0 if not measured.
+        skipped: what was left out and why, as text; filled while the suite runs.
+        clock: returns the time in seconds.
     """
 
     device: torch.device = CPU
@@ -57,30 +62,30 @@ class Bench:
 
     @property
     def least(self) -> int:
-        """Rounds below which there is no comparison."""
+        """The smallest number of rounds for a comparison."""
         return min(LEAST, self.rounds)
 
     def left(self) -> float:
-        """Seconds until the suite has to end."""
+        """Return the seconds until the suite must end."""
         return self.deadline - self.clock()
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a suite: `words` are what `--only` may call it, `run` measures it."""
+    """One case of a suite: `--only` accepts its `aliases`, `run` measures it."""
 
     name: str
-    words: tuple[str, ...]
+    aliases: tuple[str, ...]
     run: Callable[[Bench], Iterable[Comparison]]
 
 
 class Call(NamedTuple):
-    """Seconds of `run`, and of `run` and `then`; and the result."""
+    """Seconds of `run`, seconds of `run` and `then`, and the result."""
 
     first: float
     whole: float
@@ -99,41 +104,49 @@ def compare(
     floor: Floor | None = None,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Gate, one round that is not counted, then rounds of the chosen arms and of the baseline once more.
+    """Check the arms, run one uncounted round, then measure the chosen arms and the baseline a second time.
 
-    gradients: the arms train; otherwise they run in inference mode.
-    choose: gets the seconds of each arm in the uncounted round and returns the names to go on with, baseline first;
-        by default all, in order. What is chosen is measured anew, so that luck in the choice does not count.
-    parts: names of the two comparisons where arms have `then`; otherwise there is one, called `case`.
+    Args:
+        bench: settings of the measurement.
+        case: name of the comparison.
+        arms: the alternatives; the first is the baseline and the reference of the gate.
+        tolerance: largest relative L2 error of an arm.
+        gradients: the arms train; otherwise they run in inference mode.
+        choose: receives the seconds of each arm in the uncounted round and returns the names to measure, baseline
+        first;
+            by default all, in order. The chosen arms are measured again, so that the choice does not bias the result.
+        parts: names of the two comparisons if arms have `then`; otherwise there is one comparison, called `case`.
+        floor: lower bound of the time.
+        seed: seed of the order and of the bootstrap.
 
     Raises:
-        GateError: an arm's result is further than `tolerance` (relative L2) from the first arm's.
+        GateError: the relative L2 distance of an arm's result from the first arm's exceeds `tolerance`.
         OutOfTimeError: there is no time for `LEAST` rounds.
     """
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     with torch.enable_grad() if gradients else torch.inference_mode():
         ready, errors, pilot = _gate(bench, case, arms, tolerance)
-        for arm in dice.sample(ready, len(ready)):
+        for arm in rng.sample(ready, len(ready)):
             pilot[arm.name] = min(_visit(bench, arm), pilot.get(arm.name, Sample(math.inf, 0.0, None, 0.0)))
         names = choose({arm.name: pilot[arm.name].whole / arm.images for arm in ready})
         chosen = [next(arm for arm in ready if arm.name == name) for name in names]
         visits = [*chosen, replace(chosen[0], name="A/A")]
         spent = {a.name: pilot[names[0] if a.name == "A/A" else a.name].spent for a in visits}
-        samples = _rounds(bench, case, visits, sum(spent.values()), dice)
-    whole = summary(case, chosen, errors, samples, dice, floor=floor)
+        samples = _rounds(bench, case, visits, sum(spent.values()), rng)
+    whole = summary(case, chosen, errors, samples, rng, floor=floor)
     if all(arm.then is None for arm in chosen):
         return [whole]
     apart = {name: [s._replace(whole=s.first) for s in own] for name, own in samples.items()}
     return [
         replace(whole, case=f"{case}, {parts[0]}"),
-        replace(summary(case, chosen, errors, apart, dice, floor=floor), case=f"{case}, {parts[1]}"),
+        replace(summary(case, chosen, errors, apart, rng, floor=floor), case=f"{case}, {parts[1]}"),
     ]
 
 
 def _rounds(
-    bench: Bench, case: str, visits: Sequence[Arm], expected: float, dice: random.Random
+    bench: Bench, case: str, visits: Sequence[Arm], expected: float, rng: random.Random
 ) -> dict[str, list[Sample]]:
-    """Samples of each arm. `expected`: seconds of a round."""
+    """Return the samples of each arm; `expected` is the duration of a round in seconds."""
     if bench.clock() + bench.least * expected > bench.deadline:
         needs, left = bench.least * expected, max(0.0, bench.left())
         raise OutOfTimeError(f"{case}: {bench.least} rounds need {needs:.0f} s, {left:.0f} s are left")
@@ -142,7 +155,7 @@ def _rounds(
         start = bench.clock()
         if done >= bench.least and start + expected > min(bench.share, bench.deadline):
             break
-        for arm in dice.sample(visits, len(visits)):
+        for arm in rng.sample(visits, len(visits)):
             samples[arm.name].append(_visit(bench, arm))
         expected = max(expected, bench.clock() - start)
     return samples
@@ -151,8 +164,10 @@ def _rounds(
 def _gate(
     bench: Bench, case: str, arms: Sequence[Arm], tolerance: float
 ) -> tuple[list[Arm], dict[str, float], dict[str, Sample]]:
-    """The arms that can run here, with what their first calls showed; how far each is from the first; and of those that
-    take longer than `LONG_S` the second call, so that luck has less of a say in the uncounted round."""
+    """Return the arms that can run, with facts of their first calls; the error of each; and samples of slow arms.
+
+    For arms that take longer than `LONG_S`, the sample is the second call. It makes the uncounted round less noisy.
+    """
     ready: list[Arm] = []
     errors: dict[str, float] = {}
     long: dict[str, Sample] = {}
@@ -161,7 +176,7 @@ def _gate(
         try:
             limit = tolerance if arm.allowed is None else arm.allowed
             apart = [] if arm.distance is None else [(arm.distance(), limit)]
-            calls = [_once(bench, arm) for _ in range(2)]  # the second shows what the first call changed
+            calls = [_once(bench, arm) for _ in range(2)]  # the second call shows what the first one changed
             facts = _facts(bench, arm, calls)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -174,9 +189,9 @@ def _gate(
         if not apart:
             raise AssertionError(f"{arm.name} has no gate")
         for error, limit in apart:
-            if not error <= limit:  # NaN is wrong too
-                off = f"{arm.name} is {error:.1e} off, allowed are {limit:g}"
-                raise GateError(f"{case}: {off}; no time is given")
+            if not error <= limit:  # also true for NaN
+                off = f"{arm.name} is off by {error:.1e}, allowed is {limit:g}"
+                raise GateError(f"{case}: {off}; no time is reported")
         errors[arm.name] = max(error for error, _ in apart)
         if calls[1].whole > LONG_S:
             long[arm.name] = Sample(calls[1].whole, calls[1].first, None, calls[1].whole)
@@ -187,7 +202,7 @@ def _gate(
 
 
 def _facts(bench: Bench, arm: Arm, calls: Sequence[Call]) -> dict[str, float]:
-    """Seconds that compiling took; and on a GPU the most memory beyond what lay there, in GiB."""
+    """Return the seconds of compilation and, on a GPU, the peak of newly allocated memory in GiB."""
     found = {"compile_s": calls[0].whole - calls[1].whole} if arm.compiled else {}
     if bench.device.type == "cuda":
         before = torch.cuda.memory_allocated(bench.device)
@@ -198,7 +213,7 @@ def _facts(bench: Bench, arm: Arm, calls: Sequence[Call]) -> dict[str, float]:
 
 
 def _visit(bench: Bench, arm: Arm) -> Sample:
-    """A warm call, then calls for `window_s`, in one window where nothing has to happen in between."""
+    """Make a warm-up call, then calls for `window_s`; in one window if nothing has to happen between them."""
     start = bench.clock()
     seen = _once(bench, arm)
     calls = [seen] if seen.whole >= bench.window_s else []
@@ -211,7 +226,7 @@ def _visit(bench: Bench, arm: Arm) -> Sample:
 
 
 def _window(bench: Bench, arm: Arm, count: int, visited: float) -> Sample:
-    """`count` calls without a wait between them, on the host's clock and on the device's."""
+    """Time `count` calls without a wait between them, on the host's clock and on the device's."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if bench.device.type == "cuda" else []
     bench.wait()
     start = bench.clock()
@@ -228,6 +243,7 @@ def _window(bench: Bench, arm: Arm, count: int, visited: float) -> Sample:
 
 
 def _once(bench: Bench, arm: Arm) -> Call:
+    """Time a single call."""
     if arm.before is not None:
         arm.before()
     bench.wait()

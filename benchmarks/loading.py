@@ -25,11 +25,11 @@ from normfree.data.transforms.train import resize, train_transform
 
 ABOUT = (
     "JPEG bytes of 500 × 375 pixels, quality 92, in memory -> decode -> random resized crop to 224, flip -> uint8 "
-    "tensor 3 S S; 128 pictures a pass, one core, wall time. All loaders make the same crops of the same "
-    "pictures, and the gate compares sixteen of them; bicubic passes round at other places, a resize without "
-    "antialiasing would be far above what it allows."
+    "tensor 3 S S; 128 images per pass, one core, wall time. All loaders make the same crops of the same images, "
+    "and the gate compares sixteen of them. Its tolerance allows for bicubic passes that round at other points; a "
+    "resize without antialiasing would exceed it by far."
 )
-COUNT, WIDTH, HEIGHT, SIZE, QUALITY = 128, 500, 375, 224, 92  # as the published loader tables have it
+COUNT, WIDTH, HEIGHT, SIZE, QUALITY = 128, 500, 375, 224, 92  # as in the published tables of loaders
 PHOTOGRAPHS = (
     "astronaut",
     "chelsea",
@@ -43,7 +43,7 @@ TOLERANCE = 2e-3  # relative L2
 
 
 def jpegs(count: int = COUNT) -> list[bytes]:
-    """The pictures, encoded; small ones are enlarged until the crop fits."""
+    """Return encoded images; small photographs are enlarged until the crop fits."""
     rng, made = np.random.default_rng(0), []
     photographs = [Image.fromarray(getattr(samples, name)()[..., :3]) for name in PHOTOGRAPHS]
     for i in range(count):
@@ -59,25 +59,25 @@ def jpegs(count: int = COUNT) -> list[bytes]:
     return made
 
 
-def pillow_v2(word: str) -> Callable[[Image.Image], Tensor]:
-    """torchvision's transforms on Pillow pictures: what most training scripts run."""
-    mode = v2.InterpolationMode(word)
+def pillow_v2(interpolation: str) -> Callable[[Image.Image], Tensor]:
+    """Return torchvision's transforms on Pillow images, as in most training scripts."""
+    mode = v2.InterpolationMode(interpolation)
     return v2.Compose(
         [v2.RandomResizedCrop(SIZE, interpolation=mode), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     )
 
 
-def tensor_v2(word: str) -> Callable[[np.ndarray], Tensor]:
-    """The same on tensors."""
-    mode = v2.InterpolationMode(word)
+def tensor_v2(interpolation: str) -> Callable[[np.ndarray], Tensor]:
+    """Return the same transforms on tensors."""
+    mode = v2.InterpolationMode(interpolation)
     steps = v2.Compose(
         [v2.RandomResizedCrop(SIZE, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
     )
     return lambda pixels: steps(torch.from_numpy(pixels).permute(2, 0, 1)).contiguous()
 
 
-def places(count: int) -> list[tuple[int, int, int, int, bool]]:
-    """The crops and flips that the other arms draw."""
+def draw_boxes(count: int) -> list[tuple[int, int, int, int, bool]]:
+    """Return the crops (top, left, height, width) and flips that the other arms draw."""
     crop, probe = v2.RandomResizedCrop(SIZE), torch.empty(1).expand(3, HEIGHT, WIDTH)
     torch.manual_seed(0)
     drawn = []
@@ -88,48 +88,48 @@ def places(count: int) -> list[tuple[int, int, int, int, bool]]:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """simplejpeg's plain call, without header check, limits and orientation."""
+    """Call simplejpeg without checks of header, limits and orientation."""
     pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
     return pixels
 
 
 def gated(crops: Tensor) -> Tensor:
-    """What the gate compares: some of the crops, as turning all into floats would take its own time."""
+    """Return the crops that the gate compares: only some, since converting all to float would take time."""
     return crops[:: max(1, len(crops) // 16)].float()
 
 
 def cases(device: torch.device) -> list[Case]:
-    """One per filter."""
-    return [case(word) for word in ("bicubic", "bilinear")]
+    """Return a case per filter."""
+    return [case(name) for name in ("bicubic", "bilinear")]
 
 
-def case(word: str, count: int = COUNT) -> Case:
-    """`count` pictures a pass through each loader with the filter called `word`."""
-    return Case(word, (word,), partial(measure, word, count))
+def case(interpolation: str, count: int = COUNT) -> Case:
+    """Return the case of one filter, with `count` images per pass through each loader."""
+    return Case(interpolation, (interpolation,), partial(measure, interpolation, count))
 
 
-def measure(word: str, count: int, bench: Bench) -> list[Comparison]:
-    """Pillow and torchvision are the baseline."""
-    # one pass streams through more than a cache holds, so that it needs no warm one
+def measure(interpolation: str, count: int, bench: Bench) -> list[Comparison]:
+    """Compare all loaders; Pillow with torchvision is the baseline."""
+    # One pass reads more than fits into a cache, so it needs no warm-up.
     timed = replace(bench, window_s=0.0)
-    return compare(timed, word, arms(word, jpegs(count)), tolerance=TOLERANCE)
+    return compare(timed, interpolation, arms(interpolation, jpegs(count)), tolerance=TOLERANCE)
 
 
-def arms(word: str, pictures: list[bytes]) -> list[Arm]:
-    """All loaders, which make the same crops of the same pictures."""
-    pil, tensor = pillow_v2(word), tensor_v2(word)
-    ours = train_transform(image_size=SIZE, interpolation=word)
-    known = places(len(pictures))
+def arms(interpolation: str, images: list[bytes]) -> list[Arm]:
+    """Return all loaders; they make the same crops of the same images."""
+    pil, tensor = pillow_v2(interpolation), tensor_v2(interpolation)
+    ours = train_transform(image_size=SIZE, interpolation=interpolation)
+    boxes = draw_boxes(len(images))
 
     def arm(name: str, one: Callable[[bytes], Tensor]) -> Arm:
         def run() -> Tensor:
             torch.manual_seed(0)
-            return gated(torch.stack([one(data) for data in pictures]))
+            return gated(torch.stack([one(data) for data in images]))
 
-        return Arm(name, run, images=len(pictures))
+        return Arm(name, run, images=len(images))
 
     def bare() -> Tensor:
-        made = [cut(data, place, word) for data, place in zip(pictures, known, strict=True)]
+        made = [cut(data, box, interpolation) for data, box in zip(images, boxes, strict=True)]
         return gated(torch.stack(made))
 
     return [
@@ -139,17 +139,19 @@ def arms(word: str, pictures: list[bytes]) -> list[Arm]:
         arm("kornia-rs decode + torch resize", lambda data: ours(kornia_decode(data))),
         arm("normfree without simplejpeg", lambda data: ours(load_image(data))),
         arm("normfree", lambda data: ours(jpeg.load_array(data))),
-        Arm("simplejpeg + torch resize, nothing checked or drawn", bare, images=len(pictures)),
+        Arm("simplejpeg + torch resize, nothing checked or drawn", bare, images=len(images)),
     ]
 
 
-def cut(data: bytes, place: tuple[int, int, int, int, bool], word: str) -> Tensor:
-    """One crop at a known place, by the shortest way."""
-    top, left, tall, wide, flip = place
-    scaled = resize(decode(data)[top : top + tall, left : left + wide], SIZE, SIZE, interpolation=word)
+def cut(data: bytes, box: tuple[int, int, int, int, bool], interpolation: str) -> Tensor:
+    """Decode and resize one given crop, with the fewest operations."""
+    top, left, tall, wide, flip = box
+    scaled = resize(
+        decode(data)[top : top + tall, left : left + wide], SIZE, SIZE, interpolation=interpolation
+    )
     return (scaled.flip(-1) if flip else scaled).contiguous()
 
 
 def kornia_decode(data: bytes) -> np.ndarray:
-    """kornia-rs' libjpeg-turbo."""
+    """Decode with the libjpeg-turbo of kornia-rs."""
     return np.asarray(kornia_io.decode_image_jpegturbo(data, "rgb"))

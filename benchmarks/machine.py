@@ -1,4 +1,4 @@
-"""What the figures were measured on, and what that machine can do at best."""
+"""Description of the machine, and its highest rates of copying and of matrix products."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normfree.native.library import library
 from normfree.tools.speed import matmul_rate
 
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "numpy")
-#: Bytes of the buffer that is copied: several times the largest cache.
+# Bytes of the buffer that is copied: several times the largest cache.
 COPIED = {"cpu": 256 << 20, "cuda": 4 << 30}
 COPIES = 7
 
@@ -33,7 +33,7 @@ class Ceilings:
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Measured now: half a second on a CPU of two cores. The copy's rate is a median, the product's the best of six."""
+    """Measure the rates: the median for a copy, the best of six for a product. Takes half a second on two cores."""
     precision = "bfloat16" if device.type == "cuda" else "float32"
     source = torch.randn(COPIED[device.type] // 4, device=device)
     target = torch.empty_like(source)
@@ -42,7 +42,7 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of `COPIES` calls after one that is not counted."""
+    """Return the median duration of `COPIES` calls, after one uncounted call."""
     took = []
     for _ in range(COPIES + 1):
         start = time.perf_counter()
@@ -54,7 +54,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Processor, what torch uses of it, threads, versions, the day, and the GPU if one is there."""
+    """Return processor, its capability in PyTorch, threads, versions, date, and the GPU if there is one."""
     found: dict[str, Any] = {
         "cpu": cpu_info("model name") or platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -74,12 +74,12 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_info(entry: str) -> str:
-    """An entry of /proc/cpuinfo ("model name", "flags"), or nothing where there is none."""
+    """Return an entry of /proc/cpuinfo ("model name", "flags"), or "" if there is none."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), "")
 
 
 def computes_bfloat16(flags: str) -> bool:
-    """Whether a CPU with these flags has instructions for bfloat16; without, torch emulates it."""
+    """Return whether a CPU with these flags has instructions for bfloat16; PyTorch emulates them otherwise."""
     return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(flags.split())

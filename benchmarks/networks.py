@@ -1,4 +1,4 @@
-"""timm's network and ours with the same weights, and what both sides of a comparison share."""
+"""timm's network and ours with the same weights, and functions that both sides of a comparison use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLASSES = 1000
 
 
 def shaken(net: nn.Module, *, seed: int = 0) -> nn.Module:
-    """`net` in evaluation mode with every branch open: its gains are random, between 0.5 and 1."""
+    """Return `net` in evaluation mode with random gains between 0.5 and 1, so that every branch contributes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in net.named_parameters():
@@ -38,7 +38,7 @@ def shaken(net: nn.Module, *, seed: int = 0) -> nn.Module:
 
 
 def pair(name: str, *, stochdepth: float = 0.0) -> tuple[nn.Module, Net]:
-    """timm's network and ours in training mode, with the same random weights, no dropout, stochastic depth as told."""
+    """Return timm's network and ours in training mode, with the same random weights and no dropout."""
     torch.manual_seed(0)
     theirs = shaken(timm.create_model(name, drop_rate=0.0, drop_path_rate=stochdepth))
     ours = create_model(f"timm_{name}", drop_rate=0.0, stochdepth_rate=stochdepth)
@@ -47,13 +47,13 @@ def pair(name: str, *, stochdepth: float = 0.0) -> tuple[nn.Module, Net]:
     return theirs.train(), ours.train()
 
 
-def copied(net: nn.Module, word: str, device: torch.device) -> nn.Module:
-    """A copy on `device` in the memory format called `word`."""
-    return copy.deepcopy(net).to(device).to(memory_format=FORMATS[word])
+def copied(net: nn.Module, layout: str, device: torch.device) -> nn.Module:
+    """Return a copy on `device` in the memory format `layout`, a key of `FORMATS`."""
+    return copy.deepcopy(net).to(device).to(memory_format=FORMATS[layout])
 
 
 def never_dropping(net: nn.Module) -> nn.Module:
-    """A copy in which stochastic depth, ours or timm's, keeps every branch."""
+    """Return a copy in which stochastic depth, ours or timm's, keeps every branch."""
     still = copy.deepcopy(net)
     for module in still.modules():
         if isinstance(module, timm.layers.DropPath):
@@ -63,11 +63,11 @@ def never_dropping(net: nn.Module) -> nn.Module:
     return still
 
 
-def batch(size: int, images: int, device: torch.device, word: str = "NCHW") -> tuple[Tensor, Tensor]:
-    """Random images B 3 S S in the memory format `word`, and labels B; the same for all arms."""
+def batch(size: int, images: int, device: torch.device, layout: str = "NCHW") -> tuple[Tensor, Tensor]:
+    """Return random images B 3 S S in the memory format `layout`, and labels B; the same for all arms."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(images, 3, size, size, generator=generator).to(device)
-    return x.to(memory_format=FORMATS[word]), (torch.arange(images) % CLASSES).to(device)
+    return x.to(memory_format=FORMATS[layout]), (torch.arange(images) % CLASSES).to(device)
 
 
 def forward_backward(
@@ -79,8 +79,16 @@ def forward_backward(
     forward: Callable[[Tensor], Tensor] | None = None,
     blocks: CompiledBlocks | None = None,
 ) -> Tensor:
-    """Gradients anew; returns the loss. Ours standardizes once, as `Trainer.gradients`. `forward`: `net` compiled as a
-    whole; `blocks`: those of ours, compiled as the trainer does."""
+    """Compute new gradients and return the loss; our networks standardize once, as in `BatchGradient`.
+
+    Args:
+        net: the network.
+        images: B 3 S S.
+        labels: B.
+        half: use autocast to bfloat16.
+        forward: `net` compiled as a whole.
+        blocks: the blocks of our network, compiled as in the trainer.
+    """
     net.zero_grad(set_to_none=True)
     once = standardized_once(net) if isinstance(net, Net) else contextlib.nullcontext()
     with once, blocks.active() if blocks is not None else contextlib.nullcontext():
@@ -92,19 +100,19 @@ def forward_backward(
 
 
 def in_our_names(ours: Net, tensors: Mapping[str, Tensor], theirs: nn.Module) -> dict[str, Tensor]:
-    """`tensors` of timm's network, by its names, under our names and in our shapes."""
+    """Return `tensors` of timm's network under our names and in our shapes."""
     renamed = to_our_names({**theirs.state_dict(), **tensors})
     return {name: renamed[name].detach() for name, _ in ours.named_parameters()}
 
 
 def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Relative L2 distance over all tensors of `wanted`."""
+    """Return the relative L2 distance over all tensors of `wanted`."""
     off = sum(float((found[k].double() - w.double()).square().sum()) for k, w in wanted.items())
     return (off / sum(float(w.double().square().sum()) for w in wanted.values())) ** 0.5
 
 
 def gradient_distance(theirs: nn.Module, ours: Net, images: Tensor, labels: Tensor) -> float:
-    """Between both gradients of the same loss, in the type of `images` and with every branch kept."""
+    """Return the distance of both gradients of the same loss, in the dtype of `images`, with every branch kept."""
     theirs, ours = (never_dropping(net).to(images) for net in (theirs, ours))
     for net in (theirs, ours):
         forward_backward(net, images, labels)
@@ -114,18 +122,18 @@ def gradient_distance(theirs: nn.Module, ours: Net, images: Tensor, labels: Tens
 
 
 def best_formats(seconds: dict[str, float]) -> list[str]:
-    """The faster memory format of each network, in the order in which they came. An arm's name ends in its format."""
+    """Return the faster memory format of each network, in the given order. An arm's name ends in its format."""
     best: dict[str, str] = {}
     for arm in seconds:
-        network, _, word = arm.rpartition(" ")
-        key = network if word in FORMATS else arm
+        network, _, layout = arm.rpartition(" ")
+        key = network if layout in FORMATS else arm
         if key not in best or seconds[arm] < seconds[best[key]]:
             best[key] = arm
     return list(best.values())
 
 
 def multiplications(bench: Bench, name: str, size: int, images: int, *, passes: int = 1) -> Floor | None:
-    """What the multiplications of timm's `name` take at the rate of a large matrix product; 3 `passes` to train."""
+    """Return the time of all multiplications at the rate of a large matrix product; training has 3 `passes`."""
     if not bench.matmul:
         return None
     operations = 2 * passes * images * count(variant_of(f"timm_{name}"), image_size=size).macs

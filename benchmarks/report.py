@@ -1,4 +1,4 @@
-"""results/SUITE.json and its page SUITE.md: what was measured, on what, with which ceilings, and what was left out."""
+"""Write results/SUITE.json and SUITE.md: measurements, machine, its rates, and what was left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.summary import Comparison, Floor, Timing
 
 RESULTS = Path(__file__).parent / "results"
 
-#: Columns for what an arm's `facts` hold: heading and format.
+# Columns for the `facts` of arms: heading and format.
 COLUMNS = {
     "device_ms": ("device ms", "{:.2f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
@@ -27,7 +27,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Result:
-    """All that one run of a suite leaves behind. Ceilings are None where they were not measured yet."""
+    """Everything that a run of a suite records. Rates of the machine are None if they were not measured."""
 
     suite: str
     about: str
@@ -41,7 +41,7 @@ class Result:
 
 
 def write(result: Result, folder: Path = RESULTS) -> Path:
-    """Both files, named after the suite and, on a GPU, the device. Returns the page."""
+    """Write both files, named after the suite and, on a GPU, the device; return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = result.suite + ("_cuda" if result.machine["device"] == "cuda" else "")
     entry = json.dumps(asdict(result), indent=1, ensure_ascii=False)
@@ -52,7 +52,7 @@ def write(result: Result, folder: Path = RESULTS) -> Path:
 
 
 def read(path: Path) -> Result:
-    """What `write` wrote to the .json file."""
+    """Return the result that `write` wrote to the .json file."""
     entry = json.loads(path.read_text(encoding="utf-8"))
     entry["comparisons"] = tuple(_comparison(c) for c in entry["comparisons"])
     for when in ("before", "after"):
@@ -70,8 +70,8 @@ def _comparison(entry: dict[str, Any]) -> Comparison:
 
 
 def page(result: Result) -> str:
-    """The page in Markdown."""
-    words = ", ".join(f"{k} {v}" for k, v in result.machine.items() if v)
+    """Return the page in Markdown."""
+    facts_text = ", ".join(f"{k} {v}" for k, v in result.machine.items() if v)
     rates = " and ".join(
         f"{c.copy_gb_s:.1f} GB/s, {c.matmul_gflop_s:.0f} GFLOP/s {c.precision}"
         for c in (result.before, result.after)
@@ -80,7 +80,7 @@ def page(result: Result) -> str:
     parts = [
         f"# {result.suite}",
         result.about,
-        f"`{result.command}`" + (f", {result.seconds:.0f} s" if result.seconds else "") + f". {words}.",
+        f"`{result.command}`" + (f", {result.seconds:.0f} s" if result.seconds else "") + f". {facts_text}.",
         f"Copy (read and written) and matrix product in the same process, before and after: {rates}."
         if rates
         else "",
@@ -92,7 +92,7 @@ def page(result: Result) -> str:
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """Markdown: one row per case and arm, with a column for each fact that some arm has, and the floors."""
+    """Return a Markdown table: a row per case and arm, a column for each fact of any arm, and the lower bounds."""
     if not comparisons:
         return "Nothing was measured."
     timings = [t for c in comparisons for t in c.timings]
@@ -110,7 +110,7 @@ def table(comparisons: Sequence[Comparison]) -> str:
             rate = [f"{images_per_second(t):.0f}" if t.images > 1 else ""] if several else []
             own = facts(t, c)
             more = [COLUMNS[key][1].format(own[key]) if key in own else "" for key in extra]
-            cells = [c.case, t.arm, spelled(t, c.unit), *rate, *more, better, str(c.rounds or "")]
+            cells = [c.case, t.arm, format_time(t, c.unit), *rate, *more, better, str(c.rounds or "")]
             lines.append(f"| {' | '.join(cells)} |")
         if c.floor is not None:
             cells = [c.case, f"floor: {c.floor.reason}", f"{c.floor.ms:.3g}"]
@@ -119,20 +119,20 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 
 def facts(timing: Timing, comparison: Comparison) -> dict[str, float]:
-    """Those of the arm, and what part of its time the floor is."""
+    """Return the facts of the arm, and the lower bound as a fraction of its time."""
     own = dict(timing.facts)
     if comparison.floor is not None:
         own["of_floor"] = comparison.floor.ms / timing.median
     return own
 
 
-def spelled(timing: Timing, unit: str) -> str:
-    """Median and quartiles, with the unit where it is not milliseconds."""
+def format_time(timing: Timing, unit: str) -> str:
+    """Return median and quartiles as text, with the unit if it is not milliseconds."""
     digits = 1 if timing.median >= 10 else 3
     low, high = timing.quartiles
     return f"{timing.median:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})" + (unit != "ms") * f" {unit}"
 
 
 def images_per_second(timing: Timing) -> float:
-    """From milliseconds a run."""
+    """Return images per second, from milliseconds per run."""
     return 1e3 * timing.images / timing.median

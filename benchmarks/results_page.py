@@ -1,4 +1,4 @@
-"""The speed table of docs/results.md: selected rows of results/*.json between two comments."""
+"""Write the speed table of docs/results.md: selected results of results/*.json, between two comments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 @dataclass(frozen=True)
 class Pick:
-    """One row of the table: a case of a suite, and two of its arms by the beginning of their names."""
+    """One row of the table: a case of a suite, and two of its arms by name without the memory format."""
 
     suite: str
     case: str
@@ -34,18 +34,19 @@ PICKS = (
     Pick("update", "clipping, nfnet_f0", "adaptive clipping of NFNet-F0's gradients"),
     Pick("update", "whole update, nfnet_f0", "clipping, SGD and average, NFNet-F0"),
     Pick("inference", "dm_nfnet_f0, 192 px, batch 1", "one image through NFNet-F0, 192 px", "normfree, folded"),
-    Pick("inference", "dm_nfnet_f0, 192 px, batch 8", "eight of them", "normfree, folded"),
+    Pick("inference", "dm_nfnet_f0, 192 px, batch 8", "eight images", "normfree, folded"),
     Pick("inference", "nf_resnet50, 224 px, batch 1", "one image through NF-ResNet-50, 224 px", "normfree, folded"),
-    Pick("inference", "nf_resnet50, 224 px, batch 1", "the same by onnxruntime", "normfree, folded, onnxruntime"),
+    Pick("inference", "nf_resnet50, 224 px, batch 1", "the same with onnxruntime", "normfree, folded, onnxruntime"),
     Pick("memory", "dm_nfnet_f0, 192 px, batch 8, allocated", "memory of a training step, NFNet-F0, 192 px, batch 8"),
     Pick("loading", "bicubic", "128 JPEGs of 500 × 375 to crops of 224 px, one core", theirs="Pillow + torchvision"),
-    Pick("small_scale", "demo's network in timm's flavour, batch 32", "training step of the demo's network, batch 32"),
+    Pick("small_scale", "demo's network with timm's numerics, batch 32",
+         "training step of the demo's network, batch 32"),
     Pick("startup", "startup", "first import, to a network's name", "from normfree import create_model", "import timm"),
 )  # fmt: skip
 
 
 def update(path: Path = PAGE, results: Path = report.RESULTS) -> None:
-    """Writes the table of what `results` holds into `path`, between the comments.
+    """Write the table of `results` into `path`, between the comments.
 
     Raises:
         ValueError: `path` does not have the two comments, each once and in order.
@@ -56,18 +57,18 @@ def update(path: Path = PAGE, results: Path = report.RESULTS) -> None:
 
 
 def between(text: str, made: str, *, name: str = "results.md") -> str:
-    """`text` with `made` between the two comments."""
+    """Return `text` with `made` between the two comments."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in head + tail:
         raise ValueError(
-            f"{name}: the table goes between {BEGIN} and {END}, each once. Put them where it should be."
+            f"{name}: the table goes between {BEGIN} and {END}, each once. Add them where the table should be."
         )
     return f"{head}{begin}\n{made.strip()}\n{end}{tail}"
 
 
 def table(results: Path) -> str:
-    """Markdown: a row per pick whose suite has been measured."""
+    """Return the Markdown table: a row per pick whose suite has been measured."""
     lines = [
         "| case | ours | theirs | times better (95 %) | command |",
         "|---|--:|--:|--:|---|",
@@ -90,16 +91,16 @@ def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
 def _row(pick: Pick, comparison: Comparison, ours: Timing, theirs: Timing) -> str:
     low, high = ours.interval
     command = f"`python -m benchmarks.run {pick.suite}`; [all](../benchmarks/results/{pick.suite}.md)"
-    cells = [pick.what, *(f"{spelled(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]
+    cells = [pick.what, *(f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]
     return f"| {' | '.join(cells)} | {ours.ratio:.2f} ({low:.2f} … {high:.2f}) | {command} |"
 
 
-def spelled(value: float, unit: str) -> str:
-    """Three digits that mean something."""
+def format_value(value: float, unit: str) -> str:
+    """Return `value` with three significant digits."""
     return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def _arm(comparison: Comparison, start: str) -> Timing | None:
-    """The arm called `start`, whatever its memory format."""
+    """Return the arm called `start`, in any memory format."""
     found = [t for t in comparison.timings if t.arm.removesuffix(" NCHW").removesuffix(" NHWC") == start]
     return found[0] if found else None

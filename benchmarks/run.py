@@ -1,7 +1,7 @@
-"""Run benchmark suites: `python -m benchmarks.run [SUITE ...]`; without a suite, all that this machine can run.
+"""Run benchmark suites: `python -m benchmarks.run [SUITE ...]`; without a name, all that this machine can run.
 
-Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the speed table of docs/results.md. Each of several
-suites runs in a process of its own.
+Writes results/SUITE.json and SUITE.md (SUITE_cuda on a GPU) and the speed table of docs/results.md. If there are
+several suites, each runs in its own process.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from benchmarks import machine, report, results_page
 from benchmarks.harness import LEAST, Bench, Case, GateError, OutOfTimeError
 from benchmarks.suites import SUITES, Suite
 from benchmarks.summary import Comparison
-from normfree.suggest import did_you_mean
+from normfree.suggest import problem, unknown
 from normfree.training.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
-#: Seconds that a suite keeps of its budget for the last ceilings and for writing.
+# Seconds of a suite's budget that are kept for measuring the machine's rates again and for writing.
 RESERVE_S = 5.0
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Runs what `words` say. Returns 0; 1 if arms disagreed or a suite broke; 2 for words that mean nothing."""
-    options = parse(words)
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the suites that `args` name; return 0, 1 if arms disagreed or a suite failed, or 2 for invalid arguments."""
+    options = parse(args)
     options.no_write |= options.rounds < LEAST
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    unknown = check(options, device)
-    if unknown:
-        print(unknown, file=sys.stderr)
+    error = check(options, device)
+    if error:
+        print(error, file=sys.stderr)
         return 2
     possible = []
     for name in options.suites or SUITES:
         obstacle = SUITES[name].obstacle(device)
         if not obstacle and not options.suites and SUITES[name].by_name and device.type == "cpu":
-            obstacle = f"it runs when it is named: python -m benchmarks.run {name}"
+            obstacle = f"it runs only if it is named: python -m benchmarks.run {name}"
         if obstacle:
             print(f"{name} skipped: {obstacle}", flush=True)
         else:
@@ -56,8 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
     return code
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument(
@@ -71,50 +71,56 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10, for small_scale on a GPU")
-    return parser.parse_args(words)
+    return parser.parse_args(args)
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
-    """What is wrong with the words, in one line, or nothing."""
+    """Return what is wrong with the options, in one line, or ""."""
     for name in options.suites:
         if name not in SUITES:
-            return f"unknown suite {name!r}.{did_you_mean(name, SUITES)} All: {', '.join(SUITES)}."
+            return unknown("suite", name, SUITES)
     if options.rounds < 1:
-        return f"--rounds {options.rounds}: one is the least, and {LEAST} where results are to be written."
+        return problem(
+            f"--rounds is {options.rounds}", allowed="1 or more", fix=f"pass {LEAST} to write results"
+        )
     if options.budget_s is not None and options.budget_s <= 0:
-        return f"--budget-s {options.budget_s:g}: seconds above 0. The default is each suite's own."
+        fix = "leave it out for each suite's own budget"
+        return problem(f"--budget-s is {options.budget_s:g}", allowed="seconds above 0", fix=fix)
     if options.device == "cuda" and not torch.cuda.is_available():
-        return "--device cuda: there is no GPU here. Use --device cpu."
+        return problem("--device is cuda and no GPU is available", allowed="cpu", fix="pass --device cpu")
     if options.only:
         suites = [SUITES[name] for name in options.suites or SUITES]
-        known = sorted(
-            {word for suite in suites if not suite.obstacle(device) for word in _words(suite, device)}
-        )
+        possible = [suite for suite in suites if not suite.obstacle(device)]
+        known = sorted({alias for suite in possible for alias in _aliases(suite, device)})
         for name in options.only:
             if name not in known:
-                return f"unknown name {name!r}.{did_you_mean(name, known)} All: {', '.join(known)}."
+                return unknown("name", name, known)
     return ""
 
 
-def _words(suite: Suite, device: torch.device) -> list[str]:
-    return [word for case in suite.cases(device, None) for word in case.words]
+def _aliases(suite: Suite, device: torch.device) -> list[str]:
+    """Return the names that `--only` accepts for a suite."""
+    return [alias for case in suite.cases(device, None) for alias in case.aliases]
 
 
 def run_apart(name: str, options: argparse.Namespace, device: torch.device) -> int:
-    """The suite in a new process, which has neither the memory nor the threads of another one."""
+    """Run a suite in a new process, so that no memory or threads of another suite affect it; return its exit code."""
     passed = ["--rounds", str(options.rounds), "--out", str(options.out), *["--no-write"] * options.no_write]
     passed += ["--device", device.type]
     passed += [] if options.budget_s is None else ["--budget-s", str(options.budget_s)]
     passed += [] if options.data is None else ["--data", str(options.data)]
     passed += ["--only", *options.only] if options.only else []
-    if options.only and not set(options.only) & set(_words(SUITES[name], device)):
+    if options.only and not set(options.only) & set(_aliases(SUITES[name], device)):
         return 0
     print(f"== {name}", flush=True)
     return subprocess.run([sys.executable, "-m", "benchmarks.run", name, *passed], cwd=ROOT).returncode
 
 
 def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) -> int:
-    """The suite in this process: ceilings, cases, ceilings; prints its page, and writes it unless told otherwise."""
+    """Run a suite in this process; print its page, and write it unless the options forbid it.
+
+    The rates of the machine are measured before and after the cases.
+    """
     start = time.perf_counter()
     settle(suite, device)
     before = machine.ceilings(device)
@@ -125,11 +131,11 @@ def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) ->
     )  # fmt: skip
     cases = suite.cases(device, options.data)
     if options.only:
-        cases = [case for case in cases if set(case.words) & set(options.only)]
+        cases = [case for case in cases if set(case.aliases) & set(options.only)]
     comparisons, wrong = measure(bench, cases)
-    words = ["python -m benchmarks.run", suite.name, *(["--only", *options.only] if options.only else [])]
+    command = ["python -m benchmarks.run", suite.name, *(["--only", *options.only] if options.only else [])]
     result = report.Result(
-        suite.name, suite.about(), " ".join(words), machine.facts(device), before, machine.ceilings(device),
+        suite.name, suite.about(), " ".join(command), machine.facts(device), before, machine.ceilings(device),
         time.perf_counter() - start, tuple(comparisons), tuple(bench.skipped),
     )  # fmt: skip
     print(report.page(result), flush=True)
@@ -141,7 +147,7 @@ def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) ->
 
 
 def settle(suite: Suite, device: torch.device) -> None:
-    """What holds for the whole process: its cores, and freed memory, for timm's arms as well as for ours."""
+    """Apply settings of the whole process, to timm's arms and ours: cores, freed memory, CUDA and compiler settings."""
     if suite.one_core:
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
@@ -150,15 +156,19 @@ def settle(suite: Suite, device: torch.device) -> None:
         keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the gates compare float32; what is timed is bfloat16
+        torch.backends.cudnn.allow_tf32 = False  # the gates compare float32; bfloat16 is timed
     if suite.by_name or device.type == "cuda":
         import torch._dynamo.config as dynamo
 
-        dynamo.recompile_limit = 256  # beyond torch's 8, networks that share code would run uncompiled
+        dynamo.recompile_limit = 256  # the default of 8 leaves networks that share code uncompiled
 
 
 def measure(bench: Bench, cases: Sequence[Case]) -> tuple[list[Comparison], bool]:
-    """All cases that the time allows, and whether arms disagreed. Each gets an equal share of what is left."""
+    """Measure all cases that time allows, with equal shares of the remaining time.
+
+    Returns:
+        The comparisons, and whether arms disagreed.
+    """
     comparisons: list[Comparison] = []
     wrong = False
     for number, case in enumerate(cases):
@@ -167,7 +177,7 @@ def measure(bench: Bench, cases: Sequence[Case]) -> tuple[list[Comparison], bool
             continue
         share = bench.clock() + bench.left() / (len(cases) - number)
         try:
-            comparisons += _told(case.run(replace(bench, share=share)))
+            comparisons += _printed(case.run(replace(bench, share=share)))
         except OutOfTimeError as error:
             bench.skipped.append(str(error))
         except GateError as error:
@@ -177,10 +187,11 @@ def measure(bench: Bench, cases: Sequence[Case]) -> tuple[list[Comparison], bool
     return comparisons, wrong
 
 
-def _told(found: Iterable[Comparison]) -> Iterable[Comparison]:
-    for comparison in found:
-        told = (f"{t.arm} {t.median:.4g} {comparison.unit}, {t.ratio:.2f}" for t in comparison.timings)
-        print(comparison.case, *told, sep="  ", flush=True)
+def _printed(comparisons: Iterable[Comparison]) -> Iterable[Comparison]:
+    """Yield the comparisons, and print each."""
+    for comparison in comparisons:
+        figures = (f"{t.arm} {t.median:.4g} {comparison.unit}, {t.ratio:.2f}" for t in comparison.timings)
+        print(comparison.case, *figures, sep="  ", flush=True)
         yield comparison
 
 

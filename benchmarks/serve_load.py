@@ -1,10 +1,10 @@
-"""How many pictures a second `normfree serve` answers on loopback, with micro-batching and without.
+"""Images per second that `normfree serve` answers on loopback, with and without batching.
 
     python -m benchmarks.serve_load [FOLDER ...] [--seconds 8] [--concurrency 1 8 32]
 
-Without folders: nf_resnet_nano_64 and nf_resnet50 with random weights, which take the time that trained ones take.
-The load comes from `ab` (Debian: apache2-utils), posting one JPEG of 500 x 375 pixels over kept connections; server,
-decoding and load tool share the machine. Prints a table and writes benchmarks/results/serve.json.
+Without folders, nf_resnet_nano_64 and nf_resnet50 run with random weights, which are as fast as trained ones. `ab`
+(Debian: apache2-utils) generates the load: it posts one JPEG of 500 x 375 pixels over persistent connections. Server,
+decoding and load generator share the machine. Prints a table and writes benchmarks/results/serve.json.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ SHOWN = ("requests_per_second", "p50_ms", "p99_ms", "mean_batch")
 
 
 def random_model(name: str, classes: int, folder: Path) -> Path:
+    """Write a model folder with random weights; return its path."""
     net = create_model(name, num_classes=classes).eval()
     pre = Preprocessing(image_size=net.variant.test_size)
     return save_pretrained(TrainedModel(net, pre, tuple(map(str, range(classes)))), folder / name)
 
 
 def photo(path: Path) -> Path:
-    """A smooth random picture: about as many bytes as a photograph of its size."""
+    """Write a smooth random image with about as many bytes as a photograph of its size; return its path."""
     noise = np.random.default_rng(0).integers(0, 255, (47, 63, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(path, "JPEG", quality=90)
     return path
@@ -50,8 +51,9 @@ def photo(path: Path) -> Path:
 
 @contextmanager
 def server(folder: Path, max_batch: int) -> Iterator[str]:
-    words = ["serve", str(folder), "--port", "0", "--max-batch", str(max_batch)]
-    process = subprocess.Popen([sys.executable, "-m", "normfree", *words], stdout=subprocess.PIPE, text=True)
+    """Run `normfree serve` and yield its address."""
+    args = ["serve", str(folder), "--port", "0", "--max-batch", str(max_batch)]
+    process = subprocess.Popen([sys.executable, "-m", "normfree", *args], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         found = re.search(r"http://\S+", process.stdout.readline())
@@ -63,22 +65,22 @@ def server(folder: Path, max_batch: int) -> Iterator[str]:
 
 
 def counted(address: str) -> tuple[float, float]:
-    """(batches, pictures) that the server has seen."""
+    """Return the numbers of batches and images that the server has processed."""
     with urllib.request.urlopen(address + "metrics") as response:
         text = response.read().decode()
     values = [
-        re.search(rf"^normfree_batch_size_{what} (\S+)$", text, re.MULTILINE) for what in ("count", "sum")
+        re.search(rf"^normfree_batch_size_{kind} (\S+)$", text, re.MULTILINE) for kind in ("count", "sum")
     ]
     return tuple(float(v[1]) if v else 0.0 for v in values)  # type: ignore[return-value]
 
 
 def load(tool: str, address: str, body: Path, *, concurrency: int, seconds: float) -> dict[str, float]:
-    """One run of the load tool: requests/s, latencies in milliseconds, mean batch."""
+    """Run the load generator once; return requests/s, latencies in milliseconds and the mean batch size."""
 
     def ab(requests: int) -> str:
-        words = f"-q -k -l -s 300 -n {requests} -c {concurrency} -T image/jpeg".split()
+        args = f"-q -k -l -s 300 -n {requests} -c {concurrency} -T image/jpeg".split()
         done = subprocess.run(
-            [tool, *words, "-p", str(body), address + "predict"], capture_output=True, text=True
+            [tool, *args, "-p", str(body), address + "predict"], capture_output=True, text=True
         )
         return done.stdout + done.stderr
 
@@ -88,7 +90,7 @@ def load(tool: str, address: str, body: Path, *, concurrency: int, seconds: floa
 
     ab(2 * concurrency)  # the first batch of each size is slower
     rate = number(r"^Requests per second:\s+([\d.]+)", ab(2 * concurrency))
-    batches, pictures = counted(address)
+    batches, images = counted(address)
     text = ab(max(4 * concurrency, 20, int(rate * seconds)))
     after = counted(address)
     if number(r"^Non-2xx responses:\s+(\d+)", text) or not number(r"^Requests per second:\s+([\d.]+)", text):
@@ -98,14 +100,15 @@ def load(tool: str, address: str, body: Path, *, concurrency: int, seconds: floa
         "requests_per_second": number(r"^Requests per second:\s+([\d.]+)", text),
         "p50_ms": number(r"^\s+50%\s+(\d+)", text),
         "p99_ms": number(r"^\s+99%\s+(\d+)", text),
-        "mean_batch": round((after[1] - pictures) / max(1.0, after[0] - batches), 2),
+        "mean_batch": round((after[1] - images) / max(1.0, after[0] - batches), 2),
     }
 
 
 def main() -> None:
+    """Measure all folders, print the table and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="run or model folders")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement, about")
+    parser.add_argument("--seconds", type=float, default=8.0, help="approximate duration of each measurement")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="open connections")
     arguments = parser.parse_args()
     tool = shutil.which("ab")
@@ -124,14 +127,14 @@ def main() -> None:
         )
         for folder in folders:
             for concurrency in arguments.concurrency:
-                for max_batch in (1, 16):  # one after the other, so that both meet the same machine
+                for max_batch in (1, 16):  # in turn, so that both run under the same load of the machine
                     with server(folder, max_batch) as address:
                         row = load(tool, address, body, concurrency=concurrency, seconds=arguments.seconds)
                     rows.append({"model": folder.name, "max_batch": max_batch, "clients": concurrency, **row})
                     values = (max_batch, concurrency, *(row[k] for k in SHOWN))
                     print(f"{folder.name:<20}" + "".join(f"{v:>12g}" for v in values), flush=True)
         facts = {
-            "weights": weights, "picture": f"JPEG, 500 x 375 pixels, {body.stat().st_size:,} bytes",
+            "weights": weights, "image": f"JPEG, 500 x 375 pixels, {body.stat().st_size:,} bytes",
             "load_tool": "ab -k", "max_delay_ms": 5,
             "cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
             "torch_threads": torch.get_num_threads(), "rows": rows,

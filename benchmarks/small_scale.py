@@ -1,4 +1,4 @@
-"""A small network on small images: the demo's step on a CPU, CIFAR-10 to 94 % on a GPU."""
+"""Small networks on small images: a step of the demo's network on a CPU, CIFAR-10 to 94 % on a GPU."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from normfree.models.net import Net
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
 from normfree.models.zoo import create_model
+from normfree.suggest import problem
 from normfree.training.recipes import demo
 from normfree.weights.load import load_weights
 
 ABOUT = (
-    "On a CPU: milliseconds of eight training steps on random images of its size and at its batch size, without "
-    "loading and mixing. timm has no row for the demo's network, so its network class is built to the same depths "
-    "and widths, and ours with timm's numerics gets the same weights; gradients and updates are compared. Beside "
-    "them stand the demo's own network and its batch-norm twin, which compute something else and are compared "
-    "with their own gradients in float64. On a GPU: seconds to 94 % on CIFAR-10 that lies on the device, several "
-    "seeds."
+    "On a CPU: milliseconds of eight training steps of the demo's network on random images at its image and batch "
+    "size, without loading and mixing. timm does not have this network, so its network class is built with the "
+    "same depths and widths, and our network with timm's numerics gets the same weights; gradients and updates "
+    "are compared. The table also has the demo's own network and its batch-norm twin, which compute something "
+    "else and are compared with their own gradients in float64. On a GPU: seconds to 94 % on CIFAR-10 in device "
+    "memory, several seeds."
 )
-CLASSES = 9  # of the demo
-STEPS = 8  # in a visit; eleven rounds have more than an epoch of the demo, 47
-#: Relative, of gradients in float32: rounding carries some inputs of its ReLUs across 0, where their gradient jumps.
+CLASSES = 9  # classes of the demo
+STEPS = 8  # per visit; eleven rounds are more than an epoch of the demo, 47 steps
+# Relative, for gradients in float32: rounding changes the sign of some ReLU inputs, where the gradient jumps.
 TOLERANCE = 1e-3
 
 
 def cases(device: torch.device, *, data: Path | None = None) -> list[Case]:
-    """The demo's network on a CPU, CIFAR-10 on a GPU."""
+    """Return the case of the demo's network on a CPU, of CIFAR-10 on a GPU."""
     if device.type == "cuda":
         return [cifar.case(data)]
     recipe = demo()
@@ -47,21 +48,21 @@ def cases(device: torch.device, *, data: Path | None = None) -> list[Case]:
 
 
 def case(name: str, size: int, images: int, *, steps: int = STEPS) -> Case:
-    """Our row `name`; a visit takes `steps` steps."""
-    words = f"demo's network in timm's flavour, batch {images}"
-    return Case(words, (name,), partial(measure, words, name, size, images, steps))
+    """Return the case of our variant `name` with `steps` steps per visit."""
+    title = f"demo's network with timm's numerics, batch {images}"
+    return Case(title, (name,), partial(measure, title, name, size, images, steps))
 
 
-def measure(words: str, name: str, size: int, images: int, steps: int, bench: Bench) -> list[Comparison]:
-    """One comparison."""
+def measure(title: str, name: str, size: int, images: int, steps: int, bench: Bench) -> list[Comparison]:
+    """Compare all arms."""
     return compare(
-        bench, words, list(arms(bench, name, size, images, steps)), tolerance=TOLERANCE, gradients=True
+        bench, title, list(arms(bench, name, size, images, steps)), tolerance=TOLERANCE, gradients=True
     )
 
 
 def arms(bench: Bench, name: str, size: int, images: int, steps: int) -> Iterator[Arm]:
-    """timm's network, ours with its weights, the demo's own row, its batch-norm twin. NHWC, as `normfree train`."""
-    theirs, ours = flavoured(name)
+    """Yield timm's network, ours with its weights, the demo's own network and its batch-norm twin, in NHWC."""
+    theirs, ours = with_timm_numerics(name)
     x, y = batch(size, images, bench.device, "NHWC")
     y = y % CLASSES
 
@@ -77,39 +78,44 @@ def arms(bench: Bench, name: str, size: int, images: int, steps: int) -> Iterato
 
     yield arm("timm", theirs, lambda: 0.0)
     yield arm("normfree", ours, apart)
-    for row in (name, name.removeprefix("nf_")):
-        net = shaken(create_model(row, num_classes=CLASSES, stochdepth_rate=0.0)).train()
-        label = f"normfree, {row}{' with batch norm' if row != name else ''}"
+    for variant in (name, name.removeprefix("nf_")):
+        net = shaken(create_model(variant, num_classes=CLASSES, stochdepth_rate=0.0)).train()
+        label = f"normfree, {variant}{' with batch norm' if variant != name else ''}"
         yield arm(label, net, partial(against_float64, net, x, y))
 
 
-def flavoured(name: str) -> tuple[nn.Module, Net]:
-    """timm's network of the shape of our row `name`, and our network with timm's numerics and the same weights."""
-    row = variant_of(name)
+def with_timm_numerics(name: str) -> tuple[nn.Module, Net]:
+    """Return timm's network of the shape of our variant `name`, and ours with timm's numerics and the same weights."""
+    variant = variant_of(name)
     torch.manual_seed(0)
-    theirs = shaken(NormFreeNet(timm_shape(row), num_classes=CLASSES))
+    theirs = shaken(NormFreeNet(timm_shape(variant), num_classes=CLASSES))
     ours = create_model(
-        "timm_nf_seresnet26", num_classes=CLASSES, depths=row.depths, widths=row.widths, strides=row.strides,
-        stem=row.stem, se_ratio=row.se_ratio, activation=row.activation,
+        "timm_nf_seresnet26", num_classes=CLASSES, depths=variant.depths, widths=variant.widths,
+        strides=variant.strides, stem=variant.stem, se_ratio=variant.se_ratio, activation=variant.activation,
     )  # fmt: skip
     assert isinstance(ours, Net)
     load_weights(ours, theirs.state_dict())
     return theirs.train(), ours.train()
 
 
-def timm_shape(row: Variant) -> NfCfg:
-    """timm's words for a row of small images at 64 px."""
-    if row.stem != "conv7_pool":
-        raise ValueError(f"timm has no stem {row.stem!r}; take a row with 'conv7_pool'.")
+def timm_shape(variant: Variant) -> NfCfg:
+    """Return timm's config for a variant for images of 64 px."""
+    if variant.stem != "conv7_pool":
+        raise ValueError(
+            problem(f"stem is {variant.stem!r}", allowed="'conv7_pool'", fix="use another variant")
+        )
     return NfCfg(
-        depths=row.depths, channels=row.widths, stem_type="7x7_pool", stem_chs=row.widths[0] // 4,
-        bottle_ratio=row.bottleneck_ratio, attn_layer="se", attn_kwargs={"rd_ratio": row.se_ratio},
-        act_layer=row.activation,
+        depths=variant.depths, channels=variant.widths, stem_type="7x7_pool", stem_chs=variant.widths[0] // 4,
+        bottle_ratio=variant.bottleneck_ratio, attn_layer="se", attn_kwargs={"rd_ratio": variant.se_ratio},
+        act_layer=variant.activation,
     )  # fmt: skip
 
 
 def epoch(net: nn.Module, update: Callable[[], None], x: Tensor, y: Tensor, steps: int) -> Tensor:
-    """`steps` steps on the same batch; the loss of the last. It drifts, as timm clips gains and biases otherwise."""
+    """Take `steps` steps on the same batch; return the last loss.
+
+    The losses of both sides drift apart, since timm clips gains and biases differently.
+    """
     loss = x.new_zeros(())
     for _ in range(steps):
         loss = forward_backward(net, x, y)
@@ -118,7 +124,7 @@ def epoch(net: nn.Module, update: Callable[[], None], x: Tensor, y: Tensor, step
 
 
 def against_float64(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Relative L2 distance of the float32 gradient from the float64 one."""
+    """Return the relative L2 distance of the float32 gradient from the float64 one."""
     found = []
     for kind in (torch.float32, torch.float64):
         own = copied(net, "NHWC", x.device).to(kind)

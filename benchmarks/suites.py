@@ -1,4 +1,4 @@
-"""The table of suites: what each is called, where it runs, what it may take. A suite is a function that gives cases."""
+"""The table of suites: names, devices and time budgets. A suite is a module with a function that returns cases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from benchmarks.machine import computes_bfloat16, cpu_info
 
 @dataclass(frozen=True)
 class Suite:
-    """One row.
+    """One entry of the table.
 
-    module: has `cases(device, ...)`, which gives the suite's cases quickly, and `ABOUT`, the words of its page.
-    cpu_s, gpu_s: seconds that it may take, by default; 0: it has nothing to say about that device.
-    needs: packages beyond those of the library, as they are imported.
-    options: further arguments of `cases`.
-    one_core: it runs on a single core.
-    by_name: it runs on a CPU only when it is named.
+    Args:
+        name: name on the command line.
+        module: has `cases(device, ...)`, which returns the suite's cases quickly, and `ABOUT`, the text of its page.
+        cpu_s: default time budget on a CPU in seconds; 0 if the suite does not run there.
+        gpu_s: the same on a GPU.
+        needs: import names of packages that the library does not depend on.
+        options: further arguments of `cases`.
+        one_core: whether it runs on a single core.
+        by_name: whether it runs on a CPU only if it is named.
+        refuses: returns why it cannot run on a device, or "".
     """
 
     name: str
@@ -40,39 +44,41 @@ class Suite:
     refuses: Callable[[torch.device], str] = lambda device: ""
 
     def obstacle(self, device: torch.device) -> str:
-        """Why it cannot run here, or nothing."""
+        """Return why the suite cannot run here, or ""."""
         if not self.budget(device):
-            return f"it has nothing for {device.type}"
+            return f"it has no cases for {device.type}"
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
             return f"{', '.join(missing)} missing: pip install -e '.[bench]'"
         return self.refuses(device)
 
     def budget(self, device: torch.device) -> float:
-        """Seconds, by default."""
+        """Return the default time budget in seconds."""
         return self.gpu_s if device.type == "cuda" else self.cpu_s
 
     def about(self) -> str:
-        """What was done, in words."""
+        """Return the text of the page."""
         return str(import_module(f"benchmarks.{self.module}").ABOUT)
 
     def cases(self, device: torch.device, data: Path | None) -> list[Case]:
-        """`data`: the folder of CIFAR-10, for the suite that asks for one."""
+        """Return the cases; `data` is the folder of CIFAR-10, for the suite that uses it."""
         options = {key: data if key == "data" else value for key, value in self.options}
         return list(import_module(f"benchmarks.{self.module}").cases(device, **options))
 
 
 def _no_compiler(device: torch.device) -> str:
+    """Return a message if `torch.compile` has no C++ compiler."""
     found = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     return "" if found or device.type == "cuda" else "there is no C++ compiler for torch.compile"
 
 
 def _emulates(device: torch.device) -> str:
+    """Return a message if the CPU has no instructions for bfloat16."""
     computes = device.type == "cuda" or computes_bfloat16(cpu_info("flags") or cpu_info("Features"))
     return "" if computes else "this CPU emulates bfloat16"
 
 
-#: On a GPU 540 s leave a minute of a call of ten for the start; on a CPU they add up to less than 20 minutes.
+# A GPU budget of 540 s leaves one of ten minutes for the start; on a CPU the budgets add up to less than 20 minutes.
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (

@@ -1,4 +1,4 @@
-"""From rounds to figures: medians, quartiles, ratios within rounds, bootstrap intervals."""
+"""Statistics of a comparison: medians, quartiles, ratios within rounds, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from benchmarks.arms import Arm
 
-DRAWS = 2000  # of the bootstrap
+DRAWS = 2000  # samples of the bootstrap
 
 
 class Sample(NamedTuple):
-    """One visit: seconds a call (whole, and its first part), on the device's clock too if it has one; and what the
-    visit cost, warm calls included."""
+    """One visit: seconds per call (whole, first part, by the device's clock), and seconds of the visit with warm-up."""
 
     whole: float
     first: float
@@ -25,7 +24,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Floor:
-    """What nothing can fall below: milliseconds, and the reason in words. It does not compete."""
+    """A lower bound of the time in milliseconds, and its reason."""
 
     ms: float
     reason: str
@@ -33,8 +32,11 @@ class Floor:
 
 @dataclass(frozen=True)
 class Timing:
-    """One arm in the unit of its comparison, and how many times better than the baseline it is (median of the ratios
-    within rounds, 95 % interval). `error`: relative L2 distance of its work from the right one, by the gate."""
+    """Result of one arm, in the unit of its comparison.
+
+    `ratio` is how many times better than the baseline it is (median of the ratios within rounds, with the 95 %
+    interval). `error` is the relative L2 error of its work, as measured by the gate.
+    """
 
     arm: str
     median: float
@@ -48,8 +50,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms of one case against `baseline`. `noise` is how far a second copy of the baseline strays from it: the
-    larger end of its interval. `rounds`: how many were counted (0: not written down). Less is better in any `unit`."""
+    """All arms of one case compared with `baseline`.
+
+    `noise` is the deviation of the baseline's second copy from it: the larger end of the interval. `rounds` is the
+    number of counted rounds (0: not recorded). Less is better in every `unit`.
+    """
 
     case: str
     baseline: str
@@ -65,11 +70,11 @@ def summary(
     arms: Sequence[Arm],
     errors: Mapping[str, float],
     samples: Mapping[str, Sequence[Sample]],
-    dice: random.Random,
+    rng: random.Random,
     *,
     floor: Floor | None = None,
 ) -> Comparison:
-    """The comparison of `arms`, baseline first, whose samples are there along with those of "A/A"."""
+    """Return the comparison of `arms`, baseline first; `samples` also has those of "A/A"."""
     each = {arm.name: [1e3 * s.whole for s in samples[arm.name]] for arm in arms}
     base = arms[0]
     again = [1e3 * s.whole for s in samples["A/A"]]
@@ -80,10 +85,10 @@ def summary(
             facts["device_ms"] = 1e3 * statistics.median(device)
         per_image = arm.images / base.images
         timings.append(
-            timing(arm.name, each[arm.name], each[base.name], dice, error=errors[arm.name],
+            timing(arm.name, each[arm.name], each[base.name], rng, error=errors[arm.name],
                    images=arm.images, scale=per_image, facts=facts)
         )  # fmt: skip
-    noise = spread(ratios(each[base.name], again), dice)
+    noise = spread(ratios(each[base.name], again), rng)
     return Comparison(case, base.name, tuple(timings), noise, len(again), floor=floor)
 
 
@@ -91,33 +96,33 @@ def timing(
     arm: str,
     own: Sequence[float],
     base: Sequence[float],
-    dice: random.Random,
+    rng: random.Random,
     *,
     error: float = 0.0,
     images: int = 1,
     scale: float = 1.0,
     facts: Mapping[str, float] | None = None,
 ) -> Timing:
-    """Of the values `own` against those of the same rounds in `base`. `scale`: images of a run for one of the base."""
+    """Compare the values `own` with those of the same rounds in `base`; `scale` is the ratio of images per run."""
     within = [scale * ratio for ratio in ratios(base, own)]
     low, _, high = statistics.quantiles(own, n=4) if len(own) > 1 else [own[0]] * 3
     return Timing(
-        arm, statistics.median(own), (low, high), statistics.median(within), interval(within, dice), error,
+        arm, statistics.median(own), (low, high), statistics.median(within), interval(within, rng), error,
         images, facts or {},
     )  # fmt: skip
 
 
 def ratios(base: Sequence[float], own: Sequence[float]) -> list[float]:
-    """How many times better, round by round."""
+    """Return how many times better `own` is, round by round."""
     return [b / o for b, o in zip(base, own, strict=True)]
 
 
-def interval(values: Sequence[float], dice: random.Random) -> tuple[float, float]:
-    """95 % of the medians of samples drawn from `values` with replacement."""
-    medians = sorted(statistics.median(dice.choices(values, k=len(values))) for _ in range(DRAWS))
+def interval(values: Sequence[float], rng: random.Random) -> tuple[float, float]:
+    """Return the 95 % interval of the median, by sampling from `values` with replacement."""
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(DRAWS))
     return medians[int(0.025 * DRAWS)], medians[int(0.975 * DRAWS)]
 
 
-def spread(values: Sequence[float], dice: random.Random) -> float:
-    """How far the interval of `values`, which should be 1, reaches from 1."""
-    return max(abs(1 - end) for end in interval(values, dice))
+def spread(values: Sequence[float], rng: random.Random) -> float:
+    """Return the largest deviation from 1 of the interval of `values`, which are expected to be 1."""
+    return max(abs(1 - end) for end in interval(values, rng))

@@ -1,4 +1,4 @@
-"""What follows the gradients, on the parameters of an NFNet: clipping, the whole update, weight standardization."""
+"""The update on the parameters of an NFNet: clipping, the whole update, weight standardization."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ from benchmarks.harness import Bench, Case, compare
 from benchmarks.networks import distance, in_our_names, pair
 from benchmarks.summary import Comparison, Floor
 from benchmarks.update_arms import CLIPPING, DECAY, give, gradients, our_update, timm_update, update_distance
+from normfree import clip_grad_, parameter_groups
 from normfree.models.net import Net
 from normfree.ops.standardize import standardize_all
-from normfree.optim.clipping import clip_grad_
-from normfree.optim.groups import parameter_groups
 
 ABOUT = (
-    "Milliseconds on the parameters and random gradients of a network, with about half of the units over the "
-    "limit of clipping; gradients are set anew before each call, which is not timed. `whole update`: clipping, "
-    "SGD with Nesterov momentum and decay, average; timm's side is what `--clip-mode agc --opt nesterov "
-    "--model-ema` does, on a CPU also with torch's fused SGD. `weight standardization`: all kernels, "
-    "forward and backward; timm's side is `F.batch_norm` layer by layer, as in its convolutions. The gate "
-    "compares clipped gradients, what two updates add to kernels and averages, and gradients. Floors are bytes at "
-    "the measured rate of a copy: 28 per parameter for the update (weight, gradient, momentum and average read, "
-    "three of them written), 20 for standardization."
+    "Milliseconds on the parameters and random gradients of a network, with about half of the units above the "
+    "clipping limit; gradients are reset before each call, which is not timed. `whole update`: clipping, SGD with "
+    "Nesterov momentum and decay, average; timm's side does what `--clip-mode agc --opt nesterov --model-ema` "
+    "does, on a CPU also with PyTorch's fused SGD. `weight standardization`: all weights, forward and backward; "
+    "timm's side is `F.batch_norm` layer by layer, as in its convolutions. The gate compares clipped gradients, "
+    "the changes of weights and averages by two updates, and gradients. Floors are bytes at the measured rate of "
+    "a copy: 28 per parameter for the update (weight, gradient, momentum and average are read, three of them are "
+    "written), 20 for standardization."
 )
-#: Bytes per parameter that must move, float32.
+# Bytes per parameter that must be read or written, float32.
 UPDATE_BYTES, STANDARDIZATION_BYTES = 28, 20
-#: In float32; the gates see 1e-6 and less.
+# For float32; the measured errors are at most 1e-6.
 TOLERANCE = 1e-5
 
 
 def cases(device: torch.device) -> list[Case]:
-    """NFNet-F0; on a GPU larger ones too."""
+    """Return the case of NFNet-F0; on a GPU also of larger ones."""
     levels = (0, 1, 5, 6) if device.type == "cuda" else (0,)
     return [case(f"dm_nfnet_f{level}", f"nfnet_f{level}") for level in levels]
 
 
-def case(name: str, said: str) -> Case:
-    """The three comparisons on timm's network `name`, which the tables call `said`."""
-    return Case(said, (said,), partial(measure, name, said))
+def case(name: str, title: str) -> Case:
+    """Return the case of timm's network `name`, called `title` in the tables."""
+    return Case(title, (title,), partial(measure, name, title))
 
 
-def measure(name: str, said: str, bench: Bench) -> Iterator[Comparison]:
-    """Clipping alone, the whole update, weight standardization."""
+def measure(name: str, title: str, bench: Bench) -> Iterator[Comparison]:
+    """Yield the comparisons of clipping, the whole update and weight standardization."""
     theirs, ours = (net.to(bench.device) for net in pair(name))
     now = bench.clock()
     parts: list[Callable[[], tuple[list[Arm], Floor | None]]] = [
@@ -60,16 +59,18 @@ def measure(name: str, said: str, bench: Bench) -> Iterator[Comparison]:
         lambda: (update_arms(theirs, ours, gpu=bench.device.type == "cuda"), floor(bench, UPDATE_BYTES, ours)),
         lambda: (standardization_arms(theirs), floor(bench, STANDARDIZATION_BYTES, *_convolutions(theirs))),
     ]  # fmt: skip
-    words = ("clipping", "whole update", "weight standardization")
-    for number, (word, part) in enumerate(zip(words, parts, strict=True), 1):
+    names = ("clipping", "whole update", "weight standardization")
+    for number, (part_name, part) in enumerate(zip(names, parts, strict=True), 1):
         arms, lowest = part()
         share = now + (bench.share - now) * number / len(parts)
         timed = replace(bench, share=share)
-        yield from compare(timed, f"{word}, {said}", arms, tolerance=TOLERANCE, gradients=True, floor=lowest)
+        yield from compare(
+            timed, f"{part_name}, {title}", arms, tolerance=TOLERANCE, gradients=True, floor=lowest
+        )
 
 
 def floor(bench: Bench, each: int, *nets: nn.Module) -> Floor | None:
-    """`each` bytes per weight of `nets` at the measured rate of a copy. Biases and gains hardly count."""
+    """Return the time of `each` bytes per parameter of `nets`, at the measured rate of a copy."""
     if not bench.bandwidth:
         return None
     numbers = sum(p.numel() for net in nets for p in net.parameters())
@@ -77,7 +78,7 @@ def floor(bench: Bench, each: int, *nets: nn.Module) -> Floor | None:
 
 
 def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
-    """The clipping alone."""
+    """Return the arms of clipping alone."""
     theirs, ours = copy.deepcopy(theirs), copy.deepcopy(ours)
     drawn, mine = gradients(theirs, ours)
     timm_clip = partial(adaptive_clip_grad, list(model_parameters(theirs, exclude_head=True)), CLIPPING)
@@ -89,8 +90,8 @@ def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
             give(net, given)
             clip()
         wanted = in_our_names(ours, {k: p.grad for k, p in theirs.named_parameters()}, theirs)
-        kernels = {k: p.grad for k, p in ours.named_parameters() if p.ndim > 1}  # see `update_distance`
-        return distance(kernels, {k: wanted[k] for k in kernels})
+        weights = {k: p.grad for k, p in ours.named_parameters() if p.ndim > 1}  # see `update_distance`
+        return distance(weights, {k: wanted[k] for k in weights})
 
     return [
         _arm("timm", theirs, drawn, timm_clip, lambda: 0.0),
@@ -99,8 +100,10 @@ def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
 
 
 def update_arms(theirs: nn.Module, ours: Net, *, gpu: bool) -> list[Arm]:
-    """The whole update, as runs do it and the other way: in two launches, which is one sweep over memory, and by three
-    calls."""
+    """Return the arms of the whole update, fused and as three calls; the first of our arms is the one that runs use.
+
+    The fused update has two launches that read and write memory once.
+    """
     drawn, arms = gradients(theirs, ours), []
     for label in ("timm",) if gpu else ("timm", "timm, SGD(fused=True)"):
         net = copy.deepcopy(theirs)
@@ -120,7 +123,10 @@ def update_arms(theirs: nn.Module, ours: Net, *, gpu: bool) -> list[Arm]:
 
 
 def standardization_arms(theirs: nn.Module) -> list[Arm]:
-    """All kernels of `theirs` and back. γ stays where timm has it: outside of the kernel in dm_ networks."""
+    """Return the arms that standardize all weights of `theirs`, forward and backward.
+
+    γ is applied where timm applies it: outside of the weight in dm_ networks.
+    """
     convs = _convolutions(theirs)
     generator = torch.Generator().manual_seed(3)
     ups = [torch.randn(c.weight.shape, generator=generator).to(c.weight.device) for c in convs]
@@ -131,7 +137,7 @@ def standardization_arms(theirs: nn.Module) -> list[Arm]:
     scales = [conv.scale * conv.weight[0].numel() ** 0.5 for conv in convs]
 
     def layers() -> list[Tensor]:
-        return [_timm_kernel(c, w, g) for c, w, g in zip(convs, weights, gains, strict=True)]
+        return [_timm_weight(c, w, g) for c, w, g in zip(convs, weights, gains, strict=True)]
 
     def at_once() -> list[Tensor]:
         return standardize_all(copies, flat, scales, eps="add")
@@ -157,11 +163,12 @@ def standardization_arms(theirs: nn.Module) -> list[Arm]:
 
 
 def _convolutions(net: nn.Module) -> list[nn.Module]:
+    """Return timm's standardized convolutions in `net`."""
     return [m for m in net.modules() if isinstance(m, ScaledStdConv2d | ScaledStdConv2dSame)]
 
 
-def _timm_kernel(conv: nn.Module, weight: Tensor, gain: Tensor) -> Tensor:
-    """The kernel as the forward pass of `timm.layers.ScaledStdConv2d` makes it."""
+def _timm_weight(conv: nn.Module, weight: Tensor, gain: Tensor) -> Tensor:
+    """Return the standardized weight as computed in the forward pass of `timm.layers.ScaledStdConv2d`."""
     return F.batch_norm(
         weight.reshape(1, conv.out_channels, -1), None, None, weight=(gain * conv.scale).view(-1), training=True,
         momentum=0.0, eps=conv.eps,
@@ -171,6 +178,7 @@ def _timm_kernel(conv: nn.Module, weight: Tensor, gain: Tensor) -> Tensor:
 def _arm(
     name: str, net: nn.Module, drawn: dict[str, Tensor], act: Callable[[], object], apart: Callable[[], float]
 ) -> Arm:
+    """Return the arm that calls `act` on fresh gradients."""
     first = next(net.parameters()).detach()
 
     def run() -> Tensor:

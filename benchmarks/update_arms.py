@@ -1,4 +1,4 @@
-"""What follows the gradients: clipping, SGD with Nesterov momentum and decay, average. timm's way and ours."""
+"""The update with timm and with this library: clipping, SGD with Nesterov momentum and decay, average."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from benchmarks.networks import distance, in_our_names
+from normfree import SGD, Ema, clip_grad_, parameter_groups
 from normfree.models.net import Net
-from normfree.optim.clipping import clip_grad_
-from normfree.optim.ema import Ema
+from normfree.optim.fused import FusedUpdate
 from normfree.optim.fused_native import NativeUpdate
-from normfree.optim.groups import parameter_groups
-from normfree.optim.sgd import SGD
 
-#: [B] section 4.3, but for a rate at which no arm's weights leave the neighbourhood of the others'
+# [B] section 4.3, except the rate, which is small enough to keep the weights of all arms close to each other.
 LR, DECAY, CLIPPING, AVERAGE = 1e-3, 2e-5, 0.01, 0.99999
-#: For the gate: at these, weights and average move far beyond rounding.
+# For the gate: with these, weights and average change by far more than rounding errors.
 LARGE_LR, SHORT_AVERAGE = 0.1, 0.5
 
 
 @dataclass(frozen=True)
 class Update:
-    """`step` updates a network from the gradients that it holds; `average` has its averaged weights."""
+    """An update of a network from its gradients; `average` has the averaged weights."""
 
     step: Callable[[], None]
     average: nn.Module
@@ -37,12 +35,14 @@ class Update:
 
 
 def timm_update(net: nn.Module, *, lr: float = LR, decay: float = AVERAGE, fastest: bool = True) -> Update:
-    """timm's update of `net`: `--clip-mode agc --opt nesterov --model-ema`. `fastest`: with `torch.optim.SGD` fused on
-    a CPU, where that is its fastest; else as timm makes it."""
+    """Return timm's update of `net`: `--clip-mode agc --opt nesterov --model-ema`.
+
+    `fastest` uses the fused `torch.optim.SGD` on a CPU, where it is the fastest; otherwise the one that timm makes.
+    """
     groups = param_groups_weight_decay(net, weight_decay=DECAY)
     fused = True if fastest and next(net.parameters()).device.type == "cpu" else None
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True, fused=fused)
-    average, steps = ModelEmaV3(net, decay=decay), 2  # before, timm's average is a copy of the weights
+    average, steps = ModelEmaV3(net, decay=decay), 2  # up to step 1, timm's average is a copy of the weights
 
     def update() -> None:
         nonlocal steps
@@ -63,13 +63,23 @@ def our_update(
     weight_decay: float = DECAY,
     kernels: bool | None = None,
 ) -> Update:
-    """The same of ours. `kernels`: in the two launches of `NativeUpdate` where that can do it, or by three calls; None:
-    as runs do, which is by kernels on a CPU."""
+    """Return this library's update of `net`.
+
+    Args:
+        net: the network.
+        lr: learning rate.
+        decay: decay of the average.
+        clipping: λ of AGC.
+        weight_decay: weight decay.
+        kernels: use the fused update (compiled kernels on a CPU, Triton on a GPU) instead of three calls. None does as
+            training runs do: fused on a CPU.
+    """
+    on_cpu = next(net.parameters()).device.type == "cpu"
     if kernels is None:
-        kernels = next(net.parameters()).device.type == "cpu"
+        kernels = on_cpu
     optimizer = SGD(parameter_groups(net, weight_decay=weight_decay, clipping=clipping), lr)
     average = Ema(net, decay=decay, ramp=False)
-    fused = NativeUpdate.create(optimizer, model=net, ema=average) if kernels else None
+    fused = _fused_update(optimizer, net, average, on_cpu=on_cpu) if kernels else None
 
     def update() -> None:
         if fused is not None:
@@ -82,9 +92,20 @@ def our_update(
     return Update(update, average.module, optimizer)
 
 
+def _fused_update(optimizer: SGD, net: Net, average: Ema, *, on_cpu: bool) -> FusedUpdate | None:
+    """Return the fused update of the device, or None if it cannot do this update."""
+    if on_cpu:
+        return NativeUpdate.create(optimizer, model=net, ema=average)
+    from normfree.optim.fused_triton import TritonUpdate
+
+    return TritonUpdate.create(optimizer, model=net, ema=average)
+
+
 def gradients(theirs: nn.Module, ours: Net) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same random gradients under timm's names and ours, of which about half of the units are clipped: they have
-    `CLIPPING` times the size of the weights."""
+    """Return the same random gradients under timm's names and ours.
+
+    They are `CLIPPING` times as large as the weights, so that about half of the units are clipped.
+    """
     generator = torch.Generator().manual_seed(2)
     drawn = {}
     for name, p in theirs.named_parameters():
@@ -94,7 +115,7 @@ def gradients(theirs: nn.Module, ours: Net) -> tuple[dict[str, Tensor], dict[str
 
 
 def give(net: nn.Module, drawn: dict[str, Tensor]) -> None:
-    """Sets the gradients of `net` to copies."""
+    """Set the gradients of `net` to copies of `drawn`."""
     for name, p in net.named_parameters():
         if p.grad is None:
             p.grad = torch.empty_like(p)
@@ -102,10 +123,10 @@ def give(net: nn.Module, drawn: dict[str, Tensor]) -> None:
 
 
 def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool | None = None) -> float:
-    """Between what two updates add to the kernels and to their averages, at a large rate and from the same gradients.
+    """Return the distance of the changes of weights and averages by two updates, at a large rate, same gradients.
 
-    Gains and biases are left out: a unit of theirs is one number in timm and the whole vector in the released code,
-    so that the two clip them otherwise; and with them what timm lets decay.
+    Gains and biases are left out: their unit is one number in timm and the whole vector in the released code, so the
+    two sides clip them differently. timm also applies weight decay to some of them.
     """
     theirs, ours = copy.deepcopy(theirs), copy.deepcopy(ours)
     names = [name for name, p in ours.named_parameters() if p.ndim > 1]
@@ -115,7 +136,7 @@ def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool | None = None
     for (net, drawn), make in zip(both, (timm_update, our_update), strict=True):
         more = {"kernels": kernels} if make is our_update else {}
         update = make(net, lr=LARGE_LR, decay=SHORT_AVERAGE, **more)
-        for _ in range(2):  # momentum is there from the second on
+        for _ in range(2):  # momentum acts from the second step on
             give(net, drawn)
             update.step()
         ends = [{k: p.detach() for k, p in end.named_parameters()} for end in (net, update.average)]

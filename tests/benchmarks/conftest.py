@@ -1,7 +1,8 @@
-"""The benchmarks are a package next to tests; it is not installed."""
+"""The package `benchmarks` is not installed; tests import it from the root of the repository."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
-    """A function that imports a module of benchmarks/ by its name."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return a function that imports a module of benchmarks/ by its name."""
     monkeypatch.syspath_prepend(str(ROOT))
 
     def get(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""The harness: ratios of known times, intervals that hold the truth, a gate that shuts, a budget that stops."""
+"""The harness: ratios of known times, coverage of intervals, the correctness gate, and time budgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Time that passes only when somebody works."""
+    """A clock that advances only when an arm works."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -35,7 +35,7 @@ def bench(harness, clock):
 
 
 def worker(harness, clock, name, seconds, *, value=1.0, rest=None, **more):
-    """An arm that takes so long; `seconds` may be a function that draws."""
+    """Return an arm that takes `seconds`, a number or a function that draws one."""
 
     def spend(draw):
         clock.now += draw() if callable(draw) else draw
@@ -47,7 +47,7 @@ def worker(harness, clock, name, seconds, *, value=1.0, rest=None, **more):
     return harness.Arm(name, run, then=None if rest is None else lambda: spend(rest), **more)
 
 
-def test_the_ratio_is_that_of_the_times(harness, bench, clock):
+def test_ratios_are_ratios_of_times(harness, bench, clock):
     arms = [worker(harness, clock, "slow", 3.0), worker(harness, clock, "fast", 0.75)]
     (found,) = harness.compare(bench, "case", arms)
     slow, fast = found.timings
@@ -63,7 +63,7 @@ def test_arms_are_compared_by_the_time_for_one_image(harness, bench, clock):
     assert found.timings[1].ratio == pytest.approx(0.25)
 
 
-def test_two_parts_are_cut_from_the_same_calls(harness, bench, clock):
+def test_both_parts_are_timed_in_the_same_calls(harness, bench, clock):
     arms = [worker(harness, clock, "a", 2.0, rest=2.0), worker(harness, clock, "b", 2.0, rest=0.0)]
     whole, first = harness.compare(bench, "case", arms, parts=("whole step", "forward"))
     assert (whole.case, first.case) == ("case, whole step", "case, forward")
@@ -71,7 +71,7 @@ def test_two_parts_are_cut_from_the_same_calls(harness, bench, clock):
 
 
 def test_a_slow_machine_slows_all_arms_of_a_round(harness, bench, clock):
-    """Ratios are taken within rounds: what drifts by a factor of 100 cancels."""
+    """Ratios are taken within rounds, so that a drift by a factor of 100 cancels."""
 
     def drifting(factor):
         return lambda: factor * (1 + 0.1 * clock.now)
@@ -82,11 +82,11 @@ def test_a_slow_machine_slows_all_arms_of_a_round(harness, bench, clock):
     assert max(found.timings[0].quartiles) > 10 * 1e3
 
 
-def test_the_interval_holds_the_truth_and_the_baseline_its_own_noise(harness, bench, clock):
-    dice = random.Random(1)
+def test_the_interval_covers_the_true_ratio_and_the_noise_is_measured(harness, bench, clock):
+    rng = random.Random(1)
 
     def noisy(mean):
-        return lambda: mean * dice.lognormvariate(0, 0.1)
+        return lambda: mean * rng.lognormvariate(0, 0.1)
 
     held = 0
     for _ in range(20):
@@ -98,7 +98,7 @@ def test_the_interval_holds_the_truth_and_the_baseline_its_own_noise(harness, be
     assert held >= 15
 
 
-def test_the_gate_shuts_for_a_wrong_arm(harness, bench, clock):
+def test_the_gate_refuses_a_wrong_arm(harness, bench, clock):
     right = worker(harness, clock, "right", 1.0)
     for wrong in (
         worker(harness, clock, "wrong", 1.0, value=1.001),
@@ -107,15 +107,15 @@ def test_the_gate_shuts_for_a_wrong_arm(harness, bench, clock):
         worker(harness, clock, "wrong", 1.0, distance=lambda: float("nan")),
     ):
         with pytest.raises(
-            harness.GateError, match=r"case: wrong is .* off, allowed are 1e-05; no time is given"
+            harness.GateError, match=r"case: wrong is off by .*, allowed is 1e-05; no time is reported"
         ):
             harness.compare(bench, "case", [right, wrong])
     with pytest.raises(AssertionError, match="has no gate"):
         harness.compare(bench, "case", [right, worker(harness, clock, "other", 1.0, alike=False)])
 
 
-def test_the_gate_sees_what_a_call_leaves_behind(harness, bench):
-    """Two calls are compared: an update that is wrong shows in the second."""
+def test_the_gate_checks_the_effect_of_the_first_call(harness, bench):
+    """Two calls are compared: a wrong update shows in the second."""
 
     def stepping(step):
         state = torch.tensor([1.0])
@@ -132,7 +132,7 @@ def test_the_gate_sees_what_a_call_leaves_behind(harness, bench):
         harness.compare(bench, "case", arms)
 
 
-def test_the_choice_is_measured_anew(harness, bench, clock):
+def test_the_chosen_arms_are_measured_again(harness, bench, clock):
     times = {"x NCHW": 2.0, "x NHWC": 1.0, "y NCHW": 1.0, "y NHWC": 4.0}
     arms = [worker(harness, clock, name, seconds) for name, seconds in times.items()]
     chosen = []
@@ -145,10 +145,10 @@ def test_the_choice_is_measured_anew(harness, bench, clock):
     (found,) = harness.compare(bench, "case", arms, choose=choose)
     assert [t.arm for t in found.timings] == ["x NHWC", "y NCHW"]
     assert found.baseline == "x NHWC"
-    assert clock.now - chosen[0] == pytest.approx(11 * 3.0)  # 11 rounds of both and of the baseline again
+    assert clock.now - chosen[0] == pytest.approx(11 * 3.0)  # 11 rounds with both and the second baseline
 
 
-def test_time_that_runs_short_takes_rounds_but_not_below_five(harness, bench, clock):
+def test_short_time_reduces_the_rounds_but_not_below_five(harness, bench, clock):
     arms = [worker(harness, clock, "a", 1.0), worker(harness, clock, "b", 1.0)]
     for seconds, rounds in ((1000, 11), (6 + 3 * 8, 8), (6, 5)):
         clock.now = 0.0
@@ -159,7 +159,7 @@ def test_time_that_runs_short_takes_rounds_but_not_below_five(harness, bench, cl
         harness.compare(replace(bench, deadline=20), "case", arms)
 
 
-def test_a_suite_stops_before_its_time_and_says_what_it_left_out(harness, script, bench, clock):
+def test_a_suite_stops_before_its_deadline_and_lists_what_it_left_out(harness, script, bench, clock):
     run = script("run")
     arms = [worker(harness, clock, "a", 1.0), worker(harness, clock, "b", 1.0)]
     cases = [
@@ -173,7 +173,7 @@ def test_a_suite_stops_before_its_time_and_says_what_it_left_out(harness, script
     assert not wrong
 
 
-def test_a_case_whose_arms_disagree_fails_alone(harness, script, bench, clock, capsys):
+def test_a_case_with_disagreeing_arms_does_not_stop_the_others(harness, script, bench, clock, capsys):
     run = script("run")
 
     def case(name, value):
@@ -183,4 +183,4 @@ def test_a_case_whose_arms_disagree_fails_alone(harness, script, bench, clock, c
     comparisons, wrong = run.measure(bench, [case("bad", 2.0), case("good", 1.0)])
     assert wrong
     assert [c.case for c in comparisons] == ["good"]
-    assert bench.skipped == ["wrong: bad: b is 1.0e+00 off, allowed are 1e-05; no time is given"]
+    assert bench.skipped == ["wrong: bad: b is off by 1.0e+00, allowed is 1e-05; no time is reported"]

@@ -1,4 +1,4 @@
-"""Results survive a round trip through their file; the page keeps its text; the table of docs/results.md is current."""
+"""Results survive a round trip through their file; pages keep their text; the table of docs/results.md is current."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 @pytest.fixture
 def result(script):
     report, summary, machine = script("report"), script("summary"), script("machine")
-    dice = random.Random(0)
+    rng = random.Random(0)
     timings = (
-        summary.timing("timm NCHW", [200.0, 220.0, 210.0], [200.0, 220.0, 210.0], dice, images=8),
-        summary.timing("normfree NHWC", [100.0, 110.0, 105.0], [200.0, 220.0, 210.0], dice, images=8,
+        summary.timing("timm NCHW", [200.0, 220.0, 210.0], [200.0, 220.0, 210.0], rng, images=8),
+        summary.timing("normfree NHWC", [100.0, 110.0, 105.0], [200.0, 220.0, 210.0], rng, images=8,
                          facts={"compile_s": 12.0}),
     )  # fmt: skip
     floor = summary.Floor(50.0, "its bytes")
@@ -34,7 +34,7 @@ def test_a_result_survives_its_file(script, result, tmp_path):
     assert page == tmp_path / "suite.md"
 
 
-def test_the_page_has_figures_floor_facts_and_what_was_left_out(script, result):
+def test_the_page_has_figures_lower_bounds_facts_and_skipped_cases(script, result):
     text = script("report").page(result)
     row = "| a case | normfree NHWC | 105.0 (100.0 … 110.0) | 76 | 12 | 48% | 2.00 (2.00 … 2.00) | 3 |"
     assert row in text.splitlines()
@@ -72,7 +72,7 @@ def test_a_pick_becomes_a_row_with_ratio_interval_and_command(script, result, tm
 
 
 def test_docs_results_has_the_table_of_the_results(script):
-    """Figures are not edited by hand: `make bench` writes them."""
+    """The table is written by `make bench`, not edited by hand."""
     page, report = script("results_page"), script("report")
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.between(text, page.table(report.RESULTS)) == text

@@ -1,4 +1,4 @@
-"""Every suite gives its cases, and its smallest ones run; words that mean nothing end in one line."""
+"""Every suite returns its cases, small cases of each run, and invalid arguments give an error of one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def only_comparison_names(comparisons):
     return [c.case for c in comparisons]
 
 
-def test_every_suite_gives_cases_for_the_devices_that_it_names(script):
+def test_every_suite_returns_cases_for_its_devices(script):
     for suite in script("suites").SUITES.values():
         for device in (CPU, torch.device("cuda")):
             if suite.budget(device) and all(importlib.util.find_spec(name) for name in suite.needs):
@@ -33,7 +33,7 @@ def test_every_suite_gives_cases_for_the_devices_that_it_names(script):
 
 def test_the_cpu_suites_end_within_twenty_minutes(script):
     suites = [s for s in script("suites").SUITES.values() if not s.by_name and s.name != "training_bfloat16"]
-    assert sum(s.cpu_s + 10 for s in suites) < 20 * 60  # and the start of each process
+    assert sum(s.cpu_s + 10 for s in suites) < 20 * 60  # 10 s for the start of each process
     assert all(s.gpu_s <= 9 * 60 for s in suites)
 
 
@@ -44,7 +44,7 @@ def test_picks_of_the_results_page_name_suites(script):
 
 def test_training(script, bench):
     training = script("training")
-    case = training.case(training.Row("test_nfnet", 32, 2, 0.25))
+    case = training.case(training.Network("test_nfnet", 32, 2, 0.25))
     comparisons = list(case.run(bench))
     deep = "test_nfnet, 32 px, batch 2, stochastic depth 0.25"
     names = [f"{c}, {part}" for c in ("test_nfnet, 32 px, batch 2", deep) for part in training.PARTS]
@@ -55,7 +55,7 @@ def test_training(script, bench):
     assert whole.floor is not None
 
 
-def test_the_gate_of_training_sees_a_changed_weight_and_a_changed_update(script, monkeypatch):
+def test_the_gate_of_training_detects_a_changed_weight_and_a_changed_update(script, monkeypatch):
     networks, update_arms = script("networks"), script("update_arms")
     theirs, ours = networks.pair("test_nfnet", stochdepth=0.5)
     x, y = networks.batch(32, 2, CPU)
@@ -79,14 +79,14 @@ def test_update(script, bench):
 
 def test_inference(script, bench, monkeypatch):
     inference = script("inference")
-    monkeypatch.setattr(inference, "BESIDE", {"test_nfnet": "resnet26"})
+    monkeypatch.setattr(inference, "BATCH_NORM_NETWORKS", {"test_nfnet": "resnet26"})
     (found,) = inference.case("test_nfnet", 32, (1,)).run(bench)
     arms = [t.arm.removesuffix(" NCHW").removesuffix(" NHWC") for t in found.timings]
     others = ["resnet26 of timm, folded", "resnet26 of normfree, folded"]
     assert arms == ["timm", "normfree", "normfree, folded", *others]
 
 
-def test_memory_allocated_is_what_a_pass_needs_at_least(script):
+def test_allocated_memory_is_at_least_that_of_the_gradients(script):
     memory, networks = script("memory"), script("networks")
     ours = networks.pair("test_nfnet")[1]
     gradients = sum(4 * p.numel() for p in ours.parameters())
@@ -102,19 +102,19 @@ def test_small_scale(script, bench):
     ]  # fmt: skip
 
 
-def test_cifar_is_learnt_and_without_data_it_says_so(script, bench):
+def test_cifar_is_learned_and_missing_data_are_reported(script, bench):
     cifar = script("cifar")
     labels = torch.arange(32) % 2
-    pictures = cifar.Pictures(0.1 * torch.randn(32, 3, 16, 16) + labels.view(-1, 1, 1, 1), labels)
+    images = cifar.Images(0.1 * torch.randn(32, 3, 16, 16) + labels.view(-1, 1, 1, 1), labels)
     recipe = cifar.Recipe(8, 0.2, clipping=1.0, epochs=40, shift=2, average=0.5)
-    seconds, accuracy = cifar.race(bench, "nf_resnet_nano", pictures, pictures, recipe, 0)
+    seconds, accuracy = cifar.race(bench, "nf_resnet_nano", images, images, recipe, 0)
     assert seconds > 0
     assert accuracy >= cifar.TARGET
     assert list(cifar.case(None).run(bench)) == []
-    assert bench.skipped == ["CIFAR-10 to 94 %: no data; give its folder with --data FOLDER"]
+    assert bench.skipped == ["CIFAR-10 to 94 %: no data; pass its folder with --data FOLDER"]
 
 
-def test_shifted_pictures_are_windows_of_the_padded_ones(script):
+def test_shifted_images_are_windows_of_the_padded_ones(script):
     cifar = script("cifar")
     images = torch.arange(6 * 3 * 8 * 8.0).view(6, 3, 8, 8)
     padded = torch.nn.functional.pad(images, [2] * 4, mode="reflect")
@@ -133,14 +133,14 @@ def test_convolutions(script, bench):
         assert all(c.floor.ms > 0 for c in comparisons)
 
 
-def test_a_process_that_fails_is_seen(script):
+def test_a_failed_process_is_detected(script):
     startup = script("startup")
     python = [startup.sys.executable, "-c"]
     codes = ["print('nf')", "print('other')", "print('nf'); exit(1)"]
     assert [float(startup.process([*python, code], "nf")) for code in codes] == [1.0, 0.0, 0.0]
 
 
-def test_startup_is_told_beyond_that_of_torch(script):
+def test_startup_reports_the_time_beyond_that_of_torch(script):
     summary = script("summary")
     values = {"import timm": [900.0], "import torch": [500.0], "from normfree import create_model": [510.0]}
     timings = tuple(summary.timing(k, v, [900.0], random.Random(0)) for k, v in values.items())
@@ -148,15 +148,18 @@ def test_startup_is_told_beyond_that_of_torch(script):
     assert [t.facts["beyond_torch_ms"] for t in found.timings] == [400, 0, 10]
 
 
-def test_words_that_mean_nothing_end_in_one_line(script, capsys):
+def test_invalid_arguments_give_an_error_of_one_line(script, capsys):
     run = script("run")
-    for words, message in (
-        (["trainin"], "unknown suite 'trainin'. Did you mean 'training'? All: training, "),
-        (["update", "--only", "nfnet_f"], "unknown name 'nfnet_f'. Did you mean 'nfnet_f0'? All: nfnet_f0."),
-        (["update", "--rounds", "0"], "--rounds 0: one is the least, and 5 where results are to be written."),
-        (["update", "--budget-s", "0"], "--budget-s 0: seconds above 0. The default is each suite's own."),
+    for args, message in (
+        (["trainin"], "unknown suite 'trainin'. Did you mean 'training'? Allowed: 'training', "),
+        (
+            ["update", "--only", "nfnet_f"],
+            "unknown name 'nfnet_f'. Did you mean 'nfnet_f0'? Allowed: 'nfnet_f0'.",
+        ),
+        (["update", "--rounds", "0"], "--rounds is 0. Allowed: 1 or more."),
+        (["update", "--budget-s", "0"], "--budget-s is 0. Allowed: seconds above 0."),
     ):
-        assert run.main([*words, "--device", "cpu"]) == 2
+        assert run.main([*args, "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert error.startswith(message)
         assert error.count("\n") == 1
@@ -169,12 +172,12 @@ def test_bfloat16_where_the_cpu_has_it(script):
     assert not computes("fma avx2 avx512f")
 
 
-def test_a_suite_runs_here_and_writes_what_it_found(script, tmp_path, monkeypatch, capsys):
+def test_a_suite_runs_and_writes_its_results(script, tmp_path, monkeypatch, capsys):
     run, suites, machine = script("run"), script("suites"), script("machine")
     monkeypatch.setattr(machine, "COPIED", {"cpu": 1 << 20})
     monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e11)
     monkeypatch.setattr(run, "Bench", partial(run.Bench, window_s=0.0))
-    monkeypatch.setattr(run, "settle", lambda *args: None)  # threads and cores of the tests stay
+    monkeypatch.setattr(run, "settle", lambda *args: None)  # keep the threads and cores of the tests
     update = script("update")
     monkeypatch.setattr(update, "cases", lambda device: [update.case("test_nfnet", "tiny")])
     monkeypatch.setitem(suites.SUITES, "update", replace(suites.SUITES["update"], cpu_s=60))
