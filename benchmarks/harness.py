@@ -113,8 +113,8 @@ def compare(
         tolerance: largest relative L2 error of an arm.
         gradients: the arms train; otherwise they run in inference mode.
         choose: receives the seconds of each arm in the uncounted round and returns the names to measure, baseline
-        first;
-            by default all, in order. The chosen arms are measured again, so that the choice does not bias the result.
+            first; by default all, in order. The chosen arms are measured again, so that the choice does not bias the
+            result.
         parts: names of the two comparisons if arms have `then`; otherwise there is one comparison, called `case`.
         floor: lower bound of the time.
         seed: seed of the order and of the bootstrap.
@@ -215,10 +215,10 @@ def _facts(bench: Bench, arm: Arm, calls: Sequence[Call]) -> dict[str, float]:
 def _visit(bench: Bench, arm: Arm) -> Sample:
     """Make a warm-up call, then calls for `window_s`; in one window if nothing has to happen between them."""
     start = bench.clock()
-    seen = _once(bench, arm)
-    calls = [seen] if seen.whole >= bench.window_s else []
+    warm_up = _once(bench, arm)
+    calls = [warm_up] if warm_up.whole >= bench.window_s else []
     if not calls and arm.before is None and arm.then is None:
-        return _window(bench, arm, max(1, round(bench.window_s / max(seen.whole, 1e-6))), start)
+        return _window(bench, arm, max(1, round(bench.window_s / max(warm_up.whole, 1e-6))), start)
     while sum(call.whole for call in calls) < bench.window_s:
         calls.append(_once(bench, arm))
     first, whole = (sum(part) / len(calls) for part in zip(*(call[:2] for call in calls), strict=True))

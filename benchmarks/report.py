@@ -61,6 +61,7 @@ def read(path: Path) -> Result:
 
 
 def _comparison(entry: dict[str, Any]) -> Comparison:
+    """Return the comparison of an entry of the JSON file."""
     timings = tuple(
         Timing(**{**t, "quartiles": tuple(t["quartiles"]), "interval": tuple(t["interval"])})
         for t in entry["timings"]

@@ -78,6 +78,7 @@ def table(results: Path) -> str:
 
 
 def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
+    """Yield the table rows of the picks that have been measured."""
     for pick in picks:
         path = results / f"{pick.suite}.json"
         result = report.read(path) if path.is_file() else None
@@ -89,6 +90,7 @@ def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
 
 
 def _row(pick: Pick, comparison: Comparison, ours: Timing, theirs: Timing) -> str:
+    """Return the table row of one pick."""
     low, high = ours.interval
     command = f"`python -m benchmarks.run {pick.suite}`; [all](../benchmarks/results/{pick.suite}.md)"
     cells = [pick.what, *(f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]

@@ -378,6 +378,7 @@ def found(name: str, *, runs: Path, data: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the cells that are missing, and write the page."""
     VARIANTS.update(EXTRA_VARIANTS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")

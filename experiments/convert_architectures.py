@@ -98,8 +98,8 @@ def _outcome(net: nn.Module, method: str, size: int | None) -> str:
 
     if method == "scratch":
         worst = []
-        for seen in (None, noise(size or 128, 0)):
-            model, report = convert_batchnorm(net, seen, how="scratch", skip_gain=1.0)
+        for images in (None, noise(size or 128, 0)):
+            model, report = convert_batchnorm(net, images, how="scratch", skip_gain=1.0)
             recorder = Recorder(model)
             with torch.no_grad():
                 recorder.run(noise(size or 128, 1))

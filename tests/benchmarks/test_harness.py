@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+Script = Callable[[str], ModuleType]
 
 
 class Clock:
@@ -20,34 +25,43 @@ class Clock:
 
 
 @pytest.fixture
-def harness(script):
+def harness(script: Script) -> ModuleType:
     return script("harness")
 
 
 @pytest.fixture
-def clock():
+def clock() -> Clock:
     return Clock()
 
 
 @pytest.fixture
-def bench(harness, clock):
+def bench(harness: ModuleType, clock: Clock) -> Any:
     return harness.Bench(clock=clock, window_s=1.0)
 
 
-def worker(harness, clock, name, seconds, *, value=1.0, rest=None, **more):
+def worker(
+    harness: ModuleType,
+    clock: Clock,
+    name: str,
+    seconds: Any,
+    *,
+    value: float = 1.0,
+    rest: Any = None,
+    **more: Any,
+) -> Any:
     """Return an arm that takes `seconds`, a number or a function that draws one."""
 
-    def spend(draw):
+    def spend(draw: Any) -> None:
         clock.now += draw() if callable(draw) else draw
 
-    def run():
+    def run() -> torch.Tensor:
         spend(seconds)
         return torch.tensor([value])
 
     return harness.Arm(name, run, then=None if rest is None else lambda: spend(rest), **more)
 
 
-def test_ratios_are_ratios_of_times(harness, bench, clock):
+def test_ratios_are_ratios_of_times(harness: ModuleType, bench: Any, clock: Clock) -> None:
     arms = [worker(harness, clock, "slow", 3.0), worker(harness, clock, "fast", 0.75)]
     (found,) = harness.compare(bench, "case", arms)
     slow, fast = found.timings
@@ -57,23 +71,23 @@ def test_ratios_are_ratios_of_times(harness, bench, clock):
     assert fast.interval == pytest.approx((4, 4))
 
 
-def test_arms_are_compared_by_the_time_for_one_image(harness, bench, clock):
+def test_arms_are_compared_by_the_time_for_one_image(harness: ModuleType, bench: Any, clock: Clock) -> None:
     arms = [worker(harness, clock, "8", 2.0, images=8), worker(harness, clock, "2", 2.0, images=2)]
     (found,) = harness.compare(bench, "case", arms)
     assert found.timings[1].ratio == pytest.approx(0.25)
 
 
-def test_both_parts_are_timed_in_the_same_calls(harness, bench, clock):
+def test_both_parts_are_timed_in_the_same_calls(harness: ModuleType, bench: Any, clock: Clock) -> None:
     arms = [worker(harness, clock, "a", 2.0, rest=2.0), worker(harness, clock, "b", 2.0, rest=0.0)]
     whole, first = harness.compare(bench, "case", arms, parts=("whole step", "forward"))
     assert (whole.case, first.case) == ("case, whole step", "case, forward")
     assert [c.timings[1].ratio for c in (whole, first)] == pytest.approx([2, 1])
 
 
-def test_a_slow_machine_slows_all_arms_of_a_round(harness, bench, clock):
+def test_a_slow_machine_slows_all_arms_of_a_round(harness: ModuleType, bench: Any, clock: Clock) -> None:
     """Ratios are taken within rounds, so that a drift by a factor of 100 cancels."""
 
-    def drifting(factor):
+    def drifting(factor: float) -> Callable[[], float]:
         return lambda: factor * (1 + 0.1 * clock.now)
 
     arms = [worker(harness, clock, name, drifting(f)) for name, f in (("a", 1.0), ("b", 0.5))]
@@ -82,10 +96,12 @@ def test_a_slow_machine_slows_all_arms_of_a_round(harness, bench, clock):
     assert max(found.timings[0].quartiles) > 10 * 1e3
 
 
-def test_the_interval_covers_the_true_ratio_and_the_noise_is_measured(harness, bench, clock):
+def test_the_interval_covers_the_true_ratio_and_the_noise_is_measured(
+    harness: ModuleType, bench: Any, clock: Clock
+) -> None:
     rng = random.Random(1)
 
-    def noisy(mean):
+    def noisy(mean: float) -> Callable[[], float]:
         return lambda: mean * rng.lognormvariate(0, 0.1)
 
     held = 0
@@ -98,7 +114,7 @@ def test_the_interval_covers_the_true_ratio_and_the_noise_is_measured(harness, b
     assert held >= 15
 
 
-def test_the_gate_refuses_a_wrong_arm(harness, bench, clock):
+def test_the_gate_refuses_a_wrong_arm(harness: ModuleType, bench: Any, clock: Clock) -> None:
     right = worker(harness, clock, "right", 1.0)
     for wrong in (
         worker(harness, clock, "wrong", 1.0, value=1.001),
@@ -114,13 +130,13 @@ def test_the_gate_refuses_a_wrong_arm(harness, bench, clock):
         harness.compare(bench, "case", [right, worker(harness, clock, "other", 1.0, alike=False)])
 
 
-def test_the_gate_checks_the_effect_of_the_first_call(harness, bench):
+def test_the_gate_checks_the_effect_of_the_first_call(harness: ModuleType, bench: Any) -> None:
     """Two calls are compared: a wrong update shows in the second."""
 
-    def stepping(step):
+    def stepping(step: float) -> Callable[[], torch.Tensor]:
         state = torch.tensor([1.0])
 
-        def run():
+        def run() -> torch.Tensor:
             result = state.clone()
             state.mul_(step)
             return result
@@ -132,12 +148,12 @@ def test_the_gate_checks_the_effect_of_the_first_call(harness, bench):
         harness.compare(bench, "case", arms)
 
 
-def test_the_chosen_arms_are_measured_again(harness, bench, clock):
+def test_the_chosen_arms_are_measured_again(harness: ModuleType, bench: Any, clock: Clock) -> None:
     times = {"x NCHW": 2.0, "x NHWC": 1.0, "y NCHW": 1.0, "y NHWC": 4.0}
     arms = [worker(harness, clock, name, seconds) for name, seconds in times.items()]
     chosen = []
 
-    def choose(seconds):
+    def choose(seconds: dict[str, float]) -> list[str]:
         assert seconds == pytest.approx(times)
         chosen.append(clock.now)
         return ["x NHWC", "y NCHW"]
@@ -148,7 +164,9 @@ def test_the_chosen_arms_are_measured_again(harness, bench, clock):
     assert clock.now - chosen[0] == pytest.approx(11 * 3.0)  # 11 rounds with both and the second baseline
 
 
-def test_short_time_reduces_the_rounds_but_not_below_five(harness, bench, clock):
+def test_short_time_reduces_the_rounds_but_not_below_five(
+    harness: ModuleType, bench: Any, clock: Clock
+) -> None:
     arms = [worker(harness, clock, "a", 1.0), worker(harness, clock, "b", 1.0)]
     for seconds, rounds in ((1000, 11), (6 + 3 * 8, 8), (6, 5)):
         clock.now = 0.0
@@ -159,7 +177,9 @@ def test_short_time_reduces_the_rounds_but_not_below_five(harness, bench, clock)
         harness.compare(replace(bench, deadline=20), "case", arms)
 
 
-def test_a_suite_stops_before_its_deadline_and_lists_what_it_left_out(harness, script, bench, clock):
+def test_a_suite_stops_before_its_deadline_and_lists_what_it_left_out(
+    harness: ModuleType, script: Script, bench: Any, clock: Clock
+) -> None:
     run = script("run")
     arms = [worker(harness, clock, "a", 1.0), worker(harness, clock, "b", 1.0)]
     cases = [
@@ -173,10 +193,12 @@ def test_a_suite_stops_before_its_deadline_and_lists_what_it_left_out(harness, s
     assert not wrong
 
 
-def test_a_case_with_disagreeing_arms_does_not_stop_the_others(harness, script, bench, clock, capsys):
+def test_a_case_with_disagreeing_arms_does_not_stop_the_others(
+    harness: ModuleType, script: Script, bench: Any, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = script("run")
 
-    def case(name, value):
+    def case(name: str, value: float) -> Any:
         arms = [worker(harness, clock, "a", 1.0), worker(harness, clock, "b", 1.0, value=value)]
         return harness.Case(name, (name,), lambda b: harness.compare(b, name, arms))
 

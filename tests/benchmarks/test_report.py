@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+Script = Callable[[str], ModuleType]
+
 
 @pytest.fixture
-def result(script):
+def result(script: Script) -> Any:
     report, summary, machine = script("report"), script("summary"), script("machine")
     rng = random.Random(0)
     timings = (
@@ -27,14 +33,14 @@ def result(script):
     )  # fmt: skip
 
 
-def test_a_result_survives_its_file(script, result, tmp_path):
+def test_a_result_survives_its_file(script: Script, result: Any, tmp_path: Path) -> None:
     report = script("report")
     page = report.write(result, tmp_path)
     assert report.read(tmp_path / "suite.json") == result
     assert page == tmp_path / "suite.md"
 
 
-def test_the_page_has_figures_lower_bounds_facts_and_skipped_cases(script, result):
+def test_the_page_has_figures_lower_bounds_facts_and_skipped_cases(script: Script, result: Any) -> None:
     text = script("report").page(result)
     row = "| a case | normfree NHWC | 105.0 (100.0 … 110.0) | 76 | 12 | 48% | 2.00 (2.00 … 2.00) | 3 |"
     assert row in text.splitlines()
@@ -44,7 +50,7 @@ def test_the_page_has_figures_lower_bounds_facts_and_skipped_cases(script, resul
     assert "20.0 GB/s, 150 GFLOP/s float32 and 20.0" in text
 
 
-def test_the_page_keeps_everything_outside_the_comments(script):
+def test_the_page_keeps_everything_outside_the_comments(script: Script) -> None:
     page = script("results_page")
     text = f"before\n\n{page.BEGIN}\nold\n{page.END}\n\nafter\n"
     made = page.between(text, "| new |")
@@ -54,13 +60,15 @@ def test_the_page_keeps_everything_outside_the_comments(script):
 
 
 @pytest.mark.parametrize("text", ["", "{0}", "{1}", "{1} {0}", "{0} {0} {1}", "{0} {1} {1}"])
-def test_a_page_without_the_comments_is_an_error(script, text):
+def test_a_page_without_the_comments_is_an_error(script: Script, text: str) -> None:
     page = script("results_page")
     with pytest.raises(ValueError, match=r"results.md: the table goes between"):
         page.between(text.format(page.BEGIN, page.END), "| new |")
 
 
-def test_a_pick_becomes_a_row_with_ratio_interval_and_command(script, result, tmp_path, monkeypatch):
+def test_a_pick_becomes_a_row_with_ratio_interval_and_command(
+    script: Script, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, report = script("results_page"), script("report")
     report.write(result, tmp_path)
     picks = (page.Pick("suite", "a case", "what it is"), page.Pick("suite", "no such case", "never"))
@@ -71,7 +79,7 @@ def test_a_pick_becomes_a_row_with_ratio_interval_and_command(script, result, tm
     assert row == f"{shown} {command} |"
 
 
-def test_docs_results_has_the_table_of_the_results(script):
+def test_docs_results_has_the_table_of_the_results(script: Script) -> None:
     """The table is written by `make bench`, not edited by hand."""
     page, report = script("results_page"), script("report")
     text = page.PAGE.read_text(encoding="utf-8")

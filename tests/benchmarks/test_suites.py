@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+Script = Callable[[str], ModuleType]
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def bench(script):
+def bench(script: Script) -> Any:
     return script("harness").Bench(rounds=2, window_s=0.0, bandwidth=1e10, matmul=1e11)
 
 
-def only_comparison_names(comparisons):
+def only_comparison_names(comparisons: Iterable[Any]) -> list[str]:
     return [c.case for c in comparisons]
 
 
-def test_every_suite_returns_cases_for_its_devices(script):
+def test_every_suite_returns_cases_for_its_devices(script: Script) -> None:
     for suite in script("suites").SUITES.values():
         for device in (CPU, torch.device("cuda")):
             if suite.budget(device) and all(importlib.util.find_spec(name) for name in suite.needs):
@@ -31,18 +37,18 @@ def test_every_suite_returns_cases_for_its_devices(script):
                 assert suite.about().endswith(".")
 
 
-def test_the_cpu_suites_end_within_twenty_minutes(script):
+def test_the_cpu_suites_end_within_twenty_minutes(script: Script) -> None:
     suites = [s for s in script("suites").SUITES.values() if not s.by_name and s.name != "training_bfloat16"]
     assert sum(s.cpu_s + 10 for s in suites) < 20 * 60  # 10 s for the start of each process
     assert all(s.gpu_s <= 9 * 60 for s in suites)
 
 
-def test_picks_of_the_results_page_name_suites(script):
+def test_picks_of_the_results_page_name_suites(script: Script) -> None:
     known = script("suites").SUITES
     assert {pick.suite for pick in script("results_page").PICKS} <= set(known)
 
 
-def test_training(script, bench):
+def test_training(script: Script, bench: Any) -> None:
     training = script("training")
     case = training.case(training.Network("test_nfnet", 32, 2, 0.25))
     comparisons = list(case.run(bench))
@@ -55,7 +61,9 @@ def test_training(script, bench):
     assert whole.floor is not None
 
 
-def test_the_gate_of_training_detects_a_changed_weight_and_a_changed_update(script, monkeypatch):
+def test_the_gate_of_training_detects_a_changed_weight_and_a_changed_update(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
     networks, update_arms = script("networks"), script("update_arms")
     theirs, ours = networks.pair("test_nfnet", stochdepth=0.5)
     x, y = networks.batch(32, 2, CPU)
@@ -69,7 +77,7 @@ def test_the_gate_of_training_detects_a_changed_weight_and_a_changed_update(scri
     assert update_arms.update_distance(theirs, ours) > 1e-3
 
 
-def test_update(script, bench):
+def test_update(script: Script, bench: Any) -> None:
     comparisons = list(script("update").case("test_nfnet", "tiny").run(bench))
     parts = ("clipping", "whole update", "weight standardization")
     assert only_comparison_names(comparisons) == [f"{part}, tiny" for part in parts]
@@ -77,7 +85,7 @@ def test_update(script, bench):
     assert comparisons[1].floor.ms == pytest.approx(1e3 * 28 * numbers / 1e10)
 
 
-def test_inference(script, bench, monkeypatch):
+def test_inference(script: Script, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inference = script("inference")
     monkeypatch.setattr(inference, "BATCH_NORM_NETWORKS", {"test_nfnet": "resnet26"})
     (found,) = inference.case("test_nfnet", 32, (1,)).run(bench)
@@ -86,7 +94,7 @@ def test_inference(script, bench, monkeypatch):
     assert arms == ["timm", "normfree", "normfree, folded", *others]
 
 
-def test_allocated_memory_is_at_least_that_of_the_gradients(script):
+def test_allocated_memory_is_at_least_that_of_the_gradients(script: Script) -> None:
     memory, networks = script("memory"), script("networks")
     ours = networks.pair("test_nfnet")[1]
     gradients = sum(4 * p.numel() for p in ours.parameters())
@@ -95,14 +103,14 @@ def test_allocated_memory_is_at_least_that_of_the_gradients(script):
     assert memory.comparison("x", {"a": [4.0], "b": [2.0]}, [4.0], 0.0).timings[1].ratio == 2
 
 
-def test_small_scale(script, bench):
+def test_small_scale(script: Script, bench: Any) -> None:
     (found,) = script("small_scale").case("nf_resnet_nano_64", 32, 2, steps=1).run(bench)
     assert [t.arm for t in found.timings] == [
         "timm", "normfree", "normfree, nf_resnet_nano_64", "normfree, resnet_nano_64 with batch norm",
     ]  # fmt: skip
 
 
-def test_cifar_is_learned_and_missing_data_are_reported(script, bench):
+def test_cifar_is_learned_and_missing_data_are_reported(script: Script, bench: Any) -> None:
     cifar = script("cifar")
     labels = torch.arange(32) % 2
     images = cifar.Images(0.1 * torch.randn(32, 3, 16, 16) + labels.view(-1, 1, 1, 1), labels)
@@ -114,7 +122,7 @@ def test_cifar_is_learned_and_missing_data_are_reported(script, bench):
     assert bench.skipped == ["CIFAR-10 to 94 %: no data; pass its folder with --data FOLDER"]
 
 
-def test_shifted_images_are_windows_of_the_padded_ones(script):
+def test_shifted_images_are_windows_of_the_padded_ones(script: Script) -> None:
     cifar = script("cifar")
     images = torch.arange(6 * 3 * 8 * 8.0).view(6, 3, 8, 8)
     padded = torch.nn.functional.pad(images, [2] * 4, mode="reflect")
@@ -124,7 +132,7 @@ def test_shifted_images_are_windows_of_the_padded_ones(script):
         assert (windows[i] == both).flatten(4).all(-1).all(1).any()
 
 
-def test_convolutions(script, bench):
+def test_convolutions(script: Script, bench: Any) -> None:
     convolutions = script("convolutions")
     for shape in (convolutions.Shape(32, 32, 6, 3, 2, group_width=16), convolutions.Shape(8, 12, 4)):
         comparisons = list(convolutions.case(shape, 2).run(bench))
@@ -133,14 +141,14 @@ def test_convolutions(script, bench):
         assert all(c.floor.ms > 0 for c in comparisons)
 
 
-def test_a_failed_process_is_detected(script):
+def test_a_failed_process_is_detected(script: Script) -> None:
     startup = script("startup")
     python = [startup.sys.executable, "-c"]
     codes = ["print('nf')", "print('other')", "print('nf'); exit(1)"]
     assert [float(startup.process([*python, code], "nf")) for code in codes] == [1.0, 0.0, 0.0]
 
 
-def test_startup_reports_the_time_beyond_that_of_torch(script):
+def test_startup_reports_the_time_beyond_that_of_torch(script: Script) -> None:
     summary = script("summary")
     values = {"import timm": [900.0], "import torch": [500.0], "from normfree import create_model": [510.0]}
     timings = tuple(summary.timing(k, v, [900.0], random.Random(0)) for k, v in values.items())
@@ -148,7 +156,9 @@ def test_startup_reports_the_time_beyond_that_of_torch(script):
     assert [t.facts["beyond_torch_ms"] for t in found.timings] == [400, 0, 10]
 
 
-def test_invalid_arguments_give_an_error_of_one_line(script, capsys):
+def test_invalid_arguments_give_an_error_of_one_line(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = script("run")
     for args, message in (
         (["trainin"], "unknown suite 'trainin'. Did you mean 'training'? Allowed: 'training', "),
@@ -165,14 +175,16 @@ def test_invalid_arguments_give_an_error_of_one_line(script, capsys):
         assert error.count("\n") == 1
 
 
-def test_bfloat16_where_the_cpu_has_it(script):
+def test_bfloat16_where_the_cpu_has_it(script: Script) -> None:
     computes = script("machine").computes_bfloat16
     assert computes("fma avx512_bf16 avx2")
     assert computes("amx_bf16")
     assert not computes("fma avx2 avx512f")
 
 
-def test_a_suite_runs_and_writes_its_results(script, tmp_path, monkeypatch, capsys):
+def test_a_suite_runs_and_writes_its_results(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, suites, machine = script("run"), script("suites"), script("machine")
     monkeypatch.setattr(machine, "COPIED", {"cpu": 1 << 20})
     monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e11)
