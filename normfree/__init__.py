@@ -2,6 +2,9 @@
 
 The public API is the table of names in `__init__.pyi`. Names are imported on first use, so `import normfree` and
 `normfree --help` stay fast.
+
+Docstrings cite two papers: [A] is arXiv 2101.08692 (NF-ResNets), [B] arXiv 2102.06171 (NFNets). "Reference code" is
+DeepMind's released `nfnets`.
 """
 
 import lazy_loader

@@ -6,6 +6,8 @@ import torch
 
 from normfree.suggest import problem
 
+KINDS = ("cpu", "cuda", "mps")
+
 
 def run_device(name: str) -> torch.device:
     """Return the device called `name`, for example "cpu" or "cuda:1".
@@ -19,6 +21,9 @@ def run_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name.split(":")[0] not in KINDS:
+        allowed = "auto, cpu, cuda, cuda:N or mps"
+        raise ValueError(problem(f"device is {name!r}", allowed=allowed, fix="use 'auto'"))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

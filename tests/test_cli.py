@@ -161,8 +161,8 @@ def test_list_and_show(trained, capsys):
         ),
         (
             "list vgg*",
-            "no model matches 'vgg*'. Allowed: a shell pattern such as 'nf_*'. Fix: see all names with `normfree list "
-            "models`.",
+            "no model matches 'vgg*'. Allowed: models, recipes, or a shell pattern such as 'nf_*'. "
+            "Fix: see all names with `normfree list models`.",
         ),
         ("show vgg", "unknown model 'vgg'."),
         (
@@ -175,7 +175,10 @@ def test_list_and_show(trained, capsys):
             "train --data synthetic:classes=99 --model nf_resnet_nano",
             "'synthetic:classes=99' gives classes=99. Allowed: a whole number from 2 to 10. Fix: classes=10",
         ),
-        ("train --data synthetic --model nf_resnet_nano --device gpu", "device 'gpu' cannot be used here: "),
+        (
+            "train --data synthetic --model nf_resnet_nano --device gpu",
+            "device is 'gpu'. Allowed: auto, cpu, cuda, cuda:N or mps. Fix: use 'auto'.",
+        ),
         (
             "train --data synthetic --model nf_resnet_nano --weights nowhere",
             "'nowhere' is not a model folder. Allowed: a folder with config.json and model.safetensors",
@@ -184,7 +187,17 @@ def test_list_and_show(trained, capsys):
             "eval nowhere emoji",
             "'nowhere' is not a model folder. Allowed: a folder with config.json and model.safetensors",
         ),
-        ("train missing.toml", "missing.toml cannot be read as TOML: "),
+        ("train missing.toml", "missing.toml does not exist."),
+        ("bench", "no model name was given. Allowed: one or more."),
+        ("predict runs", "no path was given. Allowed: one or more."),
+        ("list recipes vgg*", "no recipe matches 'vgg*'."),
+        ("list recipe", "no model matches 'recipe'. Did you mean 'recipes'?"),
+        (
+            "train --data synthetic --precision float16",
+            "precision='float16'. Allowed: 'float32' or 'bfloat16'.",
+        ),
+        ("train --input.val_fraction 2", "input.val_fraction='2'. Allowed: a number above 0 and below 1."),
+        ("train --data synthetic --augment.repeats 7", "augment.repeats=7 with input.batch_size="),
     ],
 )
 def test_each_mistake_prints_one_line_and_exits_with_2(line, message, capsys, tmp_path, monkeypatch):
@@ -331,10 +344,11 @@ def test_a_failed_prediction_leaves_no_file(model, tmp_path, capsys):
 
 
 def test_an_operating_system_error_is_one_line(model, photos, tmp_path, capsys):
-    out = tmp_path / "no such folder" / "x.csv"
+    out = tmp_path / "x.csv"
+    out.mkdir()
     assert main(["predict", str(model), str(photos), "--out", str(out)]) == 2
-    assert capsys.readouterr().err == f"normfree: [Errno 2] No such file or directory: '{out}'\n"
-    with pytest.raises(FileNotFoundError):
+    assert capsys.readouterr().err == f"normfree: [Errno 21] Is a directory: '{out}'\n"
+    with pytest.raises(IsADirectoryError):
         main(["predict", str(model), str(photos), "--out", str(out), "--traceback"])
 
 

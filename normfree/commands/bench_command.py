@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from normfree.commands.usage import check_given
+
 
 @dataclass
 class BenchArguments:
@@ -48,6 +50,7 @@ def bench(arguments: BenchArguments) -> int:
     from normfree.tools.speed import BACKWARD, measure
     from normfree.training.allocator import keep_freed_memory
 
+    check_given(arguments.names, "model name")
     if arguments.device in ("auto", "cpu"):
         keep_freed_memory()  # `normfree train` does the same
     # Report an unknown name before the first measurement, which takes minutes.

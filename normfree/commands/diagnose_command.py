@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Images of the test of dependence on the batch: one, and three others that are replaced.
 DEPENDENCE_IMAGES = 4
+DEFAULT_BATCH_SIZE = 16
 
 
 @dataclass
@@ -35,8 +36,8 @@ class DiagnoseArguments:
     data: Annotated[Positional[str], tyro.conf.arg(metavar="[DATA]")] = ""
     """A folder with one subfolder per class, or the name of a data set; default: the data of the run, else Gaussian
     noise. If it is a second run folder, only one HTML page that compares both runs is written."""
-    batch_size: int = 16
-    """Number of images; the gradient is that of one batch."""
+    batch_size: int = 0
+    """Number of images; the gradient is that of one batch. 0: 16, or all images if there are fewer."""
     image_size: int = 0
     """Side in pixels; 0: the network's own size."""
     device: str = "auto"
@@ -63,7 +64,7 @@ def diagnose(arguments: DiagnoseArguments) -> int:
 
 def _check(arguments: DiagnoseArguments) -> list[Path]:
     """Raise UsageError for impossible arguments; return the run folders among them."""
-    if arguments.batch_size < 2:
+    if arguments.batch_size != 0 and arguments.batch_size < 2:
         raise UsageError(
             problem(f"--batch-size is {arguments.batch_size}", allowed="2 or more, to compare an image in different "
                     "batches", fix="--batch-size 16")
@@ -104,8 +105,14 @@ def _measure(arguments: DiagnoseArguments) -> None:
     torch.manual_seed(0)
     subject, device = open_subject(arguments.model, arguments.data), run_device(arguments.device)
     images, labels, description = load_images(
-        subject, arguments.data, count=arguments.batch_size, image_size=arguments.image_size
+        subject,
+        arguments.data,
+        count=arguments.batch_size or DEFAULT_BATCH_SIZE,
+        image_size=arguments.image_size,
+        given=arguments.batch_size != 0,
     )
+    arguments = replace(arguments, batch_size=len(images))
+
     net, images, labels = subject.net.to(device), images.to(device), labels.to(device)
     try:
         signal, reason = signal_propagation(net, images), ""

@@ -108,9 +108,12 @@ def _foreign(model: str) -> Subject:
     return Subject(net, f"{model}, random weights", size, classifier="".join(f"{n}.weight" for n in last))
 
 
-def load_images(subject: Subject, data: str, *, count: int, image_size: int) -> tuple[Tensor, Tensor, str]:
+def load_images(
+    subject: Subject, data: str, *, count: int, image_size: int, given: bool = True
+) -> tuple[Tensor, Tensor, str]:
     """Return normalized images B C S S, labels B, and what the images are.
 
+    `given`: the user asked for `count` images; otherwise fewer are used if the data has fewer.
     Without data, images are noise and labels are random numbers, to be taken modulo the number of classes.
     """
     import torch
@@ -124,6 +127,8 @@ def load_images(subject: Subject, data: str, *, count: int, image_size: int) -> 
         labels = torch.randint(2**31, (count,))
         return torch.randn(count, subject.channels, size, size), labels, "images of N(0, 1)"
     source = subject.source or open_labeled(name)
+    if not given and len(source) < count:
+        count = max(2, len(source))
     if len(source) < count:
         raise UsageError(
             problem(f"--batch-size is {count}", allowed=f"at most {len(source)}, the number of images of {name}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
-from normfree.suggest import problem
+from normfree.suggest import did_you_mean, problem
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +24,7 @@ class ListArguments:
     what: Annotated[Positional[str], tyro.conf.arg(metavar="[WHAT]")] = "models"
     """models, recipes, or a pattern of model names such as 'nf_*'."""
     pattern: Annotated[Positional[str], tyro.conf.arg(metavar="[PATTERN]")] = "*"
-    """A shell pattern of model names."""
+    """A shell pattern of names."""
 
 
 def list_(arguments: ListArguments) -> int:
@@ -33,21 +34,25 @@ def list_(arguments: ListArguments) -> int:
     what, pattern = arguments.what, arguments.pattern
     if what not in ("models", "recipes"):
         what, pattern = "models", what
-    table = _recipes() if what == "recipes" else _models(pattern)
+    table = _recipes(pattern) if what == "recipes" else _models(pattern)
     # On a terminal, rich uses its width; in a file or pipe, 140 columns keep every line whole.
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
     return 0
 
 
-def _recipes() -> Table:
-    """Return the table of all recipes."""
+def _recipes(pattern: str) -> Table:
+    """Return the table of the recipes whose names match a shell pattern."""
     from rich.table import Table
 
     from normfree.training.recipes import RECIPES
 
     table = Table("recipe", "description", box=None, pad_edge=False, header_style="bold")
-    for name, recipe in RECIPES.items():
-        table.add_row(name, (recipe.__doc__ or "").splitlines()[0])
+    names = fnmatch.filter(RECIPES, pattern)
+    if not names:
+        raise UsageError(problem(f"no recipe matches {pattern!r}", allowed="a shell pattern such as 'imagenet*'",
+                                 fix="see all names with `normfree list recipes`"))  # fmt: skip
+    for name in names:
+        table.add_row(name, (RECIPES[name].__doc__ or "").splitlines()[0])
     return table
 
 
@@ -61,7 +66,8 @@ def _models(pattern: str) -> Table:
     names = list_models(pattern)
     if not names:
         raise UsageError(
-            problem(f"no model matches {pattern!r}", allowed="a shell pattern such as 'nf_*'",
+            problem(f"no model matches {pattern!r}.{did_you_mean(pattern, ('models', 'recipes'))}",
+                    allowed="models, recipes, or a shell pattern such as 'nf_*'",
                     fix="see all names with `normfree list models`")
         )  # fmt: skip
     table = Table(box=None, pad_edge=False, header_style="bold")

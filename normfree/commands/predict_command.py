@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError
+from normfree.commands.usage import UsageError, check_given
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def predict_(arguments: PredictArguments) -> int:
     from normfree.inference import predict
     from normfree.pretrained import from_pretrained
 
+    check_given(arguments.paths, "path")
     format = _format(arguments)
     predictions = predict(from_pretrained(arguments.model), arguments.paths, top=arguments.top,
                           batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
@@ -61,7 +62,7 @@ def predict_(arguments: PredictArguments) -> int:
             file.close()
     if failed:
         print(
-            f"normfree: {failed} files could not be read; the output states the reason for each",
+            f"normfree: files that could not be read: {failed}; the output states the reason for each",
             file=sys.stderr,
         )
     return 2 if failed else 0
@@ -77,6 +78,13 @@ def _format(arguments: PredictArguments) -> str:
             problem(f"--out is {arguments.out!r}", allowed="a name that ends in .csv or .jsonl",
                     fix=f"--out {Path(arguments.out).stem}.csv")
         )  # fmt: skip
+    folder = Path(arguments.out).parent
+    if not folder.is_dir():
+        raise UsageError(
+            problem(
+                f"--out is {arguments.out!r}", allowed="a file in an existing folder", fix=f"mkdir {folder}"
+            )
+        )
     return suffix
 
 

@@ -11,6 +11,12 @@ class UsageError(ValueError):
     """The command line is invalid. The message states what was given, what is allowed, and the nearest fix."""
 
 
+def check_given(values: Sequence[str], kind: str) -> None:
+    """Raise UsageError if no value of a repeated positional argument was given."""
+    if not values:
+        raise UsageError(problem(f"no {kind} was given", allowed="one or more", fix=f"add a {kind}"))
+
+
 def check_classes(data: str, given: Sequence[str], known: Sequence[str]) -> None:
     """Raise UsageError unless the classes of `data` are those of the model, in the same order."""
     if tuple(given) != tuple(known):

@@ -97,8 +97,10 @@ class Variant:
         lengths = {"depths": len(self.depths), "widths": len(self.widths), "strides": len(self.strides)}
         if len(set(lengths.values())) != 1:
             got = ", ".join(f"{k}={getattr(self, k)}" for k in lengths)
-            strides = (1,) + (2,) * (len(self.depths) - 1)
-            raise ValueError(problem(got, allowed="one entry per stage", fix=f"pass strides={strides} too"))
+            usual = max(lengths.values(), key=list(lengths.values()).count)
+            wrong = [k for k, length in lengths.items() if length != usual]
+            fix = f"give {' and '.join(wrong)} {usual} {'entry' if usual == 1 else 'entries'}, or change the others too"
+            raise ValueError(problem(got, allowed="one entry per stage", fix=fix))
         if min(self.depths) < 1 or min(self.widths) < 1:
             given = f"depths={self.depths}, widths={self.widths}"
             allowed = "at least one block and one channel per stage"

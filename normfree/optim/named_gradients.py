@@ -27,6 +27,7 @@ class NonFiniteGradientError(ValueError):
 
     Attributes:
         names: the parameters, as a tuple.
+        total: number of all gradients.
 
     Examples:
         >>> import torch
@@ -40,7 +41,7 @@ class NonFiniteGradientError(ValueError):
     """
 
     def __init__(self, names: list[str], total: int) -> None:
-        self.names = tuple(names)
+        self.names, self.total = tuple(names), total
         super().__init__(
             problem(
                 f"{len(names)} of {total} gradients are not finite: {some_names(names)}; none was changed",

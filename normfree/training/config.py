@@ -67,6 +67,12 @@ def _check_count(value: int | str) -> int | str:
     return value
 
 
+def _check_fraction(value: float) -> float:
+    if not 0.0 < value < 1.0:
+        raise ValueError("a number above 0 and below 1")
+    return value
+
+
 def _check_rate(value: float | str) -> float | str:
     if isinstance(value, float) and not 0.0 <= value < 1.0:
         raise ValueError("a number from 0 to below 1, or 'auto'")
@@ -147,10 +153,11 @@ class InputConfig(ConfigSection):
     many as fit in memory."""
     workers: int = Field(default=1, ge=0)
     """Number of processes that load images; 0 loads them in the training process. It does not change the batches."""
-    val_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    val_fraction: float = 0.1
     """Fraction of each class that is held out for validation if the folder has no val/."""
 
     _sizes = field_validator("image_size", "eval_size")(_check_size)
+    _fraction = field_validator("val_fraction")(_check_fraction)
     _count = field_validator("micro_batch")(_check_count)
 
 

@@ -73,9 +73,9 @@ def _allowed(key: str, kind: str, message: str) -> str:
     if message.startswith("Value error, "):
         return message.removeprefix("Value error, ")
     annotation = str(_annotation(key))
-    if "Literal" in annotation and "float" in annotation:
+    if "'auto'" in annotation and "float" in annotation:
         return "a number or 'auto'"
-    if "Literal" in annotation and "int" in annotation:
+    if "'auto'" in annotation and "int" in annotation:
         return "a whole number or 'auto'"
     for prefix, text in _KINDS.items():
         if kind.startswith(prefix):
@@ -156,6 +156,8 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigError: The file cannot be read, or keys or values are wrong; the message lists all of them.
     """
+    if not path.exists():
+        raise ConfigError([f"{path} does not exist."])
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -60,6 +60,13 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
     weights = config.weights
     if weights == "download":
         weights = PREFIX + repository_of(config.model)
+    repeats, batch_size = config.augment.repeats, config.input.batch_size
+    if batch_size % repeats:
+        nearest = max(d for d in range(1, repeats + 1) if batch_size % d == 0)
+        given = f"augment.repeats={repeats} with input.batch_size={batch_size}"
+        raise ValueError(
+            problem(given, allowed="a divisor of the batch size", fix=f"--augment.repeats {nearest}")
+        )
     net = config.net
     auto = "auto" in (config.model, config.input.image_size, net.activation, net.alpha)
     is_folder = bool(weights) and not Path(weights).is_file()

@@ -31,6 +31,7 @@ from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError
 from normfree.optim.sam import SAM, STRIDE
 from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD
+from normfree.suggest import some_names
 from normfree.training import micro_batch
 from normfree.training.batch import BatchPreparer, fresh_pairs
 from normfree.training.config import steps_of
@@ -173,8 +174,12 @@ class Trainer:
                 self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
             return loss, correct, self.update.step(step)
         except NonFiniteGradientError as error:
-            raise DivergedError(f"step {step}: {error} Images of the step begin with {batch.names[0]!r}. "
-                           f"Try --optim.lr {config.optim.lr / 3:.2g}.") from None  # fmt: skip
+            count = f"{len(error.names)} of {error.total}"
+            raise DivergedError(
+                f"step {step}: {count} gradients are not finite: {some_names(error.names)}. "
+                f"The last checkpoint is unchanged. Images of the step begin with {batch.names[0]!r}. "
+                f"Try --optim.lr {config.optim.lr / 3:.2g}."
+            ) from None
 
     def _perturbed(
         self, images: Tensor, targets: Tensor, step: int

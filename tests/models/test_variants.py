@@ -176,7 +176,7 @@ def test_list_models_matches_patterns_in_table_order():
         ("nfnet_f0", {"activation": "glu"}, "activation='glu' halves the channels. Allowed: activations that keep the "
          "shape. Fix: use the similar 'silu'."),
         ("nfnet_f0", {"depths": (1, 2)}, "depths=(1, 2), widths=(256, 512, 1536, 1536), strides=(1, 2, 2, 2). "
-         "Allowed: one entry per stage. Fix: pass strides=(1, 2) too."),
+         "Allowed: one entry per stage. Fix: give depths 4 entries, or change the others too."),
         ("nfnet_f0", {"widths": (64, 128, 128, 128)}, "group_width=128 is wider than a branch of 32 channels. "
          "Allowed: 1 to 32, or 0 for no groups. Fix: use group_width=32."),
         ("nfnet_f0", {"drop_rate": 1.0}, "drop_rate=1.0. Allowed: 0 or more, and less than 1. Fix: use 0.0 for none."),

@@ -215,6 +215,7 @@ def test_killed_many_times(uninterrupted, tmp_path, trial):
     assert_finishes_like(uninterrupted, out)
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the children of a process are found in /proc")
 def test_sigterm_saves_a_checkpoint_and_ends_all_processes(tmp_path):
     out = tmp_path / "run"
     process = start(out, "--length", "100000st", "--input.workers", "2")
