@@ -196,6 +196,8 @@ class _Service:
         finally:
             left.cancel()
             outputs.cancel()
+            for future in futures:  # at once: asyncio would cancel them only in a later iteration of its loop
+                future.cancel()
 
     def _decode(self, file: Upload) -> Tensor | str:
         """Return the image as input of the network, or the reason why it cannot be read."""

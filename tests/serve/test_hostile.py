@@ -368,9 +368,8 @@ def test_a_client_that_disconnects_leaves_nothing_behind(serving, colors, caplog
         colors.net.gate.set()
         assert Client(port).talk(request(PNG))[0] == 200
         assert service.held.count == 0
-        assert (
-            "normfree_batch_size_sum 2.0" in metrics()
-        )  # the image that was in the network, and the last one
+        # The image that was in the network, and the last one.
+        assert "normfree_batch_size_sum 2.0" in metrics()
         assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
