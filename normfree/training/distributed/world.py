@@ -8,6 +8,8 @@ whether a process was asked to stop, and the results of an evaluation.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -189,9 +191,15 @@ class World:
             raise _ended(error) from error
 
     def close(self) -> None:
-        """Destroy the process group if this world has created it."""
+        """Destroy the process group if this world has created it, and end its threads.
+
+        Gloo's threads end when the last reference to the group is gone. A thread that outlives the interpreter and
+        still holds a tensor of the last collective aborts the process, after all its work was done.
+        """
         if self.owned:
             dist.destroy_process_group()
+            object.__setattr__(self, "control", None)
+            gc.collect()  # for a reference in a cycle, such as a traceback
 
     def __enter__(self) -> World:
         return self
@@ -232,6 +240,9 @@ def start_world(device: str) -> World:
         torch.cuda.set_device(own)
     owned = not dist.is_initialized()
     if owned:
+        # This module's functions have the default group as the default of an argument. Imported later (torch's
+        # optimizers do), it would keep the group alive until the process ends.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group(backend)
     return World(rank, size, own, backend, dist.new_group(backend="gloo", timeout=PATIENCE), owned)
 
