@@ -5,7 +5,7 @@ SOURCES := pyproject.toml setup.py $(wildcard normfree/native/*.[ch])
 # Two test processes, since tests use one thread each.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo lint test test-all slow browser docs bench format clean
+.PHONY: help demo lint test test-all slow browser interop docs bench format clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -35,14 +35,17 @@ test: lint         ## lint, types and the default tests
 	$(PYTEST)
 
 test-all: lint     ## lint, types and all tests that need no GPU and no browser, also those that take minutes
-	$(PYTEST) -m "not gpu and not browser"
+	$(PYTEST) -m "not gpu and not browser and not interop"
 
 slow: .venv/.dev   ## only the tests that take minutes
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not interop"
 
 browser: .venv/.dev ## test the page of normfree serve in a real browser
 	@command -v chromium >/dev/null || (echo "chromium is missing. Fix: apt-get install chromium"; exit 1)
 	$(BIN)/python -m pytest -m browser
+
+interop: .venv/.interop ## test with timm, Lightning, Transformers, Opacus, OpenVINO and others; writes docs/hosts.md
+	$(BIN)/python -m pytest -m interop --hosts-table docs/hosts.md tests/interop
 
 docs: .venv/.docs  ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
