@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Images of the test of dependence on the batch: one, and three others that are replaced.
 DEPENDENCE_IMAGES = 4
 DEFAULT_BATCH_SIZE = 16
+# A run whose last training loss is above this multiple of its first has diverged.
+DIVERGED = 2.0
 
 
 @dataclass
@@ -146,19 +148,25 @@ def _measure(arguments: DiagnoseArguments) -> None:
 
 
 def _recommend(arguments: DiagnoseArguments, subject: Subject, report: GradientReport) -> tuple[float, str]:
-    """Return a clipping threshold λ and what it is based on.
+    """Return a clipping threshold λ and what it is based on, or NaN and why there is none.
 
     It is based on the samples of a run, or else on this one gradient of a trained network. It is NaN for random
-    weights, because their gradients tell little about training.
+    weights, because their gradients tell little about training, and for runs that are too short or diverged.
     """
-    from normfree.diagnose.gradients import recommended_clipping
+    from normfree.diagnose.gradients import MIN_SAMPLES, recommended_clipping
     from normfree.diagnose.metrics_file import read_metrics
 
     metrics = Path(arguments.model) / "metrics.jsonl"
     if metrics.is_file():
-        samples = [row["ratios"] for row in read_metrics(metrics) if row.get("ratios")]
-        if samples:
-            return recommended_clipping(samples), f"according to {len(samples)} samples of the run"
+        rows = read_metrics(metrics)
+        samples = [row["ratios"] for row in rows if row.get("ratios")]
+        losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
+        if losses and not losses[-1] < DIVERGED * losses[0]:
+            return math.nan, "no λ is recommended: the run diverged"
+        if math.isnan(recommended := recommended_clipping(samples)):
+            reason = f"the run has {len(samples)} finite samples of its gradients, {MIN_SAMPLES} are needed"
+            return math.nan, f"no λ is recommended: {reason}"
+        return recommended, f"according to {len(samples)} samples of the run"
     if subject.preprocessing is None:
         return math.nan, ""
     return report.recommended, f"according to this gradient of batch size {arguments.batch_size}"

@@ -46,6 +46,11 @@ def print_signal(console: Console, report: SignalReport) -> None:
         ]  # fmt: skip
         table.add_row(b.module, str(b.stage), *cells, f"{b.cosine:.3f}")
     console.print(table)
+    if report.pooled_shortcuts and not report.batch_statistics:
+        console.print(
+            "the predictions assume that average pooling on the shortcuts keeps the variance, as on smooth images; on "
+            "noise each pooling reduces the variance to about a quarter"
+        )
     if report.batch_statistics:
         console.print("batch norms are untrained, so they used the statistics of these images")
 
@@ -63,7 +68,7 @@ def print_gradients(console: Console, report: GradientReport, *, recommended: fl
         console: where to print.
         report: the gradients.
         recommended: a clipping threshold λ; NaN if there is nothing to recommend.
-        basis: what the recommendation is based on.
+        basis: what the recommendation is based on, or why there is none.
     """
     from normfree.diagnose.gradients import CLIPPINGS, SHARE, joined_quantile
 
@@ -80,6 +85,8 @@ def print_gradients(console: Console, report: GradientReport, *, recommended: fl
         console.print(
             f"λ {recommended:.2g} would clip {100 * SHARE:.0f} % of the units that have a gradient, {basis}"
         )
+    elif basis:
+        console.print(basis)
     if report.missing:
         console.print(
             f"{len(report.missing)} parameters have no gradient, the first is {report.missing[0]!r}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normfree.diagnose.residuals import ActivationRecorder, ChannelMoments, is_map, moments
-from normfree.models.net import Net
+from normfree.models.net import Block, Net
 from normfree.models.variant import Variant
 from normfree.suggest import did_you_mean, problem
 
@@ -30,6 +30,9 @@ class NoResidualBlocksError(ValueError):
 @dataclass(frozen=True)
 class PredictedSignal:
     """Predicted statistics of a block at initialization, for N(0, 1) images and skip gains of 1.
+
+    The prediction assumes that average pooling on shortcuts (`Variant.shortcut`) keeps the variance, as it does on
+    smooth activation maps. On noise, pooling 2x2 values reduces the variance to about a quarter.
 
     See `ChannelMoments` for `squared_mean` and `variance`, `BlockSignal` for `branch_variance`.
     """
@@ -74,12 +77,15 @@ class SignalReport:
         blocks: the blocks in the order of execution.
         images: shape of the images, B C H W.
         batch_statistics: True if batch norms normalized with the statistics of these images, as in training.
+        pooled_shortcuts: True if the network has predictions and average-pools its shortcuts, which the predictions do
+            not include.
     """
 
     stem: ChannelMoments | None
     blocks: tuple[BlockSignal, ...]
     images: tuple[int, ...]
     batch_statistics: bool
+    pooled_shortcuts: bool = False
 
     @property
     def stages(self) -> tuple[tuple[BlockSignal, ...], ...]:
@@ -132,9 +138,13 @@ def signal_propagation(model: nn.Module, images: Tensor, *, blocks: Sequence[str
             stem, found = _named(model, images, blocks)
         else:
             stem, found = _residual(model, images)
+    pooled = False
     if isinstance(model, Net) and not blocks:
         found = [replace(b, predicted=predicted_signal(model.variant, index=b.index)) for b in found]
-    return SignalReport(stem, tuple(found), tuple(images.shape), batch_statistics)
+        pooled = any(b.predicted for b in found) and any(
+            isinstance(m, Block) and m.pool for m in model.modules()
+        )
+    return SignalReport(stem, tuple(found), tuple(images.shape), batch_statistics, pooled)
 
 
 def predicted_signal(variant: Variant, *, index: int) -> PredictedSignal | None:

@@ -32,9 +32,13 @@ def run(folder):
     save_pretrained(TrainedModel(net, Preprocessing(image_size=16), CLASSES), folder / "run" / "model")
     (folder / "run" / "config.toml").write_text(to_toml(config))
     ratios = {"all": [0.001, 0.01, 0.07]}
-    rows = [{"step": i, "epoch": i / 4, "ratios": ratios} for i in range(3)] + [{"step": 3, "epoch": 0.75}]
-    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"step": i, "epoch": i / 4, "ratios": ratios} for i in range(10)] + [{"step": 10, "epoch": 2.5}]
+    write_metrics(folder / "run", rows)
     return folder / "run"
+
+
+def write_metrics(run, rows):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_name_is_measured_on_noise_with_open_branches(folder, capsys):
@@ -57,9 +61,33 @@ def test_a_run_is_measured_on_its_own_data_and_recommends_by_its_samples(run, ca
     out = capsys.readouterr().out
     assert out.startswith(f"run, 4 images of {SOURCE} at 16 px\n")
     assert (
-        "λ 0.07 would clip 10 % of the units that have a gradient, according to 3 samples of the run\n" in out
+        "λ 0.07 would clip 10 % of the units that have a gradient, according to 10 samples of the run\n"
+        in out
     )
     assert sorted(p.name for p in (run.parent / "plots").iterdir()) == ["ratios.png", "signal.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"loss": 2.0, "ratios": {"all": [0.1, 0.2, 0.3]}}] * 2,
+         "the run has 2 finite samples of its gradients, 10 are needed"),
+        ([{"loss": 2.0, "ratios": {"all": [0.1, 0.2, 0.3]}}] * 20 + [{"loss": 8.0}], "the run diverged"),
+    ],
+)  # fmt: skip
+def test_a_short_or_diverged_run_recommends_nothing(run, capsys, rows, reason):
+    write_metrics(run, [{"step": i, "epoch": i / 4, **row} for i, row in enumerate(rows)])
+    assert main(["diagnose", "run", "--batch-size", "4", "--out", "plots"]) == 0
+    out = capsys.readouterr().out
+    assert f"\nno λ is recommended: {reason}\n" in out
+    assert "would clip 10 %" not in out
+
+
+def test_predictions_that_pooling_invalidates_have_a_note(folder, capsys):
+    note = "the predictions assume that average pooling on the shortcuts keeps the variance"
+    for name, pooled in (("nf_resnet_nano", True), ("resnet_nano", False)):
+        assert main(["diagnose", name, "--batch-size", "2"]) == 0
+        assert (note in capsys.readouterr().out) == pooled
 
 
 def test_json_contains_every_number_and_draws_only_with_out(run, capsys):

@@ -123,6 +123,8 @@ def test_the_recommendation_of_a_run_is_the_median_sample_after_warm_up() -> Non
     samples = [{"all": [0.0, 0.0, float(x)]} for x in [100, 100, *range(1, 19)]]
     assert recommended_clipping(samples) == 10.0
     assert math.isnan(recommended_clipping([]))
+    assert math.isnan(recommended_clipping(samples[:9]))
+    assert math.isnan(recommended_clipping([*samples, {"all": [0.0, 0.0, math.inf]}]))
 
 
 @pytest.mark.parametrize(
