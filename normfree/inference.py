@@ -80,6 +80,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[Tensor], Tensor] = lambda scores: scores,
+    sigmoid: bool = False,
 ) -> Evaluation:
     """Evaluate a network once on every image of a source, in evaluation mode and in float32.
 
@@ -96,6 +97,7 @@ def evaluate(
         world_size: number of processes.
         gather: function that concatenates the tensors N_r x 4 (float64, on the CPU) of all processes in the order of
             their ranks. Every process then returns the scores of all images.
+        sigmoid: the loss is the binary cross entropy, averaged over the classes, instead of the cross entropy.
 
     Returns:
         Accuracy, loss, and the prediction for each image.
@@ -130,7 +132,7 @@ def evaluate(
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
             if logits.shape[-1] != len(source.classes):
                 raise _invalid_logits(f"have {logits.shape[-1]} columns", batch.names[0], source)
-            parts.append(_scores(logits, labels))
+            parts.append(_scores(logits, labels, sigmoid=sigmoid))
     finally:
         model.train(was_training)
     scores = gather(torch.cat(parts))
@@ -143,10 +145,14 @@ def evaluate(
                       tuple(source.classes), labels, predictions, losses)  # fmt: skip
 
 
-def _scores(logits: Tensor, labels: Tensor) -> Tensor:
+def _scores(logits: Tensor, labels: Tensor, *, sigmoid: bool) -> Tensor:
     """Return label, predicted class, top-5 hit and loss of each image, B 4, float64, on the CPU."""
     best = logits.topk(min(5, logits.shape[-1])).indices
-    loss = F.cross_entropy(logits, labels, reduction="none")
+    if sigmoid:
+        targets = F.one_hot(labels, logits.shape[-1]).float()
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+    else:
+        loss = F.cross_entropy(logits, labels, reduction="none")
     # The error is raised after `gather`, because the other processes wait there for this one.
     loss[~torch.isfinite(logits).all(dim=1)] = torch.nan
     hits = (best == labels[:, None]).any(dim=1)
@@ -300,7 +306,7 @@ def _predictions(
         outputs: Iterable[Tensor] = ()
         if pixels:
             inputs = normalize(torch.stack(pixels).to(device), mean=pre.mean, std=pre.std)
-            outputs = net(inputs).float().softmax(dim=1).cpu()
+            outputs = model.probabilities(net(inputs)).cpu()
         remaining = iter(outputs)
         for path, image in zip(part, images_or_errors, strict=True):
             if isinstance(image, str):

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from normfree._version import __version__
 from normfree.files import atomic_write, atomic_write_text
 from normfree.models.net import Net
@@ -25,6 +27,8 @@ from normfree.weights.hub import PREFIX, fetch, upload
 from normfree.weights.load import MODEL_FILE, load_weights, model_folder
 from normfree.weights.names import timm_from_state_dict
 
+# The `problem_type` of a config.json whose classes are independent of each other.
+MULTI_LABEL = "multi_label_classification"
 # Fields of a `Variant` that affect training only, and not the outputs of a trained network.
 TRAINING_FIELDS = frozenset(
     (
@@ -48,11 +52,17 @@ class TrainedModel:
         net: the network. An `OnnxNet` if it was read from an ONNX file; that can predict, but not be trained.
         preprocessing: how images become inputs of the network.
         classes: the class names, one per output.
+        sigmoid: each class is present or absent by itself: probabilities are sigmoids of the logits, not a softmax.
     """
 
     net: Net | OnnxNet
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+    sigmoid: bool = False
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities B K of logits B K, float32."""
+        return logits.float().sigmoid() if self.sigmoid else logits.float().softmax(dim=1)
 
 
 # --- saving ---------------------------------------------------------------------------------------------
@@ -178,6 +188,8 @@ def _config(net: Net, model: TrainedModel, for_timm: bool) -> dict[str, Any]:
         "label_names": list(model.classes),
         # timm passes these to its constructor.
         **({"model_args": {"in_chans": net.in_channels}} if for_timm and net.in_channels != 3 else {}),
+        # Hugging Face's name for it, which its pipelines read too.
+        **({"problem_type": MULTI_LABEL} if model.sigmoid else {}),
         "pretrained_cfg": {
             **pre.to_config(), "num_classes": net.num_classes,
             "first_conv": first, "classifier": "head.fc" if for_timm else "head",
@@ -234,7 +246,7 @@ def from_pretrained(
     except TypeError as error:
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
     load_weights(net, folder)
-    return TrainedModel(net.eval(), about.preprocessing, about.classes)
+    return TrainedModel(net.eval(), about.preprocessing, about.classes, about.sigmoid)
 
 
 @dataclass(frozen=True)
@@ -246,12 +258,14 @@ class Description:
         arguments: other arguments of `create_model`.
         preprocessing: the preprocessing.
         classes: the class names.
+        sigmoid: as in `TrainedModel`.
     """
 
     variant: str
     arguments: dict[str, Any]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+    sigmoid: bool = False
 
 
 def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "reference") -> Description:
@@ -279,7 +293,7 @@ def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "re
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
     if len(classes) != count:
         raise ValueError(f"{folder}: config.json has {len(classes)} class names for {count} outputs.")
-    return Description(variant, arguments, pre, classes)
+    return Description(variant, arguments, pre, classes, config.get("problem_type") == MULTI_LABEL)
 
 
 def _from_onnx(path: Path) -> TrainedModel:
@@ -293,7 +307,7 @@ def _from_onnx(path: Path) -> TrainedModel:
             raise ValueError(f"{len(pre.mean)} mean(s) for {net.in_channels} channels")
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: the preprocessing in its metadata is invalid: {error}.") from None
-    return TrainedModel(net.eval(), pre, tuple(metadata["classes"]))
+    return TrainedModel(net.eval(), pre, tuple(metadata["classes"]), metadata.get("sigmoid") is True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

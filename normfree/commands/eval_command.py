@@ -43,7 +43,7 @@ def eval_(arguments: EvalArguments) -> int:
     source = open_labeled(arguments.data, pipes=True)
     check_classes(arguments.data, source.classes, model.classes)
     score = evaluate(model.net, source, preprocessing=model.preprocessing, batch_size=arguments.batch_size,
-                     workers=arguments.workers, device=arguments.device)  # fmt: skip
+                     workers=arguments.workers, device=arguments.device, sigmoid=model.sigmoid)  # fmt: skip
     if arguments.json:
         print(json.dumps({"top1": score.top1, "top5": score.top5, "loss": score.loss, "images": score.count,
                           "per_class_top1": score.per_class()}))  # fmt: skip

@@ -126,7 +126,7 @@ def export(
         {
             "row": net.name, "version": __version__, "classes": list(model.classes),
             "preprocessing": asdict(model.preprocessing), "opset": opset if format == "onnx" else None,
-            "folded": folded,
+            "folded": folded, **({"sigmoid": True} if model.sigmoid else {}),
         },
         ensure_ascii=False,
     )  # fmt: skip

@@ -183,6 +183,6 @@ def probabilities(model: TrainedModel, *, device: torch.device) -> Callable[[Ten
     @torch.inference_mode()
     def run(images: Tensor) -> Tensor:
         normal = normalize(images.to(device), mean=pre.mean, std=pre.std)
-        return net(normal).float().softmax(dim=1).cpu()
+        return model.probabilities(net(normal)).cpu()
 
     return run

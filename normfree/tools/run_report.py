@@ -273,7 +273,9 @@ def _inside(
 
 
 def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: str) -> html_page.PageSection:
-    scores = evaluate(model.net, source, preprocessing=model.preprocessing, device=device)
+    scores = evaluate(
+        model.net, source, preprocessing=model.preprocessing, device=device, sigmoid=model.sigmoid
+    )
     wrong = (scores.predictions != scores.labels).nonzero().flatten()
     worst = wrong[scores.losses[wrong].argsort(descending=True)][:MISTAKES].tolist()
     title = f"Worst mistakes{whose}"

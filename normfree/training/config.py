@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from normfree.suggest import did_you_mean
+from normfree.training.choices import OBJECTIVES, parse_choice
 
 Auto = Literal["auto"]
 
@@ -84,6 +85,11 @@ def _check_loggers(value: str) -> str:
         if name.strip() not in LOGGERS:
             hint = did_you_mean(name.strip(), LOGGERS)
             raise ValueError(f"tensorboard, wandb, or both separated by a comma.{hint}")
+    return value
+
+
+def _check_objective(value: str) -> str:
+    parse_choice(value, OBJECTIVES)
     return value
 
 
@@ -261,6 +267,9 @@ class Config(ConfigSection):
     weights: str = ""
     """Model or run folder to initialize from; the classifier is replaced if the classes differ. Empty: random
     weights."""
+    objective: str = "classify"
+    """What is learned. classify: one class for each image, by softmax cross entropy. bce: each class is present or
+    absent, by binary cross entropy, bce:threshold=0.0,sum=no."""
     length: str = "60ep"
     """Length of training in epochs (90ep) or steps (5000st)."""
     patience: int = Field(default=0, ge=0)
@@ -284,3 +293,4 @@ class Config(ConfigSection):
     log: LogConfig = LogConfig()
 
     _length = field_validator("length")(_check_length)
+    _objective = field_validator("objective")(_check_objective)

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.data.seeds import key
@@ -16,6 +15,7 @@ from normfree.training.compiled import CompiledBlocks
 from normfree.training.config import Config
 from normfree.training.distributed.exact import TreeSum
 from normfree.training.distributed.world import World
+from normfree.training.loss import batch_loss
 from normfree.training.profile import span
 
 
@@ -46,6 +46,7 @@ class BatchGradient:
         self.net, self.world, self.micro_batch = net, world, micro_batch
         self.exact, self.sharded = exact, sharded
         self.seed, self.half = config.seed, config.precision == "bfloat16"
+        self.loss = batch_loss(config.objective)
         self.compiled = CompiledBlocks(net) if config.compile else None
 
     def __call__(
@@ -55,7 +56,7 @@ class BatchGradient:
 
         Args:
             images: B 3 S S, normalized, on the device.
-            targets: B K class probabilities.
+            targets: B K class probabilities; with objective "bce", one for each class by itself.
             step: decides the random numbers.
             micro_batch: in place of `self.micro_batch`.
 
@@ -102,7 +103,7 @@ class BatchGradient:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
                 logits = self.net(x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            share = F.cross_entropy(logits, y, reduction="sum") / batch
+            share = self.loss(logits, y) / batch
         with span("backward"):
             share.backward()
         right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(torch.float32)

@@ -21,6 +21,7 @@ from normfree.data.loader import Batch, train_batches
 from normfree.data.source import Split
 from normfree.inference import Evaluation, evaluate
 from normfree.training import checkpoint, run_folder
+from normfree.training.choices import uses_sigmoid
 from normfree.training.class_weights import class_weights, weighted_top1
 from normfree.training.config import Config, steps_of
 from normfree.training.console import ProgressLine, RunLog
@@ -258,7 +259,7 @@ def score(trainer: Trainer, split: Split) -> Scores:
         return evaluate(
             trainer.state.whole(net), split.val, preprocessing=preprocessing(config),
             workers=0 if len(split.val) < IN_PROCESS else config.input.workers, device=trainer.device,
-            rank=world.rank, world_size=world.size, gather=world.gather,
+            rank=world.rank, world_size=world.size, gather=world.gather, sigmoid=uses_sigmoid(config.objective),
         )  # fmt: skip
 
     return evaluated(trainer.net), evaluated(trainer.ema.module)

@@ -13,6 +13,7 @@ from normfree.models.variants import variant_of
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TRAINING_FIELDS, Description, describe
 from normfree.suggest import problem
+from normfree.training.choices import uses_sigmoid
 from normfree.training.config import Config
 from normfree.training.console import RunLog
 from normfree.weights.hub import PREFIX, repository_of
@@ -67,6 +68,9 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         raise ValueError(
             problem(given, allowed="a divisor of the batch size", fix=f"--augment.repeats {nearest}")
         )
+    if uses_sigmoid(config.objective) and config.optim.class_balance:
+        given = f"optim.class_balance={config.optim.class_balance:g} with objective={config.objective!r}"
+        raise ValueError(problem(given, allowed="0, or objective='classify'", fix="--optim.class_balance 0"))
     net = config.net
     auto = "auto" in (config.model, config.input.image_size, net.activation, net.alpha)
     is_folder = bool(weights) and not Path(weights).is_file()

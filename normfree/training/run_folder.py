@@ -25,13 +25,26 @@ from normfree.inference import Evaluation
 from normfree.models.net import Net
 from normfree.pretrained import TrainedModel, save_pretrained
 from normfree.suggest import problem
+from normfree.training.choices import uses_sigmoid
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
 from normfree.training.console import RunLog
 from normfree.training.resolve import preprocessing
 
 # Config keys that must be equal when a run continues, besides `parallel`: those that decide its numbers.
-DECISIVE = ("data", "model", "weights", "length", "patience", "seed", "precision", "net", "augment", "optim")
+DECISIVE = (
+    "data",
+    "model",
+    "weights",
+    "objective",
+    "length",
+    "patience",
+    "seed",
+    "precision",
+    "net",
+    "augment",
+    "optim",
+)
 DECISIVE_INPUT = ("image_size", "batch_size", "micro_batch", "val_fraction")
 
 
@@ -151,7 +164,9 @@ def finish(
               "steps": result.steps, "step": result.step}  # fmt: skip
     atomic_write_text(out / "results.json", json.dumps(scores, indent=2) + "\n")
     assert isinstance(average, Net)
-    trained = TrainedModel(average, preprocessing(config), tuple(split.classes))
+    trained = TrainedModel(
+        average, preprocessing(config), tuple(split.classes), uses_sigmoid(config.objective)
+    )
     save_pretrained(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     if result.step != result.steps:

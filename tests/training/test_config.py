@@ -10,7 +10,19 @@ from normfree.training.config_io import keys, load_config, to_toml, with_overrid
 from normfree.training.recipes import RECIPES
 
 KEYS = [
-    *("data", "model", "weights", "length", "patience", "seed", "device", "precision", "parallel", "compile"),
+    *(
+        "data",
+        "model",
+        "weights",
+        "objective",
+        "length",
+        "patience",
+        "seed",
+        "device",
+        "precision",
+        "parallel",
+        "compile",
+    ),
     *("net.activation", "net.drop_rate", "net.stochdepth_rate", "net.skip_gain", "net.alpha"),
     *("input.image_size", "input.eval_size", "input.eval_crop", "input.batch_size", "input.micro_batch"),
     *("input.workers", "input.val_fraction"),
