@@ -19,5 +19,7 @@ def test_pixels_are_block_averages():
     array = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8)
     source = ArraySource(array.numpy(), [0], classes=["a"], names=["x"])
     expected = array[0].float().reshape(2, 4, 2, 4, 3).mean(dim=(1, 3)).flatten() / 255
-    torch.testing.assert_close(pixels(source, 2)[0], expected, rtol=0, atol=0.51 / 255)
+    torch.testing.assert_close(
+        pixels(source, 2)[0], expected, rtol=0, atol=1.01 / 255
+    )  # two passes, each rounded
     assert isinstance(source.image(0), Image.Image)
