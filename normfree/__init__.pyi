@@ -32,6 +32,7 @@ from .pretrained import from_pretrained as from_pretrained
 from .pretrained import push_to_hub as push_to_hub
 from .pretrained import save_pretrained as save_pretrained
 from .surgery.convert import convert_batchnorm as convert_batchnorm
+from .training.cached_gradient import cached_backward as cached_backward
 from .training.config import Config as Config
 from .training.loop import train as train
 from .training.objectives import contrastive_loss as contrastive_loss

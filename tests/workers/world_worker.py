@@ -20,12 +20,15 @@ from normfree.data.source import ArraySource
 from normfree.data.sources.open import open_source
 from normfree.data.transforms.train import train_transform
 from normfree.inference import evaluate
+from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.training import loop
+from normfree.training.cached_gradient import cached_backward
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
 from normfree.training.distributed.world import World
 from normfree.training.gradient import BatchGradient
+from normfree.training.objectives import nt_xent
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
 from normfree.training.trainer import DivergedError, Trainer
@@ -39,6 +42,7 @@ def everything(world: World, folder: str, flags: list[str], layouts: dict[str, l
     path, console = Path(folder), Console(file=io.StringIO())
     found: Found = {"rank": (world.rank, world.size, world.backend)}
     gradients(world, found, flags, layouts.get(str(world.size), []))
+    cached_gradients(world, found, layouts.get(str(world.size), []))
     scores(world, found)
     if world.size in (1, 3):
         loop.train(config(flags, "--input.batch_size", "12"), path / f"twelve{world.size}", console=console)
@@ -89,6 +93,32 @@ def gradient(world: World, flags: list[str], model: str, dtype: torch.dtype, cut
     grads = [p.grad for p in trainer.net.parameters() if p.grad is not None]
     world.sum_(grads)
     return grads
+
+
+def cached_gradients(world: World, found: Found, layouts: list[int]) -> None:
+    """Compute the gradient of NT-Xent of 32 views of the whole world, with so many micro-batches in each process."""
+    views = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mine = views.split(32 // world.size)[world.rank] if layouts else views
+
+    def loss(embeddings: torch.Tensor) -> torch.Tensor:
+        return nt_xent(embeddings[0::2], embeddings[1::2], temperature=0.2)
+
+    for name in ("nf_resnet_nano", "resnet_nano") if layouts else ():
+        torch.manual_seed(0)
+        net = create_model(name, num_classes=0, skip_gain=0.5, stochdepth_rate=0.0).double()
+        for cuts in layouts:
+            size = -(-len(mine) // cuts)
+            try:
+                value = cached_backward(
+                    net, mine, loss, micro_batch=size, rank=world.rank, gather=world.concatenate
+                )
+            except ValueError as error:
+                found["cached", name, cuts] = str(error)
+                continue
+            grads = [p.grad for p in net.parameters() if p.grad is not None]
+            world.sum_(grads)
+            found["cached", name, cuts] = [value, *grads]
+            net.zero_grad(set_to_none=True)
 
 
 def scores(world: World, found: Found) -> None:

@@ -126,6 +126,14 @@ class World:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 
+    def concatenate(self, part: Tensor) -> Tensor:
+        """Concatenate tensors of one shape, on the device, of all processes in order of rank."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        _exchange(dist.all_gather, parts, part.contiguous())
+        return torch.cat(parts)
+
     def gather(self, rows: Tensor) -> Tensor:
         """Concatenate the rows ([N_r, C] on the CPU) of all processes in order of rank; N_r may differ and be 0."""
         return rows if self.size == 1 else torch.cat(self.all_gather(rows))

@@ -57,6 +57,25 @@ def test_the_gradient_of_a_batch_does_not_depend_on_how_it_is_split(found, plans
         assert distance(other, flat) > 0.1, (size, m)
 
 
+def test_the_cached_gradient_of_a_contrastive_loss_does_not_depend_on_how_the_batch_is_split(found, plans):
+    whole = found[1, 0]["cached", "nf_resnet_nano", 1]
+    worst = {
+        (size, m): max(map(distance, found[size, size - 1]["cached", "nf_resnet_nano", m], whole))
+        for size in WORLDS
+        for m in plans.LAYOUTS[str(size)]
+    }
+    assert len(worst) == 19
+    assert max(worst.values()) <= 1e-12, worst
+    assert worst[4, 8] > 0  # another order of the same sum
+    for size in WORLDS:
+        for m in plans.LAYOUTS[str(size)]:
+            if (size, m) != (1, 1):  # batch statistics are refused
+                assert (
+                    "normalize with the statistics of a micro-batch"
+                    in found[size, 0]["cached", "resnet_nano", m]
+                ), (size, m)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_processes_hold_the_same_bits_of_the_gradient(found, size):
     for name, value in found[size, 0].items():
