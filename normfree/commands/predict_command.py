@@ -31,6 +31,9 @@ class PredictArguments:
     """Number of classes to print for each image."""
     out: str = ""
     """Write to this file instead; its name ends in .csv or .jsonl."""
+    embeddings: str = ""
+    """Write the embeddings (the features before the classifier) to this .npz file, with arrays paths and embeddings,
+    instead of predicting classes."""
     format: Literal["table", "csv", "jsonl"] = "table"
     """What to print without --out."""
     batch_size: int = 64
@@ -45,8 +48,16 @@ def predict_(arguments: PredictArguments) -> int:
     from normfree.pretrained import from_pretrained
 
     check_given(arguments.paths, "path")
+    if arguments.embeddings:
+        return _embed(arguments)
     format = _format(arguments)
-    predictions = predict(from_pretrained(arguments.model), arguments.paths, top=arguments.top,
+    model = from_pretrained(arguments.model)
+    if not model.classes:
+        fix = (
+            "--embeddings FILE.npz, or train a classifier on it with normfree train finetune --weights MODEL"
+        )
+        raise UsageError(problem(f"{arguments.model} has no classes to predict", fix=f"use {fix}"))
+    predictions = predict(model, arguments.paths, top=arguments.top,
                           batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
     failed = 0
     file = open(arguments.out, "w", encoding="utf-8", newline="") if arguments.out else sys.stdout  # noqa: SIM115
@@ -66,6 +77,25 @@ def predict_(arguments: PredictArguments) -> int:
             file=sys.stderr,
         )
     return 2 if failed else 0
+
+
+def _embed(arguments: PredictArguments) -> int:
+    """Write the embeddings; return 0, or 2 if a file cannot be read."""
+    from normfree.embeddings import embed_files, save_embeddings
+    from normfree.pretrained import from_pretrained
+
+    out = Path(arguments.embeddings)
+    if arguments.out or out.suffix != ".npz":
+        given = "--embeddings with --out" if arguments.out else f"--embeddings is {arguments.embeddings!r}"
+        fix = f"--embeddings {out.with_suffix('.npz')} alone"
+        raise UsageError(problem(given, allowed="a name that ends in .npz, without --out", fix=fix))
+    found = embed_files(from_pretrained(arguments.model), arguments.paths, batch_size=arguments.batch_size,
+                        device=arguments.device)  # fmt: skip
+    save_embeddings(found, out)
+    print(f"{arguments.embeddings}: {found.values.shape[0]} embeddings of {found.values.shape[1]} numbers")
+    for path, error in found.errors.items():
+        print(f"{path}   {error}", file=sys.stderr)
+    return 2 if found.errors else 0
 
 
 def _format(arguments: PredictArguments) -> str:
