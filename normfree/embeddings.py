@@ -176,11 +176,11 @@ def linear_probe(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, labels) + penalty / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return ((test.double() - mean) / std @ weight + bias).detach()
 
 
