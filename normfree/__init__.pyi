@@ -4,6 +4,7 @@ from ._version import __version__ as __version__
 from .data.sources.open import open_source as open_source
 from .deploy.export import export as export
 from .deploy.fold import fold as fold
+from .deploy.fold import fold_with_report as fold_with_report
 from .deploy.quantize import quantize as quantize
 from .diagnose.dependence import batch_dependence as batch_dependence
 from .diagnose.gradients import gradient_report as gradient_report
