@@ -1,8 +1,8 @@
 """Folding of weight standardization in convolutions of other libraries.
 
-The weight is not computed by a formula of our own. It is the one that the module itself passes to PyTorch's convolution,
-observed on two probes, so the folded convolution has the same outputs bit for bit. What the probes do not prove is
-left: a weight that depends on the input, more than one convolution, other operations before or after it.
+The weight is not computed by a formula of our own. It is the one that the module itself passes to PyTorch's
+convolution, observed on two probes, so the folded convolution has the same outputs bit for bit. What the probes do not
+prove is left: a weight that depends on the input, more than one convolution, other operations before or after it.
 """
 
 from __future__ import annotations
