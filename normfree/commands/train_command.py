@@ -31,7 +31,7 @@ The defaults below are those of the recipe "demo".
 """
 
 # Options that may change when a run is resumed, because they do not change its result.
-RESUME_OPTIONS = ("device", "input.workers", "log.every", "log.keep", "log.profile", "log.to", "parallel")
+RESUME_OPTIONS = ("device", "input.workers", "log.every", "log.profile", "log.to", "parallel")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,25 @@ OBJECTIVES: Choices = {
     "bce": {"threshold": 0.0, "sum": False},
 }
 
+# What `optim.optimizer` can be: `SGD` and classes of torch.optim, with their own options and defaults. For muon,
+# `betas` are those of AdamW, which moves what is no matrix.
+OPTIMIZERS: Choices = {
+    "sgd": {"momentum": 0.9, "nesterov": True},
+    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "adam": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "nadam": {"betas": (0.9, 0.999), "eps": 1e-8, "momentum_decay": 0.004},
+    "radam": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "rmsprop": {"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
+    "muon": {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "betas": (0.9, 0.999)},
+}
+# What `optim.clip` can be. eps: lower bound of the weight norm. unclipped: name patterns of parameters.
+CLIPS: Choices = {"agc": {"eps": 1e-3, "unclipped": "head.weight"}, "norm": {}, "value": {}, "off": {}}
+# What `optim.schedule` can be. final: learning rate at the end, as a fraction of the peak.
+SCHEDULES: Choices = {"warmup_cosine": {"final": 0.0}, "warmup_linear": {"final": 0.0}, "constant": {}}
+# What `optim.body`, everything except the classifier, can be. lr: factor on the learning rate. layer_decay: further
+# factor for each layer below the classifier. freeze: parts that do not train.
+BODIES: Choices = {"train": {"lr": 1.0, "layer_decay": 1.0, "freeze": ""}, "freeze": {}}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -60,7 +79,8 @@ def parse_choice(text: str, choices: Choices) -> Choice:
     # As in `data`, a comma that is not followed by "option=" belongs to the value.
     for part in re.split(r",(?=\w+=)", rest) if colon else ():
         option, _, value = part.partition("=")
-        if option not in defaults or option in values or not value:
+        empty = not value and not isinstance(defaults.get(option), str)
+        if option not in defaults or option in values or empty:
             raise ValueError(f"{_form(name, defaults)}.{did_you_mean(option, defaults)}")
         values[option] = _value(option, value, defaults[option])
     return Choice(name, {**defaults, **values})

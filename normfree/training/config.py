@@ -11,13 +11,13 @@ weights), "" and 0 mean none.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from normfree.suggest import did_you_mean
-from normfree.training.choices import OBJECTIVES, parse_choice
+from normfree.training.choices import BODIES, CLIPS, OBJECTIVES, OPTIMIZERS, SCHEDULES, Choices, parse_choice
 
 Auto = Literal["auto"]
 
@@ -88,9 +88,26 @@ def _check_loggers(value: str) -> str:
     return value
 
 
-def _check_objective(value: str) -> str:
-    parse_choice(value, OBJECTIVES)
+def _check_peak(value: float | str) -> float | str:
+    if isinstance(value, float) and not value > 0.0:
+        raise ValueError("a number above 0, or 'auto'")
     return value
+
+
+def _check_decay(value: float | str) -> float | str:
+    if isinstance(value, float) and not value >= 0.0:
+        raise ValueError("0 or more, or 'auto'")
+    return value
+
+
+def _chooses(choices: Choices) -> Callable[[str], str]:
+    """Return a validator of a value that names one of `choices`."""
+
+    def check(value: str) -> str:
+        parse_choice(value, choices)
+        return value
+
+    return check
 
 
 def loggers_in(to: str) -> tuple[str, ...]:
@@ -191,38 +208,48 @@ class AugmentConfig(ConfigSection):
 
 
 class OptimConfig(ConfigSection):
-    """SGD with momentum, gradient clipping and weight averaging."""
+    """Optimizer, gradient clipping and weight averaging."""
 
-    lr: float = Field(default=0.1, gt=0.0)
-    """Peak learning rate, used as given. The papers use 0.1 * batch_size / 256."""
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Nesterov momentum."""
-    weight_decay: float = Field(default=2e-5, ge=0.0)
-    """L2 weight decay, added to the gradient; not applied to gains, biases and skip gains."""
-    clip: Literal["agc", "norm", "value", "off"] = "agc"
-    """Gradient clipping: agc (adaptive gradient clipping), norm (global norm), value (each element) or off."""
+    optimizer: str = "sgd"
+    """sgd:momentum=0.9,nesterov=yes, or one of PyTorch's: adamw:betas=0.9/0.999,eps=1e-08, adam, nadam, radam, rmsprop,
+    muon. Another optimizer than the recipe's sets lr and weight_decay to auto unless they are given."""
+    lr: Auto | float = 0.1
+    """Peak learning rate, used as given. auto: 0.1 * batch_size / 256 for sgd, as in the papers, and
+    0.001 * sqrt(batch_size / 256) for the others."""
+    weight_decay: Auto | float = 2e-5
+    """Weight decay, not applied to gains, biases and skip gains. sgd, adam and rmsprop add it to the gradient, the
+    others shrink the weights. auto: 2e-5, and 0.05 for those that shrink."""
+    body: str = "train"
+    """Training of everything except the classifier. train:lr=0.1 is a factor on the learning rate,
+    train:layer_decay=0.75 one for each layer below the classifier, train:freeze=stem,stages.0 names parts that are not
+    trained. freeze: only the classifier is trained."""
+    clip: str = "agc"
+    """Gradient clipping: agc (adaptive gradient clipping), norm (global norm), value (each element) or off.
+    agc:eps=0.001 is the lower bound of the weight norm, agc:unclipped=head.weight names the parameters that are not
+    clipped, as patterns separated by commas."""
     clipping: float = Field(default=0.01, gt=0.0)
     """agc: largest allowed ratio of a unit's gradient norm to its weight norm. norm, value: largest allowed norm or
     absolute value."""
-    clipping_eps: float = Field(default=1e-3, gt=0.0)
-    """agc: lower bound of the weight norm, so that weights that are zero can change."""
-    unclipped: str = "head.weight"
-    """agc: parameters that are not clipped, as name patterns separated by commas. Empty: all are clipped."""
     class_balance: float = Field(default=0.0, ge=0.0, le=1.0)
     """Exponent p of the loss weights: an image of a class with n images has a weight proportional to 1 / n^p.
     0: all images count equally. 1: all classes count equally."""
     warmup: str = "5ep"
     """Length of the linear warm-up from a learning rate of 0, in epochs (5ep) or steps (1000st)."""
-    schedule: Literal["warmup_cosine", "warmup_linear", "constant"] = "warmup_cosine"
-    """Learning rate after the warm-up: cosine decay, linear decay or constant."""
-    final_lr: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Learning rate at the end of the schedule, as a fraction of lr."""
+    schedule: str = "warmup_cosine"
+    """Learning rate after the warm-up: warmup_cosine, warmup_linear or constant. warmup_cosine:final=0.01 ends at that
+    fraction of lr instead of 0."""
     sam_rho: float = Field(default=0.0, ge=0.0)
     """Radius of sharpness-aware minimization (SAM); 0: no SAM."""
     ema_decay: float = Field(default=0.99999, ge=0.0, le=1.0)
     """Decay of the exponential moving average of the weights. In step t it is at most (1 + t) / (10 + t)."""
 
     _length = field_validator("warmup")(_check_length)
+    _peak = field_validator("lr")(_check_peak)
+    _decay = field_validator("weight_decay")(_check_decay)
+    _optimizer = field_validator("optimizer")(_chooses(OPTIMIZERS))
+    _body = field_validator("body")(_chooses(BODIES))
+    _clip = field_validator("clip")(_chooses(CLIPS))
+    _schedule = field_validator("schedule")(_chooses(SCHEDULES))
 
 
 class LogConfig(ConfigSection):
@@ -234,8 +261,6 @@ class LogConfig(ConfigSection):
     """Epochs (1ep) or steps (500st) between evaluations."""
     checkpoint_every: str = "5ep"
     """Epochs (5ep) or steps (500st) between checkpoints. One is also written at the end and when the run is stopped."""
-    keep: int = Field(default=2, ge=2)
-    """Number of newest checkpoints to keep, in addition to the best one."""
     to: str = ""
     """Loggers in addition to metrics.jsonl: tensorboard, wandb, or both separated by a comma. Empty: none."""
     profile: int = Field(default=0, ge=0)
@@ -293,4 +318,4 @@ class Config(ConfigSection):
     log: LogConfig = LogConfig()
 
     _length = field_validator("length")(_check_length)
-    _objective = field_validator("objective")(_check_objective)
+    _objective = field_validator("objective")(_chooses(OBJECTIVES))

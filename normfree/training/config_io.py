@@ -12,6 +12,15 @@ from pydantic import BaseModel, ValidationError
 from normfree.suggest import closest, problem
 from normfree.training.config import Config, ConfigError
 
+# Keys of earlier versions in [optim] that are options now: the old key, the new key, its value that has the option, the
+# option, and its default.
+MOVED = (
+    ("momentum", "optimizer", "sgd", "momentum", 0.9),
+    ("clipping_eps", "clip", "agc", "eps", 1e-3),
+    ("unclipped", "clip", "agc", "unclipped", "head.weight"),
+    ("final_lr", "schedule", "warmup_cosine", "final", 0.0),
+)
+
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Return all keys with their sections: "data", ..., "optim.lr", ..."""
@@ -133,6 +142,7 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
         for section in sections:
             section_values = section_values.setdefault(section, {})
         section_values[leaf] = value
+    _forget_rates(base, given)
     try:
         read = Config.model_validate_strings(given)
     except ValidationError as error:
@@ -140,6 +150,18 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     return base.model_validate(_merge(base.model_dump(), read, given))
+
+
+def _forget_rates(base: Config, given: dict[str, Any]) -> None:
+    """Set learning rate and weight decay to "auto" in `given` if it names another optimizer, and does not set them.
+
+    Those of `base` are numbers for its own optimizer.
+    """
+    optim = given.get("optim", {})
+    before, now = base.optim.optimizer, optim.get("optimizer", base.optim.optimizer)
+    if now.partition(":")[0] != before.partition(":")[0]:
+        for key in ("lr", "weight_decay"):
+            optim.setdefault(key, "auto")
 
 
 def _merge(base: dict[str, Any], read: BaseModel, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,10 +184,25 @@ def load_config(path: Path) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([f"{path} cannot be read as TOML: {error}."]) from None
+    _upgrade(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError([f"{path}: {text}" for text in _problems(error)]) from None
+
+
+def _upgrade(tree: dict[str, Any]) -> None:
+    """Rewrite keys of earlier versions, which have become options of another key, in a tree read from a file."""
+    optim, log = tree.get("optim"), tree.get("log")
+    if isinstance(log, dict):
+        log.pop("keep", None)
+    if not isinstance(optim, dict):
+        return
+    for old, key, name, option, default in MOVED:
+        value = optim.pop(old, default)
+        chosen = str(optim.get(key, name))
+        if value != default and chosen.partition(":")[0] == name:
+            optim[key] = f"{chosen}{',' if ':' in chosen else ':'}{option}={value}"
 
 
 def to_toml(config: Config) -> str:

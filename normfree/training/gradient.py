@@ -11,6 +11,7 @@ from torch import Tensor
 from normfree.data.seeds import key
 from normfree.models.net import Net
 from normfree.models.shared_weights import standardized_once
+from normfree.training.body import frozen_modules
 from normfree.training.compiled import CompiledBlocks
 from normfree.training.config import Config
 from normfree.training.distributed.exact import TreeSum
@@ -46,6 +47,8 @@ class BatchGradient:
         self.net, self.world, self.micro_batch = net, world, micro_batch
         self.exact, self.sharded = exact, sharded
         self.seed, self.half = config.seed, config.precision == "bfloat16"
+        self.frozen = frozen_modules(net)
+        self.trained = [p for p in net.parameters() if p.requires_grad]
         self.loss = batch_loss(config.objective)
         self.compiled = CompiledBlocks(net) if config.compile else None
 
@@ -80,7 +83,7 @@ class BatchGradient:
                     correct += right
         if self.exact:
             *gradients, loss, correct = tree.total()
-            for parameter, gradient in zip(self.net.parameters(), gradients, strict=True):
+            for parameter, gradient in zip(self.trained, gradients, strict=True):
                 parameter.grad = gradient
         return loss, correct
 
@@ -88,6 +91,8 @@ class BatchGradient:
     def _passes(self) -> Iterator[None]:
         """Standardize weights once for all passes of a step, and use the compiled blocks."""
         self.net.train()
+        for module in self.frozen:
+            module.eval()
         with contextlib.ExitStack() as stack:
             # "exact" adds up whole gradients of micro-batches; FSDP2 has whole weights only while a block computes
             if not self.exact and not self.sharded:
@@ -110,9 +115,9 @@ class BatchGradient:
         return share.detach(), right
 
     def _take_gradients(self) -> list[Tensor]:
-        """Return the gradients of all parameters and clear them."""
+        """Return the gradients of all trained parameters and clear them."""
         found = []
-        for parameter in self.net.parameters():
+        for parameter in self.trained:
             assert parameter.grad is not None
             found.append(parameter.grad)
             parameter.grad = None

@@ -129,6 +129,17 @@ def _make_trainer(
     )  # fmt: skip
     if trainer.config != config:  # micro_batch "auto" has become a number
         run_log.info(f"micro-batches of {trainer.config.input.micro_batch} images")
+    if config.optim.optimizer != "sgd":
+        run_log.info(
+            f"optimizer {config.optim.optimizer}: learning rate {config.optim.lr:.3g}, "
+            f"weight decay {config.optim.weight_decay:g}"
+        )
+    trained, every = (
+        sum(p.numel() for p in trainer.net.parameters() if p.requires_grad or not only)
+        for only in (True, False)
+    )
+    if trained < every:
+        run_log.info(f"{trained:,} of {every:,} parameters are trained, the others are frozen")
     return trainer
 
 
@@ -171,9 +182,10 @@ def _steps(
             progress = {"step": step, "epoch": round(step * batch_size / samples, 4)}
             if due(f"{config.log.every}st"):
                 values = {**meter.read(), "clipped": float(report)}
-                lr = trainer.optimizer.param_groups[0]["lr"]
                 ratios = {"ratios": trainer.ratios} if trainer.ratios else {}
-                metrics.write(**progress, **values, lr=lr, grad_norm=float(report.grad_norm), **ratios)
+                metrics.write(
+                    **progress, **values, lr=trainer.current_lr, grad_norm=float(report.grad_norm), **ratios
+                )
                 line.update(step, **values)
             improved = False
             if due(config.log.evaluate_every):

@@ -12,7 +12,9 @@ import torch
 
 from normfree.models.net import Net
 from normfree.optim.sgd import SGD
+from normfree.optim.torch_optimizers import TorchOptimizer, state_tensors
 from normfree.training import memory
+from normfree.training.choices import OPTIMIZERS, parse_choice
 from normfree.training.config import Config
 from normfree.training.distributed.modes import sizes
 from normfree.training.distributed.world import World
@@ -29,8 +31,9 @@ def estimate(net: Net, config: Config, *, world: World, sharded: bool = False) -
     )
     limit = memory.free_bytes(world.device)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    # weights, gradients, momentum, average, and with SAM the weights to restore
-    state = weights * (5 if config.optim.sam_rho else 4) // (world.size if sharded else 1)
+    # weights, gradients, average, the state of the optimizer, and with SAM the weights to restore
+    kept = state_tensors(parse_choice(config.optim.optimizer, OPTIMIZERS).name)
+    state = weights * (3 + kept + bool(config.optim.sam_rho)) // (world.size if sharded else 1)
     part = config.input.batch_size // world.size
     exact = config.parallel == "exact"
 
@@ -45,7 +48,12 @@ def estimate(net: Net, config: Config, *, world: World, sharded: bool = False) -
 
 
 def choose(
-    find: Estimate, gradients: BatchGradient, optimizer: SGD, config: Config, *, num_classes: int
+    find: Estimate,
+    gradients: BatchGradient,
+    optimizer: SGD | TorchOptimizer,
+    config: Config,
+    *,
+    num_classes: int,
 ) -> int:
     """Return the smallest of the sizes that the processes find.
 
@@ -71,7 +79,7 @@ def choose(
 
 
 def fits_on_device(
-    size: int, gradients: BatchGradient, optimizer: SGD, config: Config, *, num_classes: int
+    size: int, gradients: BatchGradient, optimizer: SGD | TorchOptimizer, config: Config, *, num_classes: int
 ) -> bool:
     """Return True if two micro-batches of `size` random images fit in memory next to everything that a run holds.
 

@@ -126,7 +126,12 @@ def imagenet_nf_regnet(level: int) -> Config:
         input=InputConfig(batch_size=1024, micro_batch=64, workers=16, eval_crop="crop_resize"),
         augment=AugmentConfig(mixup=0.2, cutmix=1.0, mix_with="fresh"),
         # These weight decays are from the released config; the listing in [A] has half of them.
-        optim=OptimConfig(lr=0.4, final_lr=0.001 / 0.4, weight_decay=5e-5 + 1e-5 * level, clip="off"),
+        optim=OptimConfig(
+            lr=0.4,
+            schedule=f"warmup_cosine:final={0.001 / 0.4:g}",
+            weight_decay=5e-5 + 1e-5 * level,
+            clip="off",
+        ),
         log=LogConfig(evaluate_every="5ep"),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from normfree.models.variants import variant_of
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TRAINING_FIELDS, Description, describe
 from normfree.suggest import problem
-from normfree.training.choices import uses_sigmoid
-from normfree.training.config import Config
+from normfree.training.choices import OPTIMIZERS, parse_choice, uses_sigmoid
+from normfree.training.config import Config, OptimConfig
 from normfree.training.console import RunLog
 from normfree.weights.hub import PREFIX, repository_of
 
@@ -96,6 +97,7 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         augment = augment.model_copy(update={"randaugment": variant.randaugment})
     inputs = {"image_size": size, "eval_size": eval_size, "eval_crop": crop}
     updates = {
+        "optim": _with_rates(config.optim, config.input.batch_size),
         "model": model,
         "weights": weights,
         "net": net.model_copy(update=fields),
@@ -103,6 +105,19 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         "augment": augment,
     }
     return Resolved(config.model_copy(update=updates), variant, found if is_folder and starts else None)
+
+
+def _with_rates(optim: OptimConfig, batch_size: int) -> OptimConfig:
+    """Return the config of the optimizer with numbers for its learning rate and weight decay."""
+    name = parse_choice(optim.optimizer, OPTIMIZERS).name
+    lr, decay = optim.lr, optim.weight_decay
+    if lr == "auto":
+        # sgd: [B] section 4.3. The others: 4e-3 at batch size 4096 (ConvNeXt, arXiv 2201.03545, with AdamW), scaled by
+        # the square root of the batch size, as timm scales adaptive optimizers. Muon's steps have the size of AdamW's.
+        lr = 0.1 * batch_size / 256 if name == "sgd" else 1e-3 * math.sqrt(batch_size / 256)
+    if decay == "auto":  # sgd: [B] section 4.3; decoupled decay: ConvNeXt
+        decay = 2e-5 if name in ("sgd", "adam", "rmsprop") else 0.05
+    return optim.model_copy(update={"lr": lr, "weight_decay": decay})
 
 
 def _as_trained(variant: Variant, found: Description, weights: str) -> Variant:

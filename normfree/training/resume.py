@@ -11,6 +11,9 @@ from normfree.training.console import RunLog
 from normfree.training.early_stopping import Best
 from normfree.training.trainer import Trainer
 
+# Newest checkpoints that stay, in addition to the best one: the newest may be damaged.
+KEEP = 2
+
 
 def save_checkpoint(
     trainer: Trainer, folder: Path, step: int, state: dict[str, Any], *, is_best: bool
@@ -25,7 +28,7 @@ def save_checkpoint(
     tensors = trainer.state.tensors()
     with trainer.world.all_or_none():  # no process exits or trains on before the checkpoint is on disk
         if trainer.world.is_main:
-            saved = checkpoint.save(folder, step, tensors=tensors, state=state, keep=trainer.config.log.keep)
+            saved = checkpoint.save(folder, step, tensors=tensors, state=state, keep=KEEP)
             if is_best:
                 checkpoint.point(folder, "best", saved.name)
 

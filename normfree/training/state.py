@@ -11,6 +11,7 @@ from normfree.models.net import Net
 from normfree.optim.ema import Ema
 from normfree.optim.named_state import copy_named_
 from normfree.optim.sgd import SGD
+from normfree.optim.torch_optimizers import TorchOptimizer
 from normfree.training import checkpoint
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.world import World
@@ -28,7 +29,7 @@ class TrainingState:
         self,
         net: Net,
         ema: Ema,
-        optimizer: SGD,
+        optimizer: SGD | TorchOptimizer,
         *,
         world: World,
         make_network: Callable[[], Net],

@@ -30,10 +30,12 @@ from normfree.optim.groups import parameter_groups, parse_unclipped
 from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError
 from normfree.optim.sam import SAM, STRIDE
 from normfree.optim.schedule import schedule_multiplier
-from normfree.optim.sgd import SGD
+from normfree.optim.torch_optimizers import make_optimizer
 from normfree.suggest import some_names
 from normfree.training import micro_batch
 from normfree.training.batch import BatchPreparer, fresh_pairs
+from normfree.training.body import freeze_, lr_multipliers
+from normfree.training.choices import CLIPS, OPTIMIZERS, SCHEDULES, parse_choice
 from normfree.training.config import steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
@@ -91,9 +93,13 @@ class Trainer:
         self.total_steps = max(1, steps_of(config.length, samples=samples, batch_size=batch_size))
         warmup_steps = steps_of(config.optim.warmup, samples=samples, batch_size=batch_size)
         self.warmup = min(1.0, warmup_steps / self.total_steps)
-        self.lr = config.optim.lr  # the peak
+        assert config.optim.lr != "auto"
+        assert config.optim.weight_decay != "auto"
+        self.lr = self.current_lr = config.optim.lr  # the peak, and that of the last step
+        self.schedule = parse_choice(config.optim.schedule, SCHEDULES)
         torch.manual_seed(key(config.seed, "init"))
         net = self._network(weights, head=head)
+        freeze_(net, config.optim.body)
         auto = config.input.micro_batch == "auto"
         # Free memory is measured before anything is on the device.
         estimate = micro_batch.estimate(net, config, world=self.world, sharded=sharded) if auto else None
@@ -106,11 +112,15 @@ class Trainer:
         else:
             self.net = net.to(self.device).to(memory_format=torch.channels_last)
             self.ema = Ema(net, decay=config.optim.ema_decay)
+        clip = parse_choice(config.optim.clip, CLIPS)
+        self.eps = clip.options.get("eps", 1e-3)
+        unclipped = parse_unclipped(clip.options["unclipped"]) if clip.name == "agc" else None
         groups = parameter_groups(
-            net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping,
-            unclipped=parse_unclipped(config.optim.unclipped),
+            net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping, unclipped=unclipped,
+            lr_multipliers=lr_multipliers(net, config.optim.body),
         )  # fmt: skip
-        self.optimizer = SGD(groups, config.optim.lr, momentum=config.optim.momentum)
+        chosen = parse_choice(config.optim.optimizer, OPTIMIZERS)
+        self.optimizer = make_optimizer(groups, config.optim.lr, name=chosen.name, **chosen.options)
         self.sam = SAM(net.parameters(), rho=config.optim.sam_rho) if config.optim.sam_rho else None
         self.ratios: dict[str, list[float]] = {}  # of the last step, if it was sampled
         self.pairs = fresh_pairs(config)
@@ -158,9 +168,10 @@ class Trainer:
         """
         config = self.config
         factor = schedule_multiplier(
-            config.optim.schedule, step / self.total_steps, warmup=self.warmup, final=config.optim.final_lr
+            self.schedule.name, step / self.total_steps, warmup=self.warmup, **self.schedule.options
         )
-        self.optimizer.set_lr(self.lr * factor)
+        self.current_lr = self.lr * factor
+        self.optimizer.set_lr(self.current_lr)
         with span("prepare"):
             images, targets = self.prepare(batch, step)
         self.ratios = {}
@@ -171,14 +182,14 @@ class Trainer:
                 self._sum_over_processes([loss, correct])
             sampled = (step + 1) % (SAMPLE_RATIOS * config.log.every) == 0 and not self.gradients.sharded
             if sampled and self.world.is_main:
-                self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=config.optim.clipping_eps)
+                self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=self.eps)
             return loss, correct, self.update.step(step)
         except NonFiniteGradientError as error:
             count = f"{len(error.names)} of {error.total}"
             raise DivergedError(
                 f"step {step}: {count} gradients are not finite: {some_names(error.names)}. "
                 f"The last checkpoint is unchanged. Images of the step begin with {batch.names[0]!r}. "
-                f"Try --optim.lr {config.optim.lr / 3:.2g}."
+                f"Try --optim.lr {float(config.optim.lr) / 3:.2g}."
             ) from None
 
     def _perturbed(

@@ -10,7 +10,9 @@ from normfree.optim.fused import FusedUpdate
 from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.named_gradients import ClipReport
 from normfree.optim.sgd import SGD
+from normfree.optim.torch_optimizers import TorchOptimizer
 from normfree.suggest import unknown
+from normfree.training.choices import CLIPS, parse_choice
 from normfree.training.config import OptimConfig
 from normfree.training.profile import span
 
@@ -31,24 +33,32 @@ class Update:
     """
 
     def __init__(
-        self, optimizer: SGD, *, model: nn.Module, ema: Ema, config: OptimConfig, engine: str = "auto"
+        self,
+        optimizer: SGD | TorchOptimizer,
+        *,
+        model: nn.Module,
+        ema: Ema,
+        config: OptimConfig,
+        engine: str = "auto",
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(unknown("engine", engine, ENGINES))
-        self.optimizer, self.model, self.ema, self.config = optimizer, model, ema, config
+        self.optimizer, self.model, self.ema = optimizer, model, ema
+        clip = parse_choice(config.clip, CLIPS)
+        self.mode, self.clipping, self.eps = clip.name, config.clipping, clip.options.get("eps", 1e-3)
         self.fused = self._fused("native" if engine == "auto" else engine)
         if self.fused is None and engine not in ("auto", "torch"):
             raise ValueError(f"engine {engine!r} cannot do this update. Allowed here: 'auto', 'torch'.")
 
     def _fused(self, engine: str) -> FusedUpdate | None:
-        if self.config.clip != "agc" or engine == "torch":
+        if self.mode != "agc" or engine == "torch" or not isinstance(self.optimizer, SGD):
             return None
         kind: type[FusedUpdate] = NativeUpdate
         if engine == "triton":
             from normfree.optim.fused_triton import TritonUpdate
 
             kind = TritonUpdate
-        return kind.create(self.optimizer, model=self.model, ema=self.ema, eps=self.config.clipping_eps)
+        return kind.create(self.optimizer, model=self.model, ema=self.ema, eps=self.eps)
 
     def step(self, step: int) -> ClipReport:
         """Move weights, momentum and average in step number `step`, and drop the gradients.
@@ -64,8 +74,7 @@ class Update:
             return report
         with span("clip"):
             report = clip_grad_(
-                self.optimizer.param_groups, mode=self.config.clip, clipping=self.config.clipping,
-                eps=self.config.clipping_eps,
+                self.optimizer.param_groups, mode=self.mode, clipping=self.clipping, eps=self.eps,
             )  # fmt: skip
         with span("update"):
             self.optimizer.step()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from normfree.training.choices import CLIPS, parse_choice
 from normfree.training.config import Config, ConfigError, steps_of
 from normfree.training.config_io import keys, load_config, to_toml, with_overrides
 from normfree.training.recipes import RECIPES
@@ -35,10 +36,16 @@ KEYS = [
         "augment.cutmix",
     ),
     "augment.mix_with",
-    *("augment.label_smoothing", "optim.lr", "optim.momentum", "optim.weight_decay", "optim.clip"),
-    *("optim.clipping", "optim.clipping_eps", "optim.unclipped", "optim.class_balance", "optim.warmup"),
-    *("optim.schedule", "optim.final_lr", "optim.sam_rho", "optim.ema_decay"),
-    *("log.every", "log.evaluate_every", "log.checkpoint_every", "log.keep", "log.to", "log.profile"),
+    *(
+        "augment.label_smoothing",
+        "optim.optimizer",
+        "optim.lr",
+        "optim.weight_decay",
+        "optim.body",
+        "optim.clip",
+    ),
+    *("optim.clipping", "optim.class_balance", "optim.warmup", "optim.schedule", "optim.sam_rho"),
+    *("optim.ema_decay", "log.every", "log.evaluate_every", "log.checkpoint_every", "log.to", "log.profile"),
 ]
 
 
@@ -49,7 +56,7 @@ def test_the_keys_are_pinned_and_at_most_50():
 
 def test_all_errors_are_reported_at_once_with_the_allowed_values():
     flags = (
-        "--lr 0.1 --optim.lrr 3 --optim.lr -1 --net.drop_rate x --compile maybe --length 90 --log.keep 1 stray "
+        "--lr 0.1 --optim.lrr 3 --optim.lr -1 --net.drop_rate x --compile maybe --length 90 --log.every 0 stray "
         "--input.batch_size 1.5 --optim.clip agcc --input.image_size big --zzzz 1 --model"
     )
     with pytest.raises(ConfigError) as error:
@@ -65,9 +72,9 @@ def test_all_errors_are_reported_at_once_with_the_allowed_values():
         "net.drop_rate='x'. Allowed: a number or 'auto'.",
         "input.image_size='big'. Allowed: a whole number or 'auto'.",
         "input.batch_size='1.5'. Allowed: a whole number.",
-        "optim.lr='-1'. Allowed: greater than 0.",
-        "optim.clip='agcc'. Allowed: 'agc', 'norm', 'value' or 'off'.",
-        "log.keep='1'. Allowed: greater than or equal to 2.",
+        "optim.lr='-1'. Allowed: a number above 0, or 'auto'.",
+        "optim.clip='agcc'. Allowed: agc:eps=0.001,unclipped=head.weight; norm; value; off. Did you mean 'agc'?",
+        "log.every='0'. Allowed: greater than or equal to 1.",
     )
 
 
@@ -126,7 +133,7 @@ def test_help_and_usage_errors_do_not_import_torch(args):
 @pytest.mark.parametrize(
     ("flag", "problem"),
     [
-        ("--optim.lr inf", "optim.lr='inf'. Allowed: a finite number."),
+        ("--optim.lr inf", "optim.lr='inf'. Allowed: a number or 'auto'."),
         ("--augment.mixup nan", "augment.mixup='nan'. Allowed: a finite number."),
         ("--net.drop_rate 1", "net.drop_rate='1'. Allowed: a number from 0 to below 1, or 'auto'."),
         ("--net.stochdepth_rate -0.1", "net.stochdepth_rate='-0.1'. Allowed: a number from 0 to below 1, or 'auto'."),
@@ -150,8 +157,35 @@ def test_a_rate_in_a_file_is_checked_like_a_flag(tmp_path):
         load_config(tmp_path / "c.toml")
     assert error.value.problems == (
         f"{tmp_path}/c.toml: net.drop_rate=1.5. Allowed: a number from 0 to below 1, or 'auto'.",
-        f"{tmp_path}/c.toml: optim.lr=inf. Allowed: a finite number.",
+        f"{tmp_path}/c.toml: optim.lr=inf. Allowed: a number or 'auto'.",
     )
+
+
+def test_another_optimizer_has_its_own_learning_rate_unless_one_is_given():
+    base = RECIPES["demo"]()
+    optim = with_overrides(base, ["--optim.optimizer", "adamw:eps=1e-6"]).optim
+    assert (optim.lr, optim.weight_decay) == ("auto", "auto")
+    optim = with_overrides(base, ["--optim.optimizer", "adamw", "--optim.lr", "0.002"]).optim
+    assert (optim.lr, optim.weight_decay) == (0.002, "auto")
+    optim = with_overrides(base, ["--optim.optimizer", "sgd:momentum=0.8"]).optim
+    assert (optim.lr, optim.weight_decay) == (base.optim.lr, base.optim.weight_decay)
+
+
+def test_files_of_earlier_versions_can_be_read(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(
+        '[optim]\nmomentum = 0.8\nclipping_eps = 0.01\nunclipped = "stem.*,head.weight"\nfinal_lr = 0.5\nlr = 0.3\n'
+        "[log]\nkeep = 3\n"
+    )
+    optim = load_config(path).optim
+    assert optim.optimizer == "sgd:momentum=0.8"
+    assert optim.clip == "agc:eps=0.01,unclipped=stem.*,head.weight"
+    assert parse_choice(optim.clip, CLIPS).options == {"eps": 0.01, "unclipped": "stem.*,head.weight"}
+    assert (optim.schedule, optim.lr) == ("warmup_cosine:final=0.5", 0.3)
+    path.write_text(
+        '[optim]\nmomentum = 0.9\nclipping_eps = 0.001\nunclipped = "head.weight"\nfinal_lr = 0.0\n'
+    )
+    assert load_config(path) == Config()
 
 
 def test_a_config_is_immutable():

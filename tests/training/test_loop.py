@@ -132,6 +132,23 @@ def test_a_run_with_all_random_parts_stops_and_continues_too(tmp_path, monkeypat
     assert_same_bits(tmp_path / "whole", tmp_path / "other")
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "nadam", "muon"])
+def test_a_run_with_an_optimizer_of_torch_stops_and_continues_too(tmp_path, monkeypatch, optimizer):
+    flags = ("--optim.optimizer", optimizer, "--optim.body", "train:layer_decay=0.8")
+    loop.train(config(*flags), tmp_path / "whole", console=quiet())
+    stop_after(monkeypatch, 7)
+    with pytest.raises(loop.StoppedBySignal):
+        loop.train(config(*flags), tmp_path / "run", console=quiet())
+    monkeypatch.undo()
+    loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    assert_same_log(tmp_path / "whole", tmp_path / "run")
+    assert (
+        f"optimizer {optimizer}: learning rate 0.05, weight decay 0.05"
+        in (tmp_path / "run/log.txt").read_text()
+    )
+
+
 def test_workers_do_not_change_a_bit(uninterrupted, tmp_path):
     loop.train(config("--input.workers", "2"), tmp_path / "run", console=quiet())
     assert_same_bits(uninterrupted, tmp_path / "run")

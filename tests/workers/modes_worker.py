@@ -13,13 +13,15 @@ import torch
 from rich.console import Console
 from world_worker import patched
 
-from normfree.training import checkpoint, loop
+from normfree.training import checkpoint, loop, resume
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
 from normfree.training.distributed.world import World
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
 from normfree.training.trainer import Trainer
+
+resume.KEEP = 9  # the tests compare all checkpoints
 
 
 def config(run: Path, flags: list[str], more: list[str]) -> Config:

@@ -20,11 +20,13 @@ LAYOUTS = {"1": [1, 2, 3, 4, 5, 6, 7, 8], "2": [1, 2, 3, 4, 6, 8], "4": [1, 2, 3
 MODES_FLAGS = shlex.split(
     "--data synthetic:classes=3,size=16,train=48,val=2 --model nf_resnet_nano --input.image_size 16 "
     "--input.batch_size 8 --input.micro_batch 1 --input.workers 0 --length 6st --optim.warmup 2st --optim.lr 0.02 "
-    "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --log.keep 9 --optim.ema_decay 0.9 "
+    "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --optim.ema_decay 0.9 "
     "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment 2x3 --net.drop_rate 0.3 --net.stochdepth_rate 0.5 "
     "--net.skip_gain 0.5 --device cpu"
 )
 TWO = ["--input.micro_batch", "2"]
+MUON = ["--optim.optimizer", "muon"]
+FROZEN = ["--optim.body", "train:lr=0.5,layer_decay=0.9,freeze=stem,stages.0.0"]
 
 
 class Modes:
@@ -58,7 +60,12 @@ def everything(folder: Path) -> list[tuple[int, list[Task]]]:
     dtensor: Task = ["dtensor_worker", "everything", [str(folder / "dtensor")]]
     modes = Modes(folder / "modes")
     first, second, third = modes.changing(6)
-    one = [first, modes.train("exact", "exact1"), modes.train("replicated", "replicated1")]
+    one = [
+        modes.train("exact", "muon1", *MUON),
+        first,
+        modes.train("exact", "exact1"),
+        modes.train("replicated", "replicated1"),
+    ]
     four = [second, modes.train("exact", "exact4")]
     four += [modes.train(mode, f"{mode}4", *TWO) for mode in ("sharded", "replicated")]
     four += [
@@ -66,6 +73,8 @@ def everything(folder: Path) -> list[tuple[int, list[Task]]]:
         modes.train("as before", "resumed4", copy="broken4"),
     ]
     two = [third, *(modes.train(mode, f"{mode}2") for mode in ("exact", "sharded", "replicated"))]
+    two += [modes.train("exact", "muon2", *MUON)]
+    two += [modes.train(mode, f"frozen_{mode}", *FROZEN) for mode in ("exact", "sharded", "replicated")]
     two += [
         modes.train("sharded", "from4", copy="broken4"),
         modes.train("replicated", "plain2", copy="broken4"),

@@ -42,6 +42,8 @@ _RULES = (
           "its statistics would differ between processes", "use --parallel replicated"),
     _Rule("sharded", "optim.sam_rho", lambda run: run.config.optim.sam_rho > 0,
           "SAM needs the gradient of each process, and FSDP2 provides only the sum", "use --optim.sam_rho 0"),
+    _Rule("sharded", "another optimizer than sgd", lambda run: not run.config.optim.optimizer.startswith("sgd"),
+          "the state of PyTorch's optimizers is not gathered for checkpoints", "use --parallel replicated"),
     _Rule("sharded", "compile", lambda run: run.config.compile,
           "FSDP2 moves parameters between the compiled blocks", "use --compile false"),
 )  # fmt: skip

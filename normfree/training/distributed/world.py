@@ -120,7 +120,8 @@ class World:
     def copy_first_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by that of rank 0."""
         for bucket in _buckets(tensors) if self.size > 1 else ():
-            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+            # the step counts of PyTorch's optimizers are on the CPU, where NCCL cannot broadcast
+            flat = torch.cat([t.detach().reshape(-1).to(self.device) for t in bucket])
             _exchange(dist.broadcast, flat, src=0)
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):

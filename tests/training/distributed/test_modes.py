@@ -37,7 +37,8 @@ def distance(one: Path, other: Path, *, least: int = 1) -> float:
     a, b = tensors(one), tensors(other)
     assert a.keys() == b.keys()
     far = {k: float((a[k].double() - b[k].double()).norm()) for k in a}
-    return max(far[k] / float(b[k].double().norm()) for k in a if far[k] > 1e-8 and b[k].numel() >= least)
+    compared = [k for k in a if far[k] > 1e-8 and b[k].numel() >= least]
+    return max((far[k] / float(b[k].double().norm()) for k in compared), default=0.0)
 
 
 # --- exact --------------------------------------------------------------------------------------------
@@ -100,6 +101,21 @@ def test_the_settings_of_exact_are_restored():
         assert torch.backends.cudnn.benchmark
     finally:
         torch.backends.cudnn.benchmark = False
+
+
+def test_exact_gives_the_same_bits_with_an_optimizer_of_torch(folder):
+    assert hashes(folder / "muon2") == hashes(folder / "muon1")
+
+
+@pytest.mark.parametrize("mode", ["exact", "sharded", "replicated"])
+def test_every_mode_freezes_parts_and_has_factors_on_the_learning_rate(folder, mode):
+    run, replicated = folder / f"frozen_{mode}", folder / "frozen_replicated"
+    assert distance(run, replicated) < 2e-5 or mode == "exact"  # its micro-batches draw other numbers
+    first, last = tensors(run, 2), tensors(run)
+    kept = {k.partition(":")[2] for k in first if k.startswith("model:") and torch.equal(first[k], last[k])}
+    assert kept == {k for k in kept if k.startswith(("stem.", "stages.0.0."))}
+    assert "stem.conv0.weight" in kept
+    assert not any(k.startswith(("optim:stem.", "optim:stages.0.0.")) for k in last)
 
 
 # --- sharded ------------------------------------------------------------------------------------------
