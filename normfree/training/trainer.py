@@ -30,13 +30,14 @@ from normfree.optim.groups import parameter_groups, parse_unclipped
 from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError
 from normfree.optim.sam import SAM, STRIDE
 from normfree.optim.schedule import schedule_multiplier
-from normfree.optim.torch_optimizers import make_optimizer
+from normfree.optim.sgd import SGD
+from normfree.optim.torch_optimizers import TorchOptimizer, make_optimizer
 from normfree.suggest import some_names
 from normfree.training import micro_batch
 from normfree.training.batch import BatchPreparer, fresh_pairs
 from normfree.training.body import freeze_, lr_multipliers
 from normfree.training.choices import CLIPS, OPTIMIZERS, SCHEDULES, parse_choice
-from normfree.training.config import steps_of
+from normfree.training.config import OptimConfig, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
@@ -94,9 +95,9 @@ class Trainer:
         warmup_steps = steps_of(config.optim.warmup, samples=samples, batch_size=batch_size)
         self.warmup = min(1.0, warmup_steps / self.total_steps)
         assert config.optim.lr != "auto"
-        assert config.optim.weight_decay != "auto"
         self.lr = self.current_lr = config.optim.lr  # the peak, and that of the last step
         self.schedule = parse_choice(config.optim.schedule, SCHEDULES)
+        self.eps = parse_choice(config.optim.clip, CLIPS).options.get("eps", 1e-3)
         torch.manual_seed(key(config.seed, "init"))
         net = self._network(weights, head=head)
         freeze_(net, config.optim.body)
@@ -112,15 +113,7 @@ class Trainer:
         else:
             self.net = net.to(self.device).to(memory_format=torch.channels_last)
             self.ema = Ema(net, decay=config.optim.ema_decay)
-        clip = parse_choice(config.optim.clip, CLIPS)
-        self.eps = clip.options.get("eps", 1e-3)
-        unclipped = parse_unclipped(clip.options["unclipped"]) if clip.name == "agc" else None
-        groups = parameter_groups(
-            net, weight_decay=config.optim.weight_decay, clipping=config.optim.clipping, unclipped=unclipped,
-            lr_multipliers=lr_multipliers(net, config.optim.body),
-        )  # fmt: skip
-        chosen = parse_choice(config.optim.optimizer, OPTIMIZERS)
-        self.optimizer = make_optimizer(groups, config.optim.lr, name=chosen.name, **chosen.options)
+        self.optimizer = _optimizer(net, config.optim)
         self.sam = SAM(net.parameters(), rho=config.optim.sam_rho) if config.optim.sam_rho else None
         self.ratios: dict[str, list[float]] = {}  # of the last step, if it was sampled
         self.pairs = fresh_pairs(config)
@@ -206,3 +199,18 @@ class Trainer:
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None and not is_sharded(p.grad)]
         add_up = self.world.tree_sum_ if self.gradients.exact else self.world.sum_
         add_up([*gradients, *others])
+
+
+def _optimizer(net: Net, config: OptimConfig) -> SGD | TorchOptimizer:
+    """Return the optimizer of a resolved config on the trained parameters of `net`."""
+    assert config.lr != "auto"
+    assert config.weight_decay != "auto"
+    clip, chosen = parse_choice(config.clip, CLIPS), parse_choice(config.optimizer, OPTIMIZERS)
+    groups = parameter_groups(
+        net,
+        weight_decay=config.weight_decay,
+        clipping=config.clipping,
+        unclipped=parse_unclipped(clip["unclipped"]) if clip.name == "agc" else None,
+        lr_multipliers=lr_multipliers(net, config.body),
+    )
+    return make_optimizer(groups, config.lr, name=chosen.name, **chosen.options)
