@@ -267,8 +267,8 @@ def predict(
         A `Prediction` for each file, in order. A file that cannot be read gives a `Prediction` with an `error`.
 
     Raises:
-        ValueError: a path does not exist, or `top` or `batch_size` is below 1. Raised by the call itself, before the
-            first prediction.
+        ValueError: a path does not exist, `top` or `batch_size` is below 1, or the model has no classes. Raised by the
+            call itself, before the first prediction.
 
     Examples:
         >>> import tempfile
@@ -287,6 +287,7 @@ def predict(
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(problem(f"{name} is {value}", allowed="1 or more"))
+    model.require_classes()
     target = run_device(device) if isinstance(device, str) else device
     return _predictions(model, find_images(paths), top, batch_size, target)
 

@@ -60,6 +60,17 @@ class TrainedModel:
     classes: tuple[str, ...]
     sigmoid: bool = False
 
+    def require_classes(self) -> None:
+        """Check that the network has a classifier.
+
+        Raises:
+            ValueError: it gives features only, as after contrastive learning.
+        """
+        if not self.classes:
+            fix = "write embeddings with normfree predict --embeddings FILE.npz, or train a classifier with normfree "
+            fix += "train finetune --weights MODEL"
+            raise ValueError(problem("the model has no classes, only embeddings", fix=fix))
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities B K of logits B K, float32."""
         return logits.float().sigmoid() if self.sigmoid else logits.float().softmax(dim=1)

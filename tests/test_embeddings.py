@@ -150,7 +150,7 @@ def test_the_command_writes_the_embeddings_of_every_readable_file(body, photos, 
     [
         (
             (),
-            "has no classes to predict. Fix: use --embeddings FILE.npz, or train a classifier on it with normfree",
+            "the model has no classes, only embeddings. Fix: write embeddings with normfree predict --embeddings",
         ),
         (
             ("--embeddings", "x.csv"),

@@ -94,7 +94,9 @@ def _trained(model: str, data: str) -> Subject:
     if config.is_file() and not data:
         run = load_config(config)
         subject.data = run.data
-        subject.source = open_source(run.data, val_fraction=run.input.val_fraction, seed=run.seed).val
+        subject.source = open_source(
+            run.data, val_fraction=run.input.val_fraction, seed=run.seed, labels=False
+        ).val
     return subject
 
 

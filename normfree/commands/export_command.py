@@ -77,6 +77,7 @@ def export_(arguments: ExportArguments) -> int:
                     fix="give the folder that the file was made from")
         )  # fmt: skip
     model = from_pretrained(arguments.model)
+    model.require_classes()
     images = _images(arguments, model)
     out = Path(arguments.out) if arguments.out else _default_out(arguments.model, arguments.format)
     report = export(model, out, format=arguments.format, folded=not arguments.unfolded,

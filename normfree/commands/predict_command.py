@@ -52,11 +52,6 @@ def predict_(arguments: PredictArguments) -> int:
         return _embed(arguments)
     format = _format(arguments)
     model = from_pretrained(arguments.model)
-    if not model.classes:
-        fix = (
-            "--embeddings FILE.npz, or train a classifier on it with normfree train finetune --weights MODEL"
-        )
-        raise UsageError(problem(f"{arguments.model} has no classes to predict", fix=f"use {fix}"))
     predictions = predict(model, arguments.paths, top=arguments.top,
                           batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
     failed = 0

@@ -57,6 +57,7 @@ def serve(arguments: ServeArguments) -> int:
             max_bytes=arguments.max_bytes, max_pixels=arguments.max_pixels, max_files=arguments.max_files
         )
         model = from_pretrained(arguments.model)
+        model.require_classes()
         name = getattr(model.net, "name", "") or Path(arguments.model).stem
         app = create_app(model, name=name, device=arguments.device, max_batch=arguments.max_batch,
                          max_delay_ms=arguments.max_delay_ms, limits=limits)  # fmt: skip

@@ -56,7 +56,10 @@ def _show_run(folder: Path) -> None:
     results = folder / "results.json"
     if results.is_file():
         scores = json.loads(results.read_text(encoding="utf-8"))
-        print(f"\n# top-1 {scores['weights']['top1']:.2f} %, averaged {scores['average']['top1']:.2f} %, "
+        name = (
+            "nearest neighbors" if "knn_top1" in scores else "two views" if "view_top1" in scores else "top-1"
+        )
+        print(f"\n# {name} {scores['weights']['top1']:.2f} %, averaged {scores['average']['top1']:.2f} %, "
               f"after {scores['steps']} steps")  # fmt: skip
 
 

@@ -19,6 +19,11 @@ def check_given(values: Sequence[str], kind: str) -> None:
 
 def check_classes(data: str, given: Sequence[str], known: Sequence[str]) -> None:
     """Raise UsageError unless the classes of `data` are those of the model, in the same order."""
+    if not known:
+        raise UsageError(
+            problem("the model has no classes, only embeddings",
+                    fix=f"train a classifier with normfree train finetune --data {data} --weights MODEL")
+        )  # fmt: skip
     if tuple(given) != tuple(known):
         raise UsageError(
             problem(f"{data} has the classes {some_names(given)}", allowed=f"the model's classes {some_names(known)}, "

@@ -226,6 +226,7 @@ def _check(model: TrainedModel, path: Path, *, format: str, opset: int) -> Net:
                 fix="export the run or model folder that the file was made from",
             )
         )
+    model.require_classes()
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     if path.suffix != f".{format}":

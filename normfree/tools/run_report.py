@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +135,8 @@ def _facts(course: Course) -> Iterator[tuple[str, str]]:
     for key, which in (("average", "averaged weights"), ("weights", "last weights")):
         if key in results:
             scores = results[key]
-            yield f"top-1, {which}", f"{scores['top1']:.2f} %"
+            kind = top1_name(scores)
+            yield f"{kind}, {which}", f"{scores['top1']:.2f} %"
             yield f"top-5, {which}", f"{scores['top5']:.2f} %"
             yield f"loss, {which}", f"{scores['loss']:.4f}"
     if results:
@@ -154,13 +155,19 @@ def _facts(course: Course) -> Iterator[tuple[str, str]]:
         yield "units clipped, mean", f"{100 * sum(clipped) / len(clipped):.1f} %"
 
 
+def top1_name(scores: Mapping[str, Any]) -> str:
+    """Return what `top1` measures in scores of results.json."""
+    names = {"knn_top1": "top-1 of nearest neighbors", "view_top1": "top-1 of two views"}
+    return next((name for key, name in names.items() if key in scores), "top-1")
+
+
 def _course(courses: Sequence[Course], drawn: _Drawn) -> html_page.PageSection:
     runs = {course.name: course.rows for course in courses}
     return html_page.PageSection("Course", drawn.block(run_figures.curve_figures(runs)))
 
 
 def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.PageSection]:
-    finished = [c for c in courses if c.results]
+    finished = [c for c in courses if c.results and describe(c.folder).classes]
     if not finished:
         return
     blocks, tables = [], ""
@@ -234,7 +241,8 @@ def _inside(
             f"Mistakes and signals{whose}", "", f"Not shown because the data cannot be read: {error}"
         )
         return
-    yield _mistakes(model, source, device, whose)
+    if model.classes:  # a run that learns embeddings has none
+        yield _mistakes(model, source, device, whose)
     images, labels = sample(source, count=min(IMAGES, len(source)), preprocessing=model.preprocessing)
     images, labels = images.to(device), labels.to(device)
     net = model.net.to(device)
@@ -256,6 +264,8 @@ def _inside(
         f"Statistics of each residual block on {len(images)} validation images; predictions, for random weights and "
         "Gaussian noise, are dashed. Cosine: between the maps of different images.",
     )
+    if not model.classes:
+        return
     F.cross_entropy(net.train()(images), labels).backward()
     title = f"{course.name}, one gradient of {len(images)} images"
     yield html_page.PageSection(

@@ -12,6 +12,7 @@ from normfree.data.seeds import key
 from normfree.data.transforms.mixing import FreshPairs, mix, paired_targets
 from normfree.data.transforms.normalize import normalize
 from normfree.data.transforms.train import AfterMixing
+from normfree.training.choices import learns_embeddings
 from normfree.training.class_weights import weigh
 from normfree.training.config import Config
 from normfree.training.distributed.world import World
@@ -40,13 +41,17 @@ class BatchPreparer:
         class_weights: Tensor | None = None,
     ) -> None:
         self.augment, self.seed = config.augment, config.seed
+        self.embeds = learns_embeddings(config.objective)
         self.num_classes, self.world = num_classes, world
         self.micro_batch, self.exact = micro_batch, exact
         self.class_weights = None if class_weights is None else class_weights.to(world.device)
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Return images B 3 S S, channels_last, and targets B K, on the device."""
+        """Return images B 3 S S, channels_last, and targets B K, on the device; labels B if embeddings are learned."""
         rank = self.world.rank
+        if self.embeds:
+            images = normalize(batch.images.to(self.world.device, non_blocking=True))
+            return images.contiguous(memory_format=torch.channels_last), batch.labels.to(self.world.device)
         if not self.exact:  # rank 0 draws what a single process draws
             return self._mixed(batch, key(self.seed, "mix", step, *((rank,) if rank else ())))
         size = self.micro_batch or len(batch)

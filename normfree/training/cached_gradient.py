@@ -100,10 +100,11 @@ def two_passes(
     rank: int = 0,
     gather: Callable[[Tensor], Tensor] = lambda embeddings: embeddings,
     after: Callable[[], None] = lambda: None,
+    keep_graph: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Add this process's share of the gradient of `loss` of all embeddings to the parameters behind `encode`.
 
-    A single micro-batch keeps its graph instead of being encoded twice.
+    A single micro-batch keeps its graph, unless `keep_graph` is False, instead of being encoded twice.
 
     Args:
         encode: returns the embeddings of a micro-batch by its number, the same ones in every call.
@@ -117,7 +118,8 @@ def two_passes(
     Raises:
         ValueError: the second pass gave other embeddings.
     """
-    with torch.set_grad_enabled(count == 1):
+    keep_graph = keep_graph and count == 1
+    with torch.set_grad_enabled(keep_graph):
         first = [encode(number) for number in range(count)]
     own = torch.cat(first).detach()
     every = gather(own).requires_grad_()
@@ -127,7 +129,7 @@ def two_passes(
     gradient = gradient[rank * len(own) : (rank + 1) * len(own)]
     furthest = own.new_zeros(())
     for number, part in enumerate(gradient.split([len(z) for z in first])):
-        again = first[number] if count == 1 else encode(number)
+        again = first[number] if keep_graph else encode(number)
         again.backward(part)
         furthest = torch.maximum(furthest, (again.detach() - first[number].detach()).abs().max())
         after()

@@ -23,7 +23,14 @@ OBJECTIVES: Choices = {
     # threshold: targets above it become 1, the others 0, after mixing and smoothing; 0 keeps soft targets.
     # sum: sum over the classes instead of the mean. Both as timm's --bce-target-thresh and --bce-sum.
     "bce": {"threshold": 0.0, "sum": False},
+    # Embeddings instead of classes. simclr: two views of each image, without labels; dim: width of the projection.
+    "simclr": {"temperature": 0.2, "dim": 128},
+    # mining: all, hard or semihard.
+    "triplet": {"margin": 0.2, "mining": "hard"},
+    # margin: the distance to which images of two classes are pushed apart.
+    "pairwise": {"margin": 1.0},
 }
+EMBEDDINGS = ("simclr", "triplet", "pairwise")
 
 # What `optim.optimizer` can be: `SGD` and classes of torch.optim, with their own options and defaults. For muon,
 # `betas` are those of AdamW, which moves what is no matrix.
@@ -89,6 +96,11 @@ def parse_choice(text: str, choices: Choices) -> Choice:
 def uses_sigmoid(objective: str) -> bool:
     """Return True if the classes of this objective are independent: probabilities are sigmoids of the logits."""
     return parse_choice(objective, OBJECTIVES).name == "bce"
+
+
+def learns_embeddings(objective: str) -> bool:
+    """Return True if this objective compares the embeddings of a batch with each other, and needs no classifier."""
+    return parse_choice(objective, OBJECTIVES).name in EMBEDDINGS
 
 
 def _form(name: str, defaults: Mapping[str, Default]) -> str:

@@ -195,7 +195,8 @@ class AugmentConfig(ConfigSection):
     """Probability of a horizontal flip."""
     randaugment: str = "off"
     """RandAugment: off, auto (the variant's), trivial (TrivialAugment), LAYERSxMAGNITUDE as in DeepMind's code, for
-    example 4x5, or tv:LAYERSxMAGNITUDE as in torchvision, for example tv:2x9."""
+    example 4x5, tv:LAYERSxMAGNITUDE as in torchvision, for example tv:2x9, or simclr:STRENGTH, the changes of color of
+    SimCLR, for example simclr:0.5."""
     mixup: float = Field(default=0.0, ge=0.0)
     """Parameter of the Beta distribution of mixup; 0: no mixup. With cutmix too, each is used for half of the batch."""
     cutmix: float = Field(default=0.0, ge=0.0)
@@ -294,7 +295,9 @@ class Config(ConfigSection):
     weights."""
     objective: str = "classify"
     """What is learned. classify: one class for each image, by softmax cross entropy. bce: each class is present or
-    absent, by binary cross entropy, bce:threshold=0.0,sum=no."""
+    absent, by binary cross entropy, bce:threshold=0.0,sum=no. simclr:temperature=0.2,dim=128: two views of each image
+    have similar embeddings, without labels. triplet:margin=0.2,mining=hard and pairwise:margin=1.0: images of one class
+    have similar embeddings."""
     length: str = "60ep"
     """Length of training in epochs (90ep) or steps (5000st)."""
     patience: int = Field(default=0, ge=0)

@@ -114,6 +114,10 @@ class BatchGradient:
         right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(torch.float32)
         return share.detach(), right
 
+    def example_targets(self, count: int, num_classes: int) -> Tensor:
+        """Return targets for `count` images, for a test of the memory."""
+        return torch.full((count, num_classes), 1 / num_classes, device=self.world.device)
+
     def _take_gradients(self) -> list[Tensor]:
         """Return the gradients of all trained parameters and clear them."""
         found = []

@@ -21,13 +21,14 @@ from normfree.data.loader import Batch, train_batches
 from normfree.data.source import Split
 from normfree.inference import Evaluation, evaluate
 from normfree.training import checkpoint, run_folder
-from normfree.training.choices import uses_sigmoid
+from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.class_weights import class_weights, weighted_top1
 from normfree.training.config import Config, steps_of
 from normfree.training.console import ProgressLine, RunLog
 from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import World, start_world
 from normfree.training.early_stopping import Best
+from normfree.training.embedding_scores import recalls, score_embeddings, score_name, write_body
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.profile import profiled
@@ -121,7 +122,7 @@ def _make_trainer(
     config = resolved.config
     weights = config.weights if starts else ""
     head = resolved.keeps_head(tuple(split.classes))
-    if not head:
+    if not head and not learns_embeddings(config.objective):
         run_log.info(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
     trainer = Trainer(
         resolved, num_classes=len(split.classes), samples=len(split.train), weights=weights, head=head,
@@ -191,8 +192,9 @@ def _steps(
             if due(config.log.evaluate_every):
                 weights, average = scores = score(trainer, split)
                 metrics.write(**progress, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
-                              ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss)  # fmt: skip
-                run_log.info(f"epoch {progress['epoch']:5.1f}  top-1 {weights.top1:.2f} %  "
+                              ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss,
+                              **recalls(weights, average))  # fmt: skip
+                run_log.info(f"epoch {progress['epoch']:5.1f}  {score_name(weights)} {weights.top1:.2f} %  "
                              f"averaged {average.top1:.2f} %  loss {weights.loss:.3f}")  # fmt: skip
                 best = best.after(weighted_top1(average, trainer.prepare.class_weights), average.loss, step)
                 improved = best.step == step
@@ -237,10 +239,14 @@ def _finish(
         scores = None
     weights, average = scores or score(trainer, split)
     scored_step, seconds = best.step if patience else step, time.monotonic() - start
+    if trainer.embeds:
+        weights, average = score(trainer, split, probe=True)
     result = run_folder.TrainResult(out, step, scored_step, weights, average, seconds)
     averaged = trainer.state.whole(trainer.ema.module)
     with world.all_or_none():
-        if world.is_main:
+        if world.is_main and trainer.embeds:
+            write_body(trainer.config, split, averaged, result, run_log)
+        elif world.is_main:
             run_folder.finish(trainer.config, split, averaged, result, run_log)
     return result
 
@@ -262,10 +268,18 @@ def _batches(
     )  # fmt: skip
 
 
-def score(trainer: Trainer, split: Split) -> Scores:
-    """Return the evaluations of the weights and of their average on the validation images."""
+def score(trainer: Trainer, split: Split, *, probe: bool = False) -> Scores:
+    """Return the evaluations of the weights and of their average on the validation images.
+
+    Args:
+        probe: if embeddings are learned, also score a linear probe of them.
+    """
     config, world = trainer.config, trainer.world
     trainer.state.align_()
+    if trainer.embeds:
+        nets = (trainer.state.whole(net) for net in (trainer.net, trainer.ema.module))
+        weights, average = (score_embeddings(net, split, trainer, probe=probe) for net in nets)
+        return weights, average
 
     def evaluated(net: nn.Module) -> Evaluation:
         return evaluate(

@@ -14,7 +14,7 @@ from normfree.models.net import Net
 from normfree.optim.sgd import SGD
 from normfree.optim.torch_optimizers import TorchOptimizer, state_tensors
 from normfree.training import memory
-from normfree.training.choices import OPTIMIZERS, parse_choice
+from normfree.training.choices import OPTIMIZERS, learns_embeddings, parse_choice
 from normfree.training.config import Config
 from normfree.training.distributed.modes import sizes
 from normfree.training.distributed.world import World
@@ -65,8 +65,9 @@ def choose(
     def fits(size: int) -> bool:
         return fits_on_device(size, gradients, optimizer, config, num_classes=num_classes)
 
-    # Not where one process alone could fail during FSDP2's communication, or where full memory is no error.
-    tries = world.device.type == "cuda" and not gradients.sharded
+    # Not where one process alone could fail during communication, or where full memory is no error.
+    exchanges = gradients.sharded or (world.size > 1 and learns_embeddings(config.objective))
+    tries = world.device.type == "cuda" and not exchanges
     try:
         mine: int | str = find(fits if tries else (lambda size: True))
     except ValueError as error:
@@ -92,8 +93,7 @@ def fits_on_device(
     optimizer.named_state()
     try:
         images = torch.rand(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-        targets = torch.full((count, num_classes), 1 / num_classes, device=device)
-        gradients(images, targets, 0, micro_batch=size)
+        gradients(images, gradients.example_targets(count, num_classes), 0, micro_batch=size)
         return True
     except torch.OutOfMemoryError:
         return False

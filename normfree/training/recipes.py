@@ -87,6 +87,39 @@ def finetune() -> Config:
     )
 
 
+def simclr() -> Config:
+    """Contrastive learning without labels: two views of each image get similar embeddings (SimCLR).
+
+    Works on class folders, whose labels only the scores use, and on a flat folder of images. Crops, colors and
+    temperature are those of SimCLR for small images (arXiv 2002.05709, appendix B.9, which also leaves the blur out). A
+    batch of 512 holds 256 images. `--input.micro_batch 64` needs less memory and gives the same gradient.
+    Command: `normfree train simclr --data photos/`. Not yet run to the end.
+    """
+    batch_size = 512
+    return Config(
+        data="emoji",
+        model="nf_resnet_micro_64",
+        objective="simclr:temperature=0.2,dim=128",
+        length="200ep",
+        net=NetConfig(drop_rate=0.0, stochdepth_rate=0.0),
+        input=InputConfig(batch_size=batch_size, workers=2),
+        augment=AugmentConfig(repeats=2, randaugment="simclr:0.5"),
+        optim=OptimConfig(
+            lr=0.15 * batch_size / 256, weight_decay=1e-4, clipping=0.08, warmup="10ep", ema_decay=0.99
+        ),
+        log=LogConfig(evaluate_every="20ep", checkpoint_every="20ep"),
+    )
+
+
+def metric() -> Config:
+    """Metric learning on class folders: images of a class get similar embeddings (triplets with the hardest examples).
+
+    The embedding is the network's pooled features. Each image occurs twice in a batch, so it always has a positive.
+    Command: `normfree train metric --data photos/`. Not yet run to the end.
+    """
+    return simclr().model_copy(update={"objective": "triplet:margin=0.2,mining=hard"})
+
+
 # --- recipes of the papers --------------------------------------------------------------------------------------
 
 # Folder with train/ and val/, each with one folder per class. Use --data FOLDER for another one.
@@ -217,6 +250,8 @@ def _all() -> dict[str, Callable[[], Config]]:
         "demo": demo,
         "scratch": scratch,
         "finetune": finetune,
+        "simclr": simclr,
+        "metric": metric,
         "cifar": cifar,
     }
     # [B] table 3. F6 was trained with SAM, whose radius (--optim.sam_rho) is not stated; F7 was not trained.

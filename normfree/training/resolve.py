@@ -17,6 +17,7 @@ from normfree.suggest import problem
 from normfree.training.choices import OPTIMIZERS, parse_choice, uses_sigmoid
 from normfree.training.config import Config, OptimConfig
 from normfree.training.console import RunLog
+from normfree.training.objective_rules import check_objective
 from normfree.weights.hub import PREFIX, repository_of
 
 # Largest side in px that is scaled to the input size without a margin: at ImageNet sizes the margin is 32 px, which
@@ -81,6 +82,7 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         found = describe(weights)  # a file may carry its description
         model = found.variant
     variant = variant_of(model)
+    check_objective(config, norm=variant.norm)
     train_size, test_size = variant.train_size, variant.test_size
     if found is not None and auto and is_folder:
         variant = _as_trained(variant, found, weights)
@@ -161,7 +163,8 @@ def open_data(config: Config, log: RunLog, *, check: bool = True) -> Split:
     Raises:
         ValueError: the data cannot be used; files that cannot be read are named.
     """
-    split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed)
+    labels = not config.objective.startswith("simclr")
+    split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, labels=labels)
     if check and split.files:
         for source in (split.train, split.val):
             require_clean(audit(source))

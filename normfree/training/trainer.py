@@ -36,13 +36,23 @@ from normfree.suggest import some_names
 from normfree.training import micro_batch
 from normfree.training.batch import BatchPreparer, fresh_pairs
 from normfree.training.body import freeze_, lr_multipliers
-from normfree.training.choices import CLIPS, OPTIMIZERS, SCHEDULES, parse_choice
+from normfree.training.cached_gradient import refuse_batch_statistics
+from normfree.training.choices import (
+    CLIPS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    SCHEDULES,
+    learns_embeddings,
+    parse_choice,
+)
 from normfree.training.config import OptimConfig, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
+from normfree.training.embedding_gradient import EmbeddingGradient
 from normfree.training.gradient import BatchGradient
 from normfree.training.profile import span
+from normfree.training.projection import project_
 from normfree.training.resolve import Resolved
 from normfree.training.state import TrainingState
 from normfree.training.update import Update
@@ -83,6 +93,9 @@ class Trainer:
     ) -> None:
         config = resolved.config
         assert class_weights is None or config.optim.class_balance
+        self.embeds = learns_embeddings(config.objective)
+        if self.embeds:  # the width of the projection; 0 compares the pooled features themselves
+            num_classes = parse_choice(config.objective, OBJECTIVES).options.get("dim", 0)
         self.resolved, self.num_classes = resolved, num_classes
         self.world = world or World(device=run_device(config.device))
         self.device = self.world.device
@@ -121,7 +134,7 @@ class Trainer:
             image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
             randaugment="off" if self.pairs else config.augment.randaugment,
         )  # fmt: skip
-        self.gradients = BatchGradient(
+        self.gradients = (EmbeddingGradient if self.embeds else BatchGradient)(
             net, config, world=self.world, micro_batch=0, exact=exact, sharded=sharded
         )
         self.update = Update(self.optimizer, model=net, ema=self.ema, config=config.optim)
@@ -133,6 +146,8 @@ class Trainer:
         assert size != "auto"
         self.config = micro_batch.with_size(config, size)
         self.gradients.micro_batch = size
+        if self.embeds and (self.world.size > 1 or 0 < size < batch_size):
+            refuse_batch_statistics(net)
         self.prepare = BatchPreparer(
             self.config, num_classes=num_classes, world=self.world, micro_batch=size, exact=exact,
             class_weights=class_weights,
@@ -144,10 +159,13 @@ class Trainer:
     def _network(self, weights: str = "", *, head: bool = True) -> Net:
         config = self.resolved.config
         fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
+        num_classes = 0 if self.embeds else self.num_classes
         net = create_model(
-            config.model, num_classes=self.num_classes, weights=weights or None, head=head, **fields
+            config.model, num_classes=num_classes, weights=weights or None, head=head, **fields
         )
         assert isinstance(net, Net)
+        if self.embeds:
+            project_(net, self.num_classes)
         return net
 
     def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, ClipReport]:
@@ -206,11 +224,14 @@ def _optimizer(net: Net, config: OptimConfig) -> SGD | TorchOptimizer:
     assert config.lr != "auto"
     assert config.weight_decay != "auto"
     clip, chosen = parse_choice(config.clip, CLIPS), parse_choice(config.optimizer, OPTIMIZERS)
+    unclipped = parse_unclipped(clip["unclipped"]) if clip.name == "agc" else None
+    if unclipped and not net.num_classes:  # metric learning compares the features themselves
+        unclipped = tuple(pattern for pattern in unclipped if pattern != "head.weight")
     groups = parameter_groups(
         net,
         weight_decay=config.weight_decay,
         clipping=config.clipping,
-        unclipped=parse_unclipped(clip["unclipped"]) if clip.name == "agc" else None,
+        unclipped=unclipped,
         lr_multipliers=lr_multipliers(net, config.body),
     )
     return make_optimizer(groups, config.lr, name=chosen.name, **chosen.options)

@@ -30,6 +30,7 @@ def open_source(
     download: bool = False,
     root: str | os.PathLike[str] | None = None,
     pipes: bool = False,
+    labels: bool = True,
 ) -> Split:
     """Open a data set by name or by path, split into training and validation.
 
@@ -54,6 +55,8 @@ def open_source(
         root: Folder of torchvision's data sets, by default "data". An option in `data` overrides it.
         pipes: Allow the commands of "pipe:" to run. Pass True only for text that the user typed, not for text from a
             config file.
+        labels: Whether labels are needed. If not, a folder of images without class folders is allowed; all its images
+            get the class "unlabeled".
 
     Raises:
         ValueError: The data cannot be found or used.
@@ -93,7 +96,10 @@ def open_source(
         )
     from normfree.data.sources.folders import open_folder
     from normfree.data.sources.imagenet import find_imagenet, open_imagenet
+    from normfree.data.sources.unlabeled import is_flat, open_unlabeled
 
+    if not labels and is_flat(path):
+        return open_unlabeled(path, val_fraction=val_fraction, seed=seed)
     if find_imagenet(path):
         return open_imagenet(path)
     return open_folder(path, val_fraction=val_fraction, seed=seed)

@@ -48,7 +48,8 @@ def train_transform(
         flip: Probability of mirroring the image left to right.
         randaugment: "off"; "trivial" for one operation of random strength (TrivialAugment, arXiv 2103.10158); "LxM"
             for L operations in a row at magnitude M of 10, as DeepMind ran it (`rand_augment`); or "tv:LxM" for
-            torchvision's RandAugment (arXiv 1909.13719) at magnitude M of 30.
+            torchvision's RandAugment (arXiv 1909.13719) at magnitude M of 30; "simclr:S" for the colors of SimCLR at
+            strength S (`simclr_colors`).
         interpolation: "bicubic", "bilinear" or "nearest".
         fill: Color 0 to 255 that torchvision's operations paint at uncovered edges.
 
@@ -103,13 +104,15 @@ def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:
         return []
     if text == "trivial":
         return [torchvision_module("transforms.v2").TrivialAugmentWide(fill=list(fill))]
+    if text.startswith("simclr:"):
+        return simclr_colors(text)
     match = re.fullmatch(r"(tv:)?([1-9]\d?)x(\d\d?)", text)
     if match is None or int(match[3]) > 30:
         raise ValueError(
             problem(
                 f"randaugment={text!r}",
                 allowed="'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is their full range), "
-                "'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30",
+                "'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30; 'simclr:<strength>'",
                 fix="randaugment='4x5'",
             )
         )
@@ -118,6 +121,32 @@ def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:
         return [ReferenceRandAugment(layers, magnitude)]
     v2 = torchvision_module("transforms.v2")
     return [v2.RandAugment(num_ops=layers, magnitude=magnitude, fill=list(fill))]
+
+
+def simclr_colors(text: str) -> list[Any]:
+    """Return the color operations of SimCLR on PIL images: jitter with probability 0.8, and gray with 0.2.
+
+    Args:
+        text: "simclr:S"; brightness, contrast and saturation change by up to 0.8 S, the hue by up to 0.2 S.
+
+    Raises:
+        ValueError: S is not a number above 0, up to 2.5, where the hue takes all values.
+
+    Source: Chen et al. 2020 (arXiv 2002.05709), appendix A. Its blur, for images of 224 px, is left out, as in its
+    experiments on CIFAR-10 (appendix B.9), where S is 0.5.
+    """
+    try:
+        strength = float(text.removeprefix("simclr:"))
+    except ValueError:
+        strength = -1.0
+    if not 0 < strength <= 2.5:
+        raise ValueError(
+            problem(f"randaugment={text!r}", allowed="'simclr:S', 0 < S <= 2.5", fix="randaugment='simclr:1'")
+        )
+    v2 = torchvision_module("transforms.v2")
+    change = 0.8 * strength
+    jitter = v2.ColorJitter(change, change, change, 0.2 * strength)
+    return [v2.RandomApply([jitter], p=0.8), v2.RandomGrayscale(p=0.2)]
 
 
 class AfterMixing:
