@@ -83,7 +83,11 @@ def open_source(
     spec = _spec(text)
     if spec:
         return _open_spec(spec, val_fraction=val_fraction, seed=seed, download=download, pipes=pipes)
-    path = Path(text).expanduser()
+    return _open_path(Path(text).expanduser(), text, val_fraction=val_fraction, seed=seed, labels=labels)
+
+
+def _open_path(path: Path, text: str, *, val_fraction: float, seed: int, labels: bool) -> Split:
+    """Return the split of the folder at `path`, which was given as `text`."""
     if not path.exists():
         raise ValueError(_unknown(text))
     if not path.is_dir():
