@@ -10,14 +10,16 @@ Legend: B batch, C channels, H W height and width, D features, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from normfree.models.activations import GAINS, activation
+from normfree.models.features import Backbone, FeatureNet, feature_info, fine_map_index, take_indices
 from normfree.models.layers import (
     Conv2d,
     EfficientChannelAttention,
@@ -100,8 +102,8 @@ class Stem(Region):
         super().__init__()
         spec = STEMS[variant.stem]
         self.act, self.max_pool, self.depth = activation(variant.activation), spec.max_pool, len(spec.convs)
-        self.padding = variant.padding
-        channels, self.reduction = in_channels, 2 if spec.max_pool else 1
+        self.padding, self.fine_map_index = variant.padding, fine_map_index(variant)
+        channels = in_channels
         for i, (kernel_size, width, stride) in enumerate(spec.convs):
             out = variant.stem_width(width)
             if i:
@@ -109,14 +111,34 @@ class Stem(Region):
             scale = factory.gamma if i else None
             conv = factory.conv(channels, out, kernel_size=kernel_size, stride=stride, scale=scale)
             self.add_module(f"conv{i}", conv)
-            channels, self.reduction = out, self.reduction * stride
+            channels = out
         self.out_channels = channels
 
     def compute(self, x: Tensor) -> Tensor:
-        x = self.get_submodule("conv0")(x)
-        for i in range(1, self.depth):
-            x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), act=self.act)
+        return self.after_fine_map(self.fine_map(x))
+
+    def fine_map(self, images: Tensor) -> Tensor:
+        """Return the map before the last reduction, or the output if the stem reduces at most once."""
+        return self._convs(self.get_submodule("conv0")(images), 1, self.fine_map_index + 1)
+
+    def after_fine_map(self, x: Tensor) -> Tensor:
+        """Return the output of the stem, given its fine map."""
+        x = self._convs(x, self.fine_map_index + 1, self.depth)
         return max_pool(x, padding=self.padding) if self.max_pool else x
+
+    def _convs(self, x: Tensor, start: int, stop: int) -> Tensor:
+        for i in range(start, stop):
+            x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), act=self.act)
+        return x
+
+    def without_rest(self) -> Stem:
+        """Return a stem that shares the layers of this one up to the fine map and has no others."""
+        stem = copy.copy(self)
+        stem._modules = dict(self._modules)
+        for i in range(self.fine_map_index + 1, self.depth):
+            del stem._modules[f"conv{i}"], stem._modules[f"norm{i}"]
+        stem.depth, stem.max_pool = self.fine_map_index + 1, False
+        return stem
 
 
 class Block(Region):
@@ -223,11 +245,20 @@ class Block(Region):
         return branch, gate
 
 
-class Net(nn.Module):
+# Pooling of the last map to features, by timm's names. "" returns the map.
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.mean(dim=(2, 3)),
+    "max": lambda x: x.amax(dim=(2, 3)),
+    "avgmax": lambda x: 0.5 * (x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))),
+    "": lambda x: x,
+}
+
+
+class Net(Backbone):
     """A network built from a `Variant`: images B 3 H W -> logits B K. Make one with `normfree.create_model`.
 
-    `feature_info` lists the stem and stages with channels, reduction and module name, as timm does. With
-    `num_classes=0` the output is the pooled features B D.
+    `feature_info` lists channels, stride and module of every feature map, as timm does. With `num_classes=0` the
+    output is the pooled features B D, or with `global_pool=""` the last map B D H/r W/r.
     """
 
     folded = False
@@ -241,10 +272,10 @@ class Net(nn.Module):
         self.variant, self.name, self.in_channels = variant, name, in_channels
         self.feature_scale = factory.feature_scale
         self.act = activation(variant.activation)
-        self.grad_checkpointing = False
+        self.feature_info = feature_info(variant)
+        self.stem_map = len(self.feature_info) > len(variant.depths)
         self.stem = Stem(variant, factory, in_channels)
-        channels, reduction = self.stem.out_channels, self.stem.reduction
-        self.feature_info = [{"num_chs": channels, "reduction": reduction, "module": "stem"}]
+        channels = self.stem.out_channels
         betas, rates = expected_betas(variant.depths, variant.alpha), iter(variant.stochdepth_rates())
         self.stages = nn.Sequential()
         for s, (depth, width) in enumerate(zip(variant.depths, variant.widths, strict=True)):
@@ -263,8 +294,6 @@ class Net(nn.Module):
                 stage.append(block)
                 channels = width
             self.stages.append(stage)
-            reduction *= variant.strides[s]
-            self.feature_info.append({"num_chs": width, "reduction": reduction, "module": f"stages.{s}"})
         self.num_features, self.final_conv = variant.head_width, None
         if variant.head_ratio[0]:
             self.final_conv = factory.conv(channels, self.num_features, kernel_size=1)
@@ -286,37 +315,64 @@ class Net(nn.Module):
             x = self.final_conv(x)
         return self.act(self.final_norm(x))
 
-    def forward_stage(self, x: Tensor, stage: nn.Module) -> Tensor:
-        """Return the output of one stage, with gradient checkpointing if that is on."""
-        for block in stage.children():
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the last activation map and the feature maps, with the arguments of timm's method of this name.
+
+        Args:
+            images: B 3 H W.
+            indices: which maps of `feature_info`: a list, or a number n for the last n; None means all.
+            norm: no effect, since the maps have no norm after them.
+            stop_early: compute nothing after the last map wanted; that is then returned instead of the activation map.
+            output_fmt: "NCHW".
+            intermediates_only: return only the list of feature maps.
+
+        Raises:
+            ValueError: an index is out of range, or the format is another one.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(problem(f"output_fmt={output_fmt!r}", allowed="NCHW"))
+        wanted = take_indices(len(self.feature_info), indices)
+        x, maps = self.feature_maps(images, wanted, stop_early=stop_early)
+        if intermediates_only:
+            return maps
+        complete = not stop_early or wanted[-1] == len(self.feature_info) - 1
+        return self.act(self.final_norm(x)) if complete else x, maps
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits B K of an activation map, or the pooled features B D (times γ) with `pre_logits`."""
-        pooled = x.mean(dim=(2, 3))
+        pooled = POOLS[self.variant.global_pool](x)
         if pre_logits or not self.num_classes:
             return pooled * self.feature_scale
         return self.head(self.head_drop(pooled if self.head_scale == 1.0 else pooled * self.head_scale))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of saving its activations."""
-        self.grad_checkpointing = enable
-
     # --- the classifier ---
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make a new classifier for `num_classes` classes; 0 removes it, so that the output is the features.
 
+        Args:
+            num_classes: the number of classes, or 0.
+            global_pool: "avg", "max", "avgmax", or "" to return the map; None changes nothing.
+
         Raises:
-            ValueError: `num_classes` is negative.
+            ValueError: `num_classes` is negative, or not 0 without pooling, or the pooling is unknown.
         """
+        if global_pool is not None:
+            self.variant = replace(self.variant, global_pool=global_pool)  # type: ignore[arg-type]  # checked there
         if num_classes < 0:
             given = f"num_classes={num_classes}"
             raise ValueError(problem(given, allowed="a count, or 0 for pooled features", fix="use 0 or more"))
+        if num_classes and not self.variant.global_pool:
+            given = f"num_classes={num_classes} with global_pool=''"
+            raise ValueError(problem(given, allowed="num_classes=0", fix="use it, or global_pool='avg'"))
         self.num_classes, self.head_scale = num_classes, self.feature_scale
         self.head: nn.Module = nn.Identity()
         if num_classes:
@@ -337,37 +393,46 @@ class Net(nn.Module):
         self.head_drop = nn.Dropout(0.0)
         return scale
 
+    # --- other methods of timm's networks ---
 
-class FeatureNet(nn.Module):
-    """A network without its head: images -> the maps of the stem and stages in `out_indices`.
+    @property
+    def in_chans(self) -> int:
+        """`in_channels`, by timm's name."""
+        return self.in_channels
 
-    Maps are the residual stream itself, before the activation. `feature_info` describes those returned.
-    """
+    @property
+    def head_hidden_size(self) -> int:
+        """`num_features`, by timm's name."""
+        return self.num_features
 
-    def __init__(self, net: Net, *, out_indices: Sequence[int] | None = None) -> None:
-        super().__init__()
-        count = len(net.feature_info)
-        given = range(count) if out_indices is None else out_indices
-        chosen = [i + count if i < 0 else i for i in given]
-        if not chosen or min(chosen) < 0 or max(chosen) >= count:
-            raise ValueError(
-                problem(
-                    f"out_indices={tuple(given)}",
-                    allowed=f"indices from 0 (the stem) to {count - 1} (the last stage), "
-                    "or negative ones counted from the end",
-                    fix=f"use out_indices={tuple(range(count))} for all maps, or a part of it",
-                )
-            )
-        self.variant, self.name = net.variant, net.name
-        self.out_indices = tuple(sorted(set(chosen)))
-        self.feature_info: list[dict[str, Any]] = [net.feature_info[i] for i in self.out_indices]
-        self.stem, self.stages = net.stem, net.stages[: max(self.out_indices)]
+    @property
+    def global_pool(self) -> str:
+        """How the last map becomes features, see `reset_classifier`."""
+        return self.variant.global_pool
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)
-        maps = [x] if 0 in self.out_indices else []
-        for i, stage in enumerate(self.stages, start=1):
-            x = stage(x)
-            if i in self.out_indices:
-                maps.append(x)
-        return maps
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns by which timm sorts parameters into layers, for example for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_(conv|norm)", (99999,))]}
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers that the feature maps `indices` do not need, and the classifier; return the indices.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_norm: remove the norm after the last map, which only batch-norm twins have.
+            prune_head: remove the classifier even if all other layers are needed.
+        """
+        taken = take_indices(len(self.feature_info), indices)
+        pruned = taken[-1] < len(self.feature_info) - 1
+        if pruned:
+            part = FeatureNet(self, out_indices=taken)
+            self.stem, self.stages, self.final_conv = part.stem, part.stages, part.final_conv
+            self.num_features = self.feature_info[taken[-1]]["num_chs"]
+        if prune_norm or pruned:
+            self.final_norm = nn.Identity()
+        if prune_head or pruned:
+            self.reset_classifier(0, "")
+        return list(taken)

@@ -54,6 +54,8 @@ class Variant:
     """Round that width to a multiple of this; 1 means round it down, as in the reference code (timm: 8)."""
     head_ratio: tuple[int, int] = (2, 1)
     """Width of the final 1x1 convolution as a fraction of the last stage's; (0, 1) means no such convolution."""
+    global_pool: Literal["avg", "max", "avgmax", ""] = "avg"
+    """How the last map becomes features: its mean, its maximum, the mean of both, or not at all (timm's names)."""
     activation: str = "gelu"
     """A key of `ACTIVATIONS`."""
     norm: Literal["none", "batch"] = "none"
@@ -173,10 +175,33 @@ class Variant:
         """
         known = [f.name for f in fields(self)]
         for name in overrides:
+            if name in SYNONYMS:
+                given = f"unknown model field {name!r}"
+                raise ValueError(problem(given, fix=f"use {SYNONYMS[name]!r}"))
             if name not in known:
                 raise ValueError(unknown("model field", name, known))
         clean = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
         return replace(self, **clean)  # type: ignore[arg-type]  # __post_init__ checks the values
+
+
+# Names of options in other libraries, whose spelling suggests another field -> our name.
+SYNONYMS = {
+    "drop_path": "stochdepth_rate",
+    "drop_path_rate": "stochdepth_rate",
+    "stochastic_depth": "stochdepth_rate",
+    "stochastic_depth_prob": "stochdepth_rate",
+    "survival_prob": "stochdepth_rate",
+    "dropout": "drop_rate",
+    "act_layer": "activation",
+    "channels": "widths",
+    "layers": "depths",
+    "stem_type": "stem",
+    "in_chans": "in_channels",
+    "img_size": "train_size",
+    "classes": "num_classes",
+    "checkpoint_path": "weights",
+    "pretrained": "weights",
+}
 
 
 def rounded(value: float, divisor: int, *, keep: float = 0.9) -> int:

@@ -218,12 +218,13 @@ def variant_of(name: str) -> Variant:
         ValueError: the name is unknown; the message has the nearest one.
     """
     if name not in VARIANTS:
-        hint = did_you_mean(name, VARIANTS)
+        hint, full = did_you_mean(name, VARIANTS), name
+        name = name.partition(".")[0]  # timm's names may end in a tag
         if f"timm_{name}" in VARIANTS:
             hint = f" timm's network of that name is 'timm_{name}'"
             published = name.removeprefix("dm_")
             hint += f"; {published!r} computes it as DeepMind's code does." if published != name else "."
-        raise ValueError(f"unknown model {name!r}.{hint} All names: normfree list models")
+        raise ValueError(f"unknown model {full!r}.{hint} All names: normfree list models")
     return VARIANTS[name]
 
 

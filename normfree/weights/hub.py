@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from normfree.suggest import did_you_mean, problem
+from normfree.suggest import did_you_mean, problem, unknown
 
 PREFIX = "hf-hub:"
 
@@ -25,13 +25,17 @@ TAGS: dict[str, str] = {
 }
 
 
-def repository_of(name: str) -> str:
+def repository_of(name: str, *, tag: str = "") -> str:
     """Return the hub repository with published weights for a variant.
 
     `nfnet_f0` and `timm_dm_nfnet_f0` both have DeepMind's weights, as converted by timm.
 
+    Args:
+        name: name of the variant.
+        tag: timm's tag of the weights; "" means the only one.
+
     Raises:
-        ValueError: no weights are published for this variant.
+        ValueError: no weights, or none with this tag, are published for this variant.
     """
     timm_name = name.removeprefix("timm_") if name.startswith("timm_") else f"dm_{name}"
     if timm_name not in TAGS:
@@ -43,6 +47,8 @@ def repository_of(name: str) -> str:
                 fix=f"for weights from another repository pass weights='{PREFIX}OWNER/NAME'",
             )
         )
+    if tag not in ("", TAGS[timm_name]):
+        raise ValueError(unknown(f"tag of {name}", tag, [TAGS[timm_name]]))
     return f"timm/{timm_name}.{TAGS[timm_name]}"
 
 

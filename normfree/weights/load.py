@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,14 @@ PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 MAX_HEADER = 8 << 20
 # Names of the classifier's parameters begin with this.
 _CLASSIFIER = "head."
+_FIRST_CONV = "stem.conv0.weight"
+
+_logger = logging.getLogger(__name__)
 
 
-def load_weights(net: nn.Module, source: str | Path | Mapping[str, Any], *, head: bool = True) -> None:
+def load_weights(
+    net: nn.Module, source: str | Path | Mapping[str, Any], *, head: bool = True, adapt: bool = False
+) -> None:
     """Load weights into a network. Every name and shape must match, otherwise nothing is loaded.
 
     The network keeps its own numerics: with timm's `dm_nfnet_f0` weights, `nfnet_f0` computes as the reference code
@@ -34,6 +41,8 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, Any], *, head
             tree `{module: {name: array}}`. Our names, the released ones and timm's are recognized. If the network has
             no classifier (`num_classes=0`), a classifier in the source is ignored.
         head: load the classifier too. False keeps the network's own, for other classes.
+        adapt: accept weights for another number of image channels or classes, as timm does: the first convolution is
+            changed by `adapt_input_channels`, and the network keeps its own classifier, with one line in the log.
 
     Raises:
         ValueError: the source cannot be read, names are missing or unknown, shapes differ, or a value is not finite.
@@ -47,10 +56,55 @@ def load_weights(net: nn.Module, source: str | Path | Mapping[str, Any], *, head
     """
     title = "the state dict" if isinstance(source, Mapping) else str(source)
     state = to_our_names(source if isinstance(source, Mapping) else read_weights(Path(source)))
+    if adapt:
+        state, head = _adapted(net, state, head=head, source=title)
     if not head:
         own = {k: v for k, v in net.state_dict().items() if k.startswith(_CLASSIFIER)}
         state = {k: v for k, v in state.items() if not k.startswith(_CLASSIFIER)} | own
     load_state_dict_(net, state, source=title)
+
+
+def adapt_input_channels(weight: Tensor, in_channels: int) -> Tensor:
+    """Return the weight of a first convolution for images with another number of channels.
+
+    For one channel, the weight is summed over the channels. For more, its channels are repeated in order up to that
+    number, and divided by the factor by which their number grows.
+
+    Args:
+        weight: O I H W.
+        in_channels: channels of the images.
+
+    Returns:
+        O `in_channels` H W in the dtype of `weight`.
+
+    Source: timm 1.0.31, `adapt_input_conv`; equal to the last bit.
+    """
+    given = weight.shape[1]
+    if given == in_channels:
+        return weight
+    wide = weight.float()
+    if in_channels == 1:
+        return wide.sum(dim=1, keepdim=True).to(weight.dtype)
+    repeated = wide.repeat(1, math.ceil(in_channels / given), 1, 1)[:, :in_channels]
+    return (repeated * (given / float(in_channels))).to(weight.dtype)
+
+
+def _adapted(
+    net: nn.Module, state: Mapping[str, Tensor], *, head: bool, source: str
+) -> tuple[dict[str, Tensor], bool]:
+    """Return the state with the image channels of `net`, and whether its classifier fits that of `net`."""
+    own, state = net.state_dict(), dict(state)
+    wanted, given = own.get(_FIRST_CONV), state.get(_FIRST_CONV)
+    if wanted is not None and given is not None and wanted.ndim == given.ndim == 4:
+        state[_FIRST_CONV] = adapt_input_channels(given, wanted.shape[1])
+        if wanted.shape[1] != given.shape[1]:
+            _logger.info("%s: adapted from %d to %d image channels", source, given.shape[1], wanted.shape[1])
+    sizes = [len(s[key]) if (key := f"{_CLASSIFIER}bias") in s else 0 for s in (own, state)]
+    if head and sizes[0] and sizes[0] != sizes[1]:
+        classes = f"{sizes[1]} classes" if sizes[1] else "no classifier"
+        _logger.warning("%s has %s, so the classifier for %d classes is new", source, classes, sizes[0])
+        head = False
+    return state, head
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:

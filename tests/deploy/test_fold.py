@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from normfree.deploy.fold import fold
+from normfree.models.features import FeatureNet
 from normfree.models.layers import SqueezeExcite
-from normfree.models.net import FeatureNet
 from normfree.models.zoo import create_model
 
 SMALL = {

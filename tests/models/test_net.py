@@ -1,11 +1,14 @@
 """A contract for every variant, and the laws of the residual scheme."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from normfree.models.features import FeatureNet, take_indices
 from normfree.models.layers import WSConv2d
 from normfree.models.net import expected_betas
 from normfree.models.variants import VARIANTS, list_models, variant_of
@@ -66,29 +69,79 @@ def test_contract(name):
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_features_only_returns_the_residual_stream(name):
+def test_features_only_returns_one_map_per_resolution(name):
     torch.manual_seed(0)
-    backbone = create_model(name, features_only=True, **shrunk(name)).eval()
+    backbone = open_branches_(create_model(name, features_only=True, **shrunk(name))).eval()
     x = torch.randn(1, 3, 65, 65)
     maps = backbone(x)
-    assert len(maps) == len(backbone.feature_info) == len(variant_of(name).depths) + 1
+    reductions = [info["reduction"] for info in backbone.feature_info]
+    first = 1 if variant_of(name).stem == "conv3" else 2
+    assert reductions == [first * 2**i for i in range(len(reductions))]
+    assert len(maps) == len(reductions) == len(variant_of(name).depths) + (first == 2)
     for map_, info in zip(maps, backbone.feature_info, strict=True):
         side = math.ceil(65 / info["reduction"])
         assert map_.shape == (1, info["num_chs"], side, side)
+    sum(m.square().sum() for m in backbone.train()(torch.randn(2, 3, 65, 65))).backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "nf_regnet_b0", "bn_nfnet_f0", "nf_resnet_nano", "nf_resnet26"])
+def test_every_choice_of_maps_gives_the_same_maps(name):
+    """Also by timm's method, by its pruning, and by hooks on the modules of `feature_info`."""
     torch.manual_seed(0)
-    chosen = create_model(name, features_only=True, out_indices=(1, -1), **shrunk(name)).eval()
-    for got, wanted in zip(chosen(x), (maps[1], maps[-1]), strict=True):
-        torch.testing.assert_close(got, wanted)
+    net, x = (
+        open_branches_(create_model(name, num_classes=5, **shrunk(name))).eval(),
+        torch.randn(1, 3, 64, 64),
+    )
+    hooked: dict[str, torch.Tensor] = {}
+    hooks = [
+        net.get_submodule(info["module"]).register_forward_hook(
+            lambda _m, _i, out, key=info["module"]: hooked.update({key: out})
+        )
+        for info in net.feature_info
+    ]
+    last, maps = net.forward_intermediates(x)
+    torch.testing.assert_close(last, net.forward_features(x))
+    for map_, info in zip(maps, net.feature_info, strict=True):
+        assert torch.equal(map_, hooked[info["module"]])
+    for hook in hooks:
+        hook.remove()
+    for chosen in ((0,), (1,), (0, 2), (-1,), (1, -1), 2):
+        wanted = [maps[i] for i in take_indices(len(maps), chosen)]
+        backbone = FeatureNet(net, out_indices=chosen).eval()
+        pruned = copy.deepcopy(net)
+        kept = pruned.prune_intermediate_layers(chosen, prune_norm=True)
+        early, some = net.forward_intermediates(x, chosen, stop_early=True)
+        for got in (
+            backbone(x),
+            some,
+            net.forward_intermediates(x, chosen, intermediates_only=True),
+            pruned.forward_intermediates(x, kept, intermediates_only=True),
+            pickle.loads(pickle.dumps(backbone))(x),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True)), chosen
+        assert torch.equal(early, last if kept[-1] == len(maps) - 1 else maps[kept[-1]])
+        assert pruned.num_features == net.feature_info[kept[-1]]["num_chs"]
+        # no layer is left that the maps do not need
+        for part in (backbone.train(), pruned.train()):
+            images = torch.randn(2, 3, 64, 64)
+            outputs = part(images) if part is backbone else part.forward_intermediates(images, kept)[1]
+            sum(m.square().sum() for m in outputs).backward()
+            unused = [n for n, p in part.named_parameters() if p.grad is None]
+            assert unused == []
+            part.zero_grad()
+            part.eval()
+    with pytest.raises(ValueError, match=r"^output_fmt='NHWC'\. Allowed: NCHW\.$"):
+        net.forward_intermediates(x, output_fmt="NHWC")
 
 
 def test_feature_info_of_the_f0():
-    net = create_model("nfnet_f0", **TINY)
-    assert net.feature_info == [
-        {"num_chs": 16, "reduction": 4, "module": "stem"},
+    assert create_model("nfnet_f0", **TINY).feature_info == [
+        {"num_chs": 64, "reduction": 2, "module": "stem.conv2"},
         {"num_chs": 32, "reduction": 4, "module": "stages.0"},
         {"num_chs": 64, "reduction": 8, "module": "stages.1"},
         {"num_chs": 96, "reduction": 16, "module": "stages.2"},
-        {"num_chs": 96, "reduction": 32, "module": "stages.3"},
+        {"num_chs": 192, "reduction": 32, "module": "final_conv"},
     ]
 
 
@@ -97,8 +150,8 @@ def test_feature_info_of_the_f0():
     [
         (
             {"features_only": True, "out_indices": (9,)},
-            "out_indices=(9,). Allowed: indices from 0 (the stem) to 4 (the last stage), or negative ones counted from "
-            "the end. Fix: use out_indices=(0, 1, 2, 3, 4) for all maps, or a part of it.",
+            "out_indices=(9,). Allowed: indices from 0 (the finest map) to 4 (the last stage), or negative ones "
+            "counted from the end. Fix: use out_indices=(0, 1, 2, 3, 4) for all maps, or a part of it.",
         ),
         (
             {"out_indices": (1,)},
@@ -110,6 +163,28 @@ def test_feature_errors(arguments, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011  # compared below
         create_model("nfnet_f0", **arguments, **TINY)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", ""])
+def test_pooling(pool):
+    net = open_branches_(create_model("nf_resnet_nano", num_classes=0, global_pool=pool)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    maps = net.forward_features(x) * net.feature_scale
+    flat = maps.flatten(2)
+    wanted = {
+        "avg": flat.mean(2), "max": flat.amax(2), "avgmax": (flat.mean(2) + flat.amax(2)) / 2, "": maps
+    }[pool]  # fmt: skip
+    torch.testing.assert_close(net(x), wanted)
+    other = create_model("nf_resnet_nano", num_classes=4, weights=None)
+    other.reset_classifier(0, pool)
+    assert (other.global_pool, other.variant.global_pool) == (pool, pool)
+
+
+def test_invalid_pooling_is_refused():
+    with pytest.raises(ValueError, match=r"^num_classes=1000 with global_pool=''\. Allowed: num_classes=0\."):
+        create_model("nf_resnet_nano", global_pool="")
+    with pytest.raises(ValueError, match=r"^global_pool='mean'\. .*Allowed: avg, max, avgmax, \.$"):
+        create_model("nf_resnet_nano", global_pool="mean")
 
 
 def test_in_channels_and_one_pixel_images():

@@ -62,6 +62,61 @@ def test_same_function_and_same_weights_both_ways(name):
     assert all(torch.equal(back[key], value) for key, value in theirs.state_dict().items())
 
 
+FAMILIES = {
+    "dm_nfnet_f0",
+    "eca_nfnet_l0",
+    "test_nfnet",
+    "nf_resnet26",
+    "nf_seresnet26",
+    "nf_ecaresnet26",
+    "nf_regnet_b0",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_same_feature_maps(name):
+    """Strides 2 to 32, the last map after the final convolution."""
+    theirs = changed_timm(name, features_only=True).eval()
+    whole = changed_timm(name)  # the same seed gives the same weights
+    ours = create_model(f"timm_{name}", features_only=True).eval()
+    net = create_model(f"timm_{name}", num_classes=1000)
+    load_weights(net, whole.state_dict())
+    load_state(theirs, whole)
+    ours.load_state_dict({k: v for k, v in net.state_dict().items() if k in ours.state_dict()})
+    images = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        maps, wanted = ours(images), theirs(images)
+    assert [m.shape for m in maps] == [m.shape for m in wanted]
+    assert max(distance(a, b) for a, b in zip(maps, wanted, strict=True)) < TOLERANCE
+    assert [info["num_chs"] for info in ours.feature_info] == theirs.feature_info.channels()
+    assert (
+        [info["reduction"] for info in ours.feature_info]
+        == theirs.feature_info.reduction()
+        == [2, 4, 8, 16, 32]
+    )
+
+
+def load_state(features, whole):
+    """Load the weights of a whole network of timm into its feature extractor, which renames `stages.0`."""
+    state = {
+        k.replace("stages.", "stages_", 1).replace("stem.", "stem_", 1): v
+        for k, v in whole.state_dict().items()
+    }
+    features.load_state_dict({k: v for k, v in state.items() if k in features.state_dict()})
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax", ""])
+def test_same_pooling(pool):
+    theirs = changed_timm("test_nfnet", num_classes=0, global_pool=pool).eval()
+    ours = create_model("timm_test_nfnet", num_classes=0, global_pool=pool).eval()
+    load_weights(ours, theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert distance(ours(images), theirs(images)) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["dm_nfnet_f0", "eca_nfnet_l1", "nf_regnet_b2", "nf_seresnet26"])
 def test_differences_are_due_to_rounding(name):
     """In float64 the differences vanish: the function is the same, though a network may amplify rounding errors."""
@@ -99,9 +154,8 @@ def test_same_size_and_stage_shapes(name):
         == sum(p.numel() for p in ours.parameters())
         == count(variant_of(f"timm_{name}")).parameters
     )
-    assert [i["num_chs"] for i in ours.feature_info[1:-1]] == [
-        i["num_chs"] for i in theirs.feature_info[1:-1]
-    ]
+    for key in ("num_chs", "reduction"):
+        assert [i[key] for i in ours.feature_info] == [i[key] for i in theirs.feature_info]
     cfg = theirs.default_cfg
     assert (ours.variant.train_size, ours.variant.test_size) == (
         cfg["input_size"][-1], (cfg.get("test_input_size") or cfg["input_size"])[-1],
