@@ -108,7 +108,7 @@ def test_every_choice_of_maps_gives_the_same_maps(name):
         hook.remove()
     for chosen in ((0,), (1,), (0, 2), (-1,), (1, -1), 2):
         wanted = [maps[i] for i in take_indices(len(maps), chosen)]
-        backbone = FeatureNet(net, out_indices=chosen).eval()
+        backbone = FeatureNet(copy.deepcopy(net), out_indices=chosen)
         pruned = copy.deepcopy(net)
         kept = pruned.prune_intermediate_layers(chosen, prune_norm=True)
         early, some = net.forward_intermediates(x, chosen, stop_early=True)
