@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # crop_pct of timm's variants: 1 for the light NFNets (L0 to L2), these values, and 0.9 for all others.
 # Source: default_cfgs of models/nfnet.py, timm 1.0.31.
 TIMM_CROP_PCT = {"timm_nf_resnet50": 0.94, "timm_test_nfnet": 0.95}
+
+# Largest side in px that is scaled to the input size without a margin: at ImageNet sizes the margin is 32 px, which
+# would cut away the content of a small image.
+SQUASH_UP_TO = 96
 
 
 @dataclass(frozen=True)
@@ -112,17 +116,33 @@ def assumed_preprocessing(net: Net, *, deepmind: bool) -> Preprocessing:
     Args:
         net: the network.
         deepmind: True for weights in DeepMind's format, which were evaluated without antialiasing.
-
-    Source: evaluation of the reference code; `default_cfgs` of timm 1.0.31 for variants of timm.
     """
+    pre = published_preprocessing(net.name, net.variant.test_size, deepmind=deepmind)
+    if net.in_channels == 3:
+        return pre
     half = (0.5,) * net.in_channels
-    imagenet = net.in_channels == 3 and net.name != "timm_test_nfnet"
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (half, half)
-    size = net.variant.test_size
-    if not net.name.startswith("timm_") or net.name.startswith("timm_dm_"):
+    return replace(pre, mean=half, std=half)
+
+
+def published_preprocessing(name: str, image_size: int, *, deepmind: bool = False) -> Preprocessing:
+    """Return the preprocessing of RGB images that a variant is evaluated with in the code that it comes from.
+
+    Args:
+        name: name of the variant.
+        image_size: size of the images in pixels.
+        deepmind: True for weights in DeepMind's format, which were evaluated without antialiasing.
+
+    Source: evaluation of the reference code; `default_cfgs` of timm 1.0.31 for variants of timm; `normfree train` for
+    variants for small images.
+    """
+    if image_size <= SQUASH_UP_TO:
+        return Preprocessing(image_size, crop="squash")
+    if not name.startswith("timm_") or name.startswith("timm_dm_"):
         # Reference code: NFNets resize to a square of S + 32; NF-RegNets and NF-ResNets keep the aspect ratio.
-        crop = "resize_crop_32" if net.name.startswith(("nfnet", "timm_dm")) else "crop_resize"
-        return Preprocessing(size, crop=crop, antialias=not deepmind, mean=mean, std=std)
-    light = net.name.startswith(("timm_nfnet_l", "timm_eca_nfnet_l"))
-    crop_pct = 1.0 if light else TIMM_CROP_PCT.get(net.name, 0.9)
-    return Preprocessing(size, crop="center", crop_pct=crop_pct, mean=mean, std=std)
+        crop = "resize_crop_32" if name.startswith(("nfnet", "timm_dm")) else "crop_resize"
+        return Preprocessing(image_size, crop=crop, antialias=not deepmind)
+    light = name.startswith(("timm_nfnet_l", "timm_eca_nfnet_l"))
+    crop_pct = 1.0 if light else TIMM_CROP_PCT.get(name, 0.9)
+    pre = Preprocessing(image_size, crop="center", crop_pct=crop_pct)
+    half = (0.5, 0.5, 0.5)
+    return replace(pre, mean=half, std=half) if name == "timm_test_nfnet" else pre

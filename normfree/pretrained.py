@@ -1,7 +1,8 @@
 """Saving and loading of trained networks with their preprocessing and class names.
 
 The format is a Hugging Face model folder: `config.json` with timm's keys, `model.safetensors` and a model card
-`README.md`. Weights of `timm_` variants are written under timm's names, so that timm can open the folder.
+`README.md`. Weights of `timm_` variants are written under timm's names, so that timm can open the folder; after
+`import normfree.timm`, timm and transformers open the folders of all variants.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from normfree._version import __version__
 from normfree.files import atomic_write, atomic_write_text
 from normfree.models.net import Net
-from normfree.models.variants import VARIANTS
+from normfree.models.variants import VARIANTS, name_in_timm
 from normfree.models.zoo import create_model
 from normfree.onnx_net import OnnxNet, open_onnx
 from normfree.preprocessing import Preprocessing
@@ -182,32 +183,37 @@ def model_args(net: Net) -> dict[str, Any]:
 
 def _timm_knows(net: Net) -> bool:
     """Return True if timm can build the network from its name."""
-    return net.name.startswith("timm_") and model_args(net).keys() <= TRAINING_FIELDS
+    return net.name.startswith("timm_") and model_args(net).keys() <= TRAINING_FIELDS | {"global_pool"}
 
 
 def _config(net: Net, model: TrainedModel, for_timm: bool) -> dict[str, Any]:
     """Return the contents of config.json."""
-    pre = model.preprocessing
-    first = "stem.conv0"
+    pre, changed = model.preprocessing, model_args(net)
+    first, architecture = "stem.conv0", name_in_timm(net.name)
+    # timm passes these to its constructor.
+    for_constructor = {} if net.in_channels == 3 else {"in_chans": net.in_channels}
     if for_timm:
         first = "stem.conv1" if net.variant.stem == "deep" or net.variant.stem == "deep_128" else "stem.conv"
+        architecture = net.name.removeprefix("timm_")
+        for_constructor |= {k: v for k, v in changed.items() if k == "global_pool"}
+    else:
+        for_constructor |= changed
     return {
-        "architecture": net.name.removeprefix("timm_") if for_timm else net.name,
+        "architecture": architecture,
         "num_classes": net.num_classes,
         "num_features": net.num_features,
-        "global_pool": "avg",
+        "global_pool": net.global_pool,
         "label_names": list(model.classes),
-        # timm passes these to its constructor.
-        **({"model_args": {"in_chans": net.in_channels}} if for_timm and net.in_channels != 3 else {}),
         # Hugging Face's name for it, which its pipelines read too.
         **({"problem_type": MULTI_LABEL} if model.sigmoid else {}),
+        **({"model_args": for_constructor} if for_constructor else {}),
         "pretrained_cfg": {
             **pre.to_config(), "num_classes": net.num_classes,
             "first_conv": first, "classifier": "head.fc" if for_timm else "head",
         },
         "normfree": {
             "version": __version__, "row": net.name, "in_channels": net.in_channels,
-            "model_args": model_args(net), "preprocessing": asdict(pre),
+            "model_args": changed, "preprocessing": asdict(pre),
         },
     }  # fmt: skip
 
@@ -362,8 +368,8 @@ def _timm_variant(config: Mapping[str, Any], numerics: str) -> tuple[str, dict[s
         if key in theirs:
             args[field] = theirs.pop(key)
     theirs.pop("num_classes", None)
-    if theirs.get("global_pool") == "avg":
-        del theirs["global_pool"]
+    if "global_pool" in theirs:
+        args["global_pool"] = theirs.pop("global_pool")
     if theirs:
         raise ValueError(f"model_args {', '.join(sorted(theirs))} of timm's {name} are not supported.")
     return variant, args

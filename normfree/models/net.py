@@ -413,7 +413,7 @@ class Net(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the patterns by which timm sorts parameters into layers, for example for layer-wise learning rates."""
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_(conv|norm)", (99999,))]}
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^final_(?:conv|norm)", (99999,))]}
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

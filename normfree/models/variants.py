@@ -228,6 +228,23 @@ def variant_of(name: str) -> Variant:
     return VARIANTS[name]
 
 
+# ResNets of our table whose names timm 1.0.31 gives to networks with another function.
+_TIMM_RESNETS = ("resnet26", "resnet50", "resnet101", "resnet152", "resnet200")
+
+
+def name_in_timm(name: str) -> str:
+    """Return the name under which `normfree.timm` registers a variant with timm.
+
+    It is the variant's own, or the one after `normfree_` if timm has a network of that name, which computes something
+    else or has other names of parameters.
+
+    >>> name_in_timm("nf_resnet_nano"), name_in_timm("nfnet_f0")
+    ('nf_resnet_nano', 'normfree_nfnet_f0')
+    """
+    taken = name in _TIMM_RESNETS or f"timm_{name}" in VARIANTS
+    return f"normfree_{name}" if taken else name
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names of all networks that match a shell pattern, in the order of `VARIANTS`.
 

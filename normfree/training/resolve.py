@@ -11,7 +11,7 @@ from normfree.data.source import Split
 from normfree.data.sources.open import open_source
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
-from normfree.preprocessing import Preprocessing
+from normfree.preprocessing import SQUASH_UP_TO, Preprocessing
 from normfree.pretrained import TRAINING_FIELDS, Description, describe
 from normfree.suggest import problem
 from normfree.training.choices import OPTIMIZERS, parse_choice, uses_sigmoid
@@ -19,10 +19,6 @@ from normfree.training.config import Config, OptimConfig
 from normfree.training.console import RunLog
 from normfree.training.objective_rules import check_objective
 from normfree.weights.hub import PREFIX, repository_of
-
-# Largest side in px that is scaled to the input size without a margin: at ImageNet sizes the margin is 32 px, which
-# would cut away the content of a small image.
-SQUASH_UP_TO = 96
 
 
 @dataclass(frozen=True)
