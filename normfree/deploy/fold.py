@@ -29,8 +29,9 @@ from normfree.deploy.fold_batchnorm import (
 )
 from normfree.deploy.fold_net import fold_parts_, plain_conv
 from normfree.deploy.fold_standardized import NotFoldableError, folded_conv, is_standardized
+from normfree.models.features import FeatureNet
 from normfree.models.layers import WSConv2d
-from normfree.models.net import Block, FeatureNet, Net, Stem
+from normfree.models.net import Block, Net, Stem
 from normfree.suggest import problem
 
 Kind = Literal["weight standardization", "batch norm"]

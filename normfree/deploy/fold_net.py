@@ -4,7 +4,7 @@
     α, skip gain, the gate's factor 2    -> the last convolution of the branch, with the inverse in the gate
     γ of the pooled features             -> the classifier
     batch norm after a convolution       -> that convolution
-    batch norm of the residual stream    -> a depthwise 1x1 convolution, since the stream itself must not change
+    batch norm of a feature map or of the residual stream -> a depthwise 1x1 convolution, since others read the map
 
 Only Conv2d, Linear and activations remain (and Conv1d in the gate of ECA variants): the same function to rounding.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.deploy.packed_conv2d import PackedConv2d
+from normfree.models.features import FeatureNet
 from normfree.models.layers import Conv2d, EfficientChannelAttention, SqueezeExcite, WSConv2d
 from normfree.models.net import Block, Net, Stem
 from normfree.surgery.batchnorm import factor_and_shift
@@ -37,6 +38,8 @@ def fold_parts_(module: nn.Module) -> None:
             _fold_block(part)
         elif isinstance(part, Net):
             _fold_head(part)
+        elif isinstance(part, FeatureNet):
+            _fold_final_conv(part)
 
 
 # --- the parts ---------------------------------------------------------------------------------------
@@ -44,11 +47,11 @@ def fold_parts_(module: nn.Module) -> None:
 
 def _fold_stem(stem: Stem) -> None:
     for i in range(stem.depth):
-        norm = getattr(stem, f"norm{i + 1}", None)
-        conv, rest = plain_conv(getattr(stem, f"conv{i}"), norm)
+        norm, is_map = getattr(stem, f"norm{i + 1}", None), i == stem.fine_map_index
+        conv, rest = plain_conv(getattr(stem, f"conv{i}"), None if is_map else norm)
         setattr(stem, f"conv{i}", conv)
         if norm is not None:
-            setattr(stem, f"norm{i + 1}", rest)
+            setattr(stem, f"norm{i + 1}", _affine(norm) if is_map else rest)
 
 
 def _fold_block(block: Block) -> None:
@@ -75,14 +78,17 @@ def _fold_block(block: Block) -> None:
 
 
 def _fold_head(net: Net) -> None:
-    if net.final_conv is not None:
-        net.final_conv, net.final_norm = plain_conv(net.final_conv, net.final_norm)
-    else:
-        net.final_norm = _affine(net.final_norm)
+    _fold_final_conv(net)
+    net.final_norm = _affine(net.final_norm)
     scale = net.remove_head_scale_()
     if isinstance(net.head, nn.Linear):
         net.head.weight.mul_(scale)
     net.folded = True
+
+
+def _fold_final_conv(part: Net | FeatureNet) -> None:
+    if part.final_conv is not None:
+        part.final_conv, _ = plain_conv(part.final_conv)
 
 
 # --- the arithmetic ----------------------------------------------------------------------------------

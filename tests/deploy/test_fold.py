@@ -65,6 +65,8 @@ def test_plain_layers_give_the_same_outputs(name, dtype):
             assert distance(ours, theirs) < tolerance
             for a, b in zip(FeatureNet(folded)(images), FeatureNet(net)(images), strict=True):
                 assert distance(a, b) < tolerance
+            for a, b in zip(fold(FeatureNet(net))(images), FeatureNet(net)(images), strict=True):
+                assert distance(a, b) < tolerance
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # the original is unchanged
     with_parameters = [m for m in folded.modules() if list(m.parameters(recurse=False))]
     assert all(isinstance(m, nn.Conv2d | nn.Linear | nn.Conv1d) for m in with_parameters)
@@ -74,8 +76,8 @@ def test_plain_layers_give_the_same_outputs(name, dtype):
 
 
 def test_folding_twice_equals_folding_once():
-    for name in ("nf_resnet_nano", "resnet_nano"):
-        once = fold(changed(name))
+    for name in ("nf_resnet_nano", "resnet_nano", "bn_nfnet_f0"):
+        once = fold(changed(name, **SMALL[name]))
         twice = fold(once)
         assert all(torch.equal(v, once.state_dict()[k]) for k, v in twice.state_dict().items())
 
