@@ -132,11 +132,8 @@ def published_preprocessing(name: str, image_size: int, *, deepmind: bool = Fals
         image_size: size of the images in pixels.
         deepmind: True for weights in DeepMind's format, which were evaluated without antialiasing.
 
-    Source: evaluation of the reference code; `default_cfgs` of timm 1.0.31 for variants of timm; `normfree train` for
-    variants for small images.
+    Source: evaluation of the reference code; `default_cfgs` of timm 1.0.31 for variants of timm.
     """
-    if image_size <= SQUASH_UP_TO:
-        return Preprocessing(image_size, crop="squash")
     if not name.startswith("timm_") or name.startswith("timm_dm_"):
         # Reference code: NFNets resize to a square of S + 32; NF-RegNets and NF-ResNets keep the aspect ratio.
         crop = "resize_crop_32" if name.startswith(("nfnet", "timm_dm")) else "crop_resize"

@@ -21,7 +21,7 @@ from normfree.models.features import feature_info
 from normfree.models.variant import Variant
 from normfree.models.variants import VARIANTS, name_in_timm
 from normfree.models.zoo import create_model
-from normfree.preprocessing import published_preprocessing
+from normfree.preprocessing import SQUASH_UP_TO, published_preprocessing
 from normfree.weights.hub import TAGS
 from normfree.weights.names import to_our_names
 
@@ -47,7 +47,10 @@ def _configs(name: str, variant: Variant) -> dict[str, PretrainedCfg]:
     published = get_pretrained_cfg(f"{theirs}.{TAGS[theirs]}") if theirs in TAGS else None
     if published is not None:
         return {f"{name_in_timm(name)}.{TAGS[theirs]}": replace(published, **ours)}
-    config = published_preprocessing(name, variant.test_size).to_config()
+    preprocessing = published_preprocessing(name, variant.test_size)
+    if variant.test_size <= SQUASH_UP_TO:  # as `normfree train` evaluates the variants for small images
+        preprocessing = replace(preprocessing, crop="squash")
+    config = preprocessing.to_config()
     ours |= {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     ours["input_size"] = (3, variant.train_size, variant.train_size)
     if variant.train_size != variant.test_size:
