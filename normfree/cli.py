@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from normfree.commands.serve_command import ServeArguments, serve
 from normfree.commands.show_command import ShowArguments, show
 from normfree.commands.train_command import train
 from normfree.commands.usage import UsageError
-from normfree.suggest import unknown
+from normfree.suggest import printable, unknown
 
 HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options)
 
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in args
+    for stream in (sys.stdout, sys.stderr):  # a file name need not be valid Unicode, nor a terminal use UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = [arg for arg in args if arg != "--traceback"]
     try:
         return _dispatch(args)
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         for line in str(error).splitlines():
-            print(f"normfree: {line}", file=sys.stderr)
+            print(f"normfree: {printable(line)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # for example `normfree list | head`
         sys.stderr.close()
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # for example no permission, or no space left on the device
         if traceback:
             raise
-        print(f"normfree: {error}", file=sys.stderr)
+        print(f"normfree: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("normfree: interrupted", file=sys.stderr)

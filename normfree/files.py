@@ -1,12 +1,21 @@
-"""Atomic writes: a file or folder appears complete or not at all."""
+"""Atomic writes, in which a file appears complete or not at all, and bounded reads of files from anywhere."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import re
 import shutil
+import stat
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_DOTS = 200  # in one line of TOML
+_PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
 
 
 def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
@@ -35,9 +44,12 @@ def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         write(temporary)
+        if temporary.is_file():
+            flush(temporary)  # else a power failure could leave an empty file under the name
         if temporary.is_dir() and target.is_dir():
             target.rmdir()
         temporary.replace(target)
+        flush(target.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -49,3 +61,139 @@ def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
 def atomic_write_text(target: Path, text: str) -> Path:
     """Write `text` in UTF-8 with `atomic_write`; return `target`."""
     return atomic_write(target, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file or folder is on disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what `atomic_write` left in a folder when its process was killed; return the names."""
+    found = []
+    for path in folder.glob(".*.partial"):
+        match = _PARTIAL.fullmatch(path.name)
+        if match is None or _lives(int(match[1])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        found.append(path.name)
+    return found
+
+
+def _lives(process: int) -> bool:
+    """Return True if another process has this id."""
+    if process == os.getpid() or os.name == "nt":  # on Windows the signal 0 would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+class UnreadableFileError(ValueError):
+    """A file that cannot be used: it is missing, no regular file, too large, or damaged. The message names it."""
+
+
+def read_bytes(path: str | Path, *, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Pipes and devices are refused without waiting for them; links to regular files are followed.
+
+    Raises:
+        UnreadableFileError: the file is missing, no regular file, or larger.
+
+    Examples:
+        >>> read_bytes("/dev/zero", limit=100)
+        Traceback (most recent call last):
+        normfree.files.UnreadableFileError: '/dev/zero' is not a regular file.
+    """
+    shown = repr(str(path))
+    try:
+        # O_NONBLOCK: opening a pipe would wait for a writer.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb") as file:
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode):
+                raise UnreadableFileError(f"{shown} is not a regular file.")
+            content = b"" if about.st_size > limit else file.read(limit + 1)
+    except OSError as error:
+        raise UnreadableFileError(f"{shown} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:  # a zero byte in the path, or the error above
+        if isinstance(error, UnreadableFileError):
+            raise
+        raise UnreadableFileError(f"{shown} cannot be read: {error}.") from None
+    if about.st_size > limit or len(content) > limit:
+        raise UnreadableFileError(
+            f"{shown} has {max(about.st_size, len(content)):,} bytes; at most {limit:,} are read."
+        )
+    return content
+
+
+def read_text(path: str | Path, *, limit: int) -> str:
+    """Return the content of a UTF-8 file, as `read_bytes` does.
+
+    Raises:
+        UnreadableFileError: also if it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit=limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableFileError(f"{str(path)!r} is not UTF-8: {error.reason} at {error.start}.") from None
+
+
+def read_json(path: str | Path, *, limit: int) -> dict[str, Any]:
+    """Return the object in a JSON file, as `read_bytes` does.
+
+    Raises:
+        UnreadableFileError: also if it is not valid JSON, nested too deeply, or not an object.
+    """
+    text = read_text(path, limit=limit)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UnreadableFileError(f"{str(path)!r} is nested too deeply.") from None
+    except ValueError as error:  # also integers of thousands of digits
+        raise UnreadableFileError(f"{str(path)!r} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UnreadableFileError(f"{str(path)!r} holds a {type(value).__name__}, not an object.")
+    return value
+
+
+def read_toml(path: str | Path, *, limit: int = 128_000) -> dict[str, Any]:
+    """Return the content of a TOML file, as `read_bytes` does.
+
+    Raises:
+        UnreadableFileError: also if it is not valid TOML, or nested too deeply.
+    """
+    text = read_text(path, limit=limit)
+    # `tomllib` takes time and memory in the square of the parts of a dotted key.
+    if any(line.count(".") > _DOTS for line in text.splitlines()):
+        raise UnreadableFileError(f"{str(path)!r} has a line with more than {_DOTS} dots.")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UnreadableFileError(f"{str(path)!r} is nested too deeply.") from None
+    except ValueError as error:
+        raise UnreadableFileError(f"{str(path)!r} cannot be read as TOML: {error}.") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,6 +27,7 @@ from normfree.suggest import did_you_mean, problem, unknown
 from normfree.weights.hub import PREFIX, fetch, upload
 from normfree.weights.load import MODEL_FILE, load_weights, model_folder
 from normfree.weights.names import timm_from_state_dict
+from normfree.weights.tensor_file import write_tensors
 
 # The `problem_type` of a config.json whose classes are independent of each other.
 MULTI_LABEL = "multi_label_classification"
@@ -109,8 +110,6 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
         ...     sorted(file.name for file in path.iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
-    from safetensors.torch import save_file
-
     net = model.net
     folder = Path(folder)
     if not isinstance(net, Net):
@@ -140,7 +139,7 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
     tensors = {k: v.detach().contiguous().cpu() for k, v in state.items()}
     text = json.dumps(_config(net, model, for_timm), indent=2, ensure_ascii=False)
     atomic_write_text(folder / "config.json", text + "\n")
-    atomic_write(folder / MODEL_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    atomic_write(folder / MODEL_FILE, lambda path: write_tensors(path, tensors, metadata={"format": "pt"}))
     # safetensors makes its files readable only for their owner.
     shutil.copymode(folder / "config.json", folder / MODEL_FILE)
     if card:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_HARMLESS = "\n\t\u200c\u200d"  # not printable for Python
+
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the string of `known` that is most similar to `name`, or None if none is similar.
@@ -35,6 +37,21 @@ def some_names(names: Iterable[str], *, limit: int = 5) -> str:
     listed = list(names)
     text = ", ".join(repr(name) for name in listed[:limit])
     return f"{text} and {len(listed) - limit} more" if len(listed) > limit else text
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with characters that could control a terminal, or are no valid Unicode, as escapes.
+
+    Line breaks, tabs and the joiners of emoji and Indic scripts stay. Names of files may hold any character.
+
+    >>> print(printable("a\x1b[31mb\udcff"))
+    a\x1b[31mb\udcff
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def problem(given: str, *, allowed: str = "", fix: str = "") -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from normfree.commands.usage import UsageError
 from normfree.suggest import did_you_mean, problem
+from normfree.training.stop import StoppedBySignal, stop_signals
 
 if TYPE_CHECKING:
     from normfree.training.config import Config
@@ -93,18 +94,39 @@ def train(args: Sequence[str]) -> int:
     """Run `normfree train` with these arguments; return the exit code."""
     if {"--help", "-h"} & set(args):
         return _print_help()
+    folder: Path | None = None
+    with stop_signals():  # from here on, also while PyTorch is imported
+        try:
+            arguments = parse(args)
+            if arguments.find_lr:
+                return _find_lr(arguments)
+            config, folder = _resume(arguments) if arguments.run_config else _start(arguments)
+            _run_pipes(arguments, config)
+            return _train(config, folder)
+        except StoppedBySignal as stopped:
+            _print_stopped(stopped, folder)
+            return stopped.exit_code
+        except ValueError:
+            # torchrun gives all processes the same arguments; only one process of each machine reports the error.
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                raise
+            return 2
+
+
+def _print_stopped(stopped: StoppedBySignal, folder: Path | None) -> None:
+    """Print that a signal has ended the run, and how to go on."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun sets it; only the main process prints
+        return
+    text = "stopped before the first step; nothing is lost"
+    if stopped.step is not None:
+        text = f"stopped after step {stopped.step}; everything is saved"
+    elif folder is not None and (folder / "checkpoints").exists():
+        text = "stopped; everything is saved"
+    resume = f" Resume: normfree train {folder}" if folder and (folder / "config.toml").exists() else ""
     try:
-        arguments = parse(args)
-        if arguments.find_lr:
-            return _find_lr(arguments)
-        config, folder = _resume(arguments) if arguments.run_config else _start(arguments)
-        _run_pipes(arguments, config)
-    except ValueError:
-        # torchrun gives all processes the same arguments; only one process of each machine reports the error.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        return 2
-    return _train(config, folder)
+        print(f"\n{text}.{resume}", flush=True)
+    except OSError:  # the terminal is gone, and Python would fail again when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- config and folder -------------------------------------------------------------------------------
@@ -202,7 +224,6 @@ def _train(config: Config, folder: Path) -> int:
     from normfree.training.allocator import keep_freed_memory
     from normfree.training.distributed.world import ElsewhereError
     from normfree.training.loop import train as run
-    from normfree.training.stop import StoppedBySignal
     from normfree.training.trainer import DivergedError
 
     if config.device in ("auto", "cpu"):
@@ -211,12 +232,6 @@ def _train(config: Config, folder: Path) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         run(config, folder)
-    except StoppedBySignal as stopped:
-        if is_main:
-            print(
-                f"\nstopped after step {stopped.step}; everything is saved. Resume: normfree train {folder}"
-            )
-        return stopped.exit_code
     except DivergedError as error:
         if is_main:
             print(f"normfree: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ in a row: q // R replaces q, and copy q % R is augmented as repetition R * cycle
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,16 @@ from normfree.data.sampler import (
 )
 from normfree.data.seeds import key
 from normfree.data.source import Source, as_streamed, has_pixels, pixels_of
+from normfree.data.supervision import (
+    DEADLINE,
+    INTERVAL,
+    LoaderError,
+    begin_worker,
+    end_workers,
+    never,
+    share,
+    supervised,
+)
 from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.mixing import FreshPairs
 from normfree.suggest import problem
@@ -92,6 +101,8 @@ def train_batches(
     pin_memory: bool = False,
     pairs: FreshPairs | None = None,
     repeats: int = 1,
+    stopped: Callable[[], bool] = never,
+    deadline: float = DEADLINE,
 ) -> Generator[Batch, None, None]:
     """Return the batches of steps `start_step` to `num_steps` - 1.
 
@@ -115,10 +126,13 @@ def train_batches(
             with different augmentations; some copies may be on one rank and the others on the next. Epochs count
             the images shown: after `repeats` epochs every sample has been shown `repeats` times, with the same
             augmentations as in that many epochs without repeats.
+        stopped: Called before each batch, and every second while one is awaited; True raises LoadingStopped.
+        deadline: Seconds to wait for one batch of the workers.
 
     Raises:
         ValueError: An argument is out of range; raised at once.
         ImageError: An image cannot be read; raised while iterating, with the name of the image.
+        LoaderError: A worker has ended, shared memory is full, or the deadline has passed.
 
     Source:
         Repeated augmentation: Hoffer et al. 2020, "Augment your batch"; Berman et al. 2019, "MultiGrain".
@@ -138,7 +152,14 @@ def train_batches(
         pairs=pairs,
         repeats=repeats,
     )
-    return _stream(_Fetcher(source, transform, seed, pairs), sampler, workers=workers, pin_memory=pin_memory)
+    return _stream(
+        _Fetcher(source, transform, seed, pairs),
+        sampler,
+        workers=workers,
+        pin_memory=pin_memory,
+        stopped=stopped,
+        deadline=deadline,
+    )
 
 
 def eval_batches(
@@ -150,6 +171,8 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    stopped: Callable[[], bool] = never,
+    deadline: float = DEADLINE,
 ) -> Generator[Batch, None, None]:
     """Return every sample exactly once over all ranks, in order, as its canonical image.
 
@@ -164,14 +187,24 @@ def eval_batches(
         rank: This process.
         world_size: Number of processes.
         pin_memory: Return batches in page-locked memory if there is a GPU.
+        stopped: Called before each batch, and every second while one is awaited; True raises LoadingStopped.
+        deadline: Seconds to wait for one batch of the workers.
 
     Raises:
         ValueError: An argument is out of range; raised at once.
         ImageError: An image cannot be read; raised while iterating, with the name of the image.
+        LoaderError: A worker has ended, shared memory is full, or the deadline has passed.
     """
     _check(source, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size)
     sampler = EvalSampler(len(source), batch_size, rank, world_size)
-    return _stream(_Fetcher(source, transform, 0), sampler, workers=workers, pin_memory=pin_memory)
+    return _stream(
+        _Fetcher(source, transform, 0),
+        sampler,
+        workers=workers,
+        pin_memory=pin_memory,
+        stopped=stopped,
+        deadline=deadline,
+    )
 
 
 class _Fetcher(torch.utils.data.Dataset[Any]):
@@ -184,9 +217,9 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
         self.streamed = as_streamed(source)
         self._reads_pixels = has_pixels(source) and getattr(transform, "takes_arrays", False)
 
-    def __getitem__(self, entry: Any) -> Batch | ImageError:
+    def __getitem__(self, entry: Any) -> Batch | ImageError | LoaderError:
         step, epoch, refs, *data = entry
-        if data and isinstance(data[0], ImageError):
+        if data and isinstance(data[0], ImageError | LoaderError):
             return data[0]
         if data and self.streamed is not None:
             self.streamed.hold(data[0])
@@ -199,7 +232,7 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
             batch = self._batch(images, [own for own, _, _, _ in refs], step, epoch)
             partners = torch.tensor([self.source.label(other[1]) for _, other, _, _ in refs])
             return replace(batch, partners=partners, share=torch.tensor(shares, dtype=torch.float32))
-        except ImageError as error:
+        except (ImageError, LoaderError) as error:
             return error  # raised by `_stream`: PyTorch would bury its message in the traceback of a worker
         finally:
             torch.default_generator.set_state(state)
@@ -207,8 +240,11 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
     def _batch(self, images: Sequence[Tensor], refs: list[SampleRef], step: int, epoch: int) -> Batch:
         """Stack the images of `refs` and add their labels and names."""
         indices = [index for _, index in refs]
+        stack = torch.stack(list(images))
+        if torch.utils.data.get_worker_info() is not None:
+            share([stack])
         return Batch(
-            images=torch.stack(list(images)),
+            images=stack,
             labels=torch.tensor([self.source.label(index) for index in indices]),
             indices=torch.tensor(indices),
             names=tuple(self.source.name(index) for index in indices),
@@ -238,12 +274,20 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
 
 
 def _stream(
-    fetcher: _Fetcher, sampler: Sampler, *, workers: int, pin_memory: bool
+    fetcher: _Fetcher,
+    sampler: Sampler,
+    *,
+    workers: int,
+    pin_memory: bool,
+    stopped: Callable[[], bool] = never,
+    deadline: float = DEADLINE,
 ) -> Generator[Batch, None, None]:
     """Run PyTorch's loader over `sampler`, raise the errors of the workers, and stop the workers at the end."""
     from torch.utils.data import DataLoader
 
-    prefetcher = None if fetcher.streamed is None else Prefetcher(sampler, fetcher.streamed.read)
+    prefetcher = (
+        None if fetcher.streamed is None else Prefetcher(sampler, fetcher.streamed.read, stopped=stopped)
+    )
     batches = iter(
         DataLoader(
             fetcher,
@@ -253,34 +297,19 @@ def _stream(
             pin_memory=pin_memory and torch.cuda.is_available(),  # PyTorch warns if there is no GPU
             prefetch_factor=4 if workers else None,
             generator=torch.Generator().manual_seed(0),  # else it would draw from the caller's generator
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=begin_worker,
+            timeout=INTERVAL if workers else 0,  # `supervised` then calls again
         )
     )
     try:
-        for batch in batches:
-            if isinstance(batch, ImageError):
+        for batch in supervised(batches, stopped=stopped, deadline=deadline):
+            if isinstance(batch, ValueError):  # ImageError or LoaderError
                 raise batch
             yield batch
     finally:
         if prefetcher is not None:
             prefetcher.close()
-        # Without this, workers would live until the next garbage collection.
-        shut_down = getattr(batches, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
-            for worker in getattr(batches, "_workers", ()):
-                if worker.is_alive():  # it is stuck, and ignores SIGTERM
-                    worker.kill()
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Leave SIGTERM and SIGINT to the process that trains.
-
-    torchrun, Slurm and a terminal send them to workers as well. If workers died of them, the run could not finish its
-    step and save. A worker ends when its parent process tells it to or is gone.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        end_workers(batches)
 
 
 def _check(source: Source, *, batch_size: int, workers: int, rank: int, world_size: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from normfree.data.seeds import permutation
+from normfree.data.supervision import INTERVAL, LoaderError, LoadingStopped, never
 from normfree.data.transforms.decode import ImageError
 from normfree.data.transforms.mixing import FreshPairs
 
@@ -100,7 +101,7 @@ class EvalSampler:
 
 Sampler = TrainSampler | EvalSampler
 Data = dict[int, Any]  # sample index -> what `read` returned for it
-PrefetchedEntry = tuple[int, int, list[Any], Data | ImageError]
+PrefetchedEntry = tuple[int, int, list[Any], Data | ImageError | LoaderError]
 
 
 class Prefetcher:
@@ -110,8 +111,14 @@ class Prefetcher:
     through a stream while a network trains.
     """
 
-    def __init__(self, sampler: Sampler, read: Callable[[Sequence[int]], Data]) -> None:
-        self._sampler, self._read = sampler, read
+    def __init__(
+        self,
+        sampler: Sampler,
+        read: Callable[[Sequence[int]], Data],
+        *,
+        stopped: Callable[[], bool] = never,
+    ) -> None:
+        self._sampler, self._read, self._stopped = sampler, read, stopped
         self._pool = ThreadPoolExecutor(1)
 
     def __len__(self) -> int:
@@ -122,9 +129,20 @@ class Prefetcher:
         for entry in self._sampler:
             waiting.append(self._pool.submit(self._with_data, entry))
             if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
+                yield self._result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield self._result(waiting.popleft())
+
+    def _result(self, future: Future[PrefetchedEntry]) -> PrefetchedEntry:
+        """Return what was read, or LoadingStopped instead if `stopped` returns True before."""
+        while True:
+            try:
+                return future.result(timeout=INTERVAL)
+            except TimeoutError:
+                if future.done():  # it is the reader's own
+                    raise
+                if self._stopped():
+                    return 0, 0, [], LoadingStopped()
 
     def close(self) -> None:
         """Stop reading. A read that has begun is finished in its thread."""

@@ -10,21 +10,34 @@ checkpoints that fail verification and reports each of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
-from normfree.files import atomic_write
+from normfree.files import (
+    UnreadableFileError,
+    atomic_write,
+    atomic_write_text,
+    flush,
+    read_json,
+    read_text,
+    sha256_of,
+)
+from normfree.suggest import some_names
+from normfree.weights.tensor_file import read_tensors, write_tensors
 
 MANIFEST = "MANIFEST.json"
+# Bytes that are read of state.json, which holds the names of all classes and the losses since the last line of
+# metrics.jsonl, and of a manifest.
+_STATE_BYTES, _MANIFEST_BYTES = 16_000_000, 100_000
+_NAME = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -43,19 +56,25 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, point the file `last` at it, and delete old checkpoints.
 
-    The `keep` newest stay, and the one that the file `best` names. Checkpoints of later steps are deleted too: they
-    failed verification when the run was resumed.
+    The `keep` newest stay, the one of step `best`, and the one that the file `best` names. Checkpoints of later steps
+    are deleted too: they failed verification when the run was resumed.
 
     Args:
         folder: the run's `checkpoints` folder.
         tensors: by file and name.
         state: anything that JSON holds.
+        keep: number of newest checkpoints to keep.
+        best: step of the best score so far; None if there is none.
 
     Returns:
         The folder of the checkpoint.
+
+    Raises:
+        OSError: it cannot be written. Older checkpoints are unchanged.
     """
     final = folder / name_of(step)
 
@@ -64,19 +83,18 @@ def save(
         work.mkdir()
         for name, values in tensors.items():
             plain = {k: v.detach().cpu().contiguous() for k, v in values.items()}
-            save_file(plain, work / f"{name}.safetensors")
+            write_tensors(work / f"{name}.safetensors", plain)
         (work / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(work.iterdir())}
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(work.iterdir())}
         (work / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
         for path in work.iterdir():
-            _flush(path)
-        _flush(work)
+            flush(path)
+        flush(work)
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved before the run was killed
 
     atomic_write(final, write)
-    _flush(folder)
     point(folder, "last", final.name)
-    _remove_old(folder, keep, newest_step=step)
+    _remove_old(folder, keep, newest_step=step, best=best)
     return final
 
 
@@ -88,12 +106,16 @@ def name_of(step: int) -> str:
 def point(folder: Path, name: str, target: str) -> None:
     """Write `target`, the name of a step folder, to the file `name` ("last" or "best"), atomically."""
 
-    def write(work: Path) -> None:
-        work.write_text(target + "\n", encoding="utf-8")
-        _flush(work)
+    atomic_write_text(folder / name, target + "\n")
 
-    atomic_write(folder / name, write)
-    _flush(folder)
+
+def pointed(folder: Path, name: str) -> str:
+    """Return what the file `name` ("last" or "best") names: a step folder that exists, or ""."""
+    try:
+        target = read_text(folder / name, limit=100).strip()
+    except UnreadableFileError:
+        return ""
+    return target if _NAME.fullmatch(target) and (folder / target).is_dir() else ""
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -114,10 +136,10 @@ def read(path: Path) -> Checkpoint:
         ValueError: a file is missing, truncated, or does not match its checksum.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        listed = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        manifest = read_json(path / MANIFEST, limit=_MANIFEST_BYTES)
+        listed = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: no readable {MANIFEST} ({type(error).__name__}).") from None
     if path.name != name_of(step):  # the manifest has no checksum of its own
         raise ValueError(f"{path}: {MANIFEST} is of step {step}.")
@@ -125,40 +147,45 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: {MANIFEST} does not list the files of a checkpoint.")
     for name, (size, digest) in listed.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+        try:
+            sound = file.is_file() and file.stat().st_size == size and sha256_of(file) == digest
+        except OSError:
+            sound = False
+        if not sound:
             raise ValueError(f"{path}: {name} is missing or damaged.")
-    tensors = {Path(n).stem: load_file(path / n) for n in listed if n.endswith(".safetensors")}
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(step, tensors, state)
+    tensors = {Path(n).stem: read_tensors(path / n) for n in listed if n.endswith(".safetensors")}
+    if wrong := not_finite(tensors):
+        raise ValueError(f"{path}: values are not finite: {some_names(wrong)}.")
+    return Checkpoint(step, tensors, read_json(path / "state.json", limit=_STATE_BYTES))
 
 
-def _remove_old(folder: Path, keep: int, *, newest_step: int) -> None:
+def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Return `file:name` of each tensor with a value that is not finite."""
+    return [
+        f"{file}:{name}"
+        for file, values in tensors.items()
+        for name, value in values.items()
+        if value.is_floating_point() and not torch.isfinite(value).all()
+    ]
+
+
+def _remove_old(folder: Path, keep: int, *, newest_step: int, best: int | None) -> None:
     """Delete all checkpoints except the `keep` newest up to `newest_step` and the best one, and temporary files."""
-    best = folder / "best"
-    spared = {best.read_text(encoding="utf-8").strip()} if best.is_file() else set()
+    # The file may be damaged, or older than `best` if the process was killed before it was written.
+    spared = {pointed(folder, "best"), "" if best is None else name_of(best)}
     found = sorted(folder.glob("step-*"), reverse=True)
     # Later ones are damaged and must not count among the `keep` newest.
     later = [path for path in found if path.name > name_of(newest_step)]
     old = [path for path in found[len(later) :][keep:] if path.name not in spared]
     for path in later + old:
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.partial"):  # left by a process that was killed
+    remove_partial(folder)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete the temporary files and folders that a killed process has left. The run must be locked."""
+    for path in folder.glob(".*.partial"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until the content of a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from types import TracebackType
@@ -9,12 +10,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from normfree.suggest import printable
+
 # Seconds between progress lines if the output is not a terminal.
 QUIET_INTERVAL = 10.0
 
 
 class RunLog:
-    """Messages of a run: printed to a console and, once a file is attached, also written to that file."""
+    """Messages of a run: printed to a console and, once a file is attached, also written to that file.
+
+    A console that is gone (a closed terminal or pipe) and a full disk do not end the run: the messages are dropped.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -23,18 +29,26 @@ class RunLog:
 
     def info(self, text: str) -> None:
         """Print a line and write it to the attached file. Long lines are not wrapped."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        text = printable(text)
+        try:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except OSError:
+            self.console.quiet = True
         if self._file is None:
             self._earlier.append(text + "\n")
         else:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            self._append(text + "\n")
 
     def attach_file(self, path: Path) -> None:
         """Append all earlier and later messages to the file `path`."""
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(self._earlier)
-        self._earlier, self._file = [], path
+        self._file = path
+        self._append("".join(self._earlier))
+        self._earlier = []
+
+    def _append(self, text: str) -> None:
+        assert self._file is not None
+        with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:
+            file.write(text)
 
 
 class ProgressLine:

@@ -108,6 +108,14 @@ class Logs:
         self._metrics.write(**row)
         self._each(lambda other: other.write(row))
 
+    def flush(self) -> None:
+        """Write the lines of metrics.jsonl that a full disk has not taken yet; raise OSError if it still does not."""
+        self._metrics.flush()
+
+    def state(self) -> dict[str, Any]:
+        """Return size and SHA-256 of metrics.jsonl, for a checkpoint."""
+        return self._metrics.state()
+
     def close(self) -> None:
         """Close all loggers."""
         self._metrics.close()
@@ -140,13 +148,22 @@ def require(to: str) -> None:
             )
 
 
-def open_logs(out: Path, config: Config, *, step: int, run_log: RunLog) -> Logs:
+def open_logs(
+    out: Path, config: Config, *, step: int, run_log: RunLog, expected: Mapping[str, Any] | None = None
+) -> Logs:
     """Open the loggers of the run in `out`, which continues after `step`.
+
+    `expected` is what the checkpoint holds of metrics.jsonl. If the file differs, a message is printed: it affects
+    the curves and not the weights.
 
     Raises:
         ValueError: A logger cannot be opened; the message has its reason.
     """
-    metrics = MetricsWriter(out / "metrics.jsonl", step=step)
+    metrics = MetricsWriter(out / "metrics.jsonl", step=step, expected=expected)
+    if metrics.damaged:
+        run_log.info(
+            f"{metrics.path} was changed or damaged since step {step}; the lines that can be read are kept"
+        )
     rows = read_metrics(metrics.path)
     others: dict[str, Logger] = {}
     for name in loggers_in(config.log.to):

@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from normfree.data.loader import Batch, train_batches
 from normfree.data.source import Split
+from normfree.data.supervision import LoaderError, LoadingStopped, never
+from normfree.data.transforms.decode import ImageError
 from normfree.inference import Evaluation, evaluate
 from normfree.training import checkpoint, run_folder
 from normfree.training.choices import learns_embeddings, uses_sigmoid
@@ -29,17 +33,23 @@ from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import World, start_world
 from normfree.training.early_stopping import Best
 from normfree.training.embedding_scores import recalls, score_embeddings, score_name, write_body
+from normfree.training.identity import data_of, decisive
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.profile import profiled
 from normfree.training.resolve import Resolved, open_data, preprocessing, resolve
-from normfree.training.resume import restore_newest, save_checkpoint
-from normfree.training.stop import StoppedBySignal, stop_flag
+from normfree.training.resume import Checkpoints, restore_newest
+from normfree.training.stop import Stop, StoppedBySignal, stop_signals, stop_with_launcher
 from normfree.training.trainer import Trainer
 
 # Validation sets below this number of images are evaluated faster without starting worker processes.
 IN_PROCESS = 2000
 Scores = tuple[Evaluation, Evaluation]  # of the weights, and of their average
+_FAILED = 1000  # a process cannot continue; larger than the number of any signal
+
+
+class _Agreed(Exception):
+    """All processes know that an evaluation is stopped."""
 
 
 def train(config: Config, out: str | Path, *, console: Console | None = None) -> run_folder.TrainResult:
@@ -58,7 +68,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
     Raises:
         ValueError: data, model or folder cannot be used; raised before the first step.
         DivergedError: a gradient was not finite.
-        StoppedBySignal: SIGTERM or SIGINT arrived; a checkpoint was written first.
+        StoppedBySignal: SIGTERM, SIGINT, SIGHUP or SIGUSR1 arrived; a checkpoint was written first.
 
     Examples:
         >>> import tempfile
@@ -74,7 +84,8 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         (2, 4)
     """
     start, out = time.monotonic(), Path(out)
-    with start_world(config.device) as world, contextlib.ExitStack() as stack:
+    with stop_signals() as stop, start_world(config.device) as world, contextlib.ExitStack() as stack:
+        stop_with_launcher()
         run_log = RunLog(console or Console() if world.is_main else Console(quiet=True))
         # How training starts, in order of precedence:
         # 1. Resume: `out` has checkpoints, of a run that was stopped, was killed, or is finished. The newest sound
@@ -96,23 +107,31 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
                 stack.enter_context(same_kernels())
             trainer = _make_trainer(resolved, split, world=world, run_log=run_log, starts=starts)
         metrics: Logs | NullMetricsWriter = NullMetricsWriter()
-        saved, best = None, Best()
+        saved, at = None, Progress()
+        identity: dict[str, Any] = {}
         with world.all_or_none():  # nothing is written before data and model are known to work
             if world.is_main:
                 stack.enter_context(run_folder.locked(out))
                 run_log.attach_file(out / "log.txt")
-                saved, best = restore_newest(trainer, out, run_log)
+                identity = {"config": decisive(trainer.config), "data": data_of(split)}
+                saved, best = restore_newest(trainer, out, run_log, identity=identity)
                 run_folder.begin(out, trainer.config, split, trainer.net, trainer.total_steps, run_log)
-                if (step := saved.step if saved else 0) < trainer.total_steps:
-                    opened = open_logs(out, trainer.config, step=step, run_log=run_log)
+                state = saved.state if saved else {}
+                at = Progress(saved.step if saved else 0, best, bool(state.get("evaluated", True)))
+                if at.step < trainer.total_steps or not at.evaluated:
+                    opened = open_logs(out, trainer.config, step=at.step, run_log=run_log,
+                                       expected=state.get("metrics"))  # fmt: skip
                     metrics = stack.enter_context(contextlib.closing(opened))
             else:
                 run_log.attach_file(Path(os.devnull))
-        step, best = world.all_gather((saved.step if saved else 0, best))[0]
+        at = world.all_gather(at)[0]
         trainer.state.restore_(saved)
         meter, saved = Meter(saved.state.get("meter") if saved else None), None
-        step, best, scores = _steps(trainer, split, out, run_log, metrics, step=step, best=best, meter=meter)
-        return _finish(trainer, split, out, run_log, step=step, best=best, scores=scores, start=start)
+        checkpoints = Checkpoints(trainer, out / "checkpoints", run_log, identity=identity, metrics=metrics)
+        scores = _steps(
+            trainer, split, out, run_log, metrics, at=at, meter=meter, checkpoints=checkpoints, stop=stop
+        )
+        return _finish(trainer, split, out, run_log, at=at, scores=scores, start=start)
 
 
 def _make_trainer(
@@ -144,6 +163,21 @@ def _make_trainer(
     return trainer
 
 
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: number of steps taken.
+        best: the best averaged score so far.
+        evaluated: False if an evaluation is due after `step` steps and was not made yet, because a signal arrived.
+    """
+
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    evaluated: bool = True
+
+
 def _steps(
     trainer: Trainer,
     split: Split,
@@ -151,70 +185,106 @@ def _steps(
     run_log: RunLog,
     metrics: Logs | NullMetricsWriter,
     *,
-    step: int,
-    best: Best,
+    at: Progress,
     meter: Meter,
-) -> tuple[int, Best, Scores | None]:
-    """Take the remaining steps after `step`, until the last one or a plateau.
+    checkpoints: Checkpoints,
+    stop: Stop,
+) -> Scores | None:
+    """Take the remaining steps, until the last one or a plateau, and update `at`.
 
     Returns:
-        Number of steps done, the best score, and the scores after the last step, None if no step remained.
+        The scores after the last step, None if no step remained.
+
+    Raises:
+        StoppedBySignal: a signal arrived; a checkpoint was written.
+        ValueError: an image or a worker failed; a checkpoint was written.
     """
     config, total, world = trainer.config, trainer.total_steps, trainer.world
     batch_size, samples = config.input.batch_size, len(split.train)
-    scores: Scores | None = None
-    if best.plateau(config.patience):
-        return step, best, scores
+    unsaved, scores = False, None
 
     def due(length: str) -> bool:
-        return step == total or step % max(1, steps_of(length, samples=samples, batch_size=batch_size)) == 0
+        every = max(1, steps_of(length, samples=samples, batch_size=batch_size))
+        return at.step == total or at.step % every == 0
 
     with (
-        contextlib.closing(_batches(trainer, split, out, run_log, start_step=step)) as batches,
-        ProgressLine(run_log, step=step, total_steps=total) as line,
-        stop_flag() as stop,
+        contextlib.closing(_batches(trainer, split, out, run_log, stop, start_step=at.step)) as batches,
+        ProgressLine(run_log, step=at.step, total_steps=total) as line,
+        stop.deferred(),
     ):
-        for batch in batches:
-            loss, correct, report = trainer.step(batch, step)
-            step += 1
+        while True:
+            # 1. Evaluate if it is due, fetch the next batch, and agree with the other processes whether to go on.
+            improved = False
+            if not at.evaluated and (scores := score(trainer, split, stop)) is not None:
+                _record(at, scores, trainer, metrics, run_log, samples=samples)
+                unsaved, improved = True, at.best.step == at.step
+            ended = at.evaluated and (at.step == total or at.best.plateau(config.patience))
+            batch, failure = (None, None) if ended else _fetch(batches)
+            reason = 0 if ended else world.largest(_FAILED if failure else stop.number)
+            # 2. Save.
+            if unsaved and (improved or reason or ended or due(config.log.checkpoint_every)
+                            or checkpoints.retry(at.step)):  # fmt: skip
+                state = {"best": at.best.state(), "evaluated": at.evaluated, "seed": config.seed,
+                         "total_steps": total, "meter": meter.state()}  # fmt: skip
+                required = bool(reason or ended)
+                unsaved = not checkpoints.save(at.step, state, best=at.best, required=required)
+            if ended:
+                return scores
+            if reason:
+                _leave(at.step, reason, failure, world, run_log)
+            # 3. Take a step.
+            assert batch is not None
+            loss, correct, report = trainer.step(batch, at.step)
+            at.step, unsaved, scores = at.step + 1, True, None
+            at.evaluated = not due(config.log.evaluate_every)
             meter.add(loss, correct, batch_size)
-            # If any process has received a signal, all stop after the same step.
-            signal_number = world.largest(stop[0] if stop else 0)
-            progress = {"step": step, "epoch": round(step * batch_size / samples, 4)}
             if due(f"{config.log.every}st"):
                 values = {**meter.read(), "clipped": float(report)}
                 ratios = {"ratios": trainer.ratios} if trainer.ratios else {}
-                metrics.write(
-                    **progress, **values, lr=trainer.current_lr, grad_norm=float(report.grad_norm), **ratios
-                )
-                line.update(step, **values)
-            improved = False
-            if due(config.log.evaluate_every):
-                weights, average = scores = score(trainer, split)
-                metrics.write(**progress, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
-                              ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss,
-                              **recalls(weights, average))  # fmt: skip
-                run_log.info(f"epoch {progress['epoch']:5.1f}  {score_name(weights)} {weights.top1:.2f} %  "
-                             f"averaged {average.top1:.2f} %  loss {weights.loss:.3f}")  # fmt: skip
-                best = best.after(weighted_top1(average, trainer.prepare.class_weights), average.loss, step)
-                improved = best.step == step
-            ended = step == total or best.plateau(config.patience)
-            if improved or signal_number or ended or due(config.log.checkpoint_every):
-                state = {
-                    "best": best.state(),
-                    "seed": config.seed,
-                    "total_steps": total,
-                    "meter": meter.state(),
-                }
-                save_checkpoint(trainer, out / "checkpoints", step, state, is_best=improved)
-            if ended:
-                break
-            if signal_number:
-                raise StoppedBySignal(step, signal_number)
-    if step < total:
-        run_log.info(f"no better score in {config.patience} evaluations: the best one, {best.score:.2f} %, "
-                     f"was after step {best.step}")  # fmt: skip
-    return step, best, scores
+                metrics.write(step=at.step, epoch=round(at.step * batch_size / samples, 4), **values,
+                              lr=trainer.current_lr, grad_norm=float(report.grad_norm), **ratios)  # fmt: skip
+                line.update(at.step, **values)
+
+
+def _record(
+    at: Progress,
+    scores: Scores,
+    trainer: Trainer,
+    metrics: Logs | NullMetricsWriter,
+    run_log: RunLog,
+    *,
+    samples: int,
+) -> None:
+    """Write and print the scores after the current step, and update the best one."""
+    weights, average = scores
+    epoch = round(at.step * trainer.config.input.batch_size / samples, 4)
+    metrics.write(step=at.step, epoch=epoch, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
+                  ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss,
+                  **recalls(weights, average))  # fmt: skip
+    run_log.info(f"epoch {epoch:5.1f}  {score_name(weights)} {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
+                 f"loss {weights.loss:.3f}")  # fmt: skip
+    score = weighted_top1(average, trainer.prepare.class_weights)
+    at.best, at.evaluated = at.best.after(score, average.loss, at.step), True
+
+
+def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, ValueError | None]:
+    """Return the next batch, or the reason why there is none; neither if a signal has arrived."""
+    try:
+        return next(batches), None
+    except LoadingStopped:
+        return None, None
+    except (ImageError, LoaderError) as error:
+        return None, error
+
+
+def _leave(step: int, reason: int, failure: ValueError | None, world: World, run_log: RunLog) -> NoReturn:
+    """Raise why the run ends after `step` steps, which are saved: a signal, or `failure` in one of the processes."""
+    if reason == _FAILED:
+        run_log.info(f"stopped after step {step}; everything is saved")
+        with world.all_or_none():
+            if failure is not None:
+                raise failure
+    raise StoppedBySignal(step, reason)
 
 
 def _finish(
@@ -223,25 +293,28 @@ def _finish(
     out: Path,
     run_log: RunLog,
     *,
-    step: int,
-    best: Best,
+    at: Progress,
     scores: Scores | None,
     start: float,
 ) -> run_folder.TrainResult:
     """Return to the best weights if the run has `patience`, score them if necessary, and write the model folder."""
     world, patience = trainer.world, trainer.config.patience
-    if patience and best.step != step:
+    if at.step < trainer.total_steps:
+        run_log.info(f"no better score in {patience} evaluations: the best one, {at.best.score:.2f} %, "
+                     f"was after step {at.best.step}")  # fmt: skip
+    scored_step = at.best.step if patience else at.step
+    if scored_step != at.step:
         saved = None
         with world.all_or_none():
             if world.is_main:
-                saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(best.step))
+                saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(scored_step))
         trainer.state.restore_(saved)
         scores = None
-    weights, average = scores or score(trainer, split)
-    scored_step, seconds = best.step if patience else step, time.monotonic() - start
-    if trainer.embeds:
-        weights, average = score(trainer, split, probe=True)
-    result = run_folder.TrainResult(out, step, scored_step, weights, average, seconds)
+    scores = score(trainer, split, probe=True) if trainer.embeds else scores or score(trainer, split)
+    assert scores is not None
+    weights, average = scores
+    seconds = time.monotonic() - start
+    result = run_folder.TrainResult(out, at.step, scored_step, weights, average, seconds)
     averaged = trainer.state.whole(trainer.ema.module)
     with world.all_or_none():
         if world.is_main and trainer.embeds:
@@ -252,7 +325,7 @@ def _finish(
 
 
 def _batches(
-    trainer: Trainer, split: Split, out: Path, run_log: RunLog, *, start_step: int
+    trainer: Trainer, split: Split, out: Path, run_log: RunLog, stop: Stop, *, start_step: int
 ) -> Generator[Batch, None, None]:
     """Return the training batches from `start_step` on, under the profiler if the config asks for it."""
     config, world = trainer.config, trainer.world
@@ -260,7 +333,7 @@ def _batches(
         split.train, trainer.transform, batch_size=config.input.batch_size, seed=config.seed,
         start_step=start_step, num_steps=trainer.total_steps, workers=config.input.workers,
         pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs, rank=world.rank, world_size=world.size,
-        repeats=config.augment.repeats,
+        repeats=config.augment.repeats, stopped=stop.requested,
     )  # fmt: skip
     return profiled(
         batches, steps=config.log.profile if world.is_main else 0, net=trainer.net, folder=out / "profile",
@@ -268,24 +341,44 @@ def _batches(
     )  # fmt: skip
 
 
-def score(trainer: Trainer, split: Split, *, probe: bool = False) -> Scores:
+def score(
+    trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bool = False
+) -> Scores | None:
     """Return the evaluations of the weights and of their average on the validation images.
 
+    The result is None if a signal arrived in one of the processes before the end.
+
     Args:
+        stop: hears of signals; None: nothing stops the evaluation.
         probe: if embeddings are learned, also score a linear probe of them.
     """
     config, world = trainer.config, trainer.world
     trainer.state.align_()
+    stopped = never if stop is None else stop.requested
     if trainer.embeds:
         nets = (trainer.state.whole(net) for net in (trainer.net, trainer.ema.module))
-        weights, average = (score_embeddings(net, split, trainer, probe=probe) for net in nets)
-        return weights, average
+        first, second = (score_embeddings(net, split, trainer, probe=probe) for net in nets)
+        return None if world.any(stopped()) else (first, second)
 
-    def evaluated(net: nn.Module) -> Evaluation:
-        return evaluate(
-            trainer.state.whole(net), split.val, preprocessing=preprocessing(config),
-            workers=0 if len(split.val) < IN_PROCESS else config.input.workers, device=trainer.device,
-            rank=world.rank, world_size=world.size, gather=world.gather, sigmoid=uses_sigmoid(config.objective),
-        )  # fmt: skip
+    def gather(rows: Tensor) -> Tensor:
+        if world.any(stopped()):
+            raise _Agreed
+        return world.gather(rows)
 
-    return evaluated(trainer.net), evaluated(trainer.ema.module)
+    def evaluated(net: nn.Module) -> Evaluation | None:
+        try:
+            return evaluate(
+                trainer.state.whole(net), split.val, preprocessing=preprocessing(config),
+                workers=0 if len(split.val) < IN_PROCESS else config.input.workers, device=trainer.device,
+                rank=world.rank, world_size=world.size, gather=gather, sigmoid=uses_sigmoid(config.objective),
+                stopped=stopped,
+            )  # fmt: skip
+        except _Agreed:
+            return None
+        except LoadingStopped:  # this process knows; tell the others, which wait in `gather`
+            world.any(True)
+            return None
+
+    weights = evaluated(trainer.net)
+    average = None if weights is None else evaluated(trainer.ema.module)
+    return None if weights is None or average is None else (weights, average)

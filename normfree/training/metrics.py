@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,35 +15,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.files import atomic_write_text
+from normfree.diagnose.metrics_file import LIMIT, row_in
+from normfree.files import atomic_write_text, read_bytes
 
 
 class MetricsWriter:
     """Writer of metrics.jsonl, one JSON object per line.
 
-    Lines after `step`, which a killed run may have written after its last checkpoint, are removed first.
+    Lines after `step`, which a killed run may have written after its last checkpoint, are removed first, and so are
+    damaged ones. While the disk is full, lines are kept in memory and written later.
+
+    Args:
+        path: the file.
+        step: the step after which the run continues.
+        expected: what `state` returned when that checkpoint was saved; empty if that is not known.
+
+    Attributes:
+        damaged: whether the lines up to `step` are not those that `expected` describes.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, *, step: int, expected: Mapping[str, Any] | None = None) -> None:
         self.path = path
-        kept = []
+        lines: list[str] = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    continue
-        atomic_write_text(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+            lines = read_bytes(path, limit=LIMIT).decode("utf-8", "replace").splitlines()
+        rows = [(line, row_in(line)) for line in lines]
+        kept = "".join(line + "\n" for line, row in rows if row is not None and row["step"] <= step)
+        self._digest = hashlib.sha256(kept.encode())
+        self._size = self._written = len(kept.encode())
+        self.damaged = bool(expected) and self.state() != expected
+        self._pending: list[bytes] = []
+        atomic_write_text(path, kept)
+        self._file = path.open("r+b", buffering=0)
 
     def write(self, **values: Any) -> None:
-        """Write one object and flush it to the operating system, so that it is kept if the process is killed."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Write one object to the operating system at once, so that it is kept if the process is killed."""
+        line = (json.dumps(values) + "\n").encode()
+        self._pending.append(line)
+        self._digest.update(line)
+        self._size += len(line)
+        with contextlib.suppress(OSError):  # `flush` tries again
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that the disk has not taken yet.
+
+        Raises:
+            OSError: it still does not take them.
+        """
+        while self._pending:
+            self._file.seek(self._written)  # over a part of a line that a full disk took
+            self._file.truncate()
+            line = self._pending[0]
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._written += len(self._pending.pop(0))
+
+    def state(self) -> dict[str, Any]:
+        """Return size and SHA-256 of all lines, by which a checkpoint knows them again."""
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         """Close the file."""
+        with contextlib.suppress(OSError):
+            self.flush()
         self._file.close()
 
 
@@ -48,6 +87,13 @@ class NullMetricsWriter:
 
     def write(self, **values: Any) -> None:
         """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
 
     def close(self) -> None:
         """Do nothing."""

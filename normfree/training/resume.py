@@ -2,44 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normfree.suggest import problem
+from normfree.suggest import problem, some_names
 from normfree.training import checkpoint
 from normfree.training.console import RunLog
 from normfree.training.early_stopping import Best
-from normfree.training.trainer import Trainer
+from normfree.training.identity import require_same, require_same_data
+from normfree.training.loggers import Logs
+from normfree.training.metrics import NullMetricsWriter
+from normfree.training.trainer import DivergedError, Trainer
 
+# Steps after which a checkpoint that the disk did not take is tried again.
+RETRY_STEPS = 100
 # Newest checkpoints that stay, in addition to the best one: the newest may be damaged.
 KEEP = 2
 
 
-def save_checkpoint(
-    trainer: Trainer, folder: Path, step: int, state: dict[str, Any], *, is_best: bool
-) -> None:
-    """Save the tensors of the run and `state` as the checkpoint of `step`. Every process makes the call.
+class Checkpoints:
+    """The checkpoints that a run writes. Every process makes each call.
+
+    A disk that is full or fails does not end the run: it goes on and tries again, until a checkpoint is required.
 
     Args:
+        trainer: whose tensors are saved.
         folder: the run's `checkpoints` folder.
-        is_best: also point the file `best` at it.
+        run_log: told about each failure.
+        identity: entries of each state that do not change, see `identity.py`.
+        metrics: whose lines must be on the disk before the checkpoint that counts on them.
     """
-    trainer.state.align_()
-    tensors = trainer.state.tensors()
-    with trainer.world.all_or_none():  # no process exits or trains on before the checkpoint is on disk
-        if trainer.world.is_main:
-            saved = checkpoint.save(folder, step, tensors=tensors, state=state, keep=KEEP)
-            if is_best:
-                checkpoint.point(folder, "best", saved.name)
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        run_log: RunLog,
+        *,
+        identity: Mapping[str, Any],
+        metrics: Logs | NullMetricsWriter,
+    ) -> None:
+        self._trainer, self._folder, self._run_log = trainer, folder, run_log
+        self._identity, self._metrics = identity, metrics
+        self._retry: int | None = None  # step of the next attempt
+
+    def retry(self, step: int) -> bool:
+        """Return True if an earlier attempt has failed and it is time for another."""
+        return self._retry is not None and step >= self._retry
+
+    def save(self, step: int, state: Mapping[str, Any], *, best: Best, required: bool) -> bool:
+        """Save the tensors of the run and `state` as the checkpoint of `step`; return False if the disk refused.
+
+        The file `best` points to the checkpoint if it is the one of the best score.
+
+        Raises:
+            DivergedError: a tensor is not finite; nothing was written.
+            ValueError: the disk refused although the checkpoint is `required`: the run ends.
+        """
+        world = self._trainer.world
+        self._trainer.state.align_()
+        tensors = self._trainer.state.tensors()
+        refused = ""
+        with world.all_or_none():  # no process exits or trains on before the checkpoint is on disk
+            if world.is_main:
+                if wrong := checkpoint.not_finite(tensors):
+                    given = f"step {step}: {len(wrong)} tensors are not finite: {some_names(wrong)}"
+                    raise DivergedError(problem(given, fix="resume: the last checkpoint is unchanged"))
+                try:
+                    self._metrics.flush()
+                    whole = {**self._identity, **state, "metrics": self._metrics.state()}
+                    checkpoint.save(
+                        self._folder, step, tensors=tensors, state=whole, keep=KEEP,
+                        best=best.step or None,
+                    )  # fmt: skip
+                    if best.step == step:
+                        checkpoint.point(self._folder, "best", checkpoint.name_of(step))
+                except OSError as error:
+                    refused = error.strerror or str(error)
+        refused = world.all_gather(refused)[0]
+        self._retry = step + RETRY_STEPS if refused else None
+        if refused:
+            last = checkpoint.pointed(self._folder, "last") or "none"
+            given = f"the checkpoint of step {step} could not be written: {refused}; the last one is {last}"
+            fix = f"make {self._folder} writable, with space for a checkpoint"
+            if required:
+                raise ValueError(problem(given, fix=f"{fix}, then resume"))
+            self._run_log.info(problem(f"{given}; training goes on", fix=fix))
+        return not refused
 
 
-def restore_newest(trainer: Trainer, out: Path, run_log: RunLog) -> tuple[checkpoint.Checkpoint | None, Best]:
+def restore_newest(
+    trainer: Trainer, out: Path, run_log: RunLog, *, identity: Mapping[str, Any] | None = None
+) -> tuple[checkpoint.Checkpoint | None, Best]:
     """Return the newest sound checkpoint in the run folder `out`, or None, and the best averaged score so far.
 
+    The files `last` and `best` are mended if the run was killed before they were written.
+
+    Args:
+        identity: config and data of this call, see `identity.py`; None: they are not compared.
+
     Raises:
-        ValueError: there are checkpoints but none is sound, or the run would now take another number of steps.
+        ValueError: there are checkpoints but none is sound; or the run would now take another number of steps, or has
+            other data or another config.
     """
-    saved, passed_over = checkpoint.newest(out / "checkpoints")
+    folder = out / "checkpoints"
+    saved, passed_over = checkpoint.newest(folder)
     for reason in passed_over:
         run_log.info(f"passed over: {reason}")
     if saved is None:
@@ -47,12 +115,27 @@ def restore_newest(trainer: Trainer, out: Path, run_log: RunLog) -> tuple[checkp
             given = f"{out} has checkpoints, but none is sound; nothing was changed"
             raise ValueError(problem(given, fix="start another run with --out"))
         return None, Best()
-    planned = saved.state["total_steps"]
+    try:
+        planned, best = int(saved.state["total_steps"]), Best.of_state(saved.state)
+    except (KeyError, TypeError, ValueError) as error:
+        given = f"{folder / checkpoint.name_of(saved.step)}: state.json is of another program ({error!r})"
+        raise ValueError(problem(given, fix="start another run with --out")) from None
     if saved.step > trainer.total_steps or planned != trainer.total_steps:
         given = f"{out} was started for {planned} steps, but data and config now give {trainer.total_steps}"
         raise ValueError(problem(given, fix="restore the data and config, or start another run with --out"))
+    if identity is not None:
+        require_same(out, saved.state.get("config", {}), identity["config"])
+        if "data" in saved.state:  # absent from checkpoints of older versions
+            require_same_data(out, saved.state["data"], identity["data"])
     run_log.info(f"continuing {out} after step {saved.step}")
-    best = Best.of_state(saved.state)
-    if best.step == saved.step:  # the run may have been killed between saving it and pointing at it
-        checkpoint.point(out / "checkpoints", "best", checkpoint.name_of(best.step))
+    _mend(folder, saved.step, best)
     return saved, best
+
+
+def _mend(folder: Path, step: int, best: Best) -> None:
+    """Point `last` and `best` at their checkpoints, and remove what a killed process has left."""
+    wanted = {"last": checkpoint.name_of(step), "best": checkpoint.name_of(best.step)}
+    for name, target in wanted.items():
+        if (folder / target).is_dir() and checkpoint.pointed(folder, name) != target:
+            checkpoint.point(folder, name, target)
+    checkpoint.remove_partial(folder)

@@ -6,8 +6,11 @@ config.toml  metrics.jsonl  log.txt  environment.txt  results.json  curves.png  
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
+import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ from normfree._version import __version__
 from normfree.data.source import Split
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.run_figures import draw_curves
-from normfree.files import atomic_write_text
+from normfree.files import atomic_write_text, flush, remove_leftovers
 from normfree.inference import Evaluation
 from normfree.models.net import Net
 from normfree.pretrained import TrainedModel, save_pretrained
@@ -29,23 +32,8 @@ from normfree.training.choices import uses_sigmoid
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
 from normfree.training.console import RunLog
+from normfree.training.identity import decisive, require_same
 from normfree.training.resolve import preprocessing
-
-# Config keys that must be equal when a run continues, besides `parallel`: those that decide its numbers.
-DECISIVE = (
-    "data",
-    "model",
-    "weights",
-    "objective",
-    "length",
-    "patience",
-    "seed",
-    "precision",
-    "net",
-    "augment",
-    "optim",
-)
-DECISIVE_INPUT = ("image_size", "batch_size", "micro_batch", "val_fraction")
 
 
 @dataclass(frozen=True)
@@ -113,6 +101,8 @@ def locked(out: Path) -> Iterator[None]:
         except BlockingIOError:
             given = f"{str(out)!r} is being trained by another process"
             raise ValueError(problem(given, fix="wait for it or stop it")) from None
+        for folder in (out, out / "model"):
+            remove_leftovers(folder)
         yield
 
 
@@ -124,17 +114,7 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, r
     """
     path = out / "config.toml"
     if path.exists():
-        before = load_config(path)
-        changed = [k for k in DECISIVE if getattr(before, k) != getattr(config, k)]
-        changed += [
-            f"input.{k}" for k in DECISIVE_INPUT if getattr(before.input, k) != getattr(config.input, k)
-        ]
-        # "replicated" and "sharded" agree up to rounding, so a run may switch between them; "exact" promises bits.
-        if before.parallel != config.parallel and "exact" in (before.parallel, config.parallel):
-            changed.append("parallel")
-        if changed:
-            given = f"{out} was started with another {', '.join(changed)}"
-            raise ValueError(problem(given, fix="drop the change, or start another run with --out"))
+        require_same(out, decisive(load_config(path)), decisive(config))
     atomic_write_text(path, to_toml(config))
     environment = {
         "normfree": __version__, "python": platform.python_version(), "torch": torch.__version__,
@@ -142,9 +122,7 @@ def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, r
         "machine": platform.machine(), "cuda": torch.version.cuda if torch.cuda.is_available() else "none",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }  # fmt: skip
-    (out / "environment.txt").write_text(
-        "".join(f"{k} {v}\n" for k, v in environment.items()), encoding="utf-8"
-    )
+    atomic_write_text(out / "environment.txt", "".join(f"{k} {v}\n" for k, v in environment.items()))
     parameters = sum(p.numel() for p in net.parameters())
     run_log.info(
         f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
@@ -167,7 +145,7 @@ def finish(
     trained = TrainedModel(
         average, preprocessing(config), tuple(split.classes), uses_sigmoid(config.objective)
     )
-    save_pretrained(trained, out / "model", card=_card(config, split, result))
+    _write_model(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     if result.step != result.steps:
         run_log.info(f"the model is that of step {result.step}, which scored best")
@@ -185,10 +163,42 @@ def finish(
             read_metrics(out / "metrics.jsonl"), out / "curves.png", title=f"{config.model} on {config.data}"
         )
         run_log.info(f"curves: {out}/curves.png")
-    except ModuleNotFoundError as error:
-        run_log.info(f"no plot of the curves: {error}")
+    except Exception as error:  # matplotlib is missing, or rows are damaged; a plot must not cost the run
+        run_log.info(f"no plot of the curves: {error or type(error).__name__}")
     run_log.info(f"model:  {out}/model/    next: normfree predict {out} IMAGE..., normfree diagnose {out}")
     run_log.info(f"{result.seconds:.0f} s")
+
+
+def _write_model(trained: TrainedModel, folder: Path, *, card: str) -> None:
+    """Write the model folder as a whole: a kill or a full disk leaves the old one, or none, but no mixture of both.
+
+    A folder that already holds the same files is left alone.
+    """
+    work, old = (folder.with_name(f".{folder.name}.{name}.{os.getpid()}.partial") for name in ("new", "old"))
+    try:
+        save_pretrained(trained, work, card=card)
+        if folder.is_dir():
+            if _same_files(work, folder):
+                return
+            for path in folder.iterdir():  # files of others, such as exports, stay
+                if path.is_file() and not (work / path.name).exists():
+                    shutil.copy2(path, work / path.name)
+            folder.rename(old)
+        work.rename(folder)
+        flush(folder.parent)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for path in (work, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _same_files(new: Path, old: Path) -> bool:
+    """Return True if each file of the folder `new` is in the folder `old` with the same content."""
+    return all(
+        (old / path.name).is_file() and filecmp.cmp(path, old / path.name, shallow=False)
+        for path in new.iterdir()
+    )
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:

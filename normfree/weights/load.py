@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from normfree.suggest import problem
 from normfree.weights.haiku import read_haiku
 from normfree.weights.names import to_our_names
+from normfree.weights.tensor_file import read_tensors
 
 MODEL_FILE = "model.safetensors"
 # Suffixes of files that torch and others write as pickles; only `normfree convert` reads them, in a separate process.
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-# Largest safetensors header that is parsed, in bytes. 2,000 tensors take 250 kB; the library itself allows 100 MB.
-MAX_HEADER = 8 << 20
 # Names of the classifier's parameters begin with this.
 _CLASSIFIER = "head."
 _FIRST_CONV = "stem.conv0.weight"
@@ -116,9 +115,6 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: the file is broken or of another kind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if path.is_dir():
         path = model_folder(path) / MODEL_FILE
     if not path.is_file():
@@ -136,15 +132,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         )
     if path.suffix != ".safetensors":
         raise ValueError(problem(f"{path} is of an unknown kind", allowed=kinds))
-    try:
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > MAX_HEADER:
-            raise ValueError(f"{path} is not a readable safetensors file: a header of {header:,} bytes.")
-        state: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from None
-    return state
+    return read_tensors(path)
 
 
 def model_folder(path: Path) -> Path:

@@ -228,8 +228,11 @@ def _prescribed_scores() -> Iterator[None]:
         done[0] = step + 1
         return stepping(self, batch, step)
 
-    def prescribed(trainer, split):
-        weights, average = original(trainer, split)
+    def prescribed(trainer, split, stop=None):
+        scores = original(trainer, split, stop)
+        if scores is None:
+            return None
+        weights, average = scores
         if not trainer.config.patience:
             return weights, average
         return weights, Evaluation(**{**vars(average), "top1": SCORES[done[0] // 2 - 1], "loss": 1.0})

@@ -314,19 +314,6 @@ def test_dropout_depends_on_seed_and_step_alone():
     assert not torch.equal(gradient(3, hidden=1), gradient(4, hidden=1))
 
 
-def test_a_second_signal_acts_as_usual():
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore SIGINT
-    before = signal.getsignal(signal.SIGINT)
-    with loop.stop_flag() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert stop == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, outside)
-
-
 def test_the_loss_falls(tmp_path):
     flags = "--length 60st --augment.mixup 0 --augment.cutmix 0 --augment.randaugment off --augment.crop_min 0.8 " \
             "--log.evaluate_every 60st --net.drop_rate 0 --net.stochdepth_rate 0"  # fmt: skip

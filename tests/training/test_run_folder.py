@@ -131,11 +131,11 @@ def test_one_process_at_a_time_trains_in_a_run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        ("--optim.lr 0.2 --seed 1", "seed, optim"),
-        ("--augment.mixup 0.3", "augment"),
-        ("--net.drop_rate 0.5", "net"),
+        ("--optim.lr 0.2 --seed 1", "seed, optim.lr"),
+        ("--augment.mixup 0.3", "augment.mixup"),
+        ("--net.drop_rate 0.5", "net.drop_rate"),
         ("--input.batch_size 4", "input.batch_size"),
-        ("--input.image_size 24", "input.image_size"),
+        ("--input.image_size 24", "input.image_size, input.eval_size"),
         ("--input.micro_batch 3", "input.micro_batch"),
         ("--precision bfloat16", "precision"),
     ],

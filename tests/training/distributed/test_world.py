@@ -329,3 +329,34 @@ def test_a_killed_process_ends_all_and_the_run_continues(torchrun, plans, tmp_pa
     again.terminate()
     assert f"continuing {out} after step {step}" in again.communicate(timeout=300)[0]
     shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_no_process_and_a_checkpoint(torchrun, plans, tmp_path):
+    out = tmp_path / "run"
+    flags = (
+        "--length",
+        "100000st",
+        "--log.checkpoint_every",
+        "50000st",
+        "--input.workers",
+        "1",
+        "--out",
+        str(out),
+    )
+    process = torchrun(2, *plans.WORLD_FLAGS, *flags)
+    ranks = working(process, out)
+    children = [
+        int(child)
+        for rank in ranks
+        for child in Path(f"/proc/{rank}/task/{rank}/children").read_text().split()
+    ]
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(Path("/proc", str(pid)).exists() for pid in ranks + children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    saved, passed_over = checkpoint.newest(out / "checkpoints")
+    assert passed_over == []
+    assert saved.step < 50000
