@@ -128,10 +128,8 @@ def evaluate(
     model.eval().to(target)
     parts = [torch.empty(0, 4, dtype=torch.float64)]
     try:
-        for batch in eval_batches(
-            source, transform, batch_size=batch_size, workers=workers, rank=rank, world_size=world_size,
-            stopped=stopped,
-        ):  # fmt: skip
+        for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers, rank=rank,
+                                  world_size=world_size, stopped=stopped):  # fmt: skip
             images, labels = batch.images.to(target), batch.labels.to(target)
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
             if logits.shape[-1] != len(source.classes):

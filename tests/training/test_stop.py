@@ -200,26 +200,33 @@ def test_a_signal_while_the_command_starts_ends_with_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_closed_terminal_does_not_spoil_the_exit_code(tmp_path):
-    """SIGHUP comes with a terminal that takes no more output."""
-    run = f"""
+CLOSING = """
 import os, signal, sys
+from normfree.cli import main
 from normfree.training.trainer import Trainer
-original = Trainer.step
+original, reading = Trainer.step, int(sys.argv[1])
 def stepping(self, batch, at):
     if at == 1:
         os.close(reading)
         os.kill(os.getpid(), signal.SIGHUP)
     return original(self, batch, at)
 Trainer.step = stepping
-reading, writing = os.pipe()
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-os.dup2(writing, 1)
-from normfree.cli import main
-sys.exit(main(["train", *{FLAGS!r}, "--out", {str(tmp_path / "run")!r}]))
+sys.exit(main(["train", *sys.argv[2:]]))
 """
-    done = subprocess.run([sys.executable, "-c", run], stderr=subprocess.PIPE, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (129, "")
+
+
+def test_a_closed_terminal_does_not_spoil_the_exit_code(tmp_path):
+    """SIGHUP comes with a terminal that takes no more output."""
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", CLOSING, str(reading), *FLAGS, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, pass_fds=(reading,)
+    )
+    os.close(reading)
+    os.close(writing)
+    error = process.communicate(timeout=120)[1]
+    assert (process.returncode, error) == (129, "")
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2
 
 
