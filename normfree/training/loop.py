@@ -111,17 +111,8 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         identity: dict[str, Any] = {}
         with world.all_or_none():  # nothing is written before data and model are known to work
             if world.is_main:
-                stack.enter_context(run_folder.locked(out))
-                run_log.attach_file(out / "log.txt")
                 identity = {"config": decisive(trainer.config), "data": data_of(split)}
-                saved, best = restore_newest(trainer, out, run_log, identity=identity)
-                run_folder.begin(out, trainer.config, split, trainer.net, trainer.total_steps, run_log)
-                state = saved.state if saved else {}
-                at = Progress(saved.step if saved else 0, best, bool(state.get("evaluated", True)))
-                if at.step < trainer.total_steps or not at.evaluated:
-                    opened = open_logs(out, trainer.config, step=at.step, run_log=run_log,
-                                       expected=state.get("metrics"))  # fmt: skip
-                    metrics = stack.enter_context(contextlib.closing(opened))
+                saved, at, metrics = _open_run(trainer, split, out, run_log, stack, identity=identity)
             else:
                 run_log.attach_file(Path(os.devnull))
         at = world.all_gather(at)[0]
@@ -132,6 +123,29 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
             trainer, split, out, run_log, metrics, at=at, meter=meter, checkpoints=checkpoints, stop=stop
         )
         return _finish(trainer, split, out, run_log, at=at, scores=scores, start=start)
+
+
+def _open_run(
+    trainer: Trainer,
+    split: Split,
+    out: Path,
+    run_log: RunLog,
+    stack: contextlib.ExitStack,
+    *,
+    identity: dict[str, Any],
+) -> tuple[checkpoint.Checkpoint | None, Progress, Logs | NullMetricsWriter]:
+    """Lock the run folder, find the checkpoint to continue from, and open the files that the run appends to."""
+    stack.enter_context(run_folder.locked(out))
+    run_log.attach_file(out / "log.txt")
+    saved, best = restore_newest(trainer, out, run_log, identity=identity)
+    run_folder.begin(out, trainer.config, split, trainer.net, trainer.total_steps, run_log)
+    state = saved.state if saved else {}
+    at = Progress(saved.step if saved else 0, best, bool(state.get("evaluated", True)))
+    if at.step == trainer.total_steps and at.evaluated:
+        return saved, at, NullMetricsWriter()
+    expected = state.get("metrics")
+    logs = open_logs(out, trainer.config, step=at.step, run_log=run_log, expected=expected)
+    return saved, at, stack.enter_context(contextlib.closing(logs))
 
 
 def _make_trainer(
