@@ -95,22 +95,22 @@ def train(args: Sequence[str]) -> int:
     if {"--help", "-h"} & set(args):
         return _print_help()
     folder: Path | None = None
-    with stop_signals():  # from here on, also while PyTorch is imported
-        try:
+    try:
+        with stop_signals():  # from here on, also while PyTorch is imported
             arguments = parse(args)
             if arguments.find_lr:
                 return _find_lr(arguments)
             config, folder = _resume(arguments) if arguments.run_config else _start(arguments)
             _run_pipes(arguments, config)
             return _train(config, folder)
-        except StoppedBySignal as stopped:
-            _print_stopped(stopped, folder)
-            return stopped.exit_code
-        except ValueError:
-            # torchrun gives all processes the same arguments; only one process of each machine reports the error.
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                raise
-            return 2
+    except StoppedBySignal as stopped:
+        _print_stopped(stopped, folder)
+        return stopped.exit_code
+    except ValueError:
+        # torchrun gives all processes the same arguments; only one process of each machine reports the error.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        return 2
 
 
 def _print_stopped(stopped: StoppedBySignal, folder: Path | None) -> None:

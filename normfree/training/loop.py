@@ -355,9 +355,7 @@ def _batches(
     )  # fmt: skip
 
 
-def score(
-    trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bool = False
-) -> Scores | None:
+def score(trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bool = False) -> Scores | None:
     """Return the evaluations of the weights and of their average on the validation images.
 
     The result is None if a signal arrived in one of the processes before the end.

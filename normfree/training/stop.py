@@ -69,8 +69,8 @@ def stop_signals() -> Iterator[Stop]:
         signal.signal(number, previous[number])
         stop.arrive(number)
 
-    with contextlib.suppress(ValueError):  # not in the main thread, which alone can handle signals
-        for name in NAMES:
+    try:
+        for name in NAMES if threading.current_thread() is threading.main_thread() else ():
             number = getattr(signal, name, None)  # Windows has two of them
             before = None if number is None else signal.getsignal(number)
             theirs = before is not signal.SIG_DFL and name in ("SIGHUP", "SIGUSR1")
@@ -78,7 +78,6 @@ def stop_signals() -> Iterator[Stop]:
                 continue
             previous[number] = before
             signal.signal(number, handle)
-    try:
         yield stop
     finally:
         for known, handler in previous.items():
