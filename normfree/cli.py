@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import tyro
-
 from normfree._version import __version__
+from normfree.commands.arguments import parse_arguments
 from normfree.commands.bench_command import BenchArguments, bench
 from normfree.commands.convert_command import ConvertArguments, convert
 from normfree.commands.diagnose_command import DiagnoseArguments, diagnose
@@ -97,7 +96,7 @@ def _typed(verb: str, function: Callable[[Any], int], arguments: type) -> Callab
     """Return `function` with its arguments parsed from strings according to a dataclass."""
 
     def run(args: list[str]) -> int:
-        return function(tyro.cli(arguments, args=args, prog=f"normfree {verb}"))
+        return function(parse_arguments(verb, arguments, args))
 
     return run
 

@@ -42,7 +42,7 @@ class OnnxNet(nn.Module):
     def __init__(self, session: onnxruntime.InferenceSession, *, name: str) -> None:
         super().__init__()
         self.session, self.name = session, name
-        _, self.in_channels, self.image_size, _ = session.get_inputs()[0].shape
+        _, self.in_channels, *self.image_size = session.get_inputs()[0].shape
         self.num_classes = int(session.get_outputs()[0].shape[-1])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class OnnxNet(nn.Module):
         Raises:
             ValueError: the images do not have the channels and the size that the file was exported for.
         """
-        wanted = (self.in_channels, self.image_size, self.image_size)
+        wanted = (self.in_channels, *self.image_size)
         if tuple(images.shape[1:]) != wanted:
             raise ValueError(
                 problem(
@@ -181,10 +181,11 @@ def read_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its metadata has {len(classes)} classes for {shapes[1][1]} outputs.")
     if not isinstance(metadata["preprocessing"], dict):
         raise ValueError(f"{path}: 'preprocessing' in its metadata is not a JSON object.")
-    if shapes[0][2:] != [metadata["preprocessing"].get("image_size")] * 2:
+    size = metadata["preprocessing"].get("image_size")
+    if shapes[0][2:] != (size if isinstance(size, list) else [size] * 2):
         raise ValueError(
             f"{path}: its input is {shapes[0][2]} x {shapes[0][3]} pixels, but the image size of its preprocessing is "
-            f"{metadata['preprocessing'].get('image_size')!r}."
+            f"{size!r}."
         )
     return metadata
 

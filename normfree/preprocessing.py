@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, eval_transform
-from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD
+from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD, height_and_width
 from normfree.models.net import Net
 from normfree.suggest import unknown
 
@@ -39,7 +39,7 @@ class Preprocessing:
         std: standard deviation of each channel, for values from 0 to 1.
     """
 
-    image_size: int
+    image_size: int | tuple[int, int]
     crop: str = "resize_crop_32"
     crop_pct: float = 1.0
     interpolation: str = "bicubic"
@@ -47,10 +47,15 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
-    def transform(self) -> Callable[[Image], Tensor]:
-        """Return a function from an RGB image to 3 S S values from 0 to 255, uint8 if antialiased.
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the inputs of the network."""
+        return len(self.mean), *height_and_width(self.image_size)
 
-        Apply `normalize` with `mean` and `std` to its result.
+    def transform(self) -> Callable[[Image], Tensor]:
+        """Return a function from an RGB image to 3 H W values from 0 to 255, uint8 if antialiased.
+
+        Apply `normalize` with `mean` and `std` to its result; it converts to gray if they have one number.
         """
         return eval_transform(
             image_size=self.image_size,
@@ -63,17 +68,19 @@ class Preprocessing:
     def to_config(self) -> dict[str, Any]:
         """Return the preprocessing with timm's keys, for `pretrained_cfg` of a config.json.
 
-        timm has no "crop_resize" and always uses antialiasing. These are approximated by the most similar settings.
+        timm has no "crop_resize" and always uses antialiasing. These are approximated by the most similar settings;
+        "letterbox" is what timm calls "border".
         """
-        size = self.image_size
+        size = min(self.shape[1:])
         # timm resizes to floor(S / crop_pct). Half a pixel more protects the floor from rounding errors.
         with_margin = size / (size + CROP_PADDING + 0.5)
         mode, pct = {
             "resize_crop_32": ("squash", with_margin),
             "crop_resize": ("center", with_margin),
+            "letterbox": ("border", 1.0),
         }.get(self.crop, (self.crop, self.crop_pct))
         return {
-            "input_size": [len(self.mean), size, size], "crop_mode": mode, "crop_pct": pct,
+            "input_size": list(self.shape), "crop_mode": mode, "crop_pct": pct,
             "interpolation": self.interpolation, "mean": list(self.mean), "std": list(self.std),
         }  # fmt: skip
 
@@ -94,10 +101,12 @@ class Preprocessing:
         """
         try:
             crop = config.get("crop_mode") or "center"
+            crop = "letterbox" if crop == "border" else crop
+            height, width = map(int, (config.get("test_input_size") or config["input_size"])[-2:])
             if crop not in EVAL_CROPS:
                 raise ValueError(unknown("crop_mode", crop, EVAL_CROPS).rstrip("."))
             return cls(
-                image_size=int((config.get("test_input_size") or config["input_size"])[-1]),
+                image_size=height if height == width else (height, width),
                 crop=crop,
                 crop_pct=float(config.get("test_crop_pct") or config["crop_pct"]),
                 interpolation=str(config["interpolation"]),

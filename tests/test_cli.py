@@ -15,6 +15,11 @@ from PIL import Image
 
 from normfree._version import __version__
 from normfree.cli import HELP, VERBS, main
+from normfree.commands.arguments import parse_arguments
+from normfree.commands.eval_command import EvalArguments
+from normfree.commands.export_command import ExportArguments
+from normfree.commands.predict_command import PredictArguments
+from normfree.commands.serve_command import ServeArguments
 from normfree.commands.train_command import TrainArguments, parse
 from normfree.commands.usage import UsageError
 from normfree.models.zoo import create_model
@@ -219,11 +224,45 @@ def test_traceback_raises_the_error():
         main(["show", "vgg", "--traceback"])
 
 
-def test_an_unknown_option_exits_with_2(capsys):
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("list --bogus", "unknown option '--bogus'. All options: normfree list --help"),
+        ("eval", "normfree eval needs MODEL and DATA. Fix: normfree eval MODEL DATA, see normfree eval --help."),
+        ("eval a", "normfree eval needs DATA. Fix: normfree eval MODEL DATA, see normfree eval --help."),
+        ("eval a b --batch-size x", "--batch-size is 'x'. Allowed: a whole number."),
+        ("eval a b --batch_size", "--batch-size has no value. Allowed: a whole number."),
+        ("eval a b --bach-size=3", "unknown option '--bach-size'. Did you mean '--batch-size'? "
+                                   "All options: normfree eval --help"),
+        ("show a b", "unexpected argument 'b'. Allowed: normfree show NAME."),
+        ("predict m p --format xml", "--format is 'xml'. Allowed: table, csv, jsonl."),
+        ("export m --format onx", "--format is 'onx'. Did you mean 'onnx'? Allowed: onnx, pt2."),
+        ("eval a b --json=maybe", "--json is 'maybe'. Allowed: true or false."),
+        ("bench --threads 3", "unknown option '--threads'. All options: normfree bench --help"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_one_line(line, text, capsys):
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err == f"normfree: {text}\n"
+
+
+def test_arguments_are_values_of_the_types_of_their_fields():
+    parsed = parse_arguments(
+        "serve", ServeArguments, ["r", "--max-delay-ms=2.5", "--port", "80", "--device", "cpu"]
+    )
+    assert (parsed.model, parsed.max_delay_ms, parsed.port, parsed.device) == ("r", 2.5, 80, "cpu")
+    parsed = parse_arguments("predict", PredictArguments, ["m", "a", "--top", "2", "b", "--", "--c"])
+    assert (parsed.model, parsed.paths, parsed.top) == ("m", ("a", "b", "--c"), 2)
+    parsed = parse_arguments("export", ExportArguments, ["m", "--images", "a", "b", "--unfolded"])
+    assert (parsed.images, parsed.unfolded, parsed.format) == (("a", "b"), True, "onnx")
+    assert parse_arguments("eval", EvalArguments, ["m", "d", "--json", "--no-json"]).json is False
+
+
+def test_the_help_of_a_verb_is_printed(capsys):
     with pytest.raises(SystemExit) as exit:
-        main(["list", "--bogus"])
-    assert exit.value.code == 2
-    assert "--bogus" in capsys.readouterr().err
+        main(["eval", "--help"])
+    assert exit.value.code == 0
+    assert "--batch-size" in capsys.readouterr().out
 
 
 def test_the_help_fits_on_a_screen():

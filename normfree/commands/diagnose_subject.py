@@ -24,7 +24,7 @@ class Subject:
     Attributes:
         net: the network.
         title: name of the network for headings.
-        size: side of its images in pixels.
+        size: side of its images in pixels, or their height and width.
         channels: channels of its images.
         classifier: name of the weight that AGC does not clip; "" if there is none.
         data: the data of its run; "" if it has no run.
@@ -35,7 +35,7 @@ class Subject:
 
     net: nn.Module
     title: str
-    size: int
+    size: int | tuple[int, int]
     channels: int = 3
     classifier: str = "head.weight"
     data: str = ""
@@ -113,7 +113,7 @@ def _foreign(model: str) -> Subject:
 def load_images(
     subject: Subject, data: str, *, count: int, image_size: int, given: bool = True
 ) -> tuple[Tensor, Tensor, str]:
-    """Return normalized images B C S S, labels B, and what the images are.
+    """Return normalized images B C H W, labels B, and what the images are.
 
     `given`: the user asked for `count` images; otherwise fewer are used if the data has fewer.
     Without data, images are noise and labels are random numbers, to be taken modulo the number of classes.
@@ -121,13 +121,14 @@ def load_images(
     import torch
 
     from normfree.data.sources.open import open_labeled
+    from normfree.data.transforms.normalize import height_and_width
     from normfree.inference import sample
     from normfree.preprocessing import Preprocessing
 
     name, size = data or subject.data, image_size or subject.size
     if not name:
         labels = torch.randint(2**31, (count,))
-        return torch.randn(count, subject.channels, size, size), labels, "images of N(0, 1)"
+        return torch.randn(count, subject.channels, *height_and_width(size)), labels, "images of N(0, 1)"
     source = subject.source or open_labeled(name)
     if not given and len(source) < count:
         count = max(2, len(source))

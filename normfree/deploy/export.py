@@ -176,7 +176,7 @@ def _write_and_compare(job: ExportJob, path: Path, images: Tensor) -> _Written:
 
 def _comparison_images(images: Tensor | None, model: TrainedModel, net: Net) -> Tensor:
     """Return `images` after a check of their shape, or a batch of Gaussian noise if there are none."""
-    shape = (net.in_channels, *[model.preprocessing.image_size] * 2)
+    shape = model.preprocessing.shape
     if images is None:
         return torch.randn(BATCHES[-1], *shape, generator=torch.Generator().manual_seed(0))
     if images.dim() != 4 or tuple(images.shape[1:]) != shape or not len(images):

@@ -111,8 +111,8 @@ class _Service:
     def start(self, device: torch.device, *, max_batch: int, max_delay_ms: float) -> None:
         """Run the network once and start the threads."""
         run = probabilities(self.model, device=device)
-        size = self.model.preprocessing.image_size
-        width = run(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
+        image = torch.zeros(1, 3, *self.model.preprocessing.shape[1:], dtype=torch.uint8)
+        width = run(image).shape[-1]
         if width != len(self.model.classes):
             raise ValueError(
                 problem(f"the network has {width} outputs for {len(self.model.classes)} class names",

@@ -10,11 +10,11 @@ from torch import Tensor
 from normfree.data.loader import Batch
 from normfree.data.seeds import key
 from normfree.data.transforms.mixing import FreshPairs, mix, paired_targets
-from normfree.data.transforms.normalize import normalize
+from normfree.data.transforms.normalize import channel_statistics, normalize
 from normfree.data.transforms.train import AfterMixing
 from normfree.training.choices import learns_embeddings
 from normfree.training.class_weights import weigh
-from normfree.training.config import Config
+from normfree.training.config import Config, channels_of
 from normfree.training.distributed.world import World
 
 
@@ -43,14 +43,17 @@ class BatchPreparer:
         self.augment, self.seed = config.augment, config.seed
         self.embeds = learns_embeddings(config.objective)
         self.num_classes, self.world = num_classes, world
+        self.mean, self.std = channel_statistics(channels_of(config.input.image_size))
         self.micro_batch, self.exact = micro_batch, exact
         self.class_weights = None if class_weights is None else class_weights.to(world.device)
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Return images B 3 S S, channels_last, and targets B K, on the device; labels B if embeddings are learned."""
+        """Return images B C H W, channels_last, and targets B K, on the device; labels B if embeddings are learned."""
         rank = self.world.rank
         if self.embeds:
-            images = normalize(batch.images.to(self.world.device, non_blocking=True))
+            images = normalize(
+                batch.images.to(self.world.device, non_blocking=True), mean=self.mean, std=self.std
+            )
             return images.contiguous(memory_format=torch.channels_last), batch.labels.to(self.world.device)
         if not self.exact:  # rank 0 draws what a single process draws
             return self._mixed(batch, key(self.seed, "mix", step, *((rank,) if rank else ())))
@@ -69,7 +72,7 @@ class BatchPreparer:
         augment, device = self.augment, self.world.device
         # With class weights, targets are smoothed after weighing.
         smoothing = augment.label_smoothing if self.class_weights is None else 0.0
-        images = normalize(batch.images.to(device, non_blocking=True))
+        images = normalize(batch.images.to(device, non_blocking=True), mean=self.mean, std=self.std)
         labels = batch.labels.to(device, non_blocking=True)
         if batch.partners is not None and batch.share is not None:  # the loader has mixed the images already
             partners, share = batch.partners.to(device), batch.share.to(device)

@@ -47,6 +47,8 @@ class ConfigSection(BaseModel):
 # --- validators: a ValueError holds the allowed values, which config_io.py reports together with the given one ----
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
+# auto, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH. Images are decoded to RGB; networks see that or gray.
+_SIZE = re.compile(r"auto|(?:([13])x)?([1-9]\d*)x([1-9]\d*)")
 LOGGERS = ("tensorboard", "wandb")
 
 
@@ -57,8 +59,19 @@ def _check_length(value: str) -> str:
 
 
 def _check_size(value: int | str) -> int | str:
-    if isinstance(value, int) and value < 1:
-        raise ValueError("1 pixel or more, or 'auto'")
+    if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        value = int(value)  # from the command line
+    if (isinstance(value, int) and value < 1) or (isinstance(value, str) and not _SIZE.fullmatch(value)):
+        raise ValueError(
+            "1 pixel or more, 128x313 (height x width), 1x128x313 (with 1 or 3 channels), or 'auto'"
+        )
+    return value
+
+
+def _check_eval_size(value: int | str) -> int | str:
+    value = _check_size(value)
+    if isinstance(value, str) and value.count("x") == 2:
+        raise ValueError("a size without channels, which input.image_size has: 224, 128x313, or 'auto'")
     return value
 
 
@@ -120,6 +133,30 @@ def loggers_in(to: str) -> tuple[str, ...]:
     return tuple(logger for logger in LOGGERS if logger in named)
 
 
+def size_of(size: int | str) -> int | tuple[int, int]:
+    """Return the side of square images, or height and width, of a value of `input.image_size` that is not "auto".
+
+    >>> size_of(224), size_of("1x224x224"), size_of("128x313")
+    (224, 224, (128, 313))
+    """
+    if isinstance(size, int):
+        return size
+    match = _SIZE.fullmatch(size)
+    assert match, size
+    height, width = int(match[2]), int(match[3])
+    return height if height == width else (height, width)
+
+
+def channels_of(size: int | str) -> int:
+    """Return the number of channels in a value of `input.image_size`: 3 unless it states another number.
+
+    >>> channels_of(224), channels_of("1x128x313")
+    (3, 1)
+    """
+    match = None if isinstance(size, int) else _SIZE.fullmatch(size)
+    return int(match[1] or 3) if match and match[2] else 3
+
+
 def steps_of(length: str, *, samples: int, batch_size: int) -> int:
     """Return a length in optimizer steps, rounded to the nearest integer.
 
@@ -161,14 +198,16 @@ class NetConfig(ConfigSection):
 class InputConfig(ConfigSection):
     """Reading images and forming batches."""
 
-    image_size: Auto | int = "auto"
-    """Side of training images in pixels. auto: the variant's train_size, scaled to match the evaluation size of the
-    weights if they were trained at another."""
-    eval_size: Auto | int = "auto"
-    """Side of evaluation images in pixels. auto: image_size if that is given, else the evaluation size of the weights,
-    else the variant's test_size."""
-    eval_crop: Literal["auto", "resize_crop_32", "crop_resize", "squash"] = "auto"
-    """Resizing and cropping for evaluation. auto: squash up to 96 pixels, resize_crop_32 above."""
+    image_size: int | str = "auto"
+    """Size of training images in pixels: a side, 128x313 (height x width), or 1x128x313 with channels, 3 (RGB) or 1
+    (gray). auto: the variant's train_size, scaled to match the evaluation size of the weights if they were trained at
+    another."""
+    eval_size: int | str = "auto"
+    """Size of evaluation images in pixels: a side, or height x width. auto: image_size if that is given, else the
+    evaluation size of the weights, else the variant's test_size."""
+    eval_crop: Literal["auto", "resize_crop_32", "crop_resize", "squash", "letterbox"] = "auto"
+    """Resizing and cropping for evaluation. auto: squash up to 96 pixels, resize_crop_32 above. letterbox: the whole
+    image with gray bars; training images get the bars too, before the random crop."""
     batch_size: int = Field(default=64, ge=1)
     """Images per optimizer step, summed over all processes."""
     micro_batch: Auto | int = 0
@@ -179,7 +218,8 @@ class InputConfig(ConfigSection):
     val_fraction: float = 0.1
     """Fraction of each class that is held out for validation if the folder has no val/."""
 
-    _sizes = field_validator("image_size", "eval_size")(_check_size)
+    _size = field_validator("image_size")(_check_size)
+    _eval_size = field_validator("eval_size")(_check_eval_size)
     _fraction = field_validator("val_fraction")(_check_fraction)
     _count = field_validator("micro_batch")(_check_count)
 
@@ -193,6 +233,9 @@ class AugmentConfig(ConfigSection):
     """How many times each image occurs in a batch, each time with another augmentation."""
     flip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Probability of a horizontal flip."""
+    orientation: Literal["upright", "vertical_flip", "quarter_turns"] = "upright"
+    """For images without an up and down. vertical_flip: half of the images are also flipped vertically.
+    quarter_turns: and turned by a random multiple of 90 degrees."""
     randaugment: str = "off"
     """RandAugment: off, auto (the variant's), trivial (TrivialAugment), LAYERSxMAGNITUDE as in DeepMind's code, for
     example 4x5, tv:LAYERSxMAGNITUDE as in torchvision, for example tv:2x9, or simclr:STRENGTH, the changes of color of

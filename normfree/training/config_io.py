@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from normfree.suggest import closest, problem
 from normfree.training.config import Config, ConfigError
+from normfree.training.synonyms import what_to_use
 
 # Keys of earlier versions in [optim] that are options now: the old key, the new key, its value that has the option, the
 # option, and its default.
@@ -39,6 +40,9 @@ def _unknown(key: str) -> str:
     known = keys()
     leaf = key.rpartition(".")[2]
     leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
+    use = what_to_use(key)
+    if use and leaf not in leaves:
+        return f"unknown key {key!r}. Use {use}"
     sections = {k.partition(".")[0] for k in known}
     near = (
         leaves.get(leaf)  # the right key without its section

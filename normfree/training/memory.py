@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from normfree.data.transforms.normalize import height_and_width
 from normfree.native.dispatch import storage_id
 from normfree.suggest import problem
 
@@ -68,14 +69,22 @@ class Ledger(TorchDispatchMode):
         self.now -= size
 
 
-def pass_bytes(net: nn.Module, *, batch_size: int, image_size: int, half: bool = False) -> int:
+def pass_bytes(
+    net: nn.Module,
+    *,
+    batch_size: int,
+    image_size: int | tuple[int, int],
+    channels: int = 3,
+    half: bool = False,
+) -> int:
     """Return the peak memory in bytes of one forward and backward pass of `batch_size` images.
 
     It includes activations, standardized weights and gradients, but not weights and images. `net` may be on any device,
     the meta device included, and is not changed.
 
     Args:
-        image_size: side of the images in pixels.
+        image_size: side of the images in pixels, or their height and width.
+        channels: channels of the images.
         half: under autocast to bfloat16.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,7 +93,7 @@ def pass_bytes(net: nn.Module, *, batch_size: int, image_size: int, half: bool =
         state = {n: torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad)
                  for n, p in net.named_parameters()}  # fmt: skip
         state |= {n: torch.empty(b.shape, dtype=b.dtype) for n, b in net.named_buffers()}
-        images = torch.empty(batch_size, 3, image_size, image_size)
+        images = torch.empty(batch_size, channels, *height_and_width(image_size))
         images = images.to(memory_format=torch.channels_last)
         ledger = Ledger()
         ledger.ignore([*state.values(), images])
@@ -101,9 +110,13 @@ def pass_bytes(net: nn.Module, *, batch_size: int, image_size: int, half: bool =
     return ledger.peak
 
 
-def line(net: nn.Module, *, image_size: int, half: bool = False) -> tuple[int, int]:
+def line(
+    net: nn.Module, *, image_size: int | tuple[int, int], channels: int = 3, half: bool = False
+) -> tuple[int, int]:
     """Return (fixed, each): a pass of n images needs about fixed + n * each bytes; see `pass_bytes`."""
-    small, large = (pass_bytes(net, batch_size=n, image_size=image_size, half=half) for n in _SIZES)
+    small, large = (
+        pass_bytes(net, batch_size=n, image_size=image_size, channels=channels, half=half) for n in _SIZES
+    )
     each = (large - small) // (_SIZES[1] - _SIZES[0])
     return max(0, small - _SIZES[0] * each), each
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import torch
 
+from normfree.data.transforms.normalize import height_and_width
 from normfree.models.net import Net
 from normfree.optim.sgd import SGD
 from normfree.optim.torch_optimizers import TorchOptimizer, state_tensors
 from normfree.training import memory
 from normfree.training.choices import OPTIMIZERS, learns_embeddings, parse_choice
-from normfree.training.config import Config
+from normfree.training.config import Config, channels_of, size_of
 from normfree.training.distributed.modes import sizes
 from normfree.training.distributed.world import World
 from normfree.training.gradient import BatchGradient
@@ -27,7 +28,10 @@ Estimate = Callable[[Callable[[int], bool]], int]
 def estimate(net: Net, config: Config, *, world: World, sharded: bool = False) -> Estimate:
     """Estimate what a pass of `net` needs and measure what is free now."""
     fixed, each = memory.line(
-        net, image_size=int(config.input.image_size), half=config.precision == "bfloat16"
+        net,
+        image_size=size_of(config.input.image_size),
+        channels=channels_of(config.input.image_size),
+        half=config.precision == "bfloat16",
     )
     limit = memory.free_bytes(world.device)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -88,11 +92,11 @@ def fits_on_device(
     """
     net, device = gradients.net, gradients.world.device
     count = min(2 * size, config.input.batch_size // gradients.world.size)
-    side = int(config.input.image_size)
+    shape = (channels_of(config.input.image_size), *height_and_width(size_of(config.input.image_size)))
     buffers = [b.clone() for b in net.buffers()]
     optimizer.named_state()
     try:
-        images = torch.rand(count, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        images = torch.rand(count, *shape, device=device).contiguous(memory_format=torch.channels_last)
         gradients(images, gradients.example_targets(count, num_classes), 0, micro_batch=size)
         return True
     except torch.OutOfMemoryError:

@@ -9,13 +9,14 @@ from pathlib import Path
 from normfree.data.audit import audit, require_clean
 from normfree.data.source import Split
 from normfree.data.sources.open import open_source
+from normfree.data.transforms.normalize import channel_statistics, height_and_width
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
 from normfree.preprocessing import SQUASH_UP_TO, Preprocessing
 from normfree.pretrained import TRAINING_FIELDS, Description, describe
 from normfree.suggest import problem
 from normfree.training.choices import OPTIMIZERS, parse_choice, uses_sigmoid
-from normfree.training.config import Config, OptimConfig
+from normfree.training.config import Config, OptimConfig, channels_of, size_of
 from normfree.training.console import RunLog
 from normfree.training.objective_rules import check_objective
 from normfree.weights.hub import PREFIX, repository_of
@@ -79,16 +80,20 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         model = found.variant
     variant = variant_of(model)
     check_objective(config, norm=variant.norm)
-    train_size, test_size = variant.train_size, variant.test_size
+    train_size: int | str = variant.train_size
+    test_size: int | str = variant.test_size
     if found is not None and auto and is_folder:
         variant = _as_trained(variant, found, weights)
         train_size, test_size = _sizes(variant, found.preprocessing.image_size)
     size = train_size if config.input.image_size == "auto" else config.input.image_size
-    fallback = test_size if config.input.image_size == "auto" else size
+    fallback = test_size if config.input.image_size == "auto" else _without_channels(size)
     eval_size = fallback if config.input.eval_size == "auto" else config.input.eval_size
+    if found is not None and found.arguments.get("in_channels", 3) != 3 and config.input.image_size == "auto":
+        size = "x".join(map(str, (found.arguments["in_channels"], *height_and_width(size_of(size)))))
     crop = config.input.eval_crop
     if crop == "auto":
-        crop = "squash" if eval_size <= SQUASH_UP_TO else "resize_crop_32"
+        small = max(height_and_width(size_of(eval_size))) <= SQUASH_UP_TO
+        crop = "squash" if small else "resize_crop_32"
     fields = {k: getattr(variant, k) if v == "auto" else v for k, v in net.model_dump().items()}
     augment = config.augment
     if augment.randaugment == "auto":
@@ -138,11 +143,20 @@ def _as_trained(variant: Variant, found: Description, weights: str) -> Variant:
     return variant.with_overrides(changed)
 
 
-def _sizes(variant: Variant, tested: int) -> tuple[int, int]:
+def _without_channels(size: int | str) -> int | str:
+    """Return a value of `input.image_size` as one of `input.eval_size`."""
+    side = size_of(size)
+    return side if isinstance(side, int) else "{}x{}".format(*side)
+
+
+def _sizes(variant: Variant, tested: int | tuple[int, int]) -> tuple[int | str, int | str]:
     """Return training and test size in px for weights that were tested at `tested` px.
 
-    The test size stays; the training size has the variant's ratio of the two, in multiples of 32 px as in [B] table 1.
+    The test size stays; the training size has the variant's ratio of the two, in multiples of 32 px as in [B] table 1,
+    or is the same for images that are not square.
     """
+    if not isinstance(tested, int):
+        return "{}x{}".format(*tested), "{}x{}".format(*tested)
     if tested == variant.test_size or variant.train_size == variant.test_size:
         return tested * variant.train_size // variant.test_size, tested
     return max(32, 32 * round(tested * variant.train_size / variant.test_size / 32)), tested
@@ -150,7 +164,8 @@ def _sizes(variant: Variant, tested: int) -> tuple[int, int]:
 
 def preprocessing(config: Config) -> Preprocessing:
     """Return how a resolved config preprocesses validation images."""
-    return Preprocessing(image_size=int(config.input.eval_size), crop=config.input.eval_crop)
+    mean, std = channel_statistics(channels_of(config.input.image_size))
+    return Preprocessing(size_of(config.input.eval_size), crop=config.input.eval_crop, mean=mean, std=std)
 
 
 def open_data(config: Config, log: RunLog, *, check: bool = True) -> Split:

@@ -45,7 +45,7 @@ from normfree.training.choices import (
     learns_embeddings,
     parse_choice,
 )
-from normfree.training.config import OptimConfig, steps_of
+from normfree.training.config import OptimConfig, channels_of, size_of, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
@@ -131,7 +131,8 @@ class Trainer:
         self.ratios: dict[str, list[float]] = {}  # of the last step, if it was sampled
         self.pairs = fresh_pairs(config)
         self.transform = train_transform(
-            image_size=int(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
+            image_size=size_of(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
+            orientation=config.augment.orientation, letterbox=config.input.eval_crop == "letterbox",
             randaugment="off" if self.pairs else config.augment.randaugment,
         )  # fmt: skip
         self.gradients = (EmbeddingGradient if self.embeds else BatchGradient)(
@@ -161,8 +162,9 @@ class Trainer:
         fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
         num_classes = 0 if self.embeds else self.num_classes
         net = create_model(
-            config.model, num_classes=num_classes, weights=weights or None, head=head, **fields
-        )
+            config.model, num_classes=num_classes, in_channels=channels_of(config.input.image_size),
+            weights=weights or None, head=head, **fields,
+        )  # fmt: skip
         assert isinstance(net, Net)
         if self.embeds:
             project_(net, self.num_classes)

@@ -9,6 +9,7 @@ from normfree.training.choices import CLIPS, parse_choice
 from normfree.training.config import Config, ConfigError, steps_of
 from normfree.training.config_io import keys, load_config, to_toml, with_overrides
 from normfree.training.recipes import RECIPES
+from normfree.training.synonyms import _NAMES
 
 KEYS = [
     *(
@@ -31,6 +32,7 @@ KEYS = [
         "augment.crop_min",
         "augment.repeats",
         "augment.flip",
+        "augment.orientation",
         "augment.randaugment",
         "augment.mixup",
         "augment.cutmix",
@@ -47,6 +49,8 @@ KEYS = [
     *("optim.clipping", "optim.class_balance", "optim.warmup", "optim.schedule", "optim.sam_rho"),
     *("optim.ema_decay", "log.every", "log.evaluate_every", "log.checkpoint_every", "log.to", "log.profile"),
 ]
+
+SIZES = "1 pixel or more, 128x313 (height x width), 1x128x313 (with 1 or 3 channels), or 'auto'."
 
 
 def test_the_keys_are_pinned_and_at_most_50():
@@ -70,7 +74,7 @@ def test_all_errors_are_reported_at_once_with_the_allowed_values():
         "length='90'. Allowed: a number of epochs or steps, for example '90ep' or '5000st'.",
         "compile='maybe'. Allowed: true or false.",
         "net.drop_rate='x'. Allowed: a number or 'auto'.",
-        "input.image_size='big'. Allowed: a whole number or 'auto'.",
+        f"input.image_size='big'. Allowed: {SIZES}",
         "input.batch_size='1.5'. Allowed: a whole number.",
         "optim.lr='-1'. Allowed: a number above 0, or 'auto'.",
         "optim.clip='agcc'. Allowed: agc:eps=0.001,unclipped=head.weight; norm; value; off. Did you mean 'agc'?",
@@ -137,8 +141,11 @@ def test_help_and_usage_errors_do_not_import_torch(args):
         ("--augment.mixup nan", "augment.mixup='nan'. Allowed: a finite number."),
         ("--net.drop_rate 1", "net.drop_rate='1'. Allowed: a number from 0 to below 1, or 'auto'."),
         ("--net.stochdepth_rate -0.1", "net.stochdepth_rate='-0.1'. Allowed: a number from 0 to below 1, or 'auto'."),
-        ("--input.eval_size 0", "input.eval_size='0'. Allowed: 1 pixel or more, or 'auto'."),
-        ("--input.image_size=-4", "input.image_size='-4'. Allowed: 1 pixel or more, or 'auto'."),
+        ("--input.eval_size 0", f"input.eval_size='0'. Allowed: {SIZES}"),
+        ("--input.image_size=-4", f"input.image_size='-4'. Allowed: {SIZES}"),
+        ("--input.image_size 2x8x8", f"input.image_size='2x8x8'. Allowed: {SIZES}"),
+        ("--input.eval_size 1x8x8", "input.eval_size='1x8x8'. Allowed: a size without channels, which input.image_size "
+                                    "has: 224, 128x313, or 'auto'."),
         ("--net.alpha x", "net.alpha='x'. Allowed: a number or 'auto'."),
         ("--nett.alpha 1", "unknown key 'nett.alpha'. Did you mean 'net.alpha'?"),
         ("--optm 1", "unknown key 'optm'. Did you mean 'optim.lr'?"),
@@ -159,6 +166,30 @@ def test_a_rate_in_a_file_is_checked_like_a_flag(tmp_path):
         f"{tmp_path}/c.toml: net.drop_rate=1.5. Allowed: a number from 0 to below 1, or 'auto'.",
         f"{tmp_path}/c.toml: optim.lr=inf. Allowed: a number or 'auto'.",
     )
+
+
+@pytest.mark.parametrize(
+    ("flag", "use"),
+    [
+        ("--epochs", "--length 90ep"), ("--batch", "--input.batch_size 64"), ("--imgsz", "--input.image_size 224"),
+        ("--lr0", "--optim.lr 0.05"), ("--drop-path", "--net.stochdepth_rate 0.1"),
+        ("--amp", "--precision bfloat16"), ("--val-split", "--input.val_fraction 0.1"),
+        ("--opt", "--optim.optimizer adamw"),
+        ("--freeze", "--optim.body freeze"), ("--optim.momentum", "--optim.optimizer sgd:momentum=0.9"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs_lead_to_the_key(flag, use):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), [flag, "1"])
+    assert error.value.problems == (f"unknown key {flag.removeprefix('--').replace('-', '_')!r}. Use {use}",)
+
+
+def test_what_is_offered_for_names_of_other_programs_is_valid():
+    for use, names in _NAMES.items():
+        parts = use.split()
+        if parts[0].startswith("--") and parts[-1].upper() != parts[-1] and "out" not in parts[0]:
+            with_overrides(Config(), parts)
+        assert not set(names.split()) & {key.rpartition(".")[2] for key in KEYS}, use
 
 
 def test_another_optimizer_has_its_own_learning_rate_unless_one_is_given():

@@ -9,27 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfree.data.transforms.normalize import INTERPOLATIONS, check_choice, check_size
+from normfree.data.transforms.normalize import INTERPOLATIONS, check_choice, check_size, height_and_width
 from normfree.data.transforms.resample import resize_bicubic
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image, Resampling
 
 CROP_PADDING = 32  # pixels around the crop at evaluation; reference code, dataset.py, "resize_crop_32"
-EVAL_CROPS = ("resize_crop_32", "crop_resize", "squash", "center")
+EVAL_CROPS = ("resize_crop_32", "crop_resize", "squash", "center", "letterbox")
+BAR = (128, 128, 128)  # gray of the bars of "letterbox"; the gray that RandAugment uncovers
 REFERENCE_CROPS = ("resize_crop_32", "crop_resize")
 # Largest resized area, in units of the crop's; ordinary images, up to an aspect of about 50, stay below.
 LARGEST_RESIZE = 64
 
 
 class EvalTransform:
-    """A map from an RGB image to a uint8 tensor, 3 S S, without randomness; made by `eval_transform`."""
+    """A map from an RGB image to a uint8 tensor, 3 H W, without randomness; made by `eval_transform`."""
 
     def __init__(
-        self, *, image_size: int, crop: str, crop_pct: float, interpolation: str, antialias: bool
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        crop: str,
+        crop_pct: float,
+        interpolation: str,
+        antialias: bool,
     ) -> None:
-        self.image_size = image_size
+        self.height, self.width = height_and_width(image_size)
         self.antialias = antialias
         self.crop = crop
         self.crop_pct = crop_pct
@@ -41,67 +48,91 @@ class EvalTransform:
 
         if not self.antialias:
             return self._reference(np.asarray(image))
-        s, filter_ = self.image_size, Resampling[self.interpolation.upper()]
+        w, h, filter_ = self.width, self.height, Resampling[self.interpolation.upper()]
         if self.crop == "crop_resize":
-            left, top, side = self._center_square(*image.size)
-            image = image.resize((s, s), filter_, box=(left, top, left + side, top + side))
+            image = image.resize((w, h), filter_, box=self._center_box(*image.size))
+        elif self.crop == "letterbox":
+            image = self._letterbox(image, filter_)
         else:
-            side = s + CROP_PADDING if self.crop == "resize_crop_32" else int(s / self.crop_pct)
-            width, height = side, side
-            if self.crop == "center":
-                # The shorter side becomes `side`; the other one keeps the aspect, truncated to whole pixels.
-                shorter = min(image.size)
-                width, height = (side if n == shorter else int(side * n / shorter) for n in image.size)
+            width, height = self._resized(*image.size)
             # round() rounds halves to even, as torchvision's center crop does.
-            left, top = round((width - s) / 2), round((height - s) / 2)
-            if width * height <= LARGEST_RESIZE * s * s:
-                image = image.resize((width, height), filter_).crop((left, top, left + s, top + s))
+            left, top = round((width - w) / 2), round((height - h) / 2)
+            if width * height <= LARGEST_RESIZE * w * h:
+                image = image.resize((width, height), filter_).crop((left, top, left + w, top + h))
             else:
                 # An image one pixel high would become gigabytes. Resizing only the crop rounds a pixel or two.
                 across, down = image.width / width, image.height / height
-                box = (left * across, top * down, (left + s) * across, (top + s) * down)
-                image = image.resize((s, s), filter_, box=box)
+                box = (left * across, top * down, (left + w) * across, (top + h) * down)
+                image = image.resize((w, h), filter_, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
-    def _center_square(self, width: int, height: int) -> tuple[int, int, int]:
-        """Return (left, top, side) of the square that "crop_resize" keeps."""
-        side = max(1, int(self.image_size / (self.image_size + CROP_PADDING) * min(width, height)))
-        return (width - side + 1) // 2, (height - side + 1) // 2, side
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height) to which the crops that cut afterwards resize an image."""
+        if self.crop == "resize_crop_32":
+            return self.width + CROP_PADDING, self.height + CROP_PADDING
+        across, down = int(self.width / self.crop_pct), int(self.height / self.crop_pct)
+        if self.crop == "squash":
+            return across, down
+        # "center": one side fits, the other one keeps the aspect, truncated to whole pixels.
+        if across * height >= down * width:
+            return across, int(across * height / width)
+        return int(down * width / height), down
+
+    def _letterbox(self, image: Image, filter_: Resampling) -> Image:
+        """Return the whole image in its aspect, in the middle of a gray one."""
+        from PIL import Image as pillow
+
+        scale = min(self.width / image.width, self.height / image.height)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        canvas = pillow.new("RGB", (self.width, self.height), BAR)
+        canvas.paste(image.resize(size, filter_), ((self.width - size[0]) // 2, (self.height - size[1]) // 2))
+        return canvas
+
+    def _center_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return (left, top, right, bottom) of the part that "crop_resize" keeps."""
+        w, h = self.width, self.height
+        if w == h:
+            wide = tall = max(1, int(w / (w + CROP_PADDING) * min(width, height)))
+        else:
+            scale = min(width / (w + CROP_PADDING), height / (h + CROP_PADDING))
+            wide, tall = max(1, int(w * scale)), max(1, int(h * scale))
+        left, top = (width - wide + 1) // 2, (height - tall + 1) // 2
+        return left, top, left + wide, top + tall
 
     def _reference(self, pixels: np.ndarray) -> Tensor:
         """Resize and crop without antialiasing, as the reference code does."""
-        s, (height, width) = self.image_size, pixels.shape[:2]
+        w, h, (height, width) = self.width, self.height, pixels.shape[:2]
         if self.crop == "crop_resize":
-            left, top, side = self._center_square(width, height)
-            seen = resize_bicubic(pixels[top : top + side, left : left + side], s, s)
+            left, top, right, bottom = self._center_box(width, height)
+            seen = resize_bicubic(pixels[top:bottom, left:right], h, w)
         else:
             offset = CROP_PADDING // 2
-            seen = resize_bicubic(pixels, s + CROP_PADDING, s + CROP_PADDING)
-            seen = seen[offset : offset + s, offset : offset + s]
+            seen = resize_bicubic(pixels, h + CROP_PADDING, w + CROP_PADDING)
+            seen = seen[offset : offset + h, offset : offset + w]
         return torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1)))
 
 
 def eval_transform(
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     crop: str = "resize_crop_32",
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
     antialias: bool = True,
 ) -> Callable[[Image], Tensor]:
-    """Return a map from an RGB image to a uint8 tensor, 3 S S, without randomness.
+    """Return a map from an RGB image to a uint8 tensor, 3 H W, without randomness.
 
     It needs only Pillow, so prediction works without torchvision.
 
     Args:
-        image_size: Side S of the result in pixels.
+        image_size: Side S of the result in pixels, or its height and width; S below stands for each of them.
         crop: Part of the image that is kept. "resize_crop_32" resizes to a square of side S + 32, ignoring the aspect,
             and takes the center (reference code; [B] found it marginally better). "crop_resize" takes the center
             square whose side is S / (S + 32) of the shorter side and resizes it (reference code for NF-RegNet and
             ResNet). "squash" resizes to a square of side floor(S / `crop_pct`), ignoring the aspect, and takes the
             center; with `crop_pct` 1 nothing is cut, which suits small images, where a margin of 32 pixels would be
             half of the image. "center" resizes the shorter side to floor(S / `crop_pct`), keeping the aspect, and
-            takes the center. The last two are timm's.
+            takes the center. Both are timm's. "letterbox" keeps all of the image and its aspect, and adds gray bars.
         crop_pct: For "squash" and "center", above 0 and up to 1.
         interpolation: "bicubic", "bilinear" or "nearest".
         antialias: False gives the pixels of the reference code to 0.05 of 255, for its two crops: bicubic without

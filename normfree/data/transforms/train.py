@@ -16,36 +16,43 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from normfree.data.torchvision_import import torchvision_module
-from normfree.data.transforms.normalize import INTERPOLATIONS, check_choice, check_size
+from normfree.data.transforms.evaluate import BAR
+from normfree.data.transforms.normalize import INTERPOLATIONS, check_choice, check_size, height_and_width
 from normfree.data.transforms.randaugment import rand_augment
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+ORIENTATIONS = ("upright", "vertical_flip", "quarter_turns")
 GRAY = (128, 128, 128)  # what RandAugment uncovers at the edge; reference code, autoaugment.py
 
 
 def train_transform(
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     crop_min: float = 0.08,
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    orientation: str = "upright",
+    letterbox: bool = False,
     randaugment: str = "off",
     interpolation: str = "bicubic",
     fill: tuple[int, int, int] = GRAY,
 ) -> Callable[[Image], Tensor]:
-    """Return a random map from an RGB image to a uint8 tensor, 3 S S: random crop and resize, flip, RandAugment.
+    """Return a random map from an RGB image to a uint8 tensor, 3 H W: random crop and resize, flip, RandAugment.
 
     Resizing is antialiased, by PyTorch's resize of uint8 images (`resize`). The defaults are those of the reference
     code (dataset.py).
 
     Args:
-        image_size: Side S of the result in pixels.
+        image_size: Side of the result in pixels, or its height and width.
         crop_min: Smallest share of the image's area that a crop takes; the largest is 1.
-        crop_ratio: Smallest and largest aspect ratio of the crop.
+        crop_ratio: Smallest and largest aspect ratio of the crop, relative to that of the result.
         flip: Probability of mirroring the image left to right.
+        orientation: "upright"; "vertical_flip" also mirrors half of the images top to bottom; "quarter_turns" also
+            turns them by 0, 90, 180 or 270 degrees, for images without an up and down, such as those of microscopes.
+        letterbox: First add gray bars, so that the image has the aspect of the result; the crop may then be all of it.
         randaugment: "off"; "trivial" for one operation of random strength (TrivialAugment, arXiv 2103.10158); "LxM"
             for L operations in a row at magnitude M of 10, as DeepMind ran it (`rand_augment`); or "tv:LxM" for
             torchvision's RandAugment (arXiv 1909.13719) at magnitude M of 30; "simclr:S" for the colors of SimCLR at
@@ -72,20 +79,34 @@ def train_transform(
     if not 0 <= flip <= 1:
         raise ValueError(problem(f"flip={flip}", allowed="a probability, 0 to 1", fix="flip=0.5"))
     check_choice("interpolation", interpolation, INTERPOLATIONS)
+    check_choice("orientation", orientation, ORIENTATIONS)
+    height, width = height_and_width(image_size)
+    if orientation == "quarter_turns" and height != width:
+        given = f"orientation='quarter_turns' with images of {height} x {width} pixels"
+        raise ValueError(problem(given, allowed="square images", fix="orientation='vertical_flip'"))
+    if height != width:
+        crop_ratio = (crop_ratio[0] * width / height, crop_ratio[1] * width / height)
     policy = _policy(randaugment, fill)
     if interpolation != "nearest":
         return TrainTransform(
-            image_size,
+            (height, width),
             crop_min=crop_min,
             crop_ratio=crop_ratio,
             flip=flip,
+            orientation=orientation,
+            letterbox=letterbox,
             interpolation=interpolation,
             policy=policy,
+        )
+    if letterbox or orientation != "upright":
+        given = f"interpolation='nearest' with letterbox={letterbox}, orientation={orientation!r}"
+        raise ValueError(
+            problem(given, allowed="letterbox=False, orientation='upright'", fix="interpolation='bicubic'")
         )
     v2 = torchvision_module("transforms.v2")
     steps = [
         v2.RandomResizedCrop(
-            image_size,
+            (height, width),
             scale=(crop_min, 1.0),
             ratio=tuple(crop_ratio),
             interpolation=v2.InterpolationMode.NEAREST,
@@ -182,7 +203,7 @@ class ReferenceRandAugment:
 
 
 class TrainTransform:
-    """A random map from an RGB image (uint8 H W 3, or PIL) to a uint8 tensor, 3 S S; made by `train_transform`.
+    """A random map from an RGB image (uint8 H W 3, or PIL) to a uint8 tensor, 3 H W; made by `train_transform`.
 
     It crops and resizes, flips, and applies `policy`, a list of operations on PIL images. Position and size of the crop
     and the flip are drawn as by torchvision's RandomResizedCrop and RandomHorizontalFlip.
@@ -192,22 +213,27 @@ class TrainTransform:
 
     def __init__(
         self,
-        image_size: int,
+        image_size: tuple[int, int],
         *,
         crop_min: float,
         crop_ratio: tuple[float, float],
         flip: float,
+        orientation: str = "upright",
+        letterbox: bool = False,
         interpolation: str,
         policy: Sequence[Any],
     ) -> None:
         v2 = torchvision_module("transforms.v2")
         self.image_size, self.interpolation = image_size, interpolation
+        self._orientation, self._letterbox = orientation, letterbox
         self._crop = v2.RandomResizedCrop(image_size, scale=(crop_min, 1.0), ratio=tuple(crop_ratio))
         self._flip = flip
         self._policy = v2.Compose([v2.ToPILImage(), *policy, v2.PILToTensor()]) if policy else None
 
     def __call__(self, image: Image | np.ndarray) -> Tensor:
         """Transform one image, drawing from PyTorch's default generator."""
+        if self._letterbox:
+            image = with_bars(np.asarray(image), self.image_size)
         height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
         box = self._crop.make_params([torch.empty(1, dtype=torch.uint8).expand(3, height, width)])
         top, left, tall, wide = (box[name] for name in ("top", "left", "height", "width"))
@@ -215,11 +241,28 @@ class TrainTransform:
             pixels = image[top : top + tall, left : left + wide]
         else:
             pixels = np.asarray(image.crop((left, top, left + wide, top + tall)))
-        scaled = resize(pixels, self.image_size, self.image_size, interpolation=self.interpolation)
+        scaled = resize(pixels, *self.image_size, interpolation=self.interpolation)
         if torch.rand(1) < self._flip:
             scaled = scaled.flip(-1)
+        if self._orientation != "upright":
+            if torch.rand(1) < 0.5:
+                scaled = scaled.flip(-2)
+            if self._orientation == "quarter_turns":
+                scaled = scaled.rot90(int(torch.randint(4, ())), (-2, -1))
         made: Tensor = scaled if self._policy is None else self._policy(scaled)
         return made.contiguous()
+
+
+def with_bars(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an image H W 3 in the middle of a gray one with the aspect of `size`, (height, width)."""
+    height, width = pixels.shape[:2]
+    tall = max(height, round(width * size[0] / size[1]))
+    wide = max(width, round(height * size[1] / size[0]))
+    framed = np.empty((tall, wide, 3), dtype=np.uint8)
+    framed[:] = BAR
+    top, left = (tall - height) // 2, (wide - width) // 2
+    framed[top : top + height, left : left + width] = pixels
+    return framed
 
 
 def resize(pixels: np.ndarray, height: int, width: int, *, interpolation: str) -> Tensor:

@@ -96,7 +96,8 @@ def test_wrong_options_of_the_transforms() -> None:
         "interpolation='cubic'. Allowed: bicubic, bilinear, nearest. Fix: interpolation='bicubic'."
     )
     assert text_of(lambda: eval_transform(image_size=8, crop="resize_crop")) == (
-        "crop='resize_crop'. Allowed: resize_crop_32, crop_resize, squash, center. Fix: crop='resize_crop_32'."
+        "crop='resize_crop'. Allowed: resize_crop_32, crop_resize, squash, center, letterbox. "
+        "Fix: crop='resize_crop_32'."
     )
     assert text_of(lambda: eval_transform(image_size=0)) == (
         "image_size=0. Allowed: 1 pixel or more. Fix: image_size=64."
