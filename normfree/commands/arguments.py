@@ -96,8 +96,8 @@ def _option(
         values[options[positive].name] = False
         return
     if name not in options:
-        near = closest(name, options)
-        hint = f" Did you mean {near!r}?" if near else ""
+        near = closest(name.lstrip("-"), [option.lstrip("-") for option in options])
+        hint = f" Did you mean '--{near}'?" if near else ""
         raise UsageError(f"unknown option {given!r}.{hint} All options: {prog} --help")
     field = options[name]
     if field.kind is bool and not equals:
