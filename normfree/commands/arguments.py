@@ -60,7 +60,7 @@ def parse_arguments(verb: str, kind: type[Arguments], args: Sequence[str]) -> Ar
             loose.append(arg)
         else:
             _option(arg, rest, options, values, prog=prog)
-    _place(loose, [field for field in fields if field.positional], values, prog=prog)
+    _positional(loose, [field for field in fields if field.positional], values, prog=prog)
     missing = [field.shown for field in fields if field.required and field.name not in values]
     if missing:
         usage = " ".join([prog, *(field.shown for field in fields if field.positional)])
@@ -115,7 +115,7 @@ def _option(
     values[field.name] = tuple(texts) if field.repeated else _value(name, texts[0], field.kind)
 
 
-def _place(loose: list[str], fields: list[_Field], values: dict[str, Any], *, prog: str) -> None:
+def _positional(loose: list[str], fields: list[_Field], values: dict[str, Any], *, prog: str) -> None:
     """Assign the values that are given by their position."""
     for field in fields:
         if field.repeated:

@@ -19,7 +19,7 @@ _NAMES = {
     "--optim.lr 0.05": "lr0 learning_rate base_lr max_lr blr lr_base",
     "--optim.schedule warmup_cosine:final=0.01": "lrf min_lr final_lr eta_min cos_lr sched lr_scheduler",
     "--optim.warmup 5ep": "warmup_epochs warmup_steps warmup_ratio",
-    "--optim.optimizer adamw": "opt optim optimiser",
+    "--optim.optimizer adamw": "opt optim optimizers",
     "--optim.optimizer adamw:betas=0.9/0.999": "beta1 beta2 betas adam_beta1 opt_betas opt_eps",
     "--optim.optimizer sgd:momentum=0.9": "momentum",
     "--optim.weight_decay 0.0001": "wd decay l2",
