@@ -42,7 +42,9 @@ class OnnxNet(nn.Module):
     def __init__(self, session: onnxruntime.InferenceSession, *, name: str) -> None:
         super().__init__()
         self.session, self.name = session, name
-        _, self.in_channels, *self.image_size = session.get_inputs()[0].shape
+        _, self.in_channels, *sides = session.get_inputs()[0].shape
+        self.image_size: int | tuple[int, int] = sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
+        self.shape = (self.in_channels, *sides)
         self.num_classes = int(session.get_outputs()[0].shape[-1])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class OnnxNet(nn.Module):
         Raises:
             ValueError: the images do not have the channels and the size that the file was exported for.
         """
-        wanted = (self.in_channels, *self.image_size)
+        wanted = self.shape
         if tuple(images.shape[1:]) != wanted:
             raise ValueError(
                 problem(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +13,14 @@ from normfree.data.loader import Batch
 from normfree.data.seeds import key
 from normfree.data.transforms.mixing import FreshPairs, mix, paired_targets
 from normfree.data.transforms.normalize import channel_statistics, normalize
-from normfree.data.transforms.train import AfterMixing
+from normfree.data.transforms.train import AfterMixing, train_transform
 from normfree.training.choices import learns_embeddings
 from normfree.training.class_weights import weigh
-from normfree.training.config import Config, channels_of
+from normfree.training.config import Config, channels_of, size_of
 from normfree.training.distributed.world import World
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class BatchPreparer:
@@ -101,6 +106,19 @@ def fresh_pairs(config: Config) -> FreshPairs | None:
         return None
     after = None if augment.randaugment == "off" else AfterMixing(augment.randaugment)
     return FreshPairs(augment.mixup, augment.cutmix, after)
+
+
+def image_transform(config: Config) -> Callable[[Image], Tensor]:
+    """Return the random transform of single training images that a resolved config describes."""
+    augment = config.augment
+    return train_transform(
+        image_size=size_of(config.input.image_size),
+        crop_min=augment.crop_min,
+        flip=augment.flip,
+        orientation=augment.orientation,
+        letterbox=config.input.eval_crop == "letterbox",
+        randaugment="off" if fresh_pairs(config) else augment.randaugment,
+    )
 
 
 def _part(batch: Batch, rows: slice) -> Batch:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from normfree.data.loader import Batch
 from normfree.data.seeds import key
-from normfree.data.transforms.train import train_transform
 from normfree.device import run_device
 from normfree.diagnose.gradients import ratio_quantiles
 from normfree.models.net import Net
@@ -34,7 +33,7 @@ from normfree.optim.sgd import SGD
 from normfree.optim.torch_optimizers import TorchOptimizer, make_optimizer
 from normfree.suggest import some_names
 from normfree.training import micro_batch
-from normfree.training.batch import BatchPreparer, fresh_pairs
+from normfree.training.batch import BatchPreparer, fresh_pairs, image_transform
 from normfree.training.body import freeze_, lr_multipliers
 from normfree.training.cached_gradient import refuse_batch_statistics
 from normfree.training.choices import (
@@ -45,7 +44,7 @@ from normfree.training.choices import (
     learns_embeddings,
     parse_choice,
 )
-from normfree.training.config import OptimConfig, channels_of, size_of, steps_of
+from normfree.training.config import OptimConfig, channels_of, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
@@ -130,11 +129,7 @@ class Trainer:
         self.sam = SAM(net.parameters(), rho=config.optim.sam_rho) if config.optim.sam_rho else None
         self.ratios: dict[str, list[float]] = {}  # of the last step, if it was sampled
         self.pairs = fresh_pairs(config)
-        self.transform = train_transform(
-            image_size=size_of(config.input.image_size), crop_min=config.augment.crop_min, flip=config.augment.flip,
-            orientation=config.augment.orientation, letterbox=config.input.eval_crop == "letterbox",
-            randaugment="off" if self.pairs else config.augment.randaugment,
-        )  # fmt: skip
+        self.transform = image_transform(config)
         self.gradients = (EmbeddingGradient if self.embeds else BatchGradient)(
             net, config, world=self.world, micro_batch=0, exact=exact, sharded=sharded
         )

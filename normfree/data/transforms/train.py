@@ -63,24 +63,10 @@ def train_transform(
     Raises:
         ValueError: An option is unknown or out of range.
     """
-    check_size(image_size)
-    if not 0 < crop_min <= 1:
-        raise ValueError(
-            problem(f"crop_min={crop_min}", allowed="above 0, up to 1 (the whole area)", fix="crop_min=0.08")
-        )
-    if not 0 < crop_ratio[0] <= crop_ratio[1]:
-        raise ValueError(
-            problem(
-                f"crop_ratio={crop_ratio}",
-                allowed="two positive numbers, the smaller first",
-                fix="crop_ratio=(0.75, 1.333)",
-            )
-        )
-    if not 0 <= flip <= 1:
-        raise ValueError(problem(f"flip={flip}", allowed="a probability, 0 to 1", fix="flip=0.5"))
+    height, width = height_and_width(image_size)
+    _check_options((height, width), crop_min=crop_min, crop_ratio=crop_ratio, flip=flip)
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     check_choice("orientation", orientation, ORIENTATIONS)
-    height, width = height_and_width(image_size)
     if orientation == "quarter_turns" and height != width:
         given = f"orientation='quarter_turns' with images of {height} x {width} pixels"
         raise ValueError(problem(given, allowed="square images", fix="orientation='vertical_flip'"))
@@ -117,6 +103,27 @@ def train_transform(
     ]
     transform: Callable[[Image], Tensor] = v2.Compose(steps)
     return transform
+
+
+def _check_options(
+    image_size: tuple[int, int], *, crop_min: float, crop_ratio: tuple[float, float], flip: float
+) -> None:
+    """Raise `ValueError` for a number out of range."""
+    check_size(image_size)
+    if not 0 < crop_min <= 1:
+        raise ValueError(
+            problem(f"crop_min={crop_min}", allowed="above 0, up to 1 (the whole area)", fix="crop_min=0.08")
+        )
+    if not 0 < crop_ratio[0] <= crop_ratio[1]:
+        raise ValueError(
+            problem(
+                f"crop_ratio={crop_ratio}",
+                allowed="two positive numbers, the smaller first",
+                fix="crop_ratio=(0.75, 1.333)",
+            )
+        )
+    if not 0 <= flip <= 1:
+        raise ValueError(problem(f"flip={flip}", allowed="a probability, 0 to 1", fix="flip=0.5"))
 
 
 def _policy(text: str, fill: tuple[int, int, int]) -> list[Any]:

@@ -77,8 +77,8 @@ def test_randaugment_shows_the_fill_where_it_moves_the_edge() -> None:
 def test_a_wrong_randaugment(text: str) -> None:
     assert text_of(lambda: train_transform(image_size=8, randaugment=text)) == (
         f"randaugment={text!r}. Allowed: 'off', 'trivial', '<layers>x<magnitude>' (DeepMind's operations, 10 is "
-        "their full range), 'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30. "
-        "Fix: randaugment='4x5'."
+        "their full range), 'tv:<layers>x<magnitude>' (torchvision's, 30 is); magnitudes up to 30; "
+        "'simclr:<strength>'. Fix: randaugment='4x5'."
     )
 
 
