@@ -26,6 +26,11 @@ MODES_FLAGS = shlex.split(
 )
 TWO = ["--input.micro_batch", "2"]
 MUON = ["--optim.optimizer", "muon"]
+# With evaluation after the last step only.
+SIMCLR = shlex.split(
+    "--objective simclr:dim=8 --augment.repeats 2 --augment.mixup 0 --augment.cutmix 0 --augment.randaugment "
+    "simclr:0.5 --input.micro_batch 2 --length 3st"
+)
 FROZEN = ["--optim.body", "train:lr=0.5,layer_decay=0.9,freeze=stem,stages.0.0"]
 
 
@@ -61,6 +66,7 @@ def everything(folder: Path) -> list[tuple[int, list[Task]]]:
     modes = Modes(folder / "modes")
     first, second, third = modes.changing(6)
     one = [
+        modes.train("exact", "simclr_exact1", *SIMCLR),
         modes.train("exact", "muon1", *MUON),
         first,
         modes.train("exact", "exact1"),
@@ -74,6 +80,7 @@ def everything(folder: Path) -> list[tuple[int, list[Task]]]:
     ]
     two = [third, *(modes.train(mode, f"{mode}2") for mode in ("exact", "sharded", "replicated"))]
     two += [modes.train("exact", "muon2", *MUON)]
+    two += [modes.train(mode, f"simclr_{mode}2", *SIMCLR) for mode in ("exact", "sharded", "replicated")]
     two += [modes.train(mode, f"frozen_{mode}", *FROZEN) for mode in ("exact", "sharded", "replicated")]
     two += [
         modes.train("sharded", "from4", copy="broken4"),
