@@ -15,11 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.native.dispatch import fx_is_tracing, has_hooks, is_transformed
 from normfree.ops.conv2d import Activation, conv2d
 from normfree.ops.gated_add import spatial_mean
 from normfree.ops.padding import pad_input
 from normfree.ops.standardize_torch import WS_EPS
 from normfree.suggest import problem
+
+# torch.fx records one call for each of these functions, whose control flow depends on shapes or dtypes.
+for _name in ("standardize", "conv2d", "max_pool", "spatial_mean", "random_mask"):
+    torch.fx.wrap(_name)
+
 
 # --- scaled weight standardization -------------------------------------------------------------------
 
@@ -94,6 +100,8 @@ class WSConv2d(nn.Module):
     Source: [A] section 4; reference code, `WSConv2D`.
     """
 
+    fuses_activation = True
+
     shared_weight: Tensor | None
     """The standardized weight, if `models.shared_weights.standardized_once` has computed it for a whole step."""
 
@@ -143,7 +151,7 @@ class WSConv2d(nn.Module):
     def standardized_weight(self) -> Tensor:
         """Return the weight that the convolution uses, O I H W."""
         with self.marker():
-            if self.shared_weight is not None:
+            if self.shared_weight is not None and not is_transformed():
                 return self.shared_weight
             return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
@@ -169,6 +177,8 @@ class Conv2d(nn.Conv2d):
     Batch-norm twins use no bias, since the norm has one. `pad_mode` is "same" or "symmetric", see `pad_input`.
     """
 
+    fuses_activation = True
+
     def __init__(
         self,
         in_channels: int,
@@ -191,6 +201,18 @@ class Conv2d(nn.Conv2d):
         return conv2d(
             x, self.weight, self.bias, act=act, stride=stride, groups=self.groups, padding=self.pad_mode
         )
+
+
+def convolve(conv: nn.Module, x: Tensor, act: Activation) -> Tensor:
+    """Return conv(act(x)).
+
+    `WSConv2d` and `Conv2d` apply the activation themselves, which saves memory. It is applied before the call if hooks
+    observe the convolution, so that they see the tensor that is convolved; while torch.fx traces, so that it is a node
+    of the graph; and for any other module that a tool has put in place of the convolution.
+    """
+    fused = getattr(conv, "fuses_activation", False) and not fx_is_tracing() and not has_hooks(conv)
+    y: Tensor = conv(x, act=act) if fused else conv(act(x))
+    return y
 
 
 # --- pools -------------------------------------------------------------------------------------------
@@ -266,20 +288,28 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.rate, self.rescale, self.rate_tensors = rate, rescale, None
 
+    @property
+    def is_active(self) -> bool:
+        """True if branches are dropped: in training mode, with a rate above 0."""
+        return self.training and (self.rate_tensors is not None or self.rate > 0.0)
+
     def forward(self, x: Tensor) -> Tensor | None:
-        if not self.training:
+        if not self.is_active:
             return None
         rate: Tensor | float
         kept: Tensor | float
         if self.rate_tensors is not None:
             rate, kept = self.rate_tensors
-        elif self.rate > 0.0:
-            rate, kept = self.rate, 1.0 - self.rate
         else:
-            return None
-        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device, dtype=torch.float32) >= rate
-        mask = keep.to(x.dtype)
+            rate, kept = self.rate, 1.0 - self.rate
+        mask = random_mask(x, rate)
         return mask / kept if self.rescale else mask
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4g}, rescale={self.rescale}"
+
+
+def random_mask(x: Tensor, rate: Tensor | float) -> Tensor:
+    """Return B 1 1 1 in the dtype of `x`, B C H W: 0 with probability `rate`, else 1."""
+    keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device, dtype=torch.float32) >= rate
+    return keep.to(x.dtype)

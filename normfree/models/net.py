@@ -27,11 +27,18 @@ from normfree.models.layers import (
     StochasticDepth,
     WSConv2d,
     avg_pool_same,
+    convolve,
     max_pool,
 )
 from normfree.models.variant import STEMS, Variant, eca_kernel_size
+from normfree.native.dispatch import has_hooks
 from normfree.ops.gated_add import gated_add, kept_images, take_images
 from normfree.suggest import problem
+from normfree.weights.names import shaped_as
+
+# torch.fx records one call for each of these functions, whose control flow depends on the type or shape of a tensor.
+torch.fx.wrap("gated_add")
+torch.fx.wrap("max_pool")
 
 
 def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
@@ -128,7 +135,7 @@ class Stem(Region):
 
     def _convs(self, x: Tensor, start: int, stop: int) -> Tensor:
         for i in range(start, stop):
-            x = self.get_submodule(f"conv{i}")(self.get_submodule(f"norm{i}")(x), act=self.act)
+            x = convolve(self.get_submodule(f"conv{i}"), self.get_submodule(f"norm{i}")(x), self.act)
         return x
 
     def without_rest(self) -> Stem:
@@ -197,31 +204,34 @@ class Block(Region):
             if (
                 variant.skipinit == "scalar"
             ):  # at 0 the branch starts closed (all three families of the reference)
-                self.skip_gain = nn.Parameter(torch.full((), variant.skip_gain))
+                self.skip_gain = nn.Parameter(torch.full((1,), variant.skip_gain))
             else:
                 nn.init.constant_(self.conv2.gain, variant.skip_gain)
 
     def compute(self, x: Tensor) -> Tensor:
-        mask, kept = kept_images(self.stochdepth(x), independent=self.normalizer_free)
+        mask, kept = self.stochdepth(x) if self.stochdepth.is_active else None, None
+        if mask is not None:  # hooks see all images
+            observed = any(has_hooks(module) for module in self.children())
+            mask, kept = kept_images(mask, independent=self.normalizer_free and not observed)
         normed = self.norm0(x)
         if self.pool:
             a = self.act(normed)
             shortcut = self.conv_shortcut(avg_pool_same(a))
             r = self.conv0(take_images(a, kept))
         else:
-            shortcut = self.conv_shortcut(normed, act=self.act) if self.transition else x
-            r = self.conv0(take_images(normed, kept), act=self.act)
+            shortcut = convolve(self.conv_shortcut, normed, self.act) if self.transition else x
+            r = convolve(self.conv0, take_images(normed, kept), self.act)
         r = self.branch(r)
         return gated_add(shortcut, r, self.branch_gate(r, mask), kept=kept)
 
     def branch(self, r: Tensor) -> Tensor:
         """Return the residual branch after its first convolution, without its final gate."""
-        r = self.conv1(self.norm1(r), act=self.act)
+        r = convolve(self.conv1, self.norm1(r), self.act)
         if self.second_conv:
-            r = self.conv1b(self.norm1b(r), act=self.act)
+            r = convolve(self.conv1b, self.norm1b(r), self.act)
         if self.attention is not None and self.attention_in_middle:
             r = r * (self.attention(r) * self.gate_scale)
-        return self.conv2(self.norm2(r), act=self.act)
+        return convolve(self.conv2, self.norm2(r), self.act)
 
     def branch_gate(self, branch: Tensor, mask: Tensor | None = None) -> Tensor | float:
         """Return the factor of the branch: a number, or a tensor that broadcasts to B C H W.
@@ -232,6 +242,12 @@ class Block(Region):
         if self.attention is not None and not self.attention_in_middle:
             gate = self.attention(branch) * (self.gate_scale * gate)
         return gate if mask is None else mask * gate
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        key = f"{prefix}skip_gain"
+        if self.skip_gain is not None and key in state_dict:
+            state_dict[key] = shaped_as(state_dict[key], self.skip_gain)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def remove_scales_(self) -> tuple[float, float]:
         """Set all constant factors to 1; return those of the branch (α · skip_gain) and of its gate.
@@ -309,8 +325,11 @@ class Net(Backbone):
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last activation map, B 3 H W -> B D H/r W/r, before γ, which `forward_head` applies."""
         x = self.stem(images)
-        for stage in self.stages:
-            x = self.forward_stage(x, stage)
+        if self.grad_checkpointing:
+            for stage in self.stages:
+                x = self.forward_stage(x, stage)
+        else:
+            x = self.stages(x)  # one call, which hooks observe
         if self.final_conv is not None:
             x = self.final_conv(x)
         return self.act(self.final_norm(x))

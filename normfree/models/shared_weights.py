@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.models.layers import WSConv2d
+from normfree.native.dispatch import is_transformed
 from normfree.ops.standardize import Engine, standardize_all
 from normfree.suggest import problem
 
@@ -32,8 +33,13 @@ def standardized_once(net: nn.Module, *, engine: Engine | None = None) -> Iterat
 
     Raises:
         RuntimeError: a weight or gain was changed inside.
-        ValueError: parameters are sharded over processes, or the context is open already.
+        ValueError: parameters are sharded over processes, the context is open already, or it is opened inside a
+            transform of `torch.func`. (Such a transform may be applied inside the context; it then standardizes the
+            weights itself.)
     """
+    if is_transformed():
+        given = "standardized_once inside a transform of torch.func or forward-mode AD"
+        raise ValueError(problem(given, allowed="transforms inside standardized_once", fix="open it outside"))
     convs = {name: conv for name, conv in net.named_modules() if isinstance(conv, WSConv2d)}
     for name, conv in convs.items():
         _check(name, conv)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
+from torch.nn.modules import module as _module
 
 # --- who observes operations -------------------------------------------------------------------------
 
@@ -28,6 +30,37 @@ def forward_ad_is_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def fx_is_tracing() -> bool:
+    """Return True while `torch.fx` traces a module with proxies in place of tensors."""
+    return bool(_symbolic_trace.is_fx_symbolic_tracing())
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if a hook will see the inputs, the outputs or their gradients when `module` is called."""
+    return any(
+        (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+            _module._global_forward_pre_hooks,
+            _module._global_forward_hooks,
+            _module._global_backward_pre_hooks,
+            _module._global_backward_hooks,
+        )
+    )
+
+
+def is_transformed() -> bool:
+    """Return True inside a transform of `torch.func`, forward-mode AD, or a trace by `torch.fx`.
+
+    They need PyTorch operations on the parameters of a module: no custom backward pass, and no saved results.
+    """
+    return not torch.compiler.is_compiling() and (
+        functorch_is_active() or forward_ad_is_active() or fx_is_tracing()
+    )
+
+
 def can_bypass_dispatcher() -> bool:
     """Return True if no compiler, tracer, functorch transform, forward-mode AD or dispatch mode is active.
 
@@ -37,9 +70,8 @@ def can_bypass_dispatcher() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.jit._trace.is_tracing()
-        or functorch_is_active()
         or dispatch_mode_is_active()
-        or forward_ad_is_active()
+        or is_transformed()
     )
 
 
@@ -47,9 +79,9 @@ def eager_training() -> bool:
     """Return True if autograd records eager operations, so that a custom backward pass is used.
 
     It is not used without gradients, where nothing is saved; under `torch.compile`, which decides what to save; or
-    inside `torch.func` transforms, which need plain operations.
+    where `is_transformed`, which needs plain operations.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not functorch_is_active()
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
 
 
 # --- tensors in memory -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor, laid_out_as
+from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor, is_transformed, laid_out_as
 from normfree.native.library import library, run
 
 
@@ -25,11 +25,11 @@ def gelu_erf(x: Tensor) -> Tensor:
     # oneDNN's GELU takes a third of the time in both directions, but needs contiguous float32 tensors; a permuted
     # channels_last tensor is contiguous. Graphs that are compiled or exported keep the plain function.
     if (
-        x.device.type == "cpu"
+        not (torch.compiler.is_compiling() or is_transformed())
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
     ):
         return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return F.gelu(x)

@@ -12,12 +12,16 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from normfree.native.dispatch import can_bypass_dispatcher, is_dense, is_plain_cpu_tensor, laid_out_as
 from normfree.native.library import library, run
 from normfree.native.table import TableEntry, is_aligned, pointer_table, upload
-from normfree.ops.standardize_torch import constants, standardize_backward, standardize_forward
+from normfree.ops.standardize_torch import (
+    closed_form,
+    constants,
+    standardize_backward,
+    standardize_forward,
+)
 from normfree.suggest import problem, unknown
 
 # What computes: PyTorch ops, the compiled kernels for CPUs, or the Triton kernels for GPUs.
@@ -38,7 +42,7 @@ def standardize_all(
 ) -> list[Tensor]:
     """Return `standardize(weight, gain, scale=scale, eps=eps)` of every weight, in the memory format of the weight.
 
-    First-order gradients flow to weights and gains. Only those and two numbers per filter are saved for them.
+    Gradients of any order flow to weights and gains. Only those and two numbers per filter are saved for them.
 
     Args:
         weights: O I H W each.
@@ -113,18 +117,21 @@ class _Standardize(torch.autograd.Function):
         return tuple(result.to(dtype or w.dtype) for w, (result, _) in zip(weights, made, strict=True))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """A result that was not used has no gradient, and its weight gets none."""
         count = len(grads)
         found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         weights, gains = ([ctx.saved_tensors[i + shift] for i, _ in found] for shift in (0, count))
         scales = [ctx.scales[i] for i, _ in found]
+        results: list[Tensor | None] = [None] * (2 * count)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again
+            for (i, grad), weight, gain, scale in zip(found, weights, gains, scales, strict=True):
+                results[i], results[count + i] = _differentiable(weight, gain, grad, scale=scale, eps=ctx.eps)
+            return None, None, None, None, *results
         arrived = [laid_out_as(w, grad) for w, (_, grad) in zip(weights, found, strict=True)]
         engine = ctx.engine
         if engine == "compiled" and not can_bypass_dispatcher():
             engine = "torch"
-        results: list[Tensor | None] = [None] * (2 * count)
         if found and engine != "torch":
             outs = [[torch.empty_like(t) for t in column] for column in (weights, gains)]
             _launch(engine, "backward", [weights, gains, arrived, *outs], scales, ctx.eps)
@@ -138,6 +145,16 @@ class _Standardize(torch.autograd.Function):
         for (i, _), (by_weight, by_gain) in zip(found, pairs, strict=True):
             results[i], results[count + i] = by_weight, by_gain
         return None, None, None, None, *results
+
+
+def _differentiable(
+    weight: Tensor, gain: Tensor, grad: Tensor, *, scale: float, eps: str
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and gain as functions of weight, gain and `grad` made of plain operations."""
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    rows, wide, back = weight.flatten(1).to(kind), gain.to(kind), grad.flatten(1).to(kind)
+    by_rows, by_gain = closed_form(rows, wide, back, scale=scale, eps=eps)
+    return by_rows.view_as(weight).to(weight.dtype), by_gain.to(gain.dtype)
 
 
 def _launch(

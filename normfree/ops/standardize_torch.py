@@ -94,7 +94,9 @@ def standardize_backward(
 
 
 def closed_form(rows: Tensor, gain: Tensor, grad: Tensor, *, scale: float, eps: str) -> tuple[Tensor, Tensor]:
-    """Return the same gradients for filters O x N, in closed form.
+    """Return the same gradients for filters O x N, in closed form made of differentiable operations.
+
+    `grad` may have leading dimensions (B O x N), for which each gradient then has them too.
 
     With d = w - μ, r = max(Σd², 1e-4) ** -0.5 and G the incoming gradient, per filter: ∂gain = scale·r·ΣGd and
     ∂w = gain·scale·r·(G - mean(G) - h·d·r²·ΣGd). h is 1 if Σd² is above the lower bound 1e-4, 1/2 if it is equal and
@@ -103,10 +105,10 @@ def closed_form(rows: Tensor, gain: Tensor, grad: Tensor, *, scale: float, eps: 
     centered = rows - rows.mean(1, keepdim=True)
     added, floor = constants(rows, eps)
     power = centered.square().sum(1) + added
-    along = (grad * centered).sum(1)
+    along = (grad * centered).sum(-1)
     inverse = torch.rsqrt(power.clamp(min=floor))
-    passes = torch.heaviside(power - floor, power.new_full((), 0.5))
-    by_rows = grad - grad.mean(1, keepdim=True) - centered * (along * inverse.square() * passes)[:, None]
+    passes = 0.5 * ((power > floor).to(power.dtype) + (power >= floor).to(power.dtype))
+    by_rows = grad - grad.mean(-1, keepdim=True) - centered * (along * inverse.square() * passes)[..., None]
     return by_rows * (gain * inverse * scale)[:, None], along * inverse * scale
 
 

@@ -3,8 +3,8 @@
 `torch.distributed.fsdp.fully_shard` splits every parameter along dimension 0, which is also the dimension of AGC's
 units. Each filter or row of a matrix is therefore complete in one process and needs no communication. A gain or a bias
 is one unit that is split, and its norm needs the sum of the squares over all processes. A process may have fewer rows
-than another, or none. Parameters that are not sharded (skip gains, since FSDP2 does not accept scalars) are equal in
-all processes.
+than another, or none: a skip gain has one row, in the first process. FSDP2 does not accept 0-dim parameters. Those of
+other networks are not sharded and are equal in all processes.
 """
 
 from __future__ import annotations

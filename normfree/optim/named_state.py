@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normfree.suggest import closest, problem, some_names
+from normfree.weights.names import shaped_as
 
 
 def copy_named_(targets: Mapping[str, Tensor], source: Mapping[str, Tensor], *, owner: str) -> None:
@@ -17,12 +18,13 @@ def copy_named_(targets: Mapping[str, Tensor], source: Mapping[str, Tensor], *, 
 
     Args:
         targets: tensors by name.
-        source: tensors of the same names and shapes.
+        source: tensors of the same names and shapes; 0-dim tensors also fit the shape (1,).
         owner: what the error message calls the targets.
 
     Raises:
         ValueError: names are unknown or missing, or shapes differ; the message lists them, and nothing was copied.
     """
+    source = {name: shaped_as(t, targets[name]) if name in targets else t for name, t in source.items()}
     differences: list[str] = []
     unknown = [name for name in source if name not in targets]
     missing = [name for name in targets if name not in source]

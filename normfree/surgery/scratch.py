@@ -24,12 +24,12 @@ from normfree.surgery.weight_fit import evaluate_with
 
 
 class SkipGain(nn.Module):
-    """x * α * skip_gain, the scale of a residual branch, with a learned scalar `skip_gain`."""
+    """x * α * skip_gain, the scale of a residual branch, with a learned number `skip_gain` of shape (1,)."""
 
     def __init__(self, alpha: float, skip_gain: float) -> None:
         super().__init__()
         self.alpha = alpha
-        self.skip_gain = nn.Parameter(torch.full((), skip_gain))
+        self.skip_gain = nn.Parameter(torch.full((1,), skip_gain))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.alpha * self.skip_gain)

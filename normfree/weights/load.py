@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normfree.suggest import problem
 from normfree.weights.haiku import read_haiku
-from normfree.weights.names import to_our_names
+from normfree.weights.names import shaped_as, to_our_names
 from normfree.weights.tensor_file import read_tensors
 
 MODEL_FILE = "model.safetensors"
@@ -169,6 +169,7 @@ def load_state_dict_(net: nn.Module, state: Mapping[str, Tensor], *, source: str
     own = net.state_dict()
     if not any(key.startswith(_CLASSIFIER) for key in own):
         state = {k: v for k, v in state.items() if not k.startswith(_CLASSIFIER)}
+    state = {k: shaped_as(v, own[k]) if k in own else v for k, v in state.items()}
     problems = [f"{k} is missing" for k in own.keys() - state.keys()]
     problems += [f"{k} is unknown" for k in state.keys() - own.keys()]
     for key in own.keys() & state.keys():

@@ -1,7 +1,7 @@
 """Maps between the names of our state dicts, of the released haiku trees, and of timm's state dicts.
 
 The maps are bijections, so translating back and forth is exact. A haiku tree is `{module: {name: array}}` with
-convolution weights H W I O and linear weights I O.
+convolution weights H W I O and linear weights I O. Skip gains are 0-dim in haiku and timm, and have shape (1,) here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def state_dict_from_haiku(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Te
                 unknown.append(f"{family}/~/{module}:{name}")
                 continue
             _check_new(key, state)
-            state[key] = _to_tensor(np.asarray(array))
+            tensor = _to_tensor(np.asarray(array))
+            state[key] = tensor.reshape(1) if name == "skip_gain" and tensor.ndim == 0 else tensor
     if unknown:
         raise ValueError(
             f"{len(unknown)} names in the haiku tree are not those of the released {family}: "
@@ -89,7 +90,8 @@ def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
         if module is None:
             unknown.append(key)
             continue
-        tree.setdefault(f"{family}/~/{module}", {})[name] = _to_array(tensor)
+        array = _to_array(tensor)
+        tree.setdefault(f"{family}/~/{module}", {})[name] = array.reshape(()) if name == "skip_gain" else array
     if unknown:
         raise ValueError(
             f"{len(unknown)} names have no counterpart in the released {family}: {', '.join(unknown[:10])}."
@@ -153,7 +155,7 @@ def _module_to_haiku(key: str, family: str, flat: Mapping[tuple[int, ...], int])
 
 def _to_tensor(array: np.ndarray) -> Tensor:
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim)  # HWIO -> OIHW, IO -> OI
-    # ascontiguousarray turns 0-d arrays (skip gains) into 1-d ones; reshape restores the shape.
+    # ascontiguousarray turns 0-d arrays into 1-d ones; reshape restores the shape.
     moved = array.transpose(axes) if axes else array
     return torch.from_numpy(np.ascontiguousarray(moved).reshape(moved.shape).copy())
 
@@ -192,7 +194,7 @@ def state_dict_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         _check_new(f"{name}.{leaf}".replace("skipinit_gain", "skip_gain"), ours)
         if leaf == "skipinit_gain":
-            ours[f"{name}.skip_gain"] = tensor
+            ours[f"{name}.skip_gain"] = tensor.reshape(1) if tensor.ndim == 0 else tensor
         else:
             flat = leaf == "gain" or (".attention.fc" in name and leaf == "weight")
             ours[f"{name}.{leaf}"] = (
@@ -225,7 +227,7 @@ def timm_from_state_dict(state: Mapping[str, Tensor], *, attention_at: str = "en
         if name is None or leaf not in ("weight", "bias", "gain", "skip_gain"):
             unknown.append(key)
         elif leaf == "skip_gain":
-            theirs[f"{name}.skipinit_gain"] = tensor
+            theirs[f"{name}.skipinit_gain"] = tensor.reshape(())
         else:
             as_conv = leaf == "gain" or (".attention.fc" in key and leaf == "weight")
             shape = (*tensor.shape, *(1,) * (4 - tensor.ndim)) if as_conv else tensor.shape
@@ -271,6 +273,16 @@ def _module_to_timm(module: str, *, deep: bool, gate: str) -> str | None:
         return f"{m[1]}.{_OURS_BLOCK[m[2]]}"
     part = m[2].removeprefix("attention.")
     return f"{m[1]}.{gate}.{_OURS_GATE[part]}" if part in _OURS_GATE else None
+
+
+def shaped_as(saved: Tensor, like: Tensor) -> Tensor:
+    """Return `saved` in the shape of `like` if one of them is 0-dim and the other has shape (1,); else `saved`.
+
+    Skip gains were 0-dim in the files of earlier versions.
+    """
+    if {saved.shape, like.shape} == {torch.Size(()), torch.Size((1,))}:
+        return saved.reshape(like.shape)
+    return saved
 
 
 # --- any naming --------------------------------------------------------------------------------------

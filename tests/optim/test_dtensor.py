@@ -33,7 +33,9 @@ def test_the_shards_are_uneven_and_some_are_empty(found):
     assert rows["head.weight"] == rows["head.bias"] == [1, 1, 1, 0]
     assert any(0 < r[-1] < r[0] for r in rows.values())
     assert any(".se." in name or "attention" in name for name in rows), sorted(rows)
-    assert not any("skip_gain" in name for name in rows)
+    gains = {name: counts for name, counts in rows.items() if name.endswith("skip_gain")}
+    assert len(gains) == 3
+    assert all(counts == [1, 0, 0, 0] for counts in gains.values())
 
 
 @pytest.mark.parametrize("size", WORLDS)

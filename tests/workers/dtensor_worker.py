@@ -35,12 +35,11 @@ def network(dtype):
 
 
 def spread(net, mesh):
-    """As FSDP2 users do it: blocks, then the rest; scalars cannot be sharded and stay with every process."""
-    scalars = {p for p in net.parameters() if p.ndim == 0}
+    """As FSDP2 users do it: blocks, then the rest."""
     for stage in net.stages:
         for block in stage:
-            fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(net, mesh=mesh, ignored_params=scalars)
+            fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
     return net
 
 

@@ -1,8 +1,7 @@
 """parallel="sharded": FSDP2 shards weights, gradients, momentum and averaged weights over the processes, by rows.
 
 The parameters of each block are gathered for its forward and backward pass and then freed; gradients are reduced and
-scattered. Scalars (skip gains), which FSDP2 does not accept, are replicated. Checkpoints and evaluations use whole
-tensors.
+scattered. Checkpoints and evaluations use whole tensors.
 """
 
 from __future__ import annotations
@@ -29,17 +28,14 @@ def shard_(net: Net, world: World) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    scalars = {p for p in net.parameters() if p.ndim == 0}
     for block in (block for stage in net.stages for block in stage.children()):
-        fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(net, mesh=mesh, ignored_params=scalars)
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
     for module in net.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # Without this, a factor of 1 uses an operation that NCCL has and gloo does not.
             module.set_force_sum_reduction_for_comms(True)
-    for scalar in scalars:
-        scalar.data = scalar.data.to(world.device)
 
 
 @torch.no_grad()
@@ -75,7 +71,7 @@ def scatter_first_(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor], w
 
     for name, target in targets.items():
         source = saved[name] if world.is_main else torch.empty(target.shape)
-        source = source.to(world.device, target.dtype).contiguous()
+        source = source.reshape(target.shape).to(world.device, target.dtype).contiguous()
         if is_split(target):
             like: Any = target
             local(target).copy_(local(distribute_tensor(source, like.device_mesh, like.placements)))
