@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from normfree.native.dispatch import fx_is_tracing, has_hooks, is_transformed
 from normfree.ops.conv2d import Activation, conv2d
+from normfree.ops.example_gradients import Convolution, expanded_conv2d, is_expanded
 from normfree.ops.gated_add import spatial_mean
 from normfree.ops.padding import pad_input
 from normfree.ops.standardize_torch import WS_EPS
@@ -157,6 +158,9 @@ class WSConv2d(nn.Module):
 
     def forward(self, x: Tensor, *, act: Activation | None = None) -> Tensor:
         """Return the convolution of `x`, or of `act(x)`, which is then not saved for the backward pass."""
+        if any(map(is_expanded, (self.weight, self.gain, self.bias))):
+            conv = Convolution(self.stride, self.groups, self.padding, self.input_scale, self.eps)
+            return expanded_conv2d(x if act is None else act(x), self.weight, self.gain, self.bias, conv)
         weight = self.standardized_weight()
         return conv2d(
             x, weight, self.bias, act=act, stride=self.stride, groups=self.groups, padding=self.padding
@@ -198,6 +202,11 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor, *, act: Activation | None = None) -> Tensor:
         """Return the convolution of `x`, or of `act(x)`, which is then not saved for the backward pass."""
         stride = self.stride[0]
+        if is_expanded(self.weight):
+            x, sides = pad_input(
+                x if act is None else act(x), self.kernel_size[0], stride, padding=self.pad_mode
+            )
+            return F.conv2d(x, self.weight, self.bias, stride, sides, 1, self.groups)
         return conv2d(
             x, self.weight, self.bias, act=act, stride=stride, groups=self.groups, padding=self.pad_mode
         )

@@ -32,6 +32,7 @@ from normfree.models.layers import (
 )
 from normfree.models.variant import STEMS, Variant, eca_kernel_size
 from normfree.native.dispatch import has_hooks
+from normfree.ops.example_gradients import expanded_number, is_expanded
 from normfree.ops.gated_add import gated_add, kept_images, take_images
 from normfree.suggest import problem
 from normfree.weights.names import shaped_as
@@ -210,9 +211,9 @@ class Block(Region):
 
     def compute(self, x: Tensor) -> Tensor:
         mask, kept = self.stochdepth(x) if self.stochdepth.is_active else None, None
-        if mask is not None:  # hooks see all images
-            observed = any(has_hooks(module) for module in self.children())
-            mask, kept = kept_images(mask, independent=self.normalizer_free and not observed)
+        if mask is not None:  # hooks and gradients of single examples see all images
+            independent = self.normalizer_free and not self.is_observed()
+            mask, kept = kept_images(mask, independent=independent)
         normed = self.norm0(x)
         if self.pool:
             a = self.act(normed)
@@ -223,6 +224,10 @@ class Block(Region):
             r = convolve(self.conv0, take_images(normed, kept), self.act)
         r = self.branch(r)
         return gated_add(shortcut, r, self.branch_gate(r, mask), kept=kept)
+
+    def is_observed(self) -> bool:
+        """Return True if hooks observe a layer, or if gradients of single examples are recorded."""
+        return any(map(has_hooks, self.children())) or any(map(is_expanded, self.parameters()))
 
     def branch(self, r: Tensor) -> Tensor:
         """Return the residual branch after its first convolution, without its final gate."""
@@ -238,7 +243,10 @@ class Block(Region):
 
         `mask` is that of stochastic depth, B 1 1 1.
         """
-        gate: Tensor | float = self.alpha if self.skip_gain is None else self.alpha * self.skip_gain
+        gate: Tensor | float = self.alpha
+        if self.skip_gain is not None:
+            each = is_expanded(self.skip_gain)
+            gate = self.alpha * (expanded_number(self.skip_gain, len(branch)) if each else self.skip_gain)
         if self.attention is not None and not self.attention_in_middle:
             gate = self.attention(branch) * (self.gate_scale * gate)
         return gate if mask is None else mask * gate

@@ -91,7 +91,9 @@ def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
             unknown.append(key)
             continue
         array = _to_array(tensor)
-        tree.setdefault(f"{family}/~/{module}", {})[name] = array.reshape(()) if name == "skip_gain" else array
+        tree.setdefault(f"{family}/~/{module}", {})[name] = (
+            array.reshape(()) if name == "skip_gain" else array
+        )
     if unknown:
         raise ValueError(
             f"{len(unknown)} names have no counterpart in the released {family}: {', '.join(unknown[:10])}."

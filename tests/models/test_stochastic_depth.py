@@ -50,17 +50,36 @@ def test_results_do_not_depend_on_the_images_that_are_skipped(name, layout, monk
 
 
 @pytest.mark.parametrize("name", ["nfnet_f0", "resnet50"])
-def test_dropped_images_skip_the_branch_unless_it_has_batch_statistics(name):
+def test_dropped_images_skip_the_branch_unless_it_has_batch_statistics(name, monkeypatch):
     net = network(name, rate=0.6)
-    counts, block = [], net.stages[1][1]
-    block.conv2.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
-    masks = []
-    block.stochdepth.register_forward_hook(lambda module, args, mask: masks.append(int(mask.count_nonzero())))
+    counts, masks, block = [], [], net.stages[1][1]
+    draw, branch = block.stochdepth.forward, block.branch
+
+    def drawn(x: Tensor) -> Tensor | None:
+        mask = draw(x)
+        masks.append(int(mask.count_nonzero()))
+        return mask
+
+    monkeypatch.setattr(block.stochdepth, "forward", drawn)
+    monkeypatch.setattr(block, "branch", lambda r: counts.append(len(r)) or branch(r))
     for seed in range(8):
         torch.manual_seed(seed)
         net(torch.randn(6, 3, 40, 40, dtype=torch.float64))
     assert len(set(masks)) > 2
     assert counts == ([max(1, n) for n in masks] if name == "nfnet_f0" else [6] * 8)
+
+
+def test_hooks_see_all_images():
+    net = network("nfnet_f0", rate=0.6)
+    images = torch.randn(6, 3, 40, 40, dtype=torch.float64)
+    wanted = results(net, images, seed=3)
+    counts = []
+    for block in net.modules():
+        if isinstance(block, Block):
+            block.conv2.register_forward_hook(lambda module, args, y: counts.append((len(args[0]), len(y))))
+    for a, b in zip(results(net, images, seed=3), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert set(counts) == {(6, 6)}
 
 
 def test_a_branch_dropped_for_all_images_has_gradients_of_zero():
