@@ -4,14 +4,14 @@
     from opacus import PrivacyEngine
 
 It registers gradients of single examples in closed form for `WSConv2d` and the convolutions of folded networks, and a
-validator and a fixer for blocks with stochastic depth. Opacus 1.5 or newer is required (`pip install opacus`).
+validator and a fixer for blocks with stochastic depth. It needs Opacus 1.6 or newer (`pip install opacus`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.net import Block
@@ -28,10 +28,11 @@ try:
     from opacus.validators.errors import UnsupportedModuleError
 except ImportError as error:
     raise ImportError(
-        problem("Opacus is not installed", allowed="opacus>=1.5", fix="pip install opacus")
+        problem("Opacus is not installed", allowed="opacus>=1.6", fix="pip install opacus")
     ) from error
 
-Samples = dict[nn.Parameter, Tensor]
+# Gradients of single examples by parameter.
+Samples = dict[Tensor, Tensor]
 
 
 @register_grad_sampler(WSConv2d)
@@ -65,7 +66,7 @@ def conv2d_samples(layer: Conv2d, activations: list[Tensor], backprops: Tensor) 
     return samples
 
 
-def _bias_samples(bias: nn.Parameter | None, backprops: Tensor) -> Samples:
+def _bias_samples(bias: Tensor | None, backprops: Tensor) -> Samples:
     return {} if bias is None or not bias.requires_grad else {bias: backprops.sum((2, 3))}
 
 

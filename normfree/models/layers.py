@@ -149,6 +149,14 @@ class WSConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         nn.init.normal_(self.weight, std=fan_in**-0.5)
 
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
     def standardized_weight(self) -> Tensor:
         """Return the weight that the convolution uses, O I H W."""
         with self.marker():
@@ -167,9 +175,8 @@ class WSConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        o, i = self.weight.shape[:2]
         return (
-            f"{i * self.groups}, {o}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"groups={self.groups}, input_scale={self.input_scale:.6g}, padding={self.padding!r}, "
             f"eps={self.eps!r}, bias={self.bias is not None}"
         )

@@ -17,7 +17,10 @@ from normfree.native.dispatch import (
     eager_training,
     forward_ad_is_active,
     functorch_is_active,
+    fx_is_tracing,
+    has_hooks,
     is_plain_cpu_tensor,
+    is_transformed,
     laid_out_as,
     onednn_conv2d,
     onednn_conv2d_is_available,
@@ -61,6 +64,50 @@ def test_forward_mode_differentiation_is_found() -> None:
         assert forward_ad_is_active()
         assert not can_bypass_dispatcher()
     assert not forward_ad_is_active()
+
+    seen: list[bool] = []
+    with forward_ad.dual_level():
+        seen += [is_transformed(), eager_training()]
+    assert seen == [True, False]
+
+
+def test_a_trace_by_fx_is_found() -> None:
+    seen: list[bool] = []
+
+    class Probe(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend((fx_is_tracing(), is_transformed(), eager_training(), can_bypass_dispatcher()))
+            return x + 1
+
+    assert not fx_is_tracing()
+    torch.fx.symbolic_trace(Probe())
+    assert seen == [True, True, False, False]
+    assert not fx_is_tracing()
+
+
+HOOKS = (
+    "register_forward_pre_hook",
+    "register_forward_hook",
+    "register_full_backward_pre_hook",
+    "register_full_backward_hook",
+)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_found(kind: str) -> None:
+    module, other = torch.nn.Identity(), torch.nn.Identity()
+    assert not has_hooks(module)
+    handle = getattr(module, kind)(lambda *arguments: None)
+    assert has_hooks(module)
+    assert not has_hooks(other)
+    handle.remove()
+    assert not has_hooks(module)
+    handle = getattr(torch.nn.modules.module, kind.replace("register_", "register_module_"))(
+        lambda *arguments: None
+    )
+    assert has_hooks(other)
+    handle.remove()
+    assert not has_hooks(other)
 
 
 def test_functorch_transforms_are_found() -> None:

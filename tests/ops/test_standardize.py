@@ -15,6 +15,8 @@ from normfree.models.layers import standardize
 from normfree.native.library import library
 from normfree.ops import standardize as many
 from normfree.ops import standardize_torch
+from normfree.ops.conv2d import conv2d
+from normfree.ops.example_gradients import Convolution, standardized_example_gradients
 from normfree.ops.standardize import Engine, standardize_all
 from normfree.ops.standardize_torch import WS_EPS, standardize_backward
 
@@ -212,3 +214,44 @@ def test_engines_that_cannot_be_used_are_refused() -> None:
         standardize_all(weights, gains, SCALES, engine="compiled")
     with pytest.raises(ValueError, match="unknown engine 'tritn'"):
         standardize_all(weights, gains, SCALES, engine="tritn")
+
+
+@pytest.mark.parametrize("eps", ["floor", "add"])
+def test_second_derivatives_are_those_of_the_formula(eps: str) -> None:
+    weights, gains = some_weights(torch.float64)
+    directions = [torch.randn_like(t) for t in (*weights, *gains)]
+
+    def second_derivatives(results: list[Tensor]) -> list[Tensor]:
+        outer = sum((r.square() * r).sum() for r in results)
+        first = torch.autograd.grad(outer, [*weights, *gains], create_graph=True)
+        along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        return list(torch.autograd.grad(along, [*weights, *gains]))
+
+    found = second_derivatives(standardize_all(weights, gains, SCALES, eps=eps))
+    formula = [standardize(w, g, scale=s, eps=eps) for w, g, s in zip(weights, gains, SCALES, strict=True)]
+    for one, other in zip(found, second_derivatives(formula), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("eps", ["floor", "add"])
+def test_gradients_of_examples_are_those_of_each_example(eps: str) -> None:
+    """`closed_form` for several gradients at once, and the convolution that gives them."""
+    torch.manual_seed(0)
+    for groups, size, stride, padding in ((1, 1, 2, "same"), (2, 3, 1, "symmetric"), (4, 3, 2, "same")):
+        weight = torch.randn(8, 8 // groups, size, size, dtype=torch.float64, requires_grad=True)
+        gain = torch.rand(8, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(3, 8, 7, 10, dtype=torch.float64)
+        conv = Convolution(stride, groups, padding, 1.3, eps)
+
+        def convolution(x: Tensor, weight=weight, gain=gain, conv=conv) -> Tensor:
+            made = standardize(weight, gain, scale=conv.scale, eps=conv.eps)
+            return conv2d(
+                x, made, None, act=None, stride=conv.stride, groups=conv.groups, padding=conv.padding
+            )
+
+        grad = torch.randn_like(convolution(x))
+        samples = standardized_example_gradients(x, grad, weight.detach(), gain.detach(), conv)
+        for i in range(3):
+            wanted = torch.autograd.grad(convolution(x[i : i + 1]), (weight, gain), grad[i : i + 1])
+            for one, other in zip(samples, wanted, strict=True):
+                torch.testing.assert_close(one[i], other, rtol=1e-12, atol=1e-12)
