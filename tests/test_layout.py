@@ -18,13 +18,8 @@ LEVELS = {
     "suggest": 0, "files": 0, "native": 0, "uncertainty": 1,
     "device": 1, "ops": 1, "weights": 1, "data": 1,
     "optim": 2, "models": 2,
-<<<<<<< HEAD
-    "onnx_net": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "timm": 4, "surgery": 5, "inference": 5,
+    "onnx_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "timm": 4, "surgery": 5, "inference": 5,
     "embeddings": 6, "deploy": 6, "training": 7, "serve": 7, "tools": 8, "commands": 9, "cli": 10,
-=======
-    "onnx_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "surgery": 5, "inference": 5,
-    "deploy": 6, "training": 6, "serve": 7, "tools": 7, "commands": 8, "cli": 9,
->>>>>>> 3d151d7 (Tests of derivatives, hooks, FX and export for every family; Opacus, Captum, Zennit and Torch-Pruning; docs/derivatives.md)
 }  # fmt: skip
 PUBLIC = {
     "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SAM", "SGD", "VARIANTS", "WSConv2d", "__version__",

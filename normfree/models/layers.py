@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from normfree.ops.gated_add import spatial_mean
 from normfree.ops.padding import pad_input
 from normfree.ops.standardize_torch import WS_EPS
 from normfree.suggest import problem
+from normfree.weights.names import shaped_as
 
 # torch.fx records one call for each of these functions, whose control flow depends on shapes or dtypes.
 for _name in ("standardize", "conv2d", "max_pool", "spatial_mean", "random_mask"):
@@ -229,6 +231,29 @@ def convolve(conv: nn.Module, x: Tensor, act: Activation) -> Tensor:
     fused = getattr(conv, "fuses_activation", False) and not fx_is_tracing() and not has_hooks(conv)
     y: Tensor = conv(x, act=act) if fused else conv(act(x))
     return y
+
+
+class Region(nn.Module):
+    """A part of a network that can be compiled by itself: `forward` calls `compute`."""
+
+    compiled_compute: Callable[[Tensor], Tensor] | None = None
+    """Called in place of `compute` if set; `training.compiled` sets it for the time of a training step."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x) if self.compiled_compute is None else self.compiled_compute(x)
+
+    def is_observed(self) -> bool:
+        """Return True if hooks observe a layer, or if gradients of single examples are recorded."""
+        return any(map(has_hooks, self.children())) or any(map(is_expanded, self.parameters()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter is not None and (key := prefix + name) in state_dict:
+                state_dict[key] = shaped_as(state_dict[key], parameter)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 # --- pools -------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from normfree.models.features import Backbone, FeatureNet, feature_info, fine_ma
 from normfree.models.layers import (
     Conv2d,
     EfficientChannelAttention,
+    Region,
     SqueezeExcite,
     StochasticDepth,
     WSConv2d,
@@ -31,11 +32,9 @@ from normfree.models.layers import (
     max_pool,
 )
 from normfree.models.variant import STEMS, Variant, eca_kernel_size
-from normfree.native.dispatch import has_hooks
 from normfree.ops.example_gradients import expanded_number, is_expanded
 from normfree.ops.gated_add import gated_add, kept_images, take_images
 from normfree.suggest import problem
-from normfree.weights.names import shaped_as
 
 # torch.fx records one call for each of these functions, whose control flow depends on the type or shape of a tensor.
 torch.fx.wrap("gated_add")
@@ -88,19 +87,6 @@ class LayerFactory:
         if self.variant.attention == "eca":
             return EfficientChannelAttention(eca_kernel_size(channels))
         return None
-
-
-class Region(nn.Module):
-    """A part of a network that can be compiled by itself: `forward` calls `compute`."""
-
-    compiled_compute: Callable[[Tensor], Tensor] | None = None
-    """Called in place of `compute` if set; `training.compiled` sets it for the time of a training step."""
-
-    def compute(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x) if self.compiled_compute is None else self.compiled_compute(x)
 
 
 class Stem(Region):
@@ -225,10 +211,6 @@ class Block(Region):
         r = self.branch(r)
         return gated_add(shortcut, r, self.branch_gate(r, mask), kept=kept)
 
-    def is_observed(self) -> bool:
-        """Return True if hooks observe a layer, or if gradients of single examples are recorded."""
-        return any(map(has_hooks, self.children())) or any(map(is_expanded, self.parameters()))
-
     def branch(self, r: Tensor) -> Tensor:
         """Return the residual branch after its first convolution, without its final gate."""
         r = convolve(self.conv1, self.norm1(r), self.act)
@@ -250,12 +232,6 @@ class Block(Region):
         if self.attention is not None and not self.attention_in_middle:
             gate = self.attention(branch) * (self.gate_scale * gate)
         return gate if mask is None else mask * gate
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        key = f"{prefix}skip_gain"
-        if self.skip_gain is not None and key in state_dict:
-            state_dict[key] = shaped_as(state_dict[key], self.skip_gain)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def remove_scales_(self) -> tuple[float, float]:
         """Set all constant factors to 1; return those of the branch (α · skip_gain) and of its gate.

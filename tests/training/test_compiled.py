@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from normfree.data.loader import Batch
-from normfree.models.layers import StochasticDepth
-from normfree.models.net import Block, Net, Region
+from normfree.models.layers import Region, StochasticDepth
+from normfree.models.net import Block, Net
 from normfree.models.shared_weights import standardized_once
 from normfree.models.zoo import create_model
 from normfree.training.compiled import LIMIT, CompiledBlocks
