@@ -19,7 +19,8 @@ LEVELS = {
     "device": 1, "ops": 1, "weights": 1, "data": 1,
     "optim": 2, "models": 2,
     "onnx_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "timm": 4,
-    "surgery": 5, "inference": 5, "embeddings": 6, "deploy": 6, "training": 7, "serve": 7, "tools": 8, "commands": 9, "cli": 10,
+    "surgery": 5, "inference": 5, "embeddings": 6, "deploy": 6, "training": 7, "serve": 7, "tools": 8,
+    "commands": 9, "cli": 10,
 }  # fmt: skip
 PUBLIC = {
     "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SAM", "SGD", "VARIANTS", "WSConv2d", "__version__",
