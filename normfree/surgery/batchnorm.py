@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -23,13 +24,33 @@ from normfree.surgery.trace import (
     is_functional_batch_norm,
     module_of,
     tensor_inputs,
-    trace,
+    traced_parts,
 )
 
 # Layers whose output is linear in the weight, so that a norm after them can be folded into the weight.
 Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 # Two modules count as equal if the relative difference of their outputs on a probe is at most this.
 SAME = 1e-4
+
+
+class Copying(nn.Module):
+    """A module without parameters that returns a copy of its output, so that others may change that in place.
+
+    The copy is made after the hooks of the module: full backward hooks wrap the output, and the wrapped tensor must not
+    be changed in place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        out: Tensor = super().__call__(*inputs)
+        return out.clone()
+
+    def forward(self, *inputs: Any) -> Tensor:
+        out: Tensor = self.module(*inputs)
+        return out
 
 
 class ScaleShift(nn.Module):
@@ -42,6 +63,12 @@ class ScaleShift(nn.Module):
     def __init__(self, gain: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.gain, self.bias = nn.Parameter(gain), nn.Parameter(bias)
+        self.copies = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the output, and a copy if `copies` is set, see `Copying`."""
+        out: Tensor = super().__call__(x)
+        return out.clone() if self.copies else out
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -61,7 +88,7 @@ def fold_batchnorms_(model: nn.Module) -> list[Folded]:
     """Replace every batch norm of `model` in place and keep the outputs of evaluation mode.
 
     A norm is folded into a layer if torch.fx shows that the layer is used once and that only the norm reads its output.
-    Every other norm becomes a `ScaleShift`, which is equally exact, and so do all norms of a model that torch.fx cannot
+    Every other norm becomes a `ScaleShift`, which is equally exact, and so do norms in modules that torch.fx cannot
     trace.
 
     Returns:
@@ -181,11 +208,23 @@ def factor_and_shift(
 
 def _pairs(model: nn.Module) -> dict[str, str]:
     """Map the name of each norm that can be folded to the name of the layer before it."""
-    try:
-        graph = trace(model)
-    except NotTraceableError:
-        return {}
-    calls = Counter(id(module_of(model, node)) for node in graph.nodes if node.op == "call_module")
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    found = {}
+    for prefix, graph in traced_parts(model).items():
+        part, start = model.get_submodule(prefix), f"{prefix}." if prefix else ""
+        for norm, layer in _pairs_of_part(part, graph).items():
+            ids = [id(part.get_submodule(name)) for name in (norm, layer)]
+            # A layer that another part has too may be called there without its norm.
+            if all(name.startswith(start) for i in ids for name in names[i]):
+                found[f"{start}{norm}"] = f"{start}{layer}"
+    return found
+
+
+def _pairs_of_part(part: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    """Do the same for a part of the model with this graph; the names are those in the part."""
+    calls = Counter(id(module_of(part, node)) for node in graph.nodes if node.op == "call_module")
     found = {}
     for node in graph.nodes:
         if is_functional_batch_norm(node):
@@ -196,11 +235,11 @@ def _pairs(model: nn.Module) -> dict[str, str]:
                     fix="use torch.nn.BatchNorm2d",
                 ),
             )
-        norm = module_of(model, node)
+        norm = module_of(part, node)
         if norm is None or not (isinstance(norm, _BatchNorm) or _holds_statistics(norm)):
             continue
         before = tensor_inputs(node)[0]
-        layer = module_of(model, before)
+        layer = module_of(part, before)
         if (
             isinstance(layer, Weighted)
             and not isinstance(layer, _ConvTransposeNd)

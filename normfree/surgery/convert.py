@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from normfree.suggest import problem, unknown
 from normfree.surgery.batchnorm import batchnorms, fold_batchnorms_, other_norms
 from normfree.surgery.conversion_report import ConvertReport, How, LayerChange
+from normfree.surgery.in_place import remove_in_place_
 from normfree.surgery.scratch import rewrite
 from normfree.surgery.standardized_conv import can_be_standardized, scales_with_weight
 from normfree.surgery.trace import convolutions, evaluation_mode
@@ -37,6 +38,7 @@ def convert_batchnorm(
     how: How = "exact",
     alpha: float = 0.2,
     skip_gain: float = 0.0,
+    hooks_safe: bool = True,
 ) -> Converted:
     """Return a copy of a network without batch norm, and a report of the changes.
 
@@ -65,6 +67,8 @@ def convert_batchnorm(
         how: the method: "exact", "normalizer_free" or "scratch".
         alpha: for "scratch", the constant α that multiplies each residual branch.
         skip_gain: for "scratch", the initial value of the skip gains; with 0 all branches are closed at the start.
+        hooks_safe: leave no module that works in place, so that hooks, Opacus and torch.func see every tensor. False
+            saves memory at inference.
 
     Returns:
         `(model, report)`: the converted copy, and a `ConvertReport`, whose `str()` is a table.
@@ -95,7 +99,7 @@ def convert_batchnorm(
         rewritten, layers, kept = rewrite(model, images, alpha=alpha, skip_gain=skip_gain)
         count = 0 if images is None else len(images)
         return Converted(rewritten, ConvertReport(how, tuple(layers), kept, count, None))
-    return _fold(model, images, how)
+    return _fold(model, images, how, hooks_safe=hooks_safe)
 
 
 def _check(model: nn.Module, how: How, *, alpha: float, skip_gain: float) -> None:
@@ -121,7 +125,7 @@ def _check(model: nn.Module, how: How, *, alpha: float, skip_gain: float) -> Non
         )
 
 
-def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
+def _fold(model: nn.Module, images: Tensor | None, how: How, *, hooks_safe: bool) -> Converted:
     """Convert by the methods "exact" and "normalizer_free"."""
     converted = copy.deepcopy(model)
     expected = None if images is None else _outputs(model, images)
@@ -133,6 +137,8 @@ def _fold(model: nn.Module, images: Tensor | None, how: How) -> Converted:
     kept = {name: f"{kind} does not use batch statistics" for name, kind in other_norms(converted).items()}
     if how == "normalizer_free":
         layers = _standardize_(converted, images, layers, kept)
+    if hooks_safe:
+        remove_in_place_(converted)
     error = None
     if images is not None and expected is not None:
         got = _outputs(converted, images)

@@ -7,6 +7,7 @@ leaves, so that the nodes of the graph are layers instead of their parts. The mo
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +27,39 @@ class NotTraceableError(ValueError):
         super().__init__(f"{where}: {reason}")
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records `x += y` as such; torch.fx records `x + y`."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._record(operator.itruediv, other)
+
+    def _record(self, target: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
 class _LayerTracer(fx.Tracer):
     """Tracer with layers as leaves. `failed` is the name of the innermost module that could not be traced."""
 
     failed = ""
 
+    def __init__(self, leaves: tuple[type[nn.Module], ...] = ()) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, _ConvNd | _BatchNorm | nn.Linear):
+        if isinstance(m, (_ConvNd, _BatchNorm, nn.Linear, *self.leaves)):
             return True
         if super().is_leaf_module(m, module_qualified_name):
             return True
@@ -60,20 +87,16 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def trace(model: nn.Module) -> fx.Graph:
+def trace(model: nn.Module, *, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Graph:
     """Return the graph of `model` in evaluation mode. `model` keeps its own mode.
 
-    Arguments of `forward` that have a default value are fixed to that value.
+    Arguments of `forward` that have a default value are fixed to that value. Modules of the types `leaves` are leaves
+    too.
 
     Raises:
         NotTraceableError: the control flow of the model depends on the values or the type of its input.
     """
-    tracer = _LayerTracer()
-    defaults = {
-        name: p.default
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.default is not inspect.Parameter.empty
-    }
+    tracer, defaults = _LayerTracer(leaves), _defaults(model)
     try:
         with evaluation_mode(model):
             return tracer.trace(model, concrete_args=defaults or None)
@@ -81,6 +104,33 @@ def trace(model: nn.Module) -> fx.Graph:
         where = type(model).__name__ + (f".{tracer.failed}" if tracer.failed else "")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotTraceableError(where, f"torch.fx cannot trace it ({first}).") from error
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of `forward` that have a default value."""
+    parameters = inspect.signature(model.forward).parameters
+    return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def traced_parts(
+    model: nn.Module, *, whole: bool = True, leaves: tuple[type[nn.Module], ...] = ()
+) -> dict[str, fx.Graph]:
+    """Return the graphs of the largest parts of `model` that can be traced, by the names of the parts.
+
+    A model that can be traced is one part, named "". A smaller part is used only if its `forward` has no argument with
+    a default value (`whole` is False), since its callers may pass another one.
+    """
+    if whole or not _defaults(model):
+        try:
+            return {"": trace(model, leaves=leaves)}
+        except NotTraceableError:
+            pass
+    parts: dict[str, fx.Graph] = {}
+    for name, child in model.named_children():
+        if any(child.children()):
+            inner = traced_parts(child, whole=False, leaves=leaves)
+            parts |= {f"{name}.{below}".rstrip("."): graph for below, graph in inner.items()}
+    return parts
 
 
 def module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
