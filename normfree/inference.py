@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfree.data.loader import eval_batches
+from normfree.data.multilabel import as_multilabel
 from normfree.data.source import Source
 from normfree.data.subset import spread_indices
 from normfree.data.supervision import never
 from normfree.data.transforms.decode import SUFFIXES, load_image
 from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
+from normfree.multilabel_scores import MultiLabelScores, multilabel_scores
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
 from normfree.suggest import problem
@@ -43,6 +45,8 @@ class Evaluation:
         labels: true classes, int64 N, in the order of the source.
         predictions: most probable classes, int64 N.
         losses: cross entropy of each image in nats, float64 N.
+        several: scores of independent classes, if images have several; then an image counts as correct if its most
+            probable class is one of its classes, and `labels` has that class, or its first one.
     """
 
     top1: float
@@ -53,6 +57,7 @@ class Evaluation:
     labels: Tensor = field(repr=False)
     predictions: Tensor = field(repr=False)
     losses: Tensor = field(repr=False)
+    several: MultiLabelScores | None = field(default=None, repr=False, kw_only=True)
 
     def confusion(self) -> Tensor:
         """Return the confusion matrix, counts K x K: row = true class, column = predicted class."""
@@ -127,6 +132,8 @@ def evaluate(
     was_training = model.training
     model.eval().to(target)
     parts = [torch.empty(0, 4, dtype=torch.float64)]
+    outputs = [torch.empty(0, 2 * len(source.classes), dtype=torch.float64)]
+    several = sigmoid and as_multilabel(source) is not None
     try:
         for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers, rank=rank,
                                   world_size=world_size, stopped=stopped):  # fmt: skip
@@ -134,7 +141,10 @@ def evaluate(
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
             if logits.shape[-1] != len(source.classes):
                 raise _invalid_logits(f"have {logits.shape[-1]} columns", batch.names[0], source)
-            parts.append(_scores(logits, labels, sigmoid=sigmoid))
+            targets = None if batch.targets is None else batch.targets.to(target)
+            parts.append(_scores(logits, labels, targets, sigmoid=sigmoid))
+            if several and targets is not None:
+                outputs.append(torch.cat([logits.sigmoid(), targets], dim=1).cpu().double())
     finally:
         model.train(was_training)
     scores = gather(torch.cat(parts))
@@ -144,20 +154,30 @@ def evaluate(
     labels, predictions, losses, count = scores[:, 0].long(), scores[:, 1].long(), scores[:, 3], len(scores)
     top1, top5 = int((predictions == labels).sum()), int(scores[:, 2].sum())
     return Evaluation(100 * top1 / count, 100 * top5 / count, float(losses.sum()) / count, count,
-                      tuple(source.classes), labels, predictions, losses)  # fmt: skip
+                      tuple(source.classes), labels, predictions, losses,
+                      several=_several(gather(torch.cat(outputs)), source) if several else None)  # fmt: skip
 
 
-def _scores(logits: Tensor, labels: Tensor, *, sigmoid: bool) -> Tensor:
+def _several(outputs: Tensor, source: Source) -> MultiLabelScores:
+    """Return the scores of independent classes from probabilities and targets, N 2K."""
+    probabilities, targets = outputs.chunk(2, dim=1)
+    return multilabel_scores(probabilities, targets, tuple(source.classes))
+
+
+def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: bool) -> Tensor:
     """Return label, predicted class, top-5 hit and loss of each image, B 4, float64, on the CPU."""
     best = logits.topk(min(5, logits.shape[-1])).indices
-    if sigmoid:
+    if targets is None:
         targets = F.one_hot(labels, logits.shape[-1]).float()
+    else:  # the predicted class if the image has it, else its first class
+        labels = torch.where(targets.gather(1, best[:, :1])[:, 0] > 0, best[:, 0], labels)
+    if sigmoid:
         loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
     else:
         loss = F.cross_entropy(logits, labels, reduction="none")
     # The error is raised after `gather`, because the other processes wait there for this one.
     loss[~torch.isfinite(logits).all(dim=1)] = torch.nan
-    hits = (best == labels[:, None]).any(dim=1)
+    hits = (targets.gather(1, best) > 0).any(dim=1)
     return torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1)
 
 

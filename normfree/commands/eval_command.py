@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import check_classes
+from normfree.commands.usage import UsageError, check_classes
+from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from normfree.inference import Evaluation
@@ -35,6 +36,7 @@ class EvalArguments:
 
 def eval_(arguments: EvalArguments) -> int:
     """Evaluate the model and print its scores; return 0."""
+    from normfree.data.multilabel import as_multilabel
     from normfree.data.sources.open import open_labeled
     from normfree.inference import evaluate
     from normfree.pretrained import from_pretrained
@@ -42,11 +44,15 @@ def eval_(arguments: EvalArguments) -> int:
     model = from_pretrained(arguments.model)
     source = open_labeled(arguments.data, pipes=True)
     check_classes(arguments.data, source.classes, model.classes)
+    if as_multilabel(source) is not None and not model.sigmoid:
+        given = f"the images of {arguments.data} have several classes, and {arguments.model} learned one for each image"
+        raise UsageError(problem(given, fix="evaluate a model that was trained with --objective bce"))
     score = evaluate(model.net, source, preprocessing=model.preprocessing, batch_size=arguments.batch_size,
                      workers=arguments.workers, device=arguments.device, sigmoid=model.sigmoid)  # fmt: skip
     if arguments.json:
         print(json.dumps({"top1": score.top1, "top5": score.top5, "loss": score.loss, "images": score.count,
-                          "per_class_top1": score.per_class()}))  # fmt: skip
+                          "per_class_top1": score.per_class(),
+                          **(vars(score.several) if score.several else {})}))  # fmt: skip
     else:
         _print_table(score)
     return 0
@@ -60,12 +66,22 @@ def _print_table(score: Evaluation) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("class")
-    table.add_column("top-1 %", justify="right")
-    for name, value in score.per_class().items():
+    several = score.several
+    columns = {"top-1 %": score.per_class()}
+    if several is not None:
+        columns = {"average precision %": several.average_precision, "F1 % at 0.5": several.f1}
+    for title in columns:
+        table.add_column(title, justify="right")
+    for name in next(iter(columns.values())):
         # A plain string would be read as markup, and a class may be called "[red]".
-        table.add_row(Text(name), f"{value:.1f}")
+        table.add_row(Text(name), *(f"{values[name]:.1f}" for values in columns.values()))
     console = Console(highlight=False)
     console.print(table)
+    if several is not None:
+        console.print(
+            f"mAP {several.mean_average_precision:.2f} %, F1 at 0.5: micro {several.micro_f1:.2f} %, "
+            f"macro {several.macro_f1:.2f} %"
+        )
     console.print(
         f"top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f} on {score.count} images"
     )

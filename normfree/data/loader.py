@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfree.data.multilabel import as_multilabel, targets_of
 from normfree.data.sampler import (
     EVAL,
     EvalSampler,
@@ -61,6 +62,8 @@ class Batch:
         epoch: Epoch of the first sample of the global batch; 0 in evaluation.
         partners: With `pairs`, the labels of the second images, int64 B.
         share: With `pairs`, the shares of the first images in their outputs, float32 B.
+        targets: With a source of several classes for each sample, 1 for its classes and 0 for the others, float32 B K;
+            `labels` are the first classes. With `pairs` they are mixed already.
     """
 
     images: Tensor
@@ -71,6 +74,7 @@ class Batch:
     epoch: int
     partners: Tensor | None = None
     share: Tensor | None = None
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,6 +88,7 @@ class Batch:
             indices=self.indices.pin_memory(),
             partners=None if self.partners is None else self.partners.pin_memory(),
             share=None if self.share is None else self.share.pin_memory(),
+            targets=None if self.targets is None else self.targets.pin_memory(),
         )
 
 
@@ -215,6 +220,7 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
     ) -> None:
         self.source, self._transform, self._seed, self._pairs = source, transform, seed, pairs
         self.streamed = as_streamed(source)
+        self._several = as_multilabel(source) is not None
         self._reads_pixels = has_pixels(source) and getattr(transform, "takes_arrays", False)
 
     def __getitem__(self, entry: Any) -> Batch | ImageError | LoaderError:
@@ -231,7 +237,12 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
             images, shares = zip(*(self._pair(pair, step) for pair in refs), strict=True)
             batch = self._batch(images, [own for own, _, _, _ in refs], step, epoch)
             partners = torch.tensor([self.source.label(other[1]) for _, other, _, _ in refs])
-            return replace(batch, partners=partners, share=torch.tensor(shares, dtype=torch.float32))
+            share = torch.tensor(shares, dtype=torch.float32)
+            targets = batch.targets
+            if targets is not None:
+                others = targets_of(self.source, [other[1] for _, other, _, _ in refs])
+                targets = share[:, None] * targets + (1 - share[:, None]) * others
+            return replace(batch, partners=partners, share=share, targets=targets)
         except (ImageError, LoaderError) as error:
             return error  # raised by `_stream`: PyTorch would bury its message in the traceback of a worker
         finally:
@@ -250,6 +261,7 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
             names=tuple(self.source.name(index) for index in indices),
             step=step,
             epoch=epoch,
+            targets=targets_of(self.source, indices) if self._several else None,
         )
 
     def _pair(self, pair: PairRef, step: int) -> tuple[Tensor, float]:

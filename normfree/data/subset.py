@@ -46,6 +46,10 @@ class Subset:
         """Return the name of sample `index` of the subset."""
         return self._source.name(int(self._indices[index]))
 
+    def base(self, index: int) -> tuple[Source, int]:
+        """Return the source and its index of sample `index` of the subset."""
+        return self._source, int(self._indices[index])
+
 
 def check_val_fraction(val_fraction: float) -> None:
     """Raise `ValueError` unless 0 < `val_fraction` < 1."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normfree.data.loader import Batch
 from normfree.data.seeds import key
-from normfree.data.transforms.mixing import FreshPairs, mix, paired_targets
+from normfree.data.transforms.mixing import FreshPairs, mix, paired_targets, smooth
 from normfree.data.transforms.normalize import channel_statistics, normalize
 from normfree.data.transforms.train import AfterMixing, train_transform
 from normfree.training.choices import learns_embeddings
@@ -81,13 +81,18 @@ class BatchPreparer:
         labels = batch.labels.to(device, non_blocking=True)
         if batch.partners is not None and batch.share is not None:  # the loader has mixed the images already
             partners, share = batch.partners.to(device), batch.share.to(device)
-            targets = paired_targets(
-                labels, partners, share, num_classes=self.num_classes, label_smoothing=smoothing
+            targets = (
+                paired_targets(
+                    labels, partners, share, num_classes=self.num_classes, label_smoothing=smoothing
+                )
+                if batch.targets is None
+                else smooth(batch.targets.to(device), smoothing)
             )
             return images.contiguous(memory_format=torch.channels_last), self.weighed(targets)
         generator = torch.Generator().manual_seed(seed)
         images, targets = mix(
-            images.contiguous(memory_format=torch.channels_last), labels, num_classes=self.num_classes,
+            images.contiguous(memory_format=torch.channels_last),
+            labels if batch.targets is None else batch.targets.to(device), num_classes=self.num_classes,
             mixup=augment.mixup, cutmix=augment.cutmix, label_smoothing=smoothing, generator=generator,
         )  # fmt: skip
         return images, self.weighed(targets)
@@ -127,4 +132,5 @@ def _part(batch: Batch, rows: slice) -> Batch:
         batch, images=batch.images[rows], labels=batch.labels[rows], indices=batch.indices[rows],
         names=batch.names[rows], partners=None if batch.partners is None else batch.partners[rows],
         share=None if batch.share is None else batch.share[rows],
+        targets=None if batch.targets is None else batch.targets[rows],
     )  # fmt: skip

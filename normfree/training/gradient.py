@@ -12,6 +12,7 @@ from normfree.data.seeds import key
 from normfree.models.net import Net
 from normfree.models.shared_weights import standardized_once
 from normfree.training.body import frozen_modules
+from normfree.training.choices import uses_sigmoid
 from normfree.training.compiled import CompiledBlocks
 from normfree.training.config import Config
 from normfree.training.distributed.exact import TreeSum
@@ -49,6 +50,7 @@ class BatchGradient:
         self.seed, self.half = config.seed, config.precision == "bfloat16"
         self.frozen = frozen_modules(net)
         self.trained = [p for p in net.parameters() if p.requires_grad]
+        self.sigmoid = uses_sigmoid(config.objective)
         self.loss = batch_loss(config.objective)
         self.compiled = CompiledBlocks(net) if config.compile else None
 
@@ -111,7 +113,10 @@ class BatchGradient:
             share = self.loss(logits, y) / batch
         with span("backward"):
             share.backward()
-        right = (logits.detach().argmax(dim=1) == y.argmax(dim=1)).sum().to(torch.float32)
+        best = logits.detach().argmax(dim=1)
+        right = (best == y.argmax(dim=1)).sum().to(torch.float32)
+        if self.sigmoid:  # an image may have several classes: the most probable one is among them
+            right = (y.gather(1, best[:, None]) == y.amax(dim=1, keepdim=True)).sum().to(torch.float32)
         return share.detach(), right
 
     def example_targets(self, count: int, num_classes: int) -> Tensor:

@@ -26,7 +26,7 @@ from normfree.data.transforms.decode import ImageError
 from normfree.inference import Evaluation, evaluate
 from normfree.training import checkpoint, run_folder
 from normfree.training.choices import learns_embeddings, uses_sigmoid
-from normfree.training.class_weights import class_weights, weighted_top1
+from normfree.training.class_weights import class_weights
 from normfree.training.config import Config, steps_of
 from normfree.training.console import ProgressLine, RunLog
 from normfree.training.distributed.exact import same_kernels
@@ -36,6 +36,7 @@ from normfree.training.embedding_scores import recalls, score_embeddings, score_
 from normfree.training.identity import data_of, decisive
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
+from normfree.training.multilabel_run import check_labels, deciding_score, logged_scores, scores_text
 from normfree.training.profile import profiled
 from normfree.training.resolve import Resolved, open_data, preprocessing, resolve
 from normfree.training.resume import Checkpoints, restore_newest
@@ -100,6 +101,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
                 run_folder.check_folder(out)
                 require(config.log.to)
                 split = open_data(resolved.config, run_log)
+                check_labels(split, config.objective)
         with world.all_or_none():
             if not world.is_main:
                 split = open_data(resolved.config, run_log, check=False)
@@ -274,10 +276,12 @@ def _record(
     epoch = round(at.step * trainer.config.input.batch_size / samples, 4)
     metrics.write(step=at.step, epoch=epoch, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
                   ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss,
-                  **recalls(weights, average))  # fmt: skip
+                  **recalls(weights, average), **logged_scores(weights, average))  # fmt: skip
     run_log.info(f"epoch {epoch:5.1f}  {score_name(weights)} {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
                  f"loss {weights.loss:.3f}")  # fmt: skip
-    score = weighted_top1(average, trainer.prepare.class_weights)
+    if text := scores_text(average):
+        run_log.info(f"             averaged: {text}")
+    score = deciding_score(average, trainer.prepare.class_weights)
     at.best, at.evaluated = at.best.after(score, average.loss, at.step), True
 
 

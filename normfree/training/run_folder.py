@@ -33,6 +33,7 @@ from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
 from normfree.training.console import RunLog
 from normfree.training.identity import decisive, require_same
+from normfree.training.multilabel_run import saved_scores, scores_text
 from normfree.training.resolve import preprocessing
 
 
@@ -153,7 +154,11 @@ def finish(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
     )  # fmt: skip
-    if largest > 2 / len(split.classes):  # the classes are so unequal that top-1 hides the rare ones
+    if text := scores_text(result.average):
+        run_log.info(f"averaged weights: {text}")
+    if (
+        largest > 2 / len(split.classes) and not text
+    ):  # the classes are so unequal that top-1 hides the rare ones
         mean = fmean(result.average.per_class().values())
         run_log.info(
             f"mean over classes: {mean:.2f} % (averaged weights); for rare classes see --optim.class_balance"
@@ -207,7 +212,7 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "images": evaluation.count,
         "balanced_top1": fmean(per_class.values()), "per_class_top1": per_class,
-        "confusion": evaluation.confusion().tolist(),
+        "confusion": evaluation.confusion().tolist(), **saved_scores(evaluation),
     }  # fmt: skip
 
 
@@ -215,6 +220,10 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
     """Return the model card. It holds measured numbers only."""
     per_class = result.average.per_class()
     rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in per_class.items())
+    measure, mean = "top-1 %", fmean(per_class.values())
+    if (several := result.average.several) is not None:
+        measure, mean = "average precision %", several.mean_average_precision
+        rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in several.average_precision.items())
     best = f"the best of {result.steps} by the images below, " if result.step != result.steps else ""
     credit = f"\nData: {split.credit}\n" if split.credit else ""
     return f"""---
@@ -231,10 +240,12 @@ tags: [image-classification, normalizer-free]
 | averaged weights | {result.average.top1:.2f} | {result.average.top5:.2f} | {result.average.loss:.4f} |
 | weights | {result.weights.top1:.2f} | {result.weights.top5:.2f} | {result.weights.loss:.4f} |
 
-| class | top-1 % |
+{scores_text(result.average)}
+
+| class | {measure} |
 |---|---|
 {rows}
-| mean over classes | {fmean(per_class.values()):.1f} |
+| mean over classes | {mean:.1f} |
 {credit}
 ## Config
 

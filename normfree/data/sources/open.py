@@ -17,6 +17,7 @@ NAMES = ("emoji", *TORCHVISION_SETS, "synthetic")
 SCHEMES = {  # scheme -> its options
     "shards": ("val",),
     "packed": ("val",),
+    "nested": (),
     "hf": ("split", "val", "image", "label", "subset", "revision", "download", "streaming", "buffer"),
 }
 _ALLOWED = f"a folder of images, or one of {', '.join([*NAMES, *(f'{scheme}:...' for scheme in SCHEMES)])}"
@@ -43,6 +44,7 @@ def open_source(
     - "shards:PATTERN[,val=PATTERN]": WebDataset; the prefix is optional if the pattern ends in .tar, and a PATTERN may
       be "pipe:COMMAND";
     - "packed:FILE[,val=FILE]": files written by `pack`;
+    - "nested:FOLDER": images with several classes, the names of all folders above them;
     - "hf:FOLDER_OR_NAME[,split=...,image=...,label=...,val=...,download=yes]": Hugging Face datasets.
 
     Args:
@@ -183,6 +185,10 @@ def _open_spec(text: str, *, val_fraction: float, seed: int, download: bool, pip
         from normfree.data.sources.packed import split_packed
 
         return split_packed(target, options.get("val"), val_fraction=val_fraction, seed=seed)
+    if scheme == "nested":
+        from normfree.data.sources.nested import open_nested
+
+        return open_nested(Path(target).expanduser(), val_fraction=val_fraction, seed=seed)
     from normfree.data.sources.huggingface import split_huggingface
 
     download = is_yes(options, "download", download)
@@ -201,6 +207,10 @@ def _open_labeled_spec(text: str, *, pipes: bool) -> Source:
         from normfree.data.sources.packed import PackedSource
 
         return PackedSource(options.get("val", target))
+    if scheme == "nested":
+        from normfree.data.sources.nested import open_labeled_nested
+
+        return open_labeled_nested(Path(target).expanduser())
     from normfree.data.sources.huggingface import open_labeled_huggingface
 
     return open_labeled_huggingface(target, options, download=is_yes(options, "download"))

@@ -42,7 +42,7 @@ def mix(
 
     Args:
         images: Floating point, B C H W.
-        labels: Class numbers, int64 B.
+        labels: Class numbers, int64 B, or targets, float32 B K.
         num_classes: Number of classes K.
         generator: CPU generator.
         mixup: Parameter of the Beta distribution; 0 disables mixup.
@@ -56,7 +56,7 @@ def mix(
         ValueError: `images` is not floating point, or an option is out of range.
     """
     _check_mix(images, mixup=mixup, cutmix=cutmix, label_smoothing=label_smoothing)
-    targets = one_hot(labels, num_classes).float()
+    targets = labels if labels.ndim == 2 else one_hot(labels, num_classes).float()
     batch, _, height, width = images.shape
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     if mixup > 0 or cutmix > 0:

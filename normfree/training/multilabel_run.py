@@ -1,0 +1,52 @@
+"""What a run on images with several classes checks, reports and is judged by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from normfree.data.multilabel import as_multilabel
+from normfree.data.source import Split
+from normfree.inference import Evaluation
+from normfree.suggest import problem
+from normfree.training.choices import uses_sigmoid
+from normfree.training.class_weights import weighted_top1
+
+
+def check_labels(split: Split, objective: str) -> None:
+    """Raise ValueError if images have several classes and the objective learns one for each image."""
+    if as_multilabel(split.train) is not None and not uses_sigmoid(objective):
+        given = f"the images have several classes, and objective={objective!r} learns one for each image"
+        raise ValueError(problem(given, allowed="objective='bce'", fix="--objective bce"))
+
+
+def deciding_score(average: Evaluation, class_weights: Tensor | None) -> float:
+    """Return the score of the averaged weights that chooses the best step: mAP for images with several classes, else
+    top-1."""
+    if average.several is not None:
+        return average.several.mean_average_precision
+    return weighted_top1(average, class_weights)
+
+
+def logged_scores(weights: Evaluation, average: Evaluation) -> dict[str, float]:
+    """Return mAP and F1 for metrics.jsonl if images have several classes, else nothing."""
+    found = {}
+    for prefix, one in (("", weights.several), ("ema_", average.several)):
+        if one is not None:
+            found[f"{prefix}map"] = one.mean_average_precision
+            found[f"{prefix}micro_f1"] = one.micro_f1
+    return found
+
+
+def scores_text(evaluation: Evaluation) -> str:
+    """Return mAP and F1 of an evaluation as text; "" if images have one class each."""
+    one = evaluation.several
+    if one is None:
+        return ""
+    return f"mAP {one.mean_average_precision:.2f} %, F1 at 0.5: micro {one.micro_f1:.2f} %, macro {one.macro_f1:.2f} %"
+
+
+def saved_scores(evaluation: Evaluation) -> dict[str, Any]:
+    """Return mAP, F1 and the average precision of each class for results.json; empty if images have one class each."""
+    return {} if evaluation.several is None else vars(evaluation.several)

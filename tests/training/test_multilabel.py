@@ -1,0 +1,156 @@
+"""Images with several classes: targets, scores, and a run from folders within folders."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from normfree import Config, evaluate, from_pretrained, open_source, predict, train
+from normfree.cli import main
+from normfree.data.loader import eval_batches, train_batches
+from normfree.data.multilabel import as_multilabel, targets_of
+from normfree.data.transforms.mixing import FreshPairs, mix
+from normfree.data.transforms.train import train_transform
+from normfree.multilabel_scores import multilabel_scores
+
+
+def write(root: Path, count: int = 8) -> None:
+    """Write images of two attributes: red or not, with stripes or not."""
+    rng = np.random.default_rng(0)
+    for red in (False, True):
+        for stripes in (False, True):
+            folder = root / ("red" if red else "blue") / ("stripes" if stripes else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = np.full((16, 16, 3), (200, 40, 40) if red else (40, 40, 200), np.uint8)
+                if stripes:
+                    pixels[::4] = 255
+                pixels = (pixels * rng.uniform(0.7, 1.0)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "images"
+    write(root)
+    return root
+
+
+def test_the_folders_above_an_image_are_its_classes(folder):
+    split = open_source(f"nested:{folder}")
+    assert split.classes == ("blue", "red", "stripes")
+    assert as_multilabel(split.train) is not None
+    for source in (split.train, split.val):
+        targets = targets_of(source, range(len(source)))
+        for index, row in enumerate(targets.tolist()):
+            parts = Path(source.name(index)).relative_to(folder).parts[:-1]
+            assert row == [float(c in parts) for c in split.classes]
+    assert len(split.train) + len(split.val) == 32
+
+
+def test_batches_have_targets_and_fresh_pairs_mix_them(folder):
+    source = open_source(f"nested:{folder}").train
+    batch = next(iter(eval_batches(source, train_transform(image_size=8), batch_size=4)))
+    assert torch.equal(batch.targets, targets_of(source, batch.indices.tolist()))
+    pairs = FreshPairs(mixup=1.0)
+    stream = train_batches(
+        source, train_transform(image_size=8), batch_size=4, seed=0, num_steps=1, pairs=pairs
+    )
+    batch = next(stream)
+    stream.close()
+    own = targets_of(source, batch.indices.tolist())
+    share = batch.share[:, None]
+    rest = (batch.targets - share * own) / (1 - share)
+    assert torch.allclose(rest, rest.round(), atol=1e-4)  # the targets of the second images
+    assert rest.round().unique().tolist() == [0.0, 1.0]
+
+
+def test_mixing_is_linear_in_the_targets():
+    images, labels = torch.rand(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    options = {"num_classes": 3, "mixup": 0.5, "cutmix": 1.0, "label_smoothing": 0.1}
+    one_hot = torch.eye(3)[labels]
+    first = mix(images, labels, generator=torch.Generator().manual_seed(1), **options)
+    second = mix(images, one_hot, generator=torch.Generator().manual_seed(1), **options)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_average_precision_and_f1_by_their_definitions():
+    rng = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(40, 3, generator=rng).mul(10).round() / 10  # with ties
+    targets = (torch.rand(40, 3, generator=rng) < 0.3).float()
+    targets[:, 2] = 0
+    scores = multilabel_scores(probabilities, targets, ("a", "b", "none"))
+    assert scores.average_precision.keys() == {"a", "b"}
+    for k, name in enumerate("ab"):
+        p, y = probabilities[:, k], targets[:, k]
+        area = recall_before = 0.0
+        for threshold in sorted(set(p.tolist()), reverse=True):  # the sum of recall steps times precision
+            chosen = p >= threshold
+            recall = float(y[chosen].sum() / y.sum())
+            area += (recall - recall_before) * float(y[chosen].mean())
+            recall_before = recall
+        assert scores.average_precision[name] == pytest.approx(100 * area)
+        tp = float(((p >= 0.5) & (y > 0)).sum())
+        assert scores.f1[name] == pytest.approx(200 * tp / float((p >= 0.5).sum() + y.sum()))
+    assert scores.mean_average_precision == pytest.approx(sum(scores.average_precision.values()) / 2)
+    perfect = multilabel_scores(targets, targets, ("a", "b", "none"))
+    assert (perfect.mean_average_precision, perfect.micro_f1, perfect.macro_f1) == (100.0, 100.0, 100.0)
+
+
+def config(folder: Path, **changes: object) -> Config:
+    values = {
+        "data": f"nested:{folder}", "model": "nf_resnet_nano", "objective": "bce", "length": "30st", "device": "cpu",
+        "input": {"image_size": 16, "batch_size": 8, "workers": 0, "val_fraction": 0.3},
+        "augment": {"crop_min": 0.8, "label_smoothing": 0.0}, "net": {"skip_gain": 1.0},
+        "optim": {"lr": 0.2, "warmup": "3st", "ema_decay": 0.9, "clipping": 0.1},
+        "log": {"evaluate_every": "15st"},
+    }  # fmt: skip
+    return Config.model_validate(values | changes)
+
+
+def test_a_run_learns_several_classes_and_everything_reports_them(folder, tmp_path, capsys):
+    result = train(config(folder), tmp_path / "run", console=Console(file=io.StringIO()))
+    scores = result.average.several
+    assert scores is not None
+    assert scores.mean_average_precision > 90  # chance: 50
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["ema_map"] for row in rows if "ema_map" in row][-1] == scores.mean_average_precision
+    saved = json.loads((tmp_path / "run/results.json").read_text())["average"]
+    assert saved["mean_average_precision"] == scores.mean_average_precision
+    assert saved["average_precision"].keys() == {"blue", "red", "stripes"}
+    assert "| class | average precision % |" in (tmp_path / "run/model/README.md").read_text()
+    assert "mAP " in (tmp_path / "run/log.txt").read_text()
+    model = from_pretrained(tmp_path / "run")
+    val = open_source(f"nested:{folder}", val_fraction=0.3).val
+    again = evaluate(model.net, val, preprocessing=model.preprocessing, device="cpu", sigmoid=True)
+    assert again.several == scores
+    (prediction,) = predict(model, [folder / "red" / "stripes" / "0.png"], top=3, device="cpu")
+    assert set(prediction.classes[:2]) == {"red", "stripes"}
+    assert prediction.probabilities[1] > 0.5 > prediction.probabilities[2]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), f"nested:{folder}", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_average_precision"] > 90
+    assert main(["eval", str(tmp_path / "run"), f"nested:{folder}", "--device", "cpu"]) == 0
+    assert "average precision %" in capsys.readouterr().out
+
+
+def test_one_class_for_each_image_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"several classes, and objective='classify'.* Fix: --objective bce"):
+        train(config(folder, objective="classify"), tmp_path / "run", console=Console(file=io.StringIO()))
+
+
+def test_parts_have_the_same_classes(folder, tmp_path):
+    write(tmp_path / "train", 2)
+    write(tmp_path / "val", 1)
+    split = open_source(f"nested:{tmp_path}")
+    assert (len(split.train), len(split.val), split.classes) == (8, 4, ("blue", "red", "stripes"))
+    (tmp_path / "val" / "green").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "val" / "green" / "x.png")
+    with pytest.raises(ValueError, match=r"in the folder 'green', which the training images do not have"):
+        open_source(f"nested:{tmp_path}")
