@@ -151,17 +151,16 @@ def evaluate(
     wrong = torch.isnan(scores[:, 3]).nonzero()
     if len(wrong):
         raise _invalid_logits("are not finite", source.name(int(wrong[0])), source)
+    return _evaluation(scores, gather(torch.cat(outputs)) if several else None, tuple(source.classes))
+
+
+def _evaluation(scores: Tensor, outputs: Tensor | None, classes: tuple[str, ...]) -> Evaluation:
+    """Return the evaluation of the scores N 4 of all images and, with several classes, of outputs and targets N 2K."""
     labels, predictions, losses, count = scores[:, 0].long(), scores[:, 1].long(), scores[:, 3], len(scores)
     top1, top5 = int((predictions == labels).sum()), int(scores[:, 2].sum())
-    return Evaluation(100 * top1 / count, 100 * top5 / count, float(losses.sum()) / count, count,
-                      tuple(source.classes), labels, predictions, losses,
-                      several=_several(gather(torch.cat(outputs)), source) if several else None)  # fmt: skip
-
-
-def _several(outputs: Tensor, source: Source) -> MultiLabelScores:
-    """Return the scores of independent classes from probabilities and targets, N 2K."""
-    probabilities, targets = outputs.chunk(2, dim=1)
-    return multilabel_scores(probabilities, targets, tuple(source.classes))
+    several = None if outputs is None else multilabel_scores(*outputs.chunk(2, dim=1), classes)
+    return Evaluation(100 * top1 / count, 100 * top5 / count, float(losses.sum()) / count, count, classes, labels,
+                      predictions, losses, several=several)  # fmt: skip
 
 
 def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: bool) -> Tensor:
