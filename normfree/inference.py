@@ -131,9 +131,8 @@ def evaluate(
     transform = preprocessing.transform()
     was_training = model.training
     model.eval().to(target)
-    parts = [torch.empty(0, 4, dtype=torch.float64)]
-    outputs = [torch.empty(0, 2 * len(source.classes), dtype=torch.float64)]
-    several = sigmoid and as_multilabel(source) is not None
+    several = as_multilabel(source) is not None
+    parts = [torch.empty(0, 4 + 2 * len(source.classes) * several, dtype=torch.float64)]
     try:
         for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers, rank=rank,
                                   world_size=world_size, stopped=stopped):  # fmt: skip
@@ -143,29 +142,34 @@ def evaluate(
                 raise _invalid_logits(f"have {logits.shape[-1]} columns", batch.names[0], source)
             targets = None if batch.targets is None else batch.targets.to(target)
             parts.append(_scores(logits, labels, targets, sigmoid=sigmoid))
-            if several and targets is not None:
-                outputs.append(torch.cat([logits.sigmoid(), targets], dim=1).cpu().double())
     finally:
         model.train(was_training)
     scores = gather(torch.cat(parts))
     wrong = torch.isnan(scores[:, 3]).nonzero()
     if len(wrong):
         raise _invalid_logits("are not finite", source.name(int(wrong[0])), source)
-    return _evaluation(scores, gather(torch.cat(outputs)) if several else None, tuple(source.classes))
+    return _evaluation(scores, tuple(source.classes))
 
 
-def _evaluation(scores: Tensor, outputs: Tensor | None, classes: tuple[str, ...]) -> Evaluation:
-    """Return the evaluation of the scores N 4 of all images and, with several classes, of outputs and targets N 2K."""
+def _evaluation(scores: Tensor, classes: tuple[str, ...]) -> Evaluation:
+    """Return the evaluation of what `_scores` returned for all images."""
     labels, predictions, losses, count = scores[:, 0].long(), scores[:, 1].long(), scores[:, 3], len(scores)
     top1, top5 = int((predictions == labels).sum()), int(scores[:, 2].sum())
-    several = None if outputs is None else multilabel_scores(*outputs.chunk(2, dim=1), classes)
+    several = None
+    if scores.shape[1] > 4:
+        probabilities, targets = scores[:, 4:].chunk(2, dim=1)
+        several = multilabel_scores(probabilities, targets, classes)
     return Evaluation(100 * top1 / count, 100 * top5 / count, float(losses.sum()) / count, count, classes, labels,
                       predictions, losses, several=several)  # fmt: skip
 
 
 def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: bool) -> Tensor:
-    """Return label, predicted class, top-5 hit and loss of each image, B 4, float64, on the CPU."""
+    """Return label, predicted class, top-5 hit and loss of each image, B 4, float64, on the CPU.
+
+    With targets, of images with several classes, the probabilities and the targets follow, B (4 + 2K).
+    """
     best = logits.topk(min(5, logits.shape[-1])).indices
+    more = [] if targets is None else [logits.sigmoid(), targets]
     if targets is None:
         targets = F.one_hot(labels, logits.shape[-1]).float()
     else:  # the predicted class if the image has it, else its first class
@@ -177,7 +181,8 @@ def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: 
     # The error is raised after `gather`, because the other processes wait there for this one.
     loss[~torch.isfinite(logits).all(dim=1)] = torch.nan
     hits = (targets.gather(1, best) > 0).any(dim=1)
-    return torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1)
+    columns = torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1)
+    return torch.cat([columns, *(t.cpu().double() for t in more)], dim=1)
 
 
 def _invalid_logits(what: str, name: str, source: Source) -> ValueError:
