@@ -38,12 +38,12 @@ from normfree.files import atomic_write_text
 from normfree.inference import Evaluation
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
-from normfree.pretrained import TrainedModel, model_args, save_pretrained
+from normfree.pretrained import TrainedModel, model_args
 from normfree.training.config import Config
 from normfree.training.config_io import to_toml
 from normfree.training.console import RunLog
 from normfree.training.resolve import preprocessing
-from normfree.training.run_folder import TrainResult
+from normfree.training.run_folder import TrainResult, write_model
 from normfree.training.trainer import Trainer
 from normfree.uncertainty import accuracy_text, wilson_interval
 
@@ -190,7 +190,7 @@ def write_body(config: Config, split: Split, net: nn.Module, result: TrainResult
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("head.")}
     body.load_state_dict(state)
     trained = TrainedModel(body, preprocessing(config), ())
-    save_pretrained(trained, out / "model", card=_card(config, split, body, result))
+    write_model(trained, out / "model", card=_card(config, split, body, result))
     with contextlib.suppress(ModuleNotFoundError):  # without matplotlib there is no plot
         metrics, title = read_metrics(out / "metrics.jsonl"), f"{config.model} on {config.data}"
         draw_curves(metrics, out / "curves.png", title=title)

@@ -146,7 +146,7 @@ def finish(
     trained = TrainedModel(
         average, preprocessing(config), tuple(split.classes), uses_sigmoid(config.objective)
     )
-    _write_model(trained, out / "model", card=_card(config, split, result))
+    write_model(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     if result.step != result.steps:
         run_log.info(f"the model is that of step {result.step}, which scored best")
@@ -174,7 +174,7 @@ def finish(
     run_log.info(f"{result.seconds:.0f} s")
 
 
-def _write_model(trained: TrainedModel, folder: Path, *, card: str) -> None:
+def write_model(trained: TrainedModel, folder: Path, *, card: str) -> None:
     """Write the model folder as a whole: a kill or a full disk leaves the old one, or none, but no mixture of both.
 
     A folder that already holds the same files is left alone.

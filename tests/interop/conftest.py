@@ -35,6 +35,8 @@ HOSTS = {
     "Captum": "captum",
     "Zennit": "zennit",
     "Torch-Pruning": "torch-pruning",
+    "pytorch-metric-learning": "pytorch-metric-learning",
+    "lightly": "lightly",
 }
 BEGIN, END = "<!-- table of hosts: begin (written by `make interop`) -->", "<!-- table of hosts: end -->"
 
