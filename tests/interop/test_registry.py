@@ -14,7 +14,7 @@ from normfree.pretrained import TrainedModel, save_pretrained
 from normfree.surgery.batchnorm import batchnorms
 from normfree.surgery.convert import convert_batchnorm
 
-HUGGING_FACE = Path(__file__).parents[2] / "docs" / "huggingface.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -57,15 +57,25 @@ def test_transformers_opens_model_folders(name: str, fields: dict, tmp_path: Pat
     assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
+def run_page(name: str) -> None:
+    """Run the blocks of a page that need other libraries; they are marked as py instead of python."""
+    blocks = re.findall(r"```py\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) >= 2
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), namespace)
+
+
 @pytest.mark.works("Hugging Face Transformers", "attach_agc")
 def test_the_page_for_users_of_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```py\n(.*?)```", HUGGING_FACE.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 3
-    namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, str(HUGGING_FACE), "exec"), namespace)
+    run_page("huggingface.md")
+
+
+def test_the_page_on_dense_prediction_runs() -> None:
+    pytest.importorskip("segmentation_models_pytorch")
+    run_page("dense.md")
 
 
 @pytest.mark.works("segmentation-models-pytorch", "normfree.timm")
