@@ -127,7 +127,9 @@ def _view_scores(net: nn.Module, source: Source, trainer: Trainer) -> EmbeddingE
     )  # fmt: skip
     was_training = net.training
     net.eval()
-    rows = torch.cat([features(net, normalize(b.images.to(trainer.device))).cpu() for b in batches])
+    mean, std = trainer.prepare.mean, trainer.prepare.std
+    inputs = (normalize(b.images.to(trainer.device), mean=mean, std=std) for b in batches)
+    rows = torch.cat([features(net, images).cpu() for images in inputs])
     net.train(was_training)
     views = F.normalize(rows[: 2 * len(source)], dim=1)
     similar = views[0::2] @ views[1::2].T / TEMPERATURE
