@@ -37,7 +37,6 @@ from normfree import (
     warmup_cosine,
 )
 from normfree.files import atomic_write_text
-from normfree.optim.groups import DEFAULT_RULES, Rule
 from normfree.surgery import weight_fit
 
 SIZE, BATCHES, CALIBRATION = 64, (2, 4, 16, 64), 128
@@ -149,9 +148,8 @@ def fine_tune(method: str, batch: int, rate: float, seed: int) -> dict[str, Any]
     for norm in net.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = 0.1  # PyTorch's default; the package's 0.01 is meant for many thousand steps
-    rules = (Rule("classifier", r"^_fc\.weight$", clipping=False), *DEFAULT_RULES)
     clipping = 0.0 if method.startswith("bn") else CLIPPING
-    groups = parameter_groups(net, weight_decay=WEIGHT_DECAY, clipping=clipping, rules=rules)
+    groups = parameter_groups(net, weight_decay=WEIGHT_DECAY, clipping=clipping)
     optimizer = SGD(groups, lr=rate)
     images, labels = load_images("train", SIZE)
     order = torch.randperm(len(images), generator=generator)[:IMAGES].split(batch)

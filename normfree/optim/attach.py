@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.classifier import find_classifier
 from normfree.optim.named_gradients import ClipReport, check_limit
+from normfree.optim.parameter_kinds import CLASSIFIER, parameter_kinds
 from normfree.optim.units import UnitNorms
 from normfree.suggest import did_you_mean, problem
 
@@ -97,15 +98,15 @@ def attach_agc(
     to 1.0 unless `max_grad_norm=0`.
 
     One λ means different things: here and in the paper a unit is a filter; DreamerV3 clips whole tensors (λ 0.3,
-    unit="tensor"); timm's `--clip-mode agc` clips filters, but each element of a gain or bias by itself.
+    unit="tensor"); timm's `--clip-mode agc` clips filters, but each element of a gain of shape (n, 1, 1, 1) by itself.
 
     Args:
         optimizer: any PyTorch optimizer. All parameters of its groups are clipped, except those exempt.
         clipping: largest allowed ratio of gradient norm to weight norm, λ; a group's own `clipping` takes precedence.
         model: the network that is trained, for the names of its parameters; needed unless `exempt` is ().
         unit: "filter" or "tensor", see `adaptive_clip_grad_`.
-        exempt: "classifier" exempts the weight of the classifier (`get_classifier()`, else the last linear layer), as
-            the paper does; otherwise shell patterns of parameter names, such as ("head.*", "*.gain"); () is none.
+        exempt: "classifier" exempts the weight of the classifier, as the paper does, found as by `parameter_groups`;
+            otherwise shell patterns of parameter names, such as ("head.*", "*.gain"); () is none.
         eps: as for `adaptive_clip_grad_`.
         error_if_nonfinite: raise for Inf and NaN. By default such gradients are left to the caller, as
             `torch.nn.utils.clip_grad_norm_` does, and the host does not wait for the device.
@@ -114,8 +115,8 @@ def attach_agc(
         A handle with the last `report` and `remove()`.
 
     Raises:
-        ValueError: `model` is missing, has no parameter of the optimizer or no classifier; a pattern matches no
-            parameter; `clipping` or `eps` is negative; `unit` is unknown.
+        ValueError: `model` is missing or has no parameter of the optimizer; its classifier was not found; a pattern
+            matches no parameter; `clipping` or `eps` is negative; `unit` is unknown.
 
     Examples:
         >>> import torch
@@ -155,8 +156,8 @@ def _exempt(exempt: str | Sequence[str], model: nn.Module | None, names: dict[in
         given = "no parameter of the optimizer is one of the model"
         raise ValueError(problem(given, fix="pass the model whose parameters the optimizer has"))
     if exempt == "classifier":
-        weights = {f"{name}.weight" if name else "weight" for name in find_classifier(model)}
-        return {i for i, name in names.items() if name in weights}
+        kinds = parameter_kinds(model, find_classifier(model))
+        return {i for i, name in names.items() if kinds[name] == CLASSIFIER}
     patterns = (exempt,) if isinstance(exempt, str) else tuple(exempt)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names.values()):

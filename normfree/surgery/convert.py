@@ -56,8 +56,7 @@ def convert_batchnorm(
     computed by tracking the variance over the traced graph, α and a skip gain on every residual branch, doubled gates
     and new random weights. The result is a `torch.fx.GraphModule`.
 
-    The copy has the mode and the device of `model`, which is left unchanged. If the classifier is not called "head",
-    pass a rule for its weight to `parameter_groups`.
+    The copy has the mode and the device of `model`, which is left unchanged.
 
     Args:
         model: a module that takes images B C H W and returns one tensor.

@@ -326,7 +326,7 @@ def test_the_classifier_weight_is_exempt_and_its_bias_is_not() -> None:
     net = nn.ModuleDict({"stem": nn.Linear(4, 4), "head": nn.Linear(4, 3)})
     for p in net.parameters():
         p.grad = torch.full_like(p, 5.0)
-    adaptive_clip_grad_(parameter_groups(net, weight_decay=0.0, clipping=0.01))
+    adaptive_clip_grad_(parameter_groups(net, weight_decay=0.0, clipping=0.01, classifier="head"))
     assert torch.equal(net["head"].weight.grad, torch.full((3, 4), 5.0))
     for clipped in (net["head"].bias, net["stem"].weight, net["stem"].bias):
         assert float(clipped.grad.abs().max()) < 0.1

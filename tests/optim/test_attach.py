@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfree.models.zoo import create_model
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.attach import attach_agc
-from normfree.optim.classifier import find_classifier
 
 CLIPPING = 0.02
 
@@ -212,23 +210,24 @@ def test_wrong_arguments(options, message):
         attach_agc(make("sgd", net), clipping, **options)
 
 
-def test_the_classifier_is_found():
+def test_the_classifiers_of_a_distilled_network_are_exempt_and_a_body_has_none():
     import timm
-    import torchvision
 
-    with torch.device("meta"):
-        nets = {
-            "head": create_model("nf_resnet_nano"),
-            "head.fc": timm.create_model("nfnet_l0"),
-            "fc": torchvision.models.resnet18(),
-            "classifier.6": torchvision.models.vgg11(),
-            "classifier.1": torchvision.models.squeezenet1_1(),
-            "heads.head": torchvision.models.vit_b_32(),
-        }
-        distilled = timm.create_model("deit_tiny_distilled_patch16_224")
-        bodies = [create_model("nf_resnet_nano", num_classes=0), timm.create_model("resnet18", num_classes=0)]
-    assert {name: find_classifier(net) for name, net in nets.items()} == {name: [name] for name in nets}
-    assert find_classifier(distilled) == ["head", "head_dist"]
-    assert [find_classifier(body) for body in bodies] == [[], []]
-    with pytest.raises(ValueError, match=r"no classifier was found in a ReLU\. Allowed"):
-        find_classifier(nn.ReLU())
+    distilled = timm.create_model("levit_128s", num_classes=3)
+    optimizer = torch.optim.SGD(distilled.parameters(), 0.1)
+    assert attach_agc(optimizer, model=distilled).exempt == ("head.linear.weight", "head_dist.linear.weight")
+    body = timm.create_model("resnet18", num_classes=0)
+    assert attach_agc(torch.optim.SGD(body.parameters(), 0.1), model=body).exempt == ()
+
+
+def test_an_unknown_classifier_must_be_named():
+    class Layers(nn.Module):  # as a LightningModule without forward
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    net = Layers()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"the classifier of a Layers was not found.*exempt='head\.weight'"):
+        attach_agc(optimizer, model=net)
+    assert attach_agc(optimizer, model=net, exempt="head.weight").exempt == ("head.weight",)

@@ -76,7 +76,9 @@ def make(*, double: bool = False, device: str = "cpu", nesterov: bool = True) ->
     with torch.no_grad():
         model.conv.weight[:2] = 0.0  # below eps
     model = model.to(device, torch.float64 if double else torch.float32)
-    groups = parameter_groups(model, weight_decay=0.02, clipping=0.05, lr_multipliers={r"^stem\.": 0.3})
+    groups = parameter_groups(
+        model, weight_decay=0.02, clipping=0.05, classifier="head", lr_multipliers={r"^stem\.": 0.3}
+    )
     return model, SGD(groups, 0.2, nesterov=nesterov), Ema(model)
 
 

@@ -1,4 +1,4 @@
-"""Tests of name rules and parameter groups, and of copying tensors by name."""
+"""Tests of parameter groups, and of copying tensors by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from normfree.optim.agc import adaptive_clip_grad_
-from normfree.optim.groups import DEFAULT_RULES, Rule, parameter_groups, parse_unclipped
+from normfree.optim.groups import parameter_groups, parse_unclipped
 from normfree.optim.named_state import copy_named_
 from normfree.optim.sgd import SGD
 from normfree.suggest import some_names
@@ -25,8 +25,12 @@ class Twin(nn.Module):
         self.final_norm = nn.BatchNorm2d(4)
         self.head = nn.Linear(4, 2)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem["norm0"](self.stem["conv0"](x))
+        return self.head(self.final_norm(x).mean((2, 3)))
 
-def test_default_rules_on_a_batch_norm_twin() -> None:
+
+def test_groups_of_a_batch_norm_twin() -> None:
     groups = parameter_groups(Twin(), weight_decay=0.5, clipping=0.1)
     assert {g["name"]: (g["param_names"], g["weight_decay"], g["clipping"]) for g in groups} == {
         "gains and biases": (
@@ -40,27 +44,6 @@ def test_default_rules_on_a_batch_norm_twin() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        ("stages.0.1.skip_gain", 0),
-        ("stem.conv0.gain", 0),
-        ("head.bias", 0),
-        ("final_norm.weight", 1),
-        ("stages.3.0.norm1.weight", 1),
-        ("head.weight", 2),
-        ("head.fc.weight", 3),
-        ("overhead.weight", 3),
-        ("normal.conv.weight", 3),
-        ("weight", 3),
-        ("stages.0.0.gain_proj.weight", 3),
-        ("stages.0.0.again.weight", 3),
-    ],
-)
-def test_first_default_rule_that_matches(name: str, rule: int) -> None:
-    assert next(i for i, r in enumerate(DEFAULT_RULES) if re.search(r.pattern, name)) == rule
-
-
 def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     model = Twin()
     model.stem.requires_grad_(False)
@@ -71,20 +54,6 @@ def test_every_trainable_parameter_is_in_exactly_one_group() -> None:
     for group in groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
             assert model.get_parameter(name) is p
-
-
-def test_the_first_of_several_own_rules_counts() -> None:
-    rules = [
-        Rule("frozen-ish", r"^0\.", weight_decay=0.5, lr_multiplier=0.1),
-        Rule("rest", "", clipping=False),
-    ]
-    groups = parameter_groups(
-        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), weight_decay=0.2, clipping=0.3, rules=rules
-    )
-    assert [(g["name"], g["weight_decay"], g["clipping"], g["lr_multiplier"]) for g in groups] == [
-        ("frozen-ish", 0.1, 0.3, 0.1),
-        ("rest", 0.2, 0.0, 1.0),
-    ]
 
 
 def test_lr_multipliers_split_groups_and_keep_the_rules() -> None:
@@ -127,11 +96,9 @@ def test_patterns_exempt_from_clipping_and_change_nothing_else(patterns: object,
         return {name: g["weight_decay"] for g in groups for name in g["param_names"]}
 
     assert decay(unclipped=patterns) == decay()
-    rest = [Rule("rest", "", clipping=False)]
-    assert unclipped_names(model, unclipped=("head.bias",), rules=rest) == ["head.bias"]
 
 
-def test_the_published_exemption_gives_the_groups_of_the_default_rules() -> None:
+def test_the_published_exemption_gives_the_default_groups() -> None:
     model = Twin()
     plain, named = (
         parameter_groups(model, weight_decay=0.5, clipping=0.1, unclipped=choice)
@@ -196,20 +163,6 @@ def test_groups_work_with_any_torch_optimizer() -> None:
     groups = parameter_groups(model, weight_decay=0.125, clipping=0.1)
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.125}
-
-
-def test_a_parameter_without_a_rule_is_an_error() -> None:
-    model = nn.Module()
-    model.register_parameter("alpha", nn.Parameter(torch.ones(2)))
-    message = (
-        "no rule matches 'alpha'. Allowed: names that one of the rules matches, which are in order: "
-        r"biases '\\.bias$', weights 'weight'. Fix: add a Rule for it, or end the rules with Rule('rest', '')."
-    )
-    rules = [Rule("biases", r"\.bias$"), Rule("weights", "weight")]
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        parameter_groups(model, weight_decay=0.0, clipping=0.0, rules=rules)
-    model.alpha.requires_grad_(False)
-    assert parameter_groups(model, weight_decay=0.0, clipping=0.0, rules=rules) == []
 
 
 def test_a_multiplier_that_applies_to_nothing_is_an_error() -> None:

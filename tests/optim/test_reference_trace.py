@@ -79,8 +79,9 @@ def test_units_of_every_shape(case: str) -> None:
 
 
 def test_group_of_every_parameter() -> None:
-    model = tree({our_name(key): torch.zeros(1) for key in GROUPED})
-    groups = parameter_groups(model, weight_decay=2e-5, clipping=0.01)
+    shapes = {key: (2, 2) if key.endswith("|w") else (2,) for key in GROUPED}
+    model = tree({our_name(key): torch.zeros(shapes[key]) for key in GROUPED})
+    groups = parameter_groups(model, weight_decay=2e-5, clipping=0.01, classifier="head")
     number = {name: GROUP_NUMBER[group["name"]] for group in groups for name in group["param_names"]}
     assert number == {our_name(key): int(TRACE[f"group|{key}"]) for key in GROUPED}
     # The three groups in the order 0, 1, 2.
@@ -92,7 +93,7 @@ def test_group_of_every_parameter() -> None:
 @pytest.mark.parametrize("fused", [None, False])
 def test_four_steps_of_clipping_momentum_decay_and_average(fused: bool | None) -> None:
     model = tree({our_name(key): ours(TRACE[f"step0|param|{key}"]) for key in TRACED})
-    groups = parameter_groups(model, weight_decay=2e-5, clipping=0.01)
+    groups = parameter_groups(model, weight_decay=2e-5, clipping=0.01, classifier="head")
     optimizer = SGD(groups, 0.1, momentum=0.9, nesterov=True, fused=fused)
     average = Ema(model, decay=0.99999)
     for step in range(4):

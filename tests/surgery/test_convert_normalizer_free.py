@@ -76,9 +76,7 @@ def test_a_standardized_convolution_is_the_convolution_with_another_weight(conv:
 def test_parameter_groups_know_the_names_of_the_parameters() -> None:
     net = Standardized(nn.Conv2d(4, 6, 3))
     assert [n for n, _ in net.named_parameters()] == ["gain", "conv.weight", "conv.bias"]
-    by_name = {
-        n: g["name"] for g in parameter_groups(net, weight_decay=1, clipping=1) for n in g["param_names"]
-    }
+    by_name = {n: g["name"] for g in parameter_groups(net, classifier=()) for n in g["param_names"]}
     assert by_name == {"gain": "gains and biases", "conv.bias": "gains and biases", "conv.weight": "weights"}
 
 
