@@ -78,6 +78,20 @@ def test_three_steps_of_training_are_those_of_one_process(found, size):
 
 
 @pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("unit", ["filter", "tensor"])
+def test_attached_to_an_optimizer_of_pytorch_it_clips_as_one_process_does(found, size, unit):
+    exempt, reports, parameters = found["plain"]["attached"][unit]
+    assert exempt == ("head.weight",)
+    assert all(0.05 < fraction < 1.0 for fraction, _, _ in reports)
+    for name in names(size):
+        ours = found[name]["attached"][unit]
+        assert ours[0] == exempt
+        for one, other in zip(ours[1], reports, strict=True):
+            assert one == (pytest.approx(other[0], abs=1e-7), other[1], pytest.approx(other[2], rel=1e-6))
+        assert_close(ours[2], parameters, 1e-10)
+
+
+@pytest.mark.parametrize("size", WORLDS)
 def test_all_processes_name_a_gradient_that_is_not_finite_in_one(found, size):
     plain = found["plain"]["not finite"]
     assert len(plain) == 2

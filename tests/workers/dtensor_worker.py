@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from normfree.models.zoo import create_model
 from normfree.optim.agc import adaptive_clip_grad_, unitwise_norm
+from normfree.optim.attach import attach_agc
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.groups import parameter_groups
 from normfree.optim.named_gradients import NonFiniteGradientError
@@ -96,26 +97,45 @@ def experiments(net, world):
     return found
 
 
+def backward(net, generator, rank, world):
+    """Gradients of a batch of 8, each process its part; FSDP2 averages gradients, hence the factor."""
+    images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (8,), generator=generator)
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    loss = F.cross_entropy(net(images[part]), labels[part], reduction="sum") / 8 * world
+    loss.backward()
+    for p in net.parameters():
+        if world > 1 and not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= world
+
+
 def train(net, rank, world):
-    """Three steps on a batch of 8, each process its part; FSDP2 averages gradients, hence the factor."""
+    """Three steps of our SGD."""
     optimizer = SGD(groups(net), 0.05)
     g = torch.Generator().manual_seed(1)
     reports = []
     for _ in range(3):
-        images = torch.randn(8, 3, 32, 32, generator=g, dtype=torch.float64)
-        labels = torch.randint(0, 3, (8,), generator=g)
-        part = slice(rank * 8 // world, (rank + 1) * 8 // world)
-        loss = F.cross_entropy(net(images[part]), labels[part], reduction="sum") / 8 * world
-        loss.backward()
-        for p in net.parameters():
-            if world > 1 and not isinstance(p, DTensor):
-                dist.all_reduce(p.grad)
-                p.grad /= world
+        backward(net, g, rank, world)
         reports.append(numbers(adaptive_clip_grad_(optimizer.param_groups)))
         optimizer.step()
         optimizer.zero_grad()
     state = {n: whole(t) for n, t in optimizer.named_state().items()}
     return reports, {n: whole(p) for n, p in net.named_parameters()}, state
+
+
+def train_attached(net, rank, world, unit):
+    """Three steps of PyTorch's AdamW with `attach_agc`, on the batches and with the sums of `train`."""
+    optimizer = torch.optim.AdamW(net.parameters(), 0.01, foreach=False)
+    agc = attach_agc(optimizer, 0.01, model=net, unit=unit)
+    g = torch.Generator().manual_seed(1)
+    reports = []
+    for _ in range(3):
+        backward(net, g, rank, world)
+        optimizer.step()
+        optimizer.zero_grad()
+        reports.append(numbers(agc.report))
+    return agc.exempt, reports, {n: whole(p) for n, p in net.named_parameters()}
 
 
 def everything(world, folder):
@@ -124,6 +144,9 @@ def everything(world, folder):
     if size == 1:
         found = experiments(network(torch.float32), 1)
         found["train"] = train(network(torch.float64), 0, 1)
+        found["attached"] = {
+            unit: train_attached(network(torch.float64), 0, 1, unit) for unit in ("filter", "tensor")
+        }
         torch.save(found, path / "plain.pt")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -136,6 +159,10 @@ def everything(world, folder):
         n: tuple(p.to_local().shape) for n, p in net.named_parameters() if isinstance(p, DTensor)
     }
     found["train"] = train(spread(network(torch.float64), mesh), rank, size)
+    found["attached"] = {
+        unit: train_attached(spread(network(torch.float64), mesh), rank, size, unit)
+        for unit in ("filter", "tensor")
+    }
     if size == 2:
         column = torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
         column.grad = distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)])
