@@ -97,6 +97,12 @@ def test_converted_networks_have_the_same_gradients(name, mode):
     assert_same_samples(lambda: converted(name), mode, torch.float64)
 
 
+@pytest.mark.works("Opacus", "convert_batchnorm")
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+def test_converted_architectures_have_the_same_gradients(mode):
+    assert_same_samples(lambda: converted("resnet18", how="scratch", skip_gain=0.5), mode, torch.float64)
+
+
 @pytest.mark.works("Opacus", "fold")
 @pytest.mark.parametrize("mode", MODES)
 def test_folded_networks_have_the_same_gradients(mode):
@@ -174,4 +180,3 @@ def test_the_recipe_of_the_docs_runs(tmp_path, monkeypatch):
     namespace: dict = {}
     exec(compile(recipe, str(page), "exec"), namespace)
     assert namespace["epsilon"] > 0
-    assert normfree.from_pretrained("private").net.num_classes == 3
