@@ -190,10 +190,21 @@ def read_toml(path: str | Path, *, limit: int = 128_000) -> dict[str, Any]:
     except RecursionError:
         raise UnreadableFileError(f"{str(path)!r} is nested too deeply.") from None
     except ValueError as error:
-        raise UnreadableFileError(f"{str(path)!r} cannot be read as TOML: {error}.") from None
+        raise UnreadableFileError(f"{path} cannot be read as TOML: {error}.") from None
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Return a text for a CSV file that no spreadsheet takes for a formula.
+
+    Source: OWASP, "CSV Injection".
+
+    >>> spreadsheet_cell("=HYPERLINK(1)"), spreadsheet_cell("cat"), spreadsheet_cell("-1.5")
+    ("'=HYPERLINK(1)", 'cat', "'-1.5")
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -66,7 +66,11 @@ class OnnxNet(nn.Module):
         if not len(images):
             return torch.empty(0, self.num_classes, device=images.device)
         array = images.detach().to("cpu", torch.float32).contiguous().numpy()
-        return torch.from_numpy(self.session.run([OUTPUT], {INPUT: array})[0]).to(images.device)
+        try:
+            logits = self.session.run([OUTPUT], {INPUT: array})[0]
+        except Exception as error:  # for example a constant that needs more memory than there is
+            raise ValueError(f"onnxruntime cannot run {self.name}: {_first_line(error)}") from None
+        return torch.from_numpy(logits).to(images.device)
 
 
 def open_onnx(path: str | Path, *, device: str = "cpu") -> tuple[OnnxNet, dict[str, Any]]:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from normfree._version import __version__
-from normfree.files import atomic_write, atomic_write_text
+from normfree.data.source import require_class_names
+from normfree.files import UnreadableFileError, atomic_write, atomic_write_text, read_json
 from normfree.models.net import Net
+from normfree.models.variant import Variant
 from normfree.models.variants import VARIANTS, name_in_timm
 from normfree.models.zoo import create_model
 from normfree.onnx_net import OnnxNet, open_onnx
 from normfree.preprocessing import Preprocessing
 from normfree.suggest import did_you_mean, problem, unknown
+from normfree.weights.checksums import verify, write_checksums
 from normfree.weights.hub import PREFIX, fetch, upload
 from normfree.weights.load import MODEL_FILE, load_weights, model_folder
 from normfree.weights.names import timm_from_state_dict
@@ -31,6 +34,9 @@ from normfree.weights.tensor_file import write_tensors
 
 # The `problem_type` of a config.json whose classes are independent of each other.
 MULTI_LABEL = "multi_label_classification"
+# Bytes of a config.json that are read; the largest published one has 22,000 class names.
+_CONFIG_BYTES, _MOST_CLASSES = 16_000_000, 1_000_000
+_FIELDS = {field.name for field in fields(Variant)} | {"in_channels"}
 # Fields of a `Variant` that affect training only, and not the outputs of a trained network.
 TRAINING_FIELDS = frozenset(
     (
@@ -82,7 +88,7 @@ class TrainedModel:
 
 
 def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") -> Path:
-    """Write a model folder: `config.json`, `model.safetensors`, and `README.md` if there is a card.
+    """Write a model folder: `config.json`, `model.safetensors`, `SHA256SUMS`, and `README.md` if there is a card.
 
     `from_pretrained` reads the folder. timm reads it too if the network is a `timm_` variant.
 
@@ -108,7 +114,7 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = normfree.save_pretrained(model, folder, card="# Cats and dogs")
         ...     sorted(file.name for file in path.iterdir())
-        ['README.md', 'config.json', 'model.safetensors']
+        ['README.md', 'SHA256SUMS', 'config.json', 'model.safetensors']
     """
     net = model.net
     folder = Path(folder)
@@ -144,6 +150,9 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
     shutil.copymode(folder / "config.json", folder / MODEL_FILE)
     if card:
         atomic_write_text(folder / "README.md", card)
+    write_checksums(
+        folder, ["config.json", MODEL_FILE]
+    )  # last: a folder that is half replaced does not match
     return folder
 
 
@@ -299,11 +308,17 @@ def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "re
             pre = Preprocessing.from_fields(ours["preprocessing"])
             if not isinstance(variant, str):
                 raise TypeError(f"'row' is {variant!r}, not the name of a variant")
+            # Other arguments of `create_model` would read other files or ask the network.
+            if foreign := sorted(arguments.keys() - _FIELDS):
+                raise TypeError(f"{', '.join(map(repr, foreign))} in 'model_args' is no field of a variant")
         else:
             variant, arguments = _timm_variant(config, numerics)
             pre = Preprocessing.from_config(config["pretrained_cfg"])
         count = int(config["num_classes"])
+        if not 0 <= count <= _MOST_CLASSES:
+            raise TypeError(f"'num_classes' is {count}")
         classes = tuple(config.get("label_names") or map(str, range(count)))
+        require_class_names(classes, source=str(folder))
     # The file may come from anywhere, so any entry may be missing or have the wrong type.
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
@@ -334,11 +349,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as a model's config: {error}.") from None
+        config = read_json(path, limit=_CONFIG_BYTES)
+    except UnreadableFileError as error:
+        raise ValueError(f"{path} cannot be read as a model's config: {error}") from None
+    verify(folder, "config.json")
     wanted = {"architecture", "num_classes", "pretrained_cfg"}
-    if not isinstance(config, dict) or not wanted <= config.keys():
+    if not wanted <= config.keys():
         raise ValueError(
             problem(f"{path} does not describe a model", allowed=f"the keys {', '.join(sorted(wanted))}")
         )

@@ -61,6 +61,7 @@ def test_a_run_folder_contains_the_documented_files(trained):
         "checkpoints", "model",
     }  # fmt: skip
     assert {p.name for p in (trained / "model").iterdir()} == {
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
         "README.md",
@@ -364,6 +365,7 @@ def test_class_names_are_not_read_as_markup(model, tmp_path, capsys):
         Image.new("RGB", (16, 16)).save(tmp_path / "data" / name / "0.png")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "label_names": ["[bold]", 'a,"b"', "snö"]}))
+    (model / "SHA256SUMS").unlink()
     (tmp_path / "data" / "[").rename(tmp_path / "data" / "[bold]")
     assert main(["eval", str(model), str(tmp_path / "data")]) == 0
     out = capsys.readouterr().out
@@ -409,8 +411,8 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         ("preprocessing", None, "config.json does not describe a network: "),
         ("num_classes", 4, "config.json has 3 class names for 4 outputs."),
         ("model_args", None, "config.json does not describe a network: "),
-        ("model_args", {"weights": "x"}, "'x' does not exist. Fix: give a file or folder of weights."),
-        ("model_args", {"features_only": True}, "does not describe a network: 'features_only' in model_args."),
+        ("model_args", {"weights": "x"}, "'weights' in 'model_args' is no field of a variant"),
+        ("model_args", {"features_only": True}, "'features_only' in 'model_args' is no field of a variant"),
         ("model_args", {"wdths": [1]}, "wdths"),
         ("label_names", 3, "config.json does not describe a network: 'int' object is not iterable."),
         ("row", ["x"], "config.json does not describe a network: "),
@@ -422,6 +424,7 @@ def test_a_model_folder_that_contradicts_itself(model, photos, key, value, messa
     inside = config["normfree"] if key in config["normfree"] else config
     inside[key] = value
     (model / "config.json").write_text(json.dumps(config))
+    (model / "SHA256SUMS").unlink()
     assert main(["predict", str(model), str(photos)]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -433,6 +436,7 @@ def test_a_foreign_model_folder_without_its_preprocessing(model, photos, capsys)
     del config["normfree"]
     config |= {"architecture": "test_nfnet", "pretrained_cfg": {}}
     (model / "config.json").write_text(json.dumps(config))
+    (model / "SHA256SUMS").unlink()
     assert main(["predict", str(model), str(photos)]) == 2
     assert "has a missing or invalid entry: 'input_size'." in capsys.readouterr().err
 
@@ -458,3 +462,20 @@ def test_the_arguments_of_train():
     )
     assert parsed.keys == ["optim.lr", "parallel"]
     assert parse(["--out=x", "--data=photos"]) == TrainArguments("", "x", False, ("--data=photos",))
+
+
+def test_names_of_files_are_printed_escaped_and_no_formula_reaches_a_table(
+    model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("=1+1.png", "\x1b[31m.png"):
+        Image.new("RGB", (16, 16)).save(name, "PNG")
+    (tmp_path / "\x1b[2J.png").write_text("no image")
+    names = ["=1+1.png", "\x1b[31m.png", "\x1b[2J.png"]
+    assert main(["predict", str(model), *names, "--out", "a.csv"]) == 2
+    rows = list(csv.reader((tmp_path / "a.csv").read_text().splitlines()))
+    assert {row[0] for row in rows[1:]} == {"'=1+1.png", "\\x1b[31m.png", "\\x1b[2J.png"}
+    for arguments in (["predict", str(model), *names], ["predict", str(model), "\x1b[3J.png"]):
+        assert main(arguments) == 2
+        printed = capsys.readouterr()
+        assert "\x1b" not in printed.out + printed.err

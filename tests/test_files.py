@@ -1,12 +1,19 @@
 """Atomic writes: the target is complete or unchanged, and a failure leaves nothing behind."""
 
 import doctest
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from normfree import files
-from normfree.files import atomic_write, atomic_write_text
+from normfree.diagnose.metrics_file import read_metrics
+from normfree.files import atomic_write, atomic_write_text, read_json, read_toml, remove_leftovers
+from normfree.training import checkpoint
+from normfree.training.config_io import load_config
+from normfree.weights.tensor_file import read_tensors
 
 
 def test_the_examples_run() -> None:
@@ -96,3 +103,90 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011  the text depends on the system
         atomic_write_text(target, "text")
     assert list(tmp_path.iterdir()) == [target]
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def hostile(folder: Path) -> dict[str, Path]:
+    """Return files that no reader may wait for, or read to the end."""
+    (folder / "large").write_bytes(b"")
+    os.truncate(folder / "large", 40_000_000_000)  # takes no space
+    os.mkfifo(folder / "pipe")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "folder").mkdir()
+    (folder / "list").write_text("[1]")
+    (folder / "deep").write_text('{"a":' * 100_000)
+    (folder / "digits").write_text('{"a": ' + "9" * 10_000 + "}")
+    (folder / "latin").write_bytes(b'{"a": "\xe4"}')
+    return {path.name: path for path in folder.iterdir()} | {"none": folder / "none"}
+
+
+READERS = {
+    "json": lambda path: read_json(path, limit=1_000_000),
+    "toml": read_toml,
+    "config.toml": load_config,
+    "metrics": read_metrics,
+    "tensors": read_tensors,
+    "checkpoint": lambda path: checkpoint.read(Path(str(path))),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_hostile_files_at_once_in_one_line(tmp_path: Path, reader: str) -> None:
+    for name, path in hostile(tmp_path).items():
+        if reader == "metrics" and name in ("list", "deep", "digits", "latin"):  # damaged lines are skipped
+            assert read_metrics(path) == []
+            continue
+        if reader == "toml" and name == "list":  # it is a table named 1
+            continue
+        with pytest.raises(ValueError) as error:  # noqa: PT011  each reader has its own text
+            READERS[reader](path)
+        assert "\n" not in str(error.value)
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + ".a" * 30_000 + "=1", "[" + "a" + ".a" * 30_000 + "]", "a=" + "[" * 60_000]
+)
+def test_toml_that_is_nested_deeply_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    """`tomllib` takes a minute and 3 GB for the first one."""
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"a\.toml' (is nested too deeply|has a line with more than 200 dots)\.$"
+    ):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_a_safetensors_header_that_claims_gigabytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes((10**10).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="a header of 10,000,000,000 bytes"):
+        read_tensors(tmp_path / "a")
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getppid()):
+        (tmp_path / f".a.txt.{process}.partial").write_text("half")
+    (tmp_path / ".notes.partial").write_text("mine")
+    assert remove_leftovers(tmp_path) == [f".a.txt.{dead.pid}.partial"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_file_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    """Else a power failure could leave an empty file."""
+    done = []
+    replace, fsync = Path.replace, os.fsync
+    monkeypatch.setattr(
+        Path, "replace", lambda path, target: (done.append("replace"), replace(path, target))[1]
+    )
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (done.append("fsync"), fsync(handle))[1])
+    if existing:
+        (tmp_path / "a").write_text("old")
+    atomic_write_text(tmp_path / "a", "new")
+    assert done == ["fsync", "replace", "fsync"]

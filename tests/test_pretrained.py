@@ -1,6 +1,8 @@
 """Model folders survive saving and loading, timm opens our folders and we open timm's, and downloads are explicit."""
 
 import json
+import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -17,10 +19,11 @@ from timm.models._hub import save_for_hf
 
 from normfree.data.transforms.normalize import normalize
 from normfree.deploy.fold import fold
+from normfree.files import sha256_of
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
-from normfree.pretrained import TrainedModel, from_pretrained, push_to_hub, save_pretrained
+from normfree.pretrained import TrainedModel, from_pretrained, push_to_hub, read_config, save_pretrained
 from normfree.weights.hub import fetch, repository_of
 
 CLASSES = ("a", "b", "ç")
@@ -58,6 +61,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path, name: str, fields: 
     assert save_pretrained(model, tmp_path / "model", card="# hi\n") == tmp_path / "model"
     assert {p.name for p in (tmp_path / "model").iterdir()} == {
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "model.safetensors",
     }
@@ -145,6 +149,7 @@ def folder_with(tmp_path: Path, **changes: Any) -> Path:
     save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (tmp_path / "SHA256SUMS").unlink()  # accepts the edit
     return tmp_path
 
 
@@ -229,8 +234,9 @@ def test_nothing_is_downloaded_unless_requested(hub: list, tmp_path: Path) -> No
     again = create_model("timm_test_nfnet", num_classes=3, weights="download")
     assert torch.equal(again.head.weight, net.head.weight)
     again = create_model("timm_test_nfnet", num_classes=3, weights="hf-hub:test_nfnet.r160_in1k@v1")
-    assert hub[-1] == ("timm/test_nfnet.r160_in1k", "model.safetensors", "v1")
-    assert len(hub) == 8
+    files = ("config.json", "model.safetensors", "SHA256SUMS")
+    assert hub[-3:] == [("timm/test_nfnet.r160_in1k", name, "v1") for name in files]
+    assert len(hub) == 12
 
 
 def test_failed_downloads_give_a_single_line(hub: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,5 +264,89 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     state["head.bias"] = state["head.bias"] * float("inf")
     save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"head\.bias has values that are not finite"):
         from_pretrained(tmp_path)
+
+
+# --- checksums and hostile folders -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_flipped_bit_anywhere_in_a_model_folder_is_noticed(tmp_path: Path, name: str) -> None:
+    save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path)
+    path = tmp_path / name
+    data = path.read_bytes()
+    for position in range(0, len(data), len(data) // 40):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            from_pretrained(tmp_path)
+    path.write_bytes(data)
+    from_pretrained(tmp_path)
+
+
+def test_an_edited_config_is_accepted_once_its_line_is_deleted(tmp_path: Path) -> None:
+    save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path)
+    path, sums = tmp_path / "config.json", tmp_path / "SHA256SUMS"
+    path.write_text(path.read_text().replace(CLASSES[2], "z"))
+    with pytest.raises(ValueError, match="is not the file that was saved") as error:
+        from_pretrained(tmp_path)
+    assert str(error.value) == (
+        f"{path} is not the file that was saved: its SHA-256 differs from SHA256SUMS. "
+        f"Fix: restore it, or, to accept your own edit, delete its line in {sums}."
+    )
+    lines = sums.read_text().splitlines()
+    assert [line[66:] for line in lines] == ["config.json", "model.safetensors"]
+    sums.write_text(lines[1] + "\n")
+    assert from_pretrained(tmp_path).classes != CLASSES
+    sums.write_text("x" * 64 + "  config.json\n")
+    with pytest.raises(ValueError, match="Allowed: a SHA-256 and a file name"):
+        from_pretrained(tmp_path)
+
+
+def test_a_damaged_download_is_noticed_by_the_name_of_its_blob(tmp_path: Path) -> None:
+    save_pretrained(TrainedModel(random_network("nf_resnet_nano"), PRE, CLASSES), tmp_path / "snapshots")
+    (tmp_path / "snapshots" / "SHA256SUMS").unlink()
+    weights = tmp_path / "snapshots" / "model.safetensors"
+    blob = tmp_path / "blobs" / sha256_of(weights)
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    from_pretrained(tmp_path / "snapshots")
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(ValueError, match="was damaged after the download"):
+        from_pretrained(tmp_path / "snapshots")
+
+
+@pytest.mark.parametrize("argument", ["weights", "features_only", "wdths"])
+def test_a_config_reaches_no_argument_that_is_no_field_of_a_variant(
+    tmp_path: Path, argument: str, hub: list
+) -> None:
+    folder = folder_with(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["normfree"]["model_args"] = {argument: "hf-hub:x/y"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"'{argument}' in 'model_args' is no field of a variant"):
+        from_pretrained(folder)
+    assert hub == []
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;owned\x07", "a\nb", "\udcff", "\u202egpj", ""])
+def test_class_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"has a class named .* Allowed: printable text") as error:
+        from_pretrained(folder_with(tmp_path, label_names=[name, "b", "c"]))
+    assert str(error.value).isprintable()
+
+
+def test_a_pipe_instead_of_the_config_is_not_waited_for(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(ValueError, match="is not a"):
+        from_pretrained(folder)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        read_config(folder)

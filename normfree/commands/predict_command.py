@@ -13,7 +13,8 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError, check_given
-from normfree.suggest import problem
+from normfree.files import spreadsheet_cell
+from normfree.suggest import printable, problem
 
 if TYPE_CHECKING:
     from normfree.inference import Prediction
@@ -89,7 +90,7 @@ def _embed(arguments: PredictArguments) -> int:
     save_embeddings(found, out)
     print(f"{arguments.embeddings}: {found.values.shape[0]} embeddings of {found.values.shape[1]} numbers")
     for path, error in found.errors.items():
-        print(f"{path}   {error}", file=sys.stderr)
+        print(f"{printable(path)}   {printable(error)}", file=sys.stderr)
     return 2 if found.errors else 0
 
 
@@ -116,9 +117,7 @@ def _format(arguments: PredictArguments) -> str:
 def _write(prediction: Prediction, format: str, file: IO[str], writer: Any) -> None:
     """Write one prediction in the given format."""
     # The name of a file need not be valid UTF-8.
-    path, error = (
-        text.encode(errors="backslashreplace").decode() for text in (prediction.path, prediction.error)
-    )
+    path, error = printable(prediction.path), printable(prediction.error)
     pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
     if format == "jsonl":
         top = [{"class": c, "probability": round(p, 6)} for c, p in pairs]
@@ -126,7 +125,8 @@ def _write(prediction: Prediction, format: str, file: IO[str], writer: Any) -> N
         print(json.dumps(entry, ensure_ascii=False), file=file)
     elif format == "csv":
         rows = [[path, i, c, f"{p:.6f}", ""] for i, (c, p) in enumerate(pairs, start=1)]
-        writer.writerows(rows or [[path, "", "", "", error]])
+        rows = rows or [[path, "", "", "", error]]
+        writer.writerows([[spreadsheet_cell(str(cell)) for cell in row] for row in rows])
     else:
         text = error or "   ".join(f"{c} {100 * p:.1f} %" for c, p in pairs)
         print(f"{path}   {text}", file=file)

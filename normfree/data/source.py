@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from normfree.suggest import printable, problem
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -106,6 +108,20 @@ class Split:
     image_size: int | None = None
     notes: tuple[str, ...] = ()
     files: bool = False
+
+
+def require_class_names(classes: Sequence[str], *, source: str) -> None:
+    """Check that class names can be printed and written: strings of valid Unicode without control characters.
+
+    Raises:
+        ValueError: one is not; the message names it and `source`.
+    """
+    for name in classes:
+        if not isinstance(name, str) or not name or printable(name) != name or set("\n\t") & set(name):
+            raise ValueError(
+                problem(f"{printable(source)!r} has a class named {name!r}",
+                        allowed="printable text in UTF-8, without line breaks", fix="rename the class")
+            )  # fmt: skip
 
 
 class ArraySource:

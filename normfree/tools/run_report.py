@@ -7,7 +7,6 @@ propagation and gradient norms are computed from the saved model and the data.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from normfree.diagnose import html_page, network_figures, run_figures
 from normfree.diagnose.gradients import gradient_report
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.propagation import signal_propagation
-from normfree.files import atomic_write_text
+from normfree.files import atomic_write_text, read_json
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
@@ -67,7 +66,7 @@ def read_course(folder: Path) -> Course:
     rows = read_metrics(metrics) if metrics.is_file() else []
     if not rows:
         raise ValueError(f"{folder} has no metrics yet: nothing to report.")
-    scores = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    scores = read_json(results, limit=64_000_000) if results.is_file() else {}
     return Course(folder.name or str(folder), folder, load_config(folder / "config.toml"), rows, scores)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from normfree.files import UnreadableFileError, read_toml
 from normfree.suggest import closest, problem
 from normfree.training.config import Config, ConfigError
 from normfree.training.synonyms import what_to_use
@@ -185,9 +185,9 @@ def load_config(path: Path) -> Config:
     if not path.exists():
         raise ConfigError([f"{path} does not exist."])
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError([f"{path} cannot be read as TOML: {error}."]) from None
+        tree = read_toml(path)
+    except UnreadableFileError as error:
+        raise ConfigError([str(error)]) from None
     _upgrade(tree)
     try:
         return Config.model_validate(tree)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normfree.data.audit import audit, require_clean
-from normfree.data.source import Split
+from normfree.data.source import Split, require_class_names
 from normfree.data.sources.open import open_source
 from normfree.data.transforms.normalize import channel_statistics, height_and_width
 from normfree.models.variant import Variant
@@ -176,6 +176,7 @@ def open_data(config: Config, log: RunLog, *, check: bool = True) -> Split:
     """
     labels = not config.objective.startswith("simclr")
     split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, labels=labels)
+    require_class_names(split.classes, source=config.data)
     if check and split.files:
         for source in (split.train, split.val):
             require_clean(audit(source))

@@ -10,6 +10,7 @@ import filecmp
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,18 +220,17 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
 def _card(config: Config, split: Split, result: TrainResult) -> str:
     """Return the model card. It holds measured numbers only."""
     per_class = result.average.per_class()
-    rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in per_class.items())
-    measure, mean = "top-1 %", fmean(per_class.values())
+    measure, mean, each = "top-1 %", fmean(per_class.values()), per_class
     if (several := result.average.several) is not None:
-        measure, mean = "average precision %", several.mean_average_precision
-        rows = "\n".join(f"| {name} | {score:.1f} |" for name, score in several.average_precision.items())
+        measure, mean, each = "average precision %", several.mean_average_precision, several.average_precision
+    rows = "\n".join(f"| {_in_markdown(name)} | {score:.1f} |" for name, score in each.items())
     best = f"the best of {result.steps} by the images below, " if result.step != result.steps else ""
     credit = f"\nData: {split.credit}\n" if split.credit else ""
     return f"""---
 library_name: normfree
 tags: [image-classification, normalizer-free]
 ---
-# {config.model} on {Path(config.data).name}
+# {config.model} on {_in_markdown(Path(config.data).name)}
 
 {len(split.classes)} classes, {config.input.eval_size} px, {result.step} steps of {config.input.batch_size} images,
 {best}trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
@@ -252,3 +252,8 @@ tags: [image-classification, normalizer-free]
 ```toml
 {to_toml(config)}```
 """
+
+
+def _in_markdown(name: str) -> str:
+    """Return a name of others as plain text of a Markdown table: no HTML, no links, no further cells."""
+    return re.sub(r"[^\w\s.,;:/+-]", lambda match: f"&#{ord(match[0])};", name)

@@ -5,10 +5,12 @@ Nothing is downloaded unless the caller asks for it: by `hf-hub:OWNER/NAME`, or 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import ModuleType
 
 from normfree.suggest import did_you_mean, problem, unknown
+from normfree.weights.checksums import SUMS_FILE
 
 PREFIX = "hf-hub:"
 
@@ -82,6 +84,8 @@ def fetch(address: str) -> Path:
     except Exception as error:  # each transport raises its own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{address} could not be downloaded: {reason}") from None
+    with contextlib.suppress(Exception):  # few repositories have it
+        hub.hf_hub_download(repository, SUMS_FILE, revision=revision or None)
     return Path(files[0]).parent
 
 
@@ -98,7 +102,7 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
         hub.upload_folder(
             repo_id=repository,
             folder_path=folder,
-            allow_patterns=["config.json", "model.safetensors", "README.md"],
+            allow_patterns=["config.json", "model.safetensors", "README.md", SUMS_FILE],
             commit_message="Upload with normfree",
         )
     except Exception as error:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.suggest import problem
+from normfree.weights.checksums import verify
 from normfree.weights.haiku import read_haiku
 from normfree.weights.names import shaped_as, to_our_names
 from normfree.weights.tensor_file import read_tensors
@@ -116,7 +117,9 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         ValueError: the file is broken or of another kind.
     """
     if path.is_dir():
-        path = model_folder(path) / MODEL_FILE
+        folder = model_folder(path)
+        verify(folder, MODEL_FILE)
+        path = folder / MODEL_FILE
     if not path.is_file():
         raise ValueError(problem(f"{str(path)!r} does not exist", fix="give a file or folder of weights"))
     if path.suffix == ".npz":

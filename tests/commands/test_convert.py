@@ -236,6 +236,10 @@ def test_the_target_folder_may_be_nested_or_empty(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for target in ("empty", "new/folder"):
         assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / target)]) == 0
-        assert sorted(p.name for p in (tmp_path / target).iterdir()) == ["config.json", "model.safetensors"]
+        assert sorted(p.name for p in (tmp_path / target).iterdir()) == [
+            "SHA256SUMS",
+            "config.json",
+            "model.safetensors",
+        ]
         assert torch.equal(load_file(tmp_path / target / "model.safetensors")["head.bias"], net.head.bias)
     assert capsys.readouterr().err == ""

@@ -1,8 +1,12 @@
 """The run folder: what is refused, which files it holds, and that reported scores are the measured ones."""
 
+import hashlib
 import io
 import json
+import os
 import shlex
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,9 +21,9 @@ from normfree.diagnose.run_figures import draw_curves
 from normfree.inference import evaluate
 from normfree.models.variants import VARIANTS
 from normfree.pretrained import from_pretrained
-from normfree.training import checkpoint, loop, run_folder
+from normfree.training import checkpoint, identity, loop, run_folder
 from normfree.training.config import Config
-from normfree.training.config_io import keys, load_config, with_overrides
+from normfree.training.config_io import keys, load_config, to_toml, with_overrides
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import preprocessing, resolve
 from normfree.training.run_folder import TrainResult
@@ -273,6 +277,150 @@ def test_metrics_hold_what_the_plot_of_the_curves_needs(finished):
         "step", "epoch", "loss", "train_top1", "images_per_s", "clipped", "lr", "grad_norm",
     }  # fmt: skip
     assert all(0 <= r["clipped"] <= 1 and r["grad_norm"] > 0 for r in train)
+
+
+def folder_of(tmp_path: Path, *classes: str) -> Path:
+    """Return a folder of images with these classes."""
+    for name in classes:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_the_card_shows_class_names_as_text(tmp_path):
+    names = ("<img src=x>", "a|b", "[l](javascript:1)")
+    data = folder_of(tmp_path, *(name.replace("/", "") for name in names))
+    loop.train(config("--data", str(data)), tmp_path / "run", console=quiet())
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    rows = [line for line in card.partition("| class |")[2].splitlines() if line.startswith("| ")]
+    assert [row.count("|") for row in rows] == [3, 3, 3, 3]
+    assert "<img" not in card
+    assert "](" not in card
+    assert "| a&#124;b |" in card
+
+
+# --- the same run -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", "\x1b[31mred", "a\nb"])
+def test_a_class_that_cannot_be_kept_is_refused_before_the_first_step(tmp_path, name):
+    data = folder_of(tmp_path, "a", os.fsdecode(name) if isinstance(name, bytes) else name)
+    with pytest.raises(ValueError, match=r"has a class named .*Fix: rename the class") as error:
+        loop.train(config("--data", str(data)), tmp_path / "run", console=quiet())
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run on a folder of images after 4 of 6 steps."""
+    path = tmp_path_factory.mktemp("stopped")
+    folder_of(path, "a", "b")
+    with pytest.MonkeyPatch.context() as patch:
+        original = loop.Trainer.step
+
+        def stepping(self, batch, step):
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, batch, step)
+
+        patch.setattr(loop.Trainer, "step", stepping)
+        with pytest.raises(loop.StoppedBySignal):
+            loop.train(config("--data", str(path / "data")), path / "run", console=quiet())
+    return path
+
+
+def resumed(path: Path) -> None:
+    loop.train(load_config(path / "run" / "config.toml"), path / "run", console=quiet())
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    (path / "data" / old).rename(path / "data" / new)
+
+
+CHANGES = {
+    "a class renamed": (lambda p: rename(p, "a", "c"), "missing: 'a'; new: 'c'"),
+    "a class more": (
+        lambda p: shutil.copytree(p / "data/a", p / "data/c"),
+        "classes .* have changed .*; new: 'c'",
+    ),
+    "an image renamed": (
+        lambda p: rename(p, "a/0.png", "a/9.png"),
+        r"images of .* have changed .*\(1[01] before",
+    ),
+    "an image less": (lambda p: (p / "data/a/1.png").unlink(), "images of .* have changed"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_continue_on_other_data(stopped, tmp_path, monkeypatch, change):
+    shutil.copytree(stopped, tmp_path / "copy")
+    path = tmp_path / "copy"
+    text = (path / "run" / "config.toml").read_text()
+    before = checkpoint.read(path / "run" / "checkpoints" / "step-00000004").state["data"]
+    assert before["classes"] == ["a", "b"]
+    monkeypatch.chdir(path)
+    act, message = CHANGES[change]
+    act(path)
+    # The same config: only the data differ.
+    monkeypatch.setattr("normfree.training.identity.decisive", lambda config: {})
+    monkeypatch.setattr(loop, "decisive", lambda config: {})
+    (path / "run" / "config.toml").write_text(text.replace(str(stopped), str(path)))
+    monkeypatch.setattr(run_folder, "decisive", lambda config: {})
+    with pytest.raises(ValueError, match=message) as error:
+        resumed(path)
+    assert str(error.value).endswith("Fix: restore the data, or start another run with --out.")
+
+
+def test_a_folder_of_images_may_move(stopped, tmp_path):
+    before = identity.data_of(open_source(str(stopped / "data")))
+    shutil.copytree(stopped / "data", tmp_path / "elsewhere" / "moved")
+    assert identity.data_of(open_source(str(tmp_path / "elsewhere" / "moved"))) == before
+
+
+@pytest.mark.parametrize("key", ["optim.lr", "seed", "augment.flip", "input.eval_size", "log.evaluate_every"])
+def test_an_edited_config_does_not_continue_as_another_run(finished, tmp_path, key):
+    """Also if only config.toml was edited, or one of its bits has changed."""
+    out = copy_of(finished, tmp_path)
+    values = {"optim.lr": "0.2", "seed": "7", "augment.flip": "0.25", "input.eval_size": "24",
+              "log.evaluate_every": "2st"}  # fmt: skip
+    edited = with_overrides(load_config(out / "config.toml"), [f"--{key}", values[key]])
+    (out / "config.toml").write_text(to_toml(edited))
+    with pytest.raises(ValueError, match=rf"was started with another {key}\. Fix: drop the change"):
+        loop.train(load_config(out / "config.toml"), out, console=quiet())
+
+
+def test_damaged_metrics_are_noticed_and_cost_neither_the_run_nor_the_plot(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    (out / "checkpoints" / "last").write_text("step-00000004\n")
+    data = (out / "metrics.jsonl").read_bytes()
+    for damaged in (data.replace(b'"loss"', b'"lo\xf3s"', 1), data.replace(b'"epoch"', b'"epocj"', 1),
+                    data.replace(b'"step": 2', b'"step": [', 1)):  # fmt: skip
+        (out / "metrics.jsonl").write_bytes(damaged)
+        console = quiet()
+        loop.train(load_config(out / "config.toml"), out, console=console)
+        assert "metrics.jsonl was changed or damaged since step 4" in console.file.getvalue().replace(
+            "\n", ""
+        )
+        for name in ("checkpoints/step-00000006", "model"):
+            shutil.rmtree(out / name)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"total_steps": "x"}', '{"best": 3, "total_steps": 6}'])
+def test_a_state_of_another_program_is_one_line(finished, tmp_path, text):
+    """Its manifest is right, so it is not damaged."""
+    out = copy_of(finished, tmp_path)
+    for folder in (out / "checkpoints").glob("step-*"):
+        (folder / "state.json").write_text(text)
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        entry = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        manifest["files"]["state.json"] = entry
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"state\.json is of another program|none is sound") as error:
+        loop.train(load_config(out / "config.toml"), out, console=quiet())
+    assert "\n" not in str(error.value)
 
 
 # --- plots ----------------------------------------------------------------------------------------

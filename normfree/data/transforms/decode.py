@@ -35,6 +35,7 @@ SUFFIXES = frozenset(
     ]
 )
 MAX_PIXELS = 64_000_000  # about 256 MB decoded: more than any common camera, less than a decompression bomb
+MAX_BYTES = 1_000_000_000  # of an encoded image; 333 million uncompressed pixels
 _SIXTEEN_TO_EIGHT = 257  # 65535 / 255
 
 
@@ -102,13 +103,16 @@ def read_file(source: str | os.PathLike[str]) -> bytes:
     """Return the bytes of a regular file; raise `ImageError` for anything else."""
     path = os.fspath(source)
     try:
-        mode = os.stat(path).st_mode
+        about = os.stat(path)
+        mode = about.st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(path, "a folder, not a file")
         if not stat.S_ISREG(mode):  # opening a pipe would block forever
             raise ImageError(path, "not a regular file")
+        if about.st_size > MAX_BYTES:  # a sparse file takes no space on the disk, but all the memory
+            raise ImageError(path, f"{about.st_size:,} bytes, the limit is {MAX_BYTES:,}")
         with open(path, "rb") as file:
-            return file.read()
+            return file.read(MAX_BYTES)
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except OSError as error:

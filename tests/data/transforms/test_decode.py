@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -190,3 +191,11 @@ def test_random_damage_ends_in_a_image_or_an_image_error() -> None:
             outcomes[1] += 1
     assert sum(outcomes) == 300
     assert min(outcomes) > 20
+
+
+def test_a_sparse_file_of_40_gigabytes_is_refused_without_reading_it(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"\xff\xd8\xff")
+    os.truncate(path, 40_000_000_000)  # takes no space on the disk
+    with pytest.raises(ImageError, match=r"40,000,000,000 bytes, the limit is 1,000,000,000$"):
+        load_image(path)
