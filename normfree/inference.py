@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,58 +20,21 @@ from normfree.data.multilabel import as_multilabel
 from normfree.data.source import Source
 from normfree.data.subset import spread_indices
 from normfree.data.supervision import never
-from normfree.data.transforms.decode import SUFFIXES, load_image
+from normfree.data.transforms.decode import load_image, suffixes
 from normfree.data.transforms.normalize import normalize
+from normfree.data.walk import unreadable_images, walk_images
 from normfree.device import run_device
-from normfree.multilabel_scores import MultiLabelScores, multilabel_scores
+from normfree.multilabel_scores import multilabel_scores
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
+from normfree.scores import Evaluation
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of a network on a source.
-
-    Attributes:
-        top1: percent of images whose most probable class is correct.
-        top5: percent of images whose correct class is among the five most probable.
-        loss: mean cross entropy in nats.
-        count: number of images N.
-        classes: the class names.
-        labels: true classes, int64 N, in the order of the source.
-        predictions: most probable classes, int64 N.
-        losses: cross entropy of each image in nats, float64 N.
-        several: scores of independent classes, if images have several; then an image counts as correct if its most
-            probable class is one of its classes, and `labels` has that class, or its first one.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    count: int
-    classes: tuple[str, ...]
-    labels: Tensor = field(repr=False)
-    predictions: Tensor = field(repr=False)
-    losses: Tensor = field(repr=False)
-    several: MultiLabelScores | None = field(default=None, repr=False, kw_only=True)
-
-    def confusion(self) -> Tensor:
-        """Return the confusion matrix, counts K x K: row = true class, column = predicted class."""
-        size = len(self.classes)
-        return torch.bincount(self.labels * size + self.predictions, minlength=size * size).view(size, size)
-
-    def per_class(self) -> dict[str, float]:
-        """Return the top-1 accuracy in percent of each class that has images."""
-        table = self.confusion()
-        return {
-            name: 100.0 * float(table[i, i]) / int(table[i].sum())
-            for i, name in enumerate(self.classes)
-            if int(table[i].sum())
-        }
+_COLUMNS = 5  # of `_scores` for images with one class
 
 
 @torch.no_grad()
@@ -102,7 +65,7 @@ def evaluate(
         device: a device or its name; "auto" is a GPU if there is one, else the CPU.
         rank: index of this process, if several processes share the images.
         world_size: number of processes.
-        gather: function that concatenates the tensors N_r x 4 (float64, on the CPU) of all processes in the order of
+        gather: function that concatenates the tensors N_r x 5 (float64, on the CPU) of all processes in the order of
             their ranks. Every process then returns the scores of all images.
         sigmoid: the loss is the binary cross entropy, averaged over the classes, instead of the cross entropy.
         stopped: called before each batch, and every second while one is awaited; True raises LoadingStopped.
@@ -132,7 +95,7 @@ def evaluate(
     was_training = model.training
     model.eval().to(target)
     several = as_multilabel(source) is not None
-    parts = [torch.empty(0, 4 + 2 * len(source.classes) * several, dtype=torch.float64)]
+    parts = [torch.empty(0, _COLUMNS + 2 * len(source.classes) * several, dtype=torch.float64)]
     try:
         for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers, rank=rank,
                                   world_size=world_size, stopped=stopped):  # fmt: skip
@@ -156,17 +119,17 @@ def _evaluation(scores: Tensor, classes: tuple[str, ...]) -> Evaluation:
     labels, predictions, losses, count = scores[:, 0].long(), scores[:, 1].long(), scores[:, 3], len(scores)
     top1, top5 = int((predictions == labels).sum()), int(scores[:, 2].sum())
     several = None
-    if scores.shape[1] > 4:
-        probabilities, targets = scores[:, 4:].chunk(2, dim=1)
+    if scores.shape[1] > _COLUMNS:
+        probabilities, targets = scores[:, _COLUMNS:].chunk(2, dim=1)
         several = multilabel_scores(probabilities, targets, classes)
     return Evaluation(100 * top1 / count, 100 * top5 / count, float(losses.sum()) / count, count, classes, labels,
-                      predictions, losses, several=several)  # fmt: skip
+                      predictions, losses, scores[:, 4], several=several)  # fmt: skip
 
 
 def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: bool) -> Tensor:
-    """Return label, predicted class, top-5 hit and loss of each image, B 4, float64, on the CPU.
+    """Return label, predicted class, top-5 hit, loss and confidence of each image, B 5, float64, on the CPU.
 
-    With targets, of images with several classes, the probabilities and the targets follow, B (4 + 2K).
+    With targets, of images with several classes, the probabilities and the targets follow, B (5 + 2K).
     """
     best = logits.topk(min(5, logits.shape[-1])).indices
     more = [] if targets is None else [logits.sigmoid(), targets]
@@ -181,7 +144,8 @@ def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: 
     # The error is raised after `gather`, because the other processes wait there for this one.
     loss[~torch.isfinite(logits).all(dim=1)] = torch.nan
     hits = (targets.gather(1, best) > 0).any(dim=1)
-    columns = torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss)], dim=1)
+    confidence = (logits.sigmoid() if sigmoid else logits.softmax(dim=1)).amax(dim=1)
+    columns = torch.stack([t.cpu().double() for t in (labels, best[:, 0], hits, loss, confidence)], dim=1)
     return torch.cat([columns, *(t.cpu().double() for t in more)], dim=1)
 
 
@@ -214,7 +178,8 @@ def sample_images(images: Source | Sequence[Path], *, count: int, preprocessing:
     transform = preprocessing.transform()
     indices = spread_indices(len(images), count)
     if isinstance(images, Sequence):
-        pixels = torch.stack([transform(load_image(images[i])) for i in indices])
+        opened = [load_image(images[i], pixel_range=preprocessing.pixel_range) for i in indices]
+        pixels = torch.stack([transform(image) for image in opened])
     else:
         pixels = torch.stack([transform(images.image(i)) for i in indices])
     return normalize(pixels, mean=preprocessing.mean, std=preprocessing.std)
@@ -255,13 +220,11 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside, others = walk_images(path)
             if not inside:
-                raise ValueError(
-                    problem(
-                        f"{str(path)!r} contains no images", allowed=f"files {', '.join(sorted(SUFFIXES))}"
-                    )
-                )
+                given = f"{str(path)!r} contains no images"
+                allowed = f"files {', '.join(sorted(suffixes()))}"
+                raise ValueError(problem(given, allowed=allowed, fix=unreadable_images(others)))
             found += inside
         elif path.exists():
             found.append(path)
@@ -328,7 +291,7 @@ def _predictions(
     net = model.net.eval().to(device)
     for start in range(0, len(files), batch_size):
         part = files[start : start + batch_size]
-        images_or_errors = [_open(path) for path in part]
+        images_or_errors = [_open(path, pre.pixel_range) for path in part]
         pixels = [transform(image) for image in images_or_errors if not isinstance(image, str)]
         outputs: Iterable[Tensor] = ()
         if pixels:
@@ -344,9 +307,9 @@ def _predictions(
             yield Prediction(os.fspath(path), names, tuple(probabilities.tolist()))
 
 
-def _open(path: Path) -> Image | str:
+def _open(path: Path, pixel_range: int) -> Image | str:
     """Return the image of a file, or the reason why it cannot be read."""
     try:
-        return load_image(path)
+        return load_image(path, pixel_range=pixel_range)
     except ValueError as error:
         return str(error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from normfree.data.transforms.decode import FULL_RANGE
 from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, eval_transform
 from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD, height_and_width
 from normfree.models.net import Net
@@ -37,6 +38,7 @@ class Preprocessing:
         antialias: False to resize without antialiasing, as in the evaluation of DeepMind's weights.
         mean: mean of each channel, for values from 0 to 1.
         std: standard deviation of each channel, for values from 0 to 1.
+        pixel_range: value of white in 16-bit gray images, for those who decode files.
     """
 
     image_size: int | tuple[int, int]
@@ -46,6 +48,7 @@ class Preprocessing:
     antialias: bool = True
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    pixel_range: int = FULL_RANGE
 
     @property
     def shape(self) -> tuple[int, int, int]:

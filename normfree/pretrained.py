@@ -28,8 +28,9 @@ from normfree.preprocessing import Preprocessing
 from normfree.suggest import did_you_mean, problem, unknown
 from normfree.weights.checksums import verify, write_checksums
 from normfree.weights.hub import PREFIX, fetch, upload
-from normfree.weights.load import MODEL_FILE, load_weights, model_folder
+from normfree.weights.load import load_weights
 from normfree.weights.names import timm_from_state_dict
+from normfree.weights.run_weights import MODEL_FILE, ModelFiles, model_files, model_folder
 from normfree.weights.tensor_file import write_tensors
 
 # The `problem_type` of a config.json whose classes are independent of each other.
@@ -61,12 +62,14 @@ class TrainedModel:
         preprocessing: how images become inputs of the network.
         classes: the class names, one per output.
         sigmoid: each class is present or absent by itself: probabilities are sigmoids of the logits, not a softmax.
+        note: for a run that is not finished, which weights these are, else "".
     """
 
     net: Net | OnnxNet
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     sigmoid: bool = False
+    note: str = ""
 
     def require_classes(self) -> None:
         """Check that the network has a classifier.
@@ -156,6 +159,13 @@ def save_pretrained(model: TrainedModel, folder: str | Path, *, card: str = "") 
     return folder
 
 
+def save_description(model: TrainedModel, folder: Path) -> None:
+    """Write the `config.json` of a model folder whose weights are elsewhere: those of a run are in its checkpoints."""
+    assert isinstance(model.net, Net)
+    text = json.dumps(_config(model.net, model, _timm_knows(model.net)), indent=2, ensure_ascii=False)
+    atomic_write_text(folder / "config.json", text + "\n")
+
+
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
     """Upload a model folder to the Hugging Face hub.
 
@@ -237,8 +247,8 @@ def from_pretrained(
     Only safetensors files are read, and the names and shapes of all tensors must match the network.
 
     Args:
-        source: a model folder of `save_pretrained` or timm, a run folder, `hf-hub:OWNER/NAME[@REVISION]`, or an ONNX
-            file that `export` wrote.
+        source: a model folder of `save_pretrained` or timm, a run folder, finished or not,
+            `hf-hub:OWNER/NAME[@REVISION]`, or an ONNX file that `export` wrote.
         numerics: for timm's `dm_nfnet_f*`, which have DeepMind's weights, whether to compute like DeepMind's code
             ("reference") or like timm ("timm"); docs/weights.md has the differences. It has no effect on other models.
 
@@ -262,16 +272,21 @@ def from_pretrained(
     """
     if str(source).endswith(".onnx") and not Path(source).is_dir():
         return _from_onnx(Path(source))
-    folder = fetch(str(source)) if str(source).startswith(PREFIX) else model_folder(Path(source))
-    about = describe(folder, numerics=numerics)
+    files = _files(source)
+    about = _described(files, numerics)
     try:
         net = create_model(about.variant, num_classes=len(about.classes), **about.arguments)
         if not isinstance(net, Net):
             raise TypeError("'features_only' in model_args")
     except TypeError as error:
-        raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
-    load_weights(net, folder)
-    return TrainedModel(net.eval(), about.preprocessing, about.classes, about.sigmoid)
+        raise ValueError(f"{files.folder}: config.json does not describe a network: {error}.") from None
+    load_weights(net, files.folder if files.weights.parent == files.folder else files.weights)
+    return TrainedModel(net.eval(), about.preprocessing, about.classes, about.sigmoid, files.note)
+
+
+def _files(source: str | Path) -> ModelFiles:
+    """Return the files of a model folder, a run folder or a repository of the hub."""
+    return model_files(fetch(str(source)) if str(source).startswith(PREFIX) else Path(source))
 
 
 @dataclass(frozen=True)
@@ -284,6 +299,7 @@ class Description:
         preprocessing: the preprocessing.
         classes: the class names.
         sigmoid: as in `TrainedModel`.
+        note: as in `TrainedModel`.
     """
 
     variant: str
@@ -291,6 +307,7 @@ class Description:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     sigmoid: bool = False
+    note: str = ""
 
 
 def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "reference") -> Description:
@@ -299,7 +316,12 @@ def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "re
     Raises:
         ValueError: there is no such file, or its contents are invalid.
     """
-    folder = fetch(str(folder)) if str(folder).startswith(PREFIX) else model_folder(Path(folder))
+    return _described(_files(folder), numerics)
+
+
+def _described(files: ModelFiles, numerics: str) -> Description:
+    """Return the contents of the config.json of a model; see `describe`."""
+    folder = files.folder
     config = read_config(folder)
     try:
         ours = config.get("normfree")
@@ -324,7 +346,9 @@ def describe(folder: str | Path, *, numerics: Literal["reference", "timm"] = "re
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
     if len(classes) != count:
         raise ValueError(f"{folder}: config.json has {len(classes)} class names for {count} outputs.")
-    return Description(variant, arguments, pre, classes, config.get("problem_type") == MULTI_LABEL)
+    return Description(
+        variant, arguments, pre, classes, config.get("problem_type") == MULTI_LABEL, files.note
+    )
 
 
 def _from_onnx(path: Path) -> TrainedModel:

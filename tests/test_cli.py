@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +60,7 @@ def trained(photos, tmp_path_factory):
 def test_a_run_folder_contains_the_documented_files(trained):
     assert {p.name for p in trained.iterdir()} - {".lock"} == {
         "config.toml", "metrics.jsonl", "log.txt", "environment.txt", "results.json", "curves.png",
-        "checkpoints", "model",
+        "checkpoints", "model", "samples.csv",
     }  # fmt: skip
     assert {p.name for p in (trained / "model").iterdir()} == {
         "SHA256SUMS",
@@ -71,21 +73,71 @@ def test_a_run_folder_contains_the_documented_files(trained):
     assert config["pretrained_cfg"]["input_size"] == [3, 16, 16]
     scores = json.loads((trained / "results.json").read_text())
     card = (trained / "model" / "README.md").read_text()
-    assert f"| averaged weights | {scores['average']['top1']:.2f} |" in card
+    assert f"| averaged weights | 2 test | {scores['test']['top1']:.2f} |" in card
+    assert f"| averaged weights | 2 validation | {scores['average']['top1']:.2f} |" in card
     assert [x for x in (trained / "config.toml").read_text().splitlines() if '"auto"' in x] == [
         'device = "auto"'
     ]
 
 
-def test_eval_scores_every_image_of_a_plain_folder(trained, photos, capsys):
-    assert main(["eval", str(trained), str(photos), "--json"]) == 0
+def test_eval_leaves_out_the_images_that_the_run_was_trained_on(trained, photos, tmp_path, capsys):
+    def images(*args: str) -> tuple[int, str]:
+        assert main(["eval", str(trained), *args, "--json"]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out)["images"], printed.err
+
+    assert images(str(photos)) == (2, "normfree: scored on the test part of the run's data\n")
+    assert images() == images(str(photos))
+    assert images(str(photos), "--part", "val") == (
+        2,
+        "normfree: scored on the validation part of the run's data\n",
+    )
+    assert images(str(photos), "--part", "all") == (12, "")
+    copied = tmp_path / "copied"  # found by content, not by path
+    shutil.copytree(photos, copied)
+    Image.new("RGB", (8, 8), "red").save(copied / "red" / "new.png")
+    count, told = images(str(copied))
+    assert count == 5
+    assert f"8 of the 13 images of {copied} are left out because {trained} was trained on them" in told
+    for file in copied.glob("*/*.png"):
+        if file.name == "new.png" or file.read_bytes() not in _trained_bytes(trained, photos):
+            file.unlink()
+    count, told = images(str(copied))
+    assert count == 8
+    assert f"WARNING: {trained} was trained on all 8 images of {copied}" in told
+
+
+def _trained_bytes(trained: Path, photos: Path) -> list[bytes]:
+    rows = list(csv.DictReader((trained / "samples.csv").read_text().splitlines()))
+    return [(photos / row["name"]).read_bytes() for row in rows if row["part"] == "train"]
+
+
+def test_eval_finds_classes_by_name_and_writes_answers(trained, tmp_path, capsys):
+    (tmp_path / "t" / "red").mkdir(parents=True)
+    (tmp_path / "t" / "blue").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (250, i, i)).save(tmp_path / "t" / "red" / f"{i}.png")
+    out, matrix, plot = (tmp_path / name for name in ("a.csv", "m.csv", "m.png"))
+    args = ["eval", str(trained), str(tmp_path / "t"), "--out", str(out)]
+    assert main([*args, "--confusion", str(matrix), "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
-    assert score["images"] == 12
-    assert score["per_class_top1"].keys() == {"blue", "red"}
+    assert score["images"] == 3
+    assert score["per_class_top1"].keys() == {"red"}
+    assert score["classes"]["blue"]["recall"] is None
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [row["class"] for row in rows] == ["red"] * 3
+    assert sum(row["right"] == "True" for row in rows) == round(score["top1"] * 3 / 100)
+    table = list(csv.reader(matrix.read_text().splitlines()))
+    assert table[0] == ["class", "blue", "red"]
+    assert sum(int(cell) for row in table[1:] for cell in row[1:]) == 3
+    (tmp_path / "t" / "blue").rmdir()  # a class without a folder
+    assert main([*args, "--confusion", str(plot)]) == 0
+    assert "precision %" in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert main(["eval", str(trained), "synthetic:classes=3,size=16,train=6,val=3"]) == 2
-    assert (
-        "has the classes 'disk', 'ring', 'square'. Allowed: the model's classes 'blue', 'red', in the same order."
-        in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        "normfree: synthetic:classes=3,size=16,train=6,val=3 has the classes 'disk', 'ring', 'square', which the model "
+        "does not have. Allowed: the model's classes, 'blue', 'red'. Fix: rename the class folders, or remove them.\n"
     )
 
 
@@ -115,7 +167,7 @@ def test_a_resumed_run_keeps_its_config(trained, photos, capsys):
     assert main(["train", str(trained)]) == 0  # the run is finished, so this only evaluates it
     assert main(["train", str(trained), "--optim.lr", "1"]) == 2
     assert capsys.readouterr().err.startswith(
-        "normfree: --optim.lr cannot change when a run is resumed. Allowed: --device, --input.workers, "
+        "normfree: --optim.lr cannot change when a run is resumed. Allowed: --data, --length, "
     )
     assert main(["train", "--data", str(photos), *TINY, "--out", str(trained)]) == 2
     assert "Fix: resume it with `normfree train" in capsys.readouterr().err
@@ -155,7 +207,7 @@ def test_list_and_show(trained, capsys):
         ),
         (
             "train --data nowhere/ --model nf_resnet_nano",
-            "'nowhere/' is neither a folder nor a known data set. Allowed: ",
+            "'nowhere' is neither a folder nor a known data set. Allowed: ",
         ),
         (
             "train --data emojis --model nf_resnet_nano",
@@ -229,8 +281,7 @@ def test_traceback_raises_the_error():
     ("line", "text"),
     [
         ("list --bogus", "unknown option '--bogus'. All options: normfree list --help"),
-        ("eval", "normfree eval needs MODEL and DATA. Fix: normfree eval MODEL DATA, see normfree eval --help."),
-        ("eval a", "normfree eval needs DATA. Fix: normfree eval MODEL DATA, see normfree eval --help."),
+        ("eval", "normfree eval needs MODEL. Fix: normfree eval MODEL DATA, see normfree eval --help."),
         ("eval a b --batch-size x", "--batch-size is 'x'. Allowed: a whole number."),
         ("eval a b --batch_size", "--batch-size has no value. Allowed: a whole number."),
         ("eval a b --bach-size=3", "unknown option '--bach-size'. Did you mean '--batch-size'? "

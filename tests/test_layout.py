@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 #: A part of the package imports only parts with a lower number, and itself.
 LEVELS = {
     "suggest": 0, "files": 0, "native": 0, "uncertainty": 1,
-    "device": 1, "multilabel_scores": 1, "ops": 1, "weights": 1, "data": 1,
+    "device": 1, "multilabel_scores": 1, "scores": 2, "ops": 1, "weights": 1, "data": 1,
     "optim": 2, "models": 2,
     "onnx_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "timm": 4,
     "surgery": 5, "inference": 5, "embeddings": 6, "deploy": 6, "training": 7, "serve": 7, "tools": 8,

@@ -201,7 +201,7 @@ def _write(target: Path, model: TrainedModel) -> Path:
     """Write the target atomically; return the file that contains the weights."""
     from normfree.pretrained import save_pretrained
     from normfree.weights.haiku import write_haiku
-    from normfree.weights.load import MODEL_FILE
+    from normfree.weights.run_weights import MODEL_FILE
 
     if target.suffix == ".npz":
         tree = _haiku_tree(model)

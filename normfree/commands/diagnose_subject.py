@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normfree.commands.foreign import PREFIXES, create_network
-from normfree.commands.usage import UsageError, check_classes
+from normfree.commands.usage import UsageError, with_classes
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def _untrained(model: str, data: str) -> Subject:
 
 def _trained(model: str, data: str) -> Subject:
     """Return the network of a run or model folder."""
-    from normfree.data.sources.open import open_source
     from normfree.models.net import Net
     from normfree.pretrained import from_pretrained
     from normfree.training.config_io import load_config
+    from normfree.training.run_data import open_run_data
 
     trained = from_pretrained(model)
     if not isinstance(trained.net, Net):
@@ -94,9 +94,7 @@ def _trained(model: str, data: str) -> Subject:
     if config.is_file() and not data:
         run = load_config(config)
         subject.data = run.data
-        subject.source = open_source(
-            run.data, val_fraction=run.input.val_fraction, seed=run.seed, labels=False
-        ).val
+        subject.source = open_run_data(Path(model)).val
     return subject
 
 
@@ -138,7 +136,7 @@ def load_images(
                     fix=f"--batch-size {len(source)}")
         )  # fmt: skip
     if data and subject.preprocessing:
-        check_classes(data, source.classes, subject.classes)
+        source = with_classes(data, source, subject.classes)
     pre = subject.preprocessing or Preprocessing(image_size=size)
     if image_size:
         pre = replace(pre, image_size=size)

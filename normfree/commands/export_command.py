@@ -170,13 +170,11 @@ def _images(arguments: ExportArguments, model: TrainedModel) -> _Images:
 
 def _images_of_run(path: Path, pre: Preprocessing) -> _Images:
     """Return the images of a run's data."""
-    from normfree.data.sources.open import open_source
     from normfree.inference import sample_images
-    from normfree.training.config_io import load_config
+    from normfree.training.run_data import open_run_data
 
-    config = load_config(path)
     try:
-        split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed)
+        split = open_run_data(path.parent)
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(
             problem(f"the run's data cannot be read: {error}", fix="give other images with --images FOLDER")

@@ -21,7 +21,8 @@ TRAIN_HELP = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--k
 
   nothing        run the recipe "demo"; with --data, "scratch"; with --data and --weights, "finetune"
   RECIPE         run a recipe; `normfree list recipes` lists them
-  RUN            resume the run of this folder where it stopped
+  RUN            resume the run of this folder where it stopped; with --length, go on for longer;
+                 with --data, with the same images in another folder
   FILE.toml      run a config file, for example runs/demo-1/config.toml
   --out FOLDER   folder of the new run; default: runs/RECIPE-N
   --exact        same as --parallel exact: bit-identical for any number of processes
@@ -31,8 +32,19 @@ TRAIN_HELP = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--k
 The defaults below are those of the recipe "demo".
 """
 
-# Options that may change when a run is resumed, because they do not change its result.
-RESUME_OPTIONS = ("device", "input.workers", "log.every", "log.profile", "log.to", "parallel")
+# Options that may change when a run is resumed: the same data in another folder, a longer run, and what does not change
+# its result.
+RESUME_OPTIONS = (
+    "data",
+    "length",
+    "input.bad_images",
+    "device",
+    "input.workers",
+    "log.every",
+    "log.profile",
+    "log.to",
+    "parallel",
+)
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,7 @@ def _start(arguments: TrainArguments) -> tuple[Config, Path]:
 def _resume(arguments: TrainArguments) -> tuple[Config, Path]:
     """Return the config of the run to resume and its folder."""
     from normfree.training.config_io import load_config, with_overrides
+    from normfree.training.run_data import located
 
     folder = Path(arguments.source)
     blocked = ["--out"] * bool(arguments.out)
@@ -160,7 +173,10 @@ def _resume(arguments: TrainArguments) -> tuple[Config, Path]:
                     allowed=", ".join(f"--{key}" for key in RESUME_OPTIONS),
                     fix=f"start a new run with `normfree train {folder}/config.toml --key value`")
         )  # fmt: skip
-    return with_overrides(load_config(folder / "config.toml"), arguments.overrides), folder
+    config = load_config(folder / "config.toml")
+    if "data" not in arguments.keys:
+        config = located(config, folder)
+    return with_overrides(config, arguments.overrides), folder
 
 
 def _config(arguments: TrainArguments) -> tuple[Config, str]:
@@ -197,9 +213,9 @@ def _run_pipes(arguments: TrainArguments, config: Config) -> None:
     """
     given = "data" in arguments.keys
     if given and "pipe:" in config.data and os.environ.get("LOCAL_RANK", "0") == "0":
-        from normfree.data.sources.open import open_source
+        from normfree.training.run_data import open_config_data
 
-        open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, pipes=True)
+        open_config_data(config, pipes=True)
 
 
 # --- running -----------------------------------------------------------------------------------------

@@ -1,10 +1,15 @@
-"""The error of an invalid command line, and a check that two commands share."""
+"""The error of an invalid command line, and what several commands share."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from normfree.suggest import problem, some_names
+
+if TYPE_CHECKING:
+    from normfree.data.source import Source
 
 
 class UsageError(ValueError):
@@ -17,15 +22,39 @@ def check_given(values: Sequence[str], kind: str) -> None:
         raise UsageError(problem(f"no {kind} was given", allowed="one or more", fix=f"add a {kind}"))
 
 
-def check_classes(data: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raise UsageError unless the classes of `data` are those of the model, in the same order."""
+def with_classes(data: str, source: Source, known: Sequence[str]) -> Source:
+    """Return a source with the classes of the model, which are found by name; some may have no images.
+
+    Raises:
+        UsageError: `data` has a class that the model does not have.
+    """
+    from normfree.data.multilabel import as_multilabel
+
     if not known:
         raise UsageError(
             problem("the model has no classes, only embeddings",
                     fix=f"train a classifier with normfree train finetune --data {data} --weights MODEL")
         )  # fmt: skip
-    if tuple(given) != tuple(known):
+    if tuple(source.classes) == tuple(known):
+        return source
+    if as_multilabel(source) is not None:
         raise UsageError(
-            problem(f"{data} has the classes {some_names(given)}", allowed=f"the model's classes {some_names(known)}, "
-                    "in the same order", fix="rename the class folders")
+            problem(f"{data} has the classes {some_names(source.classes)}",
+                    allowed=f"the model's classes, {some_names(known)}, in the same order, as images have several")
         )  # fmt: skip
+    used = {source.label(index) for index in range(len(source))}
+    other = [name for number, name in enumerate(source.classes) if name not in known and number in used]
+    if other:
+        raise UsageError(
+            problem(f"{data} has the classes {some_names(other)}, which the model does not have",
+                    allowed=f"the model's classes, {some_names(known)}", fix="rename the class folders, or remove them")
+        )  # fmt: skip
+    from normfree.data.subset import Relabeled
+
+    return Relabeled(source, known)
+
+
+def tell(note: str) -> None:
+    """Print a note to the standard error, if there is one."""
+    if note:
+        print(f"normfree: {note}", file=sys.stderr)

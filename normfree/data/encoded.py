@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfree.data.transforms.decode import load_image
+from normfree.data.transforms.decode import FULL_RANGE, load_image
 from normfree.data.transforms.jpeg import load_array
 
 if TYPE_CHECKING:
@@ -23,10 +23,15 @@ class EncodedSource(ABC):
     Args:
         background: Color 0 to 255 under transparent pixels.
         max_pixels: Largest width times height that is decoded.
+        pixel_range: Value of white in 16-bit gray images.
     """
 
-    def __init__(self, *, background: tuple[int, int, int], max_pixels: int) -> None:
-        self._background, self._max_pixels = background, max_pixels
+    def __init__(
+        self, *, background: tuple[int, int, int], max_pixels: int, pixel_range: int = FULL_RANGE
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "background": background, "max_pixels": max_pixels, "pixel_range": pixel_range
+        }  # fmt: skip
 
     @abstractmethod
     def data(self, index: int) -> str | bytes:
@@ -38,15 +43,11 @@ class EncodedSource(ABC):
 
     def image(self, index: int, draw: int = 0) -> Image:
         """Return sample `index`, decoded; a file holds one image, so `draw` has no effect."""
-        return load_image(
-            self.data(index), name=self.name(index), background=self._background, max_pixels=self._max_pixels
-        )
+        return load_image(self.data(index), name=self.name(index), **self._options)
 
     def pixels(self, index: int, draw: int = 0) -> np.ndarray:
         """Return the same image as an array, uint8 H W 3."""
-        return load_array(
-            self.data(index), name=self.name(index), background=self._background, max_pixels=self._max_pixels
-        )
+        return load_array(self.data(index), name=self.name(index), **self._options)
 
 
 def number_classes(count: int) -> tuple[str, ...]:

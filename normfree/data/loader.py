@@ -64,6 +64,7 @@ class Batch:
         share: With `pairs`, the shares of the first images in their outputs, float32 B.
         targets: With a source of several classes for each sample, 1 for its classes and 0 for the others, float32 B K;
             `labels` are the first classes. With `pairs` they are mixed already.
+        bad: Names and reasons of images that a `Substituting` source has replaced so far in the same process.
     """
 
     images: Tensor
@@ -75,6 +76,7 @@ class Batch:
     partners: Tensor | None = None
     share: Tensor | None = None
     targets: Tensor | None = None
+    bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -262,6 +264,7 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
             step=step,
             epoch=epoch,
             targets=targets_of(self.source, indices) if self._several else None,
+            bad=tuple(getattr(self.source, "bad", {}).items()),
         )
 
     def _pair(self, pair: PairRef, step: int) -> tuple[Tensor, float]:

@@ -89,16 +89,18 @@ def pixels_of(source: Source, index: int, draw: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """A training and a validation source with the same classes, and how they were made.
+    """A training, a validation and possibly a test source with the same classes, and how they were made.
 
     Attributes:
         train: Source to train on.
-        val: Source to validate on.
+        val: Source to validate on: it chooses the best step, and shows progress.
         classes: Class names of both.
         credit: Attribution required by the license of the images, or "".
         image_size: Side in pixels if all images are squares of one size, else None.
         notes: Sentences on what was read, chosen or left out.
         files: True if the images are the user's own files, which should be audited before training.
+        test: Source that is scored once, at the end of a run; None if there is none.
+        left_out: Names of images that cannot be read and were left out, with the reasons.
     """
 
     train: Source
@@ -108,6 +110,12 @@ class Split:
     image_size: int | None = None
     notes: tuple[str, ...] = ()
     files: bool = False
+    test: Source | None = None
+    left_out: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, Source]:
+        """Return the sources by their names: "train", "val" and, if there is one, "test"."""
+        return {"train": self.train, "val": self.val} | ({"test": self.test} if self.test is not None else {})
 
 
 def require_class_names(classes: Sequence[str], *, source: str) -> None:

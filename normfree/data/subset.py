@@ -1,14 +1,17 @@
-"""Parts of a source: a subset, the validation split by hash, and evenly spread indices."""
+"""Parts of sources and their unions: subsets, the split by hash, other classes, and evenly spread indices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from normfree.data.encoded import EncodedSource
 from normfree.data.seeds import key
 from normfree.data.source import Source, Split, pixels_of
+from normfree.data.transforms.decode import read_file
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -51,11 +54,103 @@ class Subset:
         return self._source, int(self._indices[index])
 
 
-def check_val_fraction(val_fraction: float) -> None:
-    """Raise `ValueError` unless 0 < `val_fraction` < 1."""
+class Joined:
+    """The samples of several sources of the same classes, one source after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.classes = sources[0].classes
+        self._sources = list(sources)
+        self._ends = np.cumsum([len(source) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def label(self, index: int) -> int:
+        """Return the class of sample `index`."""
+        source, own = self.base(index)
+        return source.label(own)
+
+    def image(self, index: int, draw: int = 0) -> Image:
+        """Return the image of sample `index`."""
+        source, own = self.base(index)
+        return source.image(own, draw)
+
+    def name(self, index: int) -> str:
+        """Return the name of sample `index`."""
+        source, own = self.base(index)
+        return source.name(own)
+
+    def base(self, index: int) -> tuple[Source, int]:
+        """Return the source and its index of sample `index`."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        source = self._sources[part]
+        return source, index - int(self._ends[part]) + len(source)
+
+
+class Relabeled:
+    """The samples of a source whose classes are found by name among other classes.
+
+    Args:
+        source: Data set; each of its classes that has samples must be in `classes`.
+        classes: Class names, for example those of a model.
+    """
+
+    def __init__(self, source: Source, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self._source, self._numbers = source, [numbers.get(name, -1) for name in source.classes]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def label(self, index: int) -> int:
+        """Return the number of the sample's class among `classes`."""
+        return self._numbers[self._source.label(index)]
+
+    def image(self, index: int, draw: int = 0) -> Image:
+        """Return the image of sample `index`."""
+        return self._source.image(index, draw)
+
+    def pixels(self, index: int, draw: int = 0) -> np.ndarray:
+        """Return the same image as an array, uint8 H W 3."""
+        return pixels_of(self._source, index, draw)
+
+    def name(self, index: int) -> str:
+        """Return the name of sample `index`."""
+        return self._source.name(index)
+
+    def origin(self, index: int) -> tuple[Source, int]:
+        """Return the source, with its own classes, and its index of sample `index`."""
+        return self._source, index
+
+
+def encoded_bytes(source: Source, index: int) -> bytes | None:
+    """Return the encoded bytes of sample `index`; None if the source does not keep them.
+
+    Raises:
+        ImageError: The file cannot be read.
+    """
+    while isinstance(source, Subset | Relabeled | Joined):
+        source, index = source.origin(index) if isinstance(source, Relabeled) else source.base(index)
+    if not isinstance(source, EncodedSource):
+        return None
+    data = source.data(index)
+    return data if isinstance(data, bytes) else read_file(data)
+
+
+def check_fractions(val_fraction: float, test_fraction: float = 0.0) -> None:
+    """Raise `ValueError` unless 0 < `val_fraction`, 0 <= `test_fraction`, and their sum is below 1."""
     if not 0 < val_fraction < 1:
         raise ValueError(
             problem(f"val_fraction={val_fraction}", allowed="above 0 and below 1", fix="val_fraction=0.1")
+        )
+    if not 0 <= test_fraction < 1 - val_fraction:
+        raise ValueError(
+            problem(
+                f"test_fraction={test_fraction} with val_fraction={val_fraction}",
+                allowed="0 or more, and together below 1",
+                fix="test_fraction=0.1",
+            )
         )
 
 
@@ -63,38 +158,42 @@ def hash_split(
     source: Source,
     *,
     val_fraction: float,
+    test_fraction: float = 0.0,
     seed: int,
     ident: Callable[[int], str] | None = None,
     what: str = "the data",
     fix: str = "add samples, or name validation data with ,val=...",
-) -> tuple[Subset, Subset]:
-    """Return a training and a validation subset: every class gives `val_fraction` of its samples to validation.
+) -> tuple[Subset, Subset, Subset | None]:
+    """Return a training, a validation and a test subset; the last is None if `test_fraction` is 0.
 
-    Samples are chosen by a hash of (seed, class, `ident(index)`), so runs agree, and mostly still do after samples
-    were added. A class keeps at least one sample to train on and, if it has two, gives at least one.
+    Every class gives `val_fraction` and `test_fraction` of its samples. They are chosen by a hash of (seed, class,
+    `ident(index)`), so runs agree, and mostly still do after samples were added. The validation samples do not depend
+    on `test_fraction`. A class keeps at least one sample to train on; if it has two, it gives at least one to
+    validation, and if it has three, at least one to the test.
 
     Args:
         source: Data set.
         val_fraction: Fraction for validation, above 0 and below 1.
+        test_fraction: Fraction for the test.
         seed: Seed of the choice.
         ident: Id of a sample, by default its name. It should not depend on where the data are stored.
         what: Name of the data for the error message.
         fix: Advice for the error message.
 
     Raises:
-        ValueError: The fraction is out of range, or no class has two samples.
+        ValueError: A fraction is out of range, or no class has two samples.
     """
-    check_val_fraction(val_fraction)
+    check_fractions(val_fraction, test_fraction)
     ident = ident or source.name
-    members: dict[int, list[int]] = {}
-    for index in range(len(source)):
-        members.setdefault(source.label(index), []).append(index)
-    held_out = np.zeros(len(source), dtype=bool)
-    for label, own in members.items():
-        hashes = {i: key(seed, "split", source.classes[label], ident(i)) for i in own}
-        count = max(min(1, len(own) - 1), min(round(val_fraction * len(own)), len(own) - 1))
-        held_out[sorted(own, key=lambda i, hashes=hashes: (hashes[i], i))[:count]] = True  # type: ignore[misc]
-    if not held_out.any():
+    part = np.zeros(len(source), dtype=np.int8)  # 0 train, 1 validation, 2 test
+    for label, own in _members(source).items():
+        order = _hashed(own, lambda i, label=label: key(seed, "split", source.classes[label], ident(i)))  # type: ignore[misc]
+        held = max(min(1, len(own) - 1), min(round(val_fraction * len(own)), len(own) - 1))
+        rest = len(own) - held - 1
+        tested = max(min(1, rest), min(round(test_fraction * len(own)), rest)) if test_fraction else 0
+        part[order[:held]] = 1
+        part[order[held : held + tested]] = 2
+    if not (part == 1).any():
         raise ValueError(
             problem(
                 f"{what} has one sample per class, which leaves none for validation",
@@ -102,7 +201,36 @@ def hash_split(
                 fix=fix,
             )
         )
-    return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))
+    test = Subset(source, np.flatnonzero(part == 2)) if (part == 2).any() else None
+    return Subset(source, np.flatnonzero(part == 0)), Subset(source, np.flatnonzero(part == 1)), test
+
+
+def take_out(
+    source: Source, *, fraction: float, seed: int, ident: Callable[[int], str] | None = None
+) -> tuple[Subset, Subset]:
+    """Return a source without `fraction` of each class, rounded to the nearest integer, and that fraction.
+
+    The samples are chosen by a hash as in `hash_split`. A class of two samples or more gives one, and keeps one.
+    """
+    ident = ident or source.name
+    out = np.zeros(len(source), dtype=bool)
+    for label, own in _members(source).items():
+        order = _hashed(own, lambda i, label=label: key(seed, "test", source.classes[label], ident(i)))  # type: ignore[misc]
+        out[order[: max(min(1, len(own) - 1), min(round(fraction * len(own)), len(own) - 1))]] = True
+    return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
+
+
+def _members(source: Source) -> dict[int, list[int]]:
+    """Return the indices of the samples of each class."""
+    members: dict[int, list[int]] = {}
+    for index in range(len(source)):
+        members.setdefault(source.label(index), []).append(index)
+    return members
+
+
+def _hashed(own: Sequence[int], hash_of: Callable[[int], int]) -> list[int]:
+    """Return indices in the order of their hashes."""
+    return sorted(own, key=lambda i: (hash_of(i), i))
 
 
 def make_split(
@@ -110,31 +238,59 @@ def make_split(
     train: Source,
     val: Source | None,
     *,
+    test: Source | None = None,
     val_fraction: float,
+    test_fraction: float = 0.0,
     seed: int,
     ident: Callable[[int], str] | None = None,
     image_size: int | None = None,
+    fix: str = "add samples, or name validation data with ,val=...",
 ) -> Split:
-    """Return the split of `train` and `val`; without `val`, `hash_split` divides `train`. `what` names the data."""
+    """Return the split of parts; those that are missing are divided off `train` by hash. `what` names the data."""
+    notes = []
+    if test is None and test_fraction and val is not None:
+        train, test = take_out(train, fraction=test_fraction, seed=seed, ident=ident)
+        notes = [f"the test part is {100 * test_fraction:g} % of each class of the training data"]
     if val is None:
-        train, val = hash_split(train, val_fraction=val_fraction, seed=seed, ident=ident, what=what)
-        how = f"validation is {100 * val_fraction:g} % of each class, the same samples in every run with this seed"
+        fraction = test_fraction if test is None else 0.0
+        train, val, own = hash_split(
+            train,
+            val_fraction=val_fraction,
+            test_fraction=fraction,
+            seed=seed,
+            ident=ident,
+            what=what,
+            fix=fix,
+        )
+        test = test or own
+        also = f", and the test part another {100 * fraction:g} %" if own is not None else ""
+        how = f"validation is {100 * val_fraction:g} % of each class{also}, the same in every run with this seed"
     else:
         how = "validation is the part named for it"
-    total = len(train) + len(val)
+    total = len(train) + len(val) + (len(test) if test is not None else 0)
     return Split(
         train=train,
         val=val,
+        test=test,
         classes=tuple(train.classes),
         image_size=image_size,
-        notes=(summary(what, train, val), how, *audit_notes(total)),
+        notes=(summary(what, train, val, test), how, *notes, *audit_notes(total)),
         files=total <= AUDIT_LIMIT,
     )
 
 
-def summary(what: str, train: Source, val: Source) -> str:
+def halve_validation(split: Split, *, seed: int) -> Split:
+    """Return a split whose validation part gave half of each class to the test part, for data with fixed parts."""
+    val, test = take_out(split.val, fraction=0.5, seed=seed)
+    note = f"of the validation images, {len(test)} are the test part"
+    return replace(split, val=val, test=test, notes=(*split.notes, note))
+
+
+def summary(what: str, train: Source, val: Source, test: Source | None = None) -> str:
     """Return the note that counts the images of a split."""
-    return f"{what}: {len(train)} images to train on, {len(val)} to validate, {len(train.classes)} classes"
+    tested = f", {len(test)} to test" if test is not None else ""
+    counts = f"{len(train)} images to train on, {len(val)} to validate{tested}"
+    return f"{what}: {counts}, {len(train.classes)} classes"
 
 
 def audit_notes(total: int) -> tuple[str, ...]:

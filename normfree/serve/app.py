@@ -202,7 +202,8 @@ class _Service:
     def _decode(self, file: Upload) -> Tensor | str:
         """Return the image as input of the network, or the reason why it cannot be read."""
         try:
-            return self.transform(load_image(file.data, max_pixels=self.limits.max_pixels))
+            white = self.model.preprocessing.pixel_range
+            return self.transform(load_image(file.data, max_pixels=self.limits.max_pixels, pixel_range=white))
         except ImageError as error:
             reason = " ".join(error.reason.encode("utf-8", "replace").decode().split())
             return reason[:_REASON_LENGTH]

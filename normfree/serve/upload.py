@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
-from normfree.data.transforms.decode import MAX_PIXELS
 from normfree.suggest import problem
 
 # Status for a client that closed its connection, as nginx logs it. It appears in the metrics only.
@@ -42,7 +41,7 @@ class Limits:
     """
 
     max_bytes: int = 32_000_000
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = 64_000_000  # a thread that decodes takes 256 MB for so many
     max_files: int = 16
     max_queue: int = 128
     max_connections: int = 128

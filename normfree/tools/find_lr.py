@@ -134,7 +134,7 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
     run_log = RunLog(console or Console())
     resolved = resolve(_constant(config))
     config = resolved.config
-    split = open_data(config, run_log)
+    split = open_data(config, run_log).split
     trainer = Trainer(
         resolved, num_classes=len(split.classes), samples=len(split.train), weights=config.weights,
         head=resolved.keeps_head(tuple(split.classes)),

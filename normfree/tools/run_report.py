@@ -28,8 +28,7 @@ from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
 from normfree.training.config import Config
 from normfree.training.config_io import load_config
-from normfree.training.console import RunLog
-from normfree.training.resolve import open_data
+from normfree.training.run_data import open_run_data
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -227,14 +226,13 @@ def _inside(
     course: Course, drawn: _Drawn, device: torch.device, *, several: bool
 ) -> Iterator[html_page.PageSection]:
     """Yield mistakes, signal propagation and gradients of a finished run if its data can be read."""
-    if not (course.folder / "model" / "config.json").is_file():
-        return
     whose = f" of {course.name}" if several else ""
-    model = from_pretrained(course.folder)
     try:
-        from rich.console import Console
-
-        source = open_data(course.config, RunLog(Console(quiet=True)), check=False).val
+        model = from_pretrained(course.folder)
+    except ValueError:  # it has no weights yet
+        return
+    try:
+        source = open_run_data(course.folder).val
     except (ValueError, ModuleNotFoundError) as error:
         yield html_page.PageSection(
             f"Mistakes and signals{whose}", "", f"Not shown because the data cannot be read: {error}"

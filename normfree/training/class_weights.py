@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normfree.data.source import Source
-from normfree.inference import Evaluation
+from normfree.scores import Evaluation
 
 
 def class_weights(source: Source, power: float) -> Tensor | None:

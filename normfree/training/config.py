@@ -216,7 +216,14 @@ class InputConfig(ConfigSection):
     workers: int = Field(default=1, ge=0)
     """Number of processes that load images; 0 loads them in the training process. It does not change the batches."""
     val_fraction: float = 0.1
-    """Fraction of each class that is held out for validation if the folder has no val/."""
+    """Fraction of each class that is held out for validation if the data have no part for it. The validation images
+    choose the best step."""
+    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Fraction of each class that is held out for the test if the data have no part for it. The test images are scored
+    once, at the end; the model card reports that score. 0: only a test part of the data."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """What happens to images that cannot be read. stop: the run ends, before the first step if it can, and names all.
+    skip: the run goes on without them; the log and the model card name them."""
 
     _size = field_validator("image_size")(_check_size)
     _eval_size = field_validator("eval_size")(_check_eval_size)

@@ -35,10 +35,10 @@ from normfree.embeddings import (
     recall_at_1,
 )
 from normfree.files import atomic_write_text
-from normfree.inference import Evaluation
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, model_args
+from normfree.scores import Evaluation
 from normfree.training.config import Config
 from normfree.training.config_io import to_toml
 from normfree.training.console import RunLog

@@ -11,12 +11,19 @@ from normfree.data.source import Source, Split
 from normfree.suggest import printable, problem, some_names
 from normfree.training.config import Config
 
-# Keys that may change: they decide speed, messages and files, or agree up to rounding. All others are decisive.
+# Keys that may change: they decide speed, messages and files, or agree up to rounding. `data` may be in another folder,
+# and `length` may grow; both are compared in other ways. All other keys are decisive.
 FREE = frozenset(
     (
-        "compile", "device", "input.workers", "log.checkpoint_every", "log.every", "log.keep", "log.profile", "log.to",
+        "compile", "data", "device", "input.bad_images", "input.workers", "length", "log.checkpoint_every", "log.every",
+        "log.keep", "log.profile", "log.to",
     )
 )  # fmt: skip
+
+
+def identity_of(config: Config, split: Split) -> dict[str, Any]:
+    """Return the entries of a checkpoint's state that a run compares when it continues."""
+    return {"config": decisive(config), "data": data_of(split), "length": config.length}
 
 
 def decisive(config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,10 +20,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from normfree.data.loader import Batch, train_batches
-from normfree.data.source import Split
+from normfree.data.source import Source, Split
 from normfree.data.supervision import LoaderError, LoadingStopped, never
 from normfree.data.transforms.decode import ImageError
-from normfree.inference import Evaluation, evaluate
+from normfree.inference import evaluate
+from normfree.scores import Evaluation
+from normfree.suggest import problem
 from normfree.training import checkpoint, run_folder
 from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.class_weights import class_weights
@@ -33,12 +35,12 @@ from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import World, start_world
 from normfree.training.early_stopping import Best
 from normfree.training.embedding_scores import recalls, score_embeddings, score_name, write_body
-from normfree.training.identity import data_of, decisive
+from normfree.training.identity import identity_of
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.multilabel_run import check_labels, deciding_score, logged_scores, scores_text
 from normfree.training.profile import profiled
-from normfree.training.resolve import Resolved, open_data, preprocessing, resolve
+from normfree.training.resolve import OpenedData, Resolved, open_data, preprocessing, resolve
 from normfree.training.resume import Checkpoints, restore_newest
 from normfree.training.stop import Stop, StoppedBySignal, stop_signals, stop_with_launcher
 from normfree.training.trainer import Trainer
@@ -100,11 +102,13 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
             if world.is_main:  # downloads and audits the data before the other processes open it
                 run_folder.check_folder(out)
                 require(config.log.to)
-                split = open_data(resolved.config, run_log)
-                check_labels(split, config.objective)
+                data = open_data(resolved.config, run_log, list_file=run_folder.list_file(out))
+                check_labels(data.split, config.objective)
+        bad = world.all_gather(data.bad if world.is_main else ())[0]
         with world.all_or_none():
             if not world.is_main:
-                split = open_data(resolved.config, run_log, check=False)
+                data = open_data(resolved.config, run_log, check=False, bad=bad)
+            split = data.split
             if resolved.config.parallel == "exact":
                 stack.enter_context(same_kernels())
             trainer = _make_trainer(resolved, split, world=world, run_log=run_log, starts=starts)
@@ -113,8 +117,8 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         identity: dict[str, Any] = {}
         with world.all_or_none():  # nothing is written before data and model are known to work
             if world.is_main:
-                identity = {"config": decisive(trainer.config), "data": data_of(split)}
-                saved, at, metrics = _open_run(trainer, split, out, run_log, stack, identity=identity)
+                identity = identity_of(trainer.config, data.whole)
+                saved, at, metrics = _open_run(trainer, data, out, run_log, stack, identity=identity)
             else:
                 run_log.attach_file(Path(os.devnull))
         at = world.all_gather(at)[0]
@@ -129,7 +133,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
 
 def _open_run(
     trainer: Trainer,
-    split: Split,
+    data: OpenedData,
     out: Path,
     run_log: RunLog,
     stack: contextlib.ExitStack,
@@ -139,8 +143,9 @@ def _open_run(
     """Lock the run folder, find the checkpoint to continue from, and open the files that the run appends to."""
     stack.enter_context(run_folder.locked(out))
     run_log.attach_file(out / "log.txt")
+    run_folder.check_samples(out, data, trainer.config)
     saved, best = restore_newest(trainer, out, run_log, identity=identity)
-    run_folder.begin(out, trainer.config, split, trainer.net, trainer.total_steps, run_log)
+    run_folder.begin(out, trainer.config, data, trainer.net, trainer.total_steps, run_log)
     state = saved.state if saved else {}
     at = Progress(saved.step if saved else 0, best, bool(state.get("evaluated", True)))
     if at.step == trainer.total_steps and at.evaluated:
@@ -217,7 +222,7 @@ def _steps(
     """
     config, total, world = trainer.config, trainer.total_steps, trainer.world
     batch_size, samples = config.input.batch_size, len(split.train)
-    unsaved, scores = False, None
+    unsaved, scores, replaced = False, None, set(split.left_out)
 
     def due(length: str) -> bool:
         every = max(1, steps_of(length, samples=samples, batch_size=batch_size))
@@ -250,6 +255,7 @@ def _steps(
                 _leave(at.step, reason, failure, world, run_log)
             # 3. Take a step.
             assert batch is not None
+            _tell_replaced(batch, replaced, run_log)
             loss, correct, report = trainer.step(batch, at.step)
             at.step, unsaved, scores = at.step + 1, True, None
             at.evaluated = not due(config.log.evaluate_every)
@@ -285,6 +291,15 @@ def _record(
     at.best, at.evaluated = at.best.after(score, average.loss, at.step), True
 
 
+def _tell_replaced(batch: Batch, known: set[str], run_log: RunLog) -> None:
+    """Print the images that have gone bad since the last batch, and add them to `known`."""
+    for name, reason in batch.bad:
+        text = f"{name}: {reason}"
+        if text not in known:
+            known.add(text)
+            run_log.info(f"from step {batch.step + 1} on, another image replaces {text}")
+
+
 def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, ValueError | None]:
     """Return the next batch, or the reason why there is none; neither if a signal has arrived."""
     try:
@@ -300,6 +315,9 @@ def _leave(step: int, reason: int, failure: ValueError | None, world: World, run
     if reason == _FAILED:
         run_log.info(f"stopped after step {step}; everything is saved")
         with world.all_or_none():
+            if isinstance(failure, ImageError):
+                fix = "restore the image and resume, or resume with --input.bad_images skip"
+                raise ValueError(problem(str(failure), fix=fix))
             if failure is not None:
                 raise failure
     raise StoppedBySignal(step, reason)
@@ -332,7 +350,8 @@ def _finish(
     assert scores is not None
     weights, average = scores
     seconds = time.monotonic() - start
-    result = run_folder.TrainResult(out, at.step, scored_step, weights, average, seconds)
+    test = score_test(trainer, split)
+    result = run_folder.TrainResult(out, at.step, scored_step, weights, average, seconds, test)
     averaged = trainer.state.whole(trainer.ema.module)
     with world.all_or_none():
         if world.is_main and trainer.embeds:
@@ -368,7 +387,7 @@ def score(trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bo
         stop: hears of signals; None: nothing stops the evaluation.
         probe: if embeddings are learned, also score a linear probe of them.
     """
-    config, world = trainer.config, trainer.world
+    world = trainer.world
     trainer.state.align_()
     stopped = never if stop is None else stop.requested
     if trainer.embeds:
@@ -383,12 +402,7 @@ def score(trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bo
 
     def evaluated(net: nn.Module) -> Evaluation | None:
         try:
-            return evaluate(
-                trainer.state.whole(net), split.val, preprocessing=preprocessing(config),
-                workers=0 if len(split.val) < IN_PROCESS else config.input.workers, device=trainer.device,
-                rank=world.rank, world_size=world.size, gather=gather, sigmoid=uses_sigmoid(config.objective),
-                stopped=stopped,
-            )  # fmt: skip
+            return _evaluated(trainer, net, split.val, gather=gather, stopped=stopped)
         except _Agreed:
             return None
         except LoadingStopped:  # this process knows; tell the others, which wait in `gather`
@@ -398,3 +412,28 @@ def score(trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bo
     weights = evaluated(trainer.net)
     average = None if weights is None else evaluated(trainer.ema.module)
     return None if weights is None or average is None else (weights, average)
+
+
+def score_test(trainer: Trainer, split: Split) -> Evaluation | None:
+    """Return the evaluation of the averaged weights on the test images, None if there are none."""
+    if split.test is None or trainer.embeds:
+        return None
+    trainer.state.align_()
+    return _evaluated(trainer, trainer.ema.module, split.test, gather=trainer.world.gather, stopped=never)
+
+
+def _evaluated(
+    trainer: Trainer,
+    net: nn.Module,
+    source: Source,
+    *,
+    gather: Callable[[Tensor], Tensor],
+    stopped: Callable[[], bool],
+) -> Evaluation:
+    """Return the evaluation of the run's network, or of its average, on labeled images."""
+    config, world = trainer.config, trainer.world
+    return evaluate(
+        trainer.state.whole(net), source, preprocessing=preprocessing(config),
+        workers=0 if len(source) < IN_PROCESS else config.input.workers, device=trainer.device, rank=world.rank,
+        world_size=world.size, gather=gather, sigmoid=uses_sigmoid(config.objective), stopped=stopped,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normfree.data.multilabel import as_multilabel
 from normfree.data.source import Split
-from normfree.inference import Evaluation
+from normfree.scores import Evaluation
 from normfree.suggest import problem
 from normfree.training.choices import uses_sigmoid
 from normfree.training.class_weights import weighted_top1

@@ -24,7 +24,7 @@ def demo() -> Config:
         model="nf_resnet_micro_64",
         length="45ep",
         # The images are small and in memory: a worker would only occupy a core.
-        input=InputConfig(batch_size=32, workers=0),
+        input=InputConfig(batch_size=32, workers=0, test_fraction=0.1),
         augment=AugmentConfig(crop_min=0.4, mixup=0.2, cutmix=1.0),
         optim=OptimConfig(lr=0.1, weight_decay=3e-4, clipping=0.05, warmup="2ep", ema_decay=0.999),
         log=LogConfig(evaluate_every="5ep", checkpoint_every="10ep"),
@@ -44,7 +44,7 @@ def scratch() -> Config:
         model="nfnet_f0",
         length="90ep",
         net=NetConfig(skip_gain=1.0),
-        input=InputConfig(batch_size=batch_size, workers=4),
+        input=InputConfig(batch_size=batch_size, workers=4, test_fraction=0.1),
         augment=AugmentConfig(randaugment="auto", mixup=0.2, cutmix=1.0),
         optim=OptimConfig(lr=0.1 * batch_size / 256, clipping=0.04),
     )
@@ -81,7 +81,7 @@ def finetune() -> Config:
         model="auto",
         length=f"{epochs}ep",
         patience=epochs // 3,
-        input=InputConfig(batch_size=32, workers=2),
+        input=InputConfig(batch_size=32, workers=2, test_fraction=0.1),
         augment=AugmentConfig(crop_min=0.4),
         optim=OptimConfig(lr=0.02, weight_decay=1e-5, clipping=0.04, warmup="1ep", ema_decay=0.99),
     )

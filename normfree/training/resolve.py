@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from normfree.data.audit import audit, require_clean
-from normfree.data.source import Split, require_class_names
-from normfree.data.sources.open import open_source
+from normfree.data.audit import (
+    AuditReport,
+    BadImage,
+    audit,
+    duplicates,
+    range_notes,
+    require_clean,
+    without_bad,
+)
+from normfree.data.record import SampleRecord, records_of
+from normfree.data.source import Split, as_streamed, require_class_names
+from normfree.data.sources.open import image_limits
+from normfree.data.substituting import Substituting
 from normfree.data.transforms.normalize import channel_statistics, height_and_width
 from normfree.models.variant import Variant
 from normfree.models.variants import variant_of
@@ -19,6 +30,7 @@ from normfree.training.choices import OPTIMIZERS, parse_choice, uses_sigmoid
 from normfree.training.config import Config, OptimConfig, channels_of, size_of
 from normfree.training.console import RunLog
 from normfree.training.objective_rules import check_objective
+from normfree.training.run_data import open_config_data
 from normfree.weights.hub import PREFIX, repository_of
 
 
@@ -165,21 +177,65 @@ def _sizes(variant: Variant, tested: int | tuple[int, int]) -> tuple[int | str, 
 def preprocessing(config: Config) -> Preprocessing:
     """Return how a resolved config preprocesses validation images."""
     mean, std = channel_statistics(channels_of(config.input.image_size))
-    return Preprocessing(size_of(config.input.eval_size), crop=config.input.eval_crop, mean=mean, std=std)
+    return Preprocessing(
+        size_of(config.input.eval_size), crop=config.input.eval_crop, mean=mean, std=std,
+        pixel_range=image_limits(config.data).pixel_range,
+    )  # fmt: skip
 
 
-def open_data(config: Config, log: RunLog, *, check: bool = True) -> Split:
-    """Open the data; with `check`, audit folders of images: each file is decoded once.
+@dataclass(frozen=True)
+class OpenedData:
+    """The data of a run.
+
+    Attributes:
+        split: the parts. Images that cannot be read are left out or, in training, replaced.
+        whole: the same with all images.
+        bad: the images that cannot be read.
+        records: the samples for samples.csv.
+    """
+
+    split: Split
+    whole: Split
+    bad: tuple[BadImage, ...] = ()
+    records: tuple[SampleRecord, ...] = ()
+
+
+def open_data(
+    config: Config,
+    log: RunLog,
+    *,
+    check: bool = True,
+    bad: Sequence[BadImage] = (),
+    list_file: Path | None = None,
+) -> OpenedData:
+    """Open the data; with `check`, audit all parts of folders of images: each file is decoded once.
+
+    Args:
+        config: the config of the run.
+        log: where notes on the data are printed.
+        check: False in the processes that do not audit.
+        bad: images that the auditing process left out.
+        list_file: file for the names of bad images if they are too many for a message.
 
     Raises:
         ValueError: the data cannot be used; files that cannot be read are named.
     """
-    labels = not config.objective.startswith("simclr")
-    split = open_source(config.data, val_fraction=config.input.val_fraction, seed=config.seed, labels=labels)
+    split = open_config_data(config)
     require_class_names(split.classes, source=config.data)
+    reports: dict[str, AuditReport] = {}
+    notes: tuple[str, ...] = ()
     if check and split.files:
-        for source in (split.train, split.val):
-            require_clean(audit(source))
-    for note in split.notes:
+        reports = {part: audit(source) for part, source in split.parts().items()}
+        bad = tuple(image for report in reports.values() for image in report.bad)
+        if config.input.bad_images == "stop":
+            require_clean(*reports.values(), list_file=list_file)
+        notes = (*duplicates(split, reports), *range_notes(reports))
+    digests = {part: report.digests for part, report in reports.items()}
+    records = tuple(records_of(split, digests)) if check else ()
+    whole, split = split, without_bad(split, bad)
+    if config.input.bad_images == "skip" and as_streamed(split.train) is None:
+        # The number of training images stays, so that a run may continue after more of them have gone bad.
+        split = replace(split, train=Substituting(whole.train))
+    for note in (*split.notes, *notes):
         log.info(note)
-    return split
+    return OpenedData(split, whole, tuple(bad), records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +121,37 @@ def restore_newest(
     except (KeyError, TypeError, ValueError) as error:
         given = f"{folder / checkpoint.name_of(saved.step)}: state.json is of another program ({error!r})"
         raise ValueError(problem(given, fix="start another run with --out")) from None
-    if saved.step > trainer.total_steps or planned != trainer.total_steps:
+    before = str(saved.state.get("length", trainer.config.length))
+    if before != trainer.config.length:
+        _check_longer(trainer, saved.step, planned=planned, before=before, out=out)
+        best = replace(best, waited=0)
+        run_log.info(
+            f"lengthened from {before} ({planned} steps) to {trainer.config.length} ({trainer.total_steps} steps): the "
+            f"learning rate goes on at {trainer.rate_at(saved.step):.3g}, that of the longer schedule"
+        )
+    elif saved.step > trainer.total_steps or planned != trainer.total_steps:
         given = f"{out} was started for {planned} steps, but data and config now give {trainer.total_steps}"
         raise ValueError(problem(given, fix="restore the data and config, or start another run with --out"))
     if identity is not None:
         require_same(out, saved.state.get("config", {}), identity["config"])
         if "data" in saved.state:  # absent from checkpoints of older versions
             require_same_data(out, saved.state["data"], identity["data"])
-    run_log.info(f"continuing {out} after step {saved.step}")
+    finished = saved.step == trainer.total_steps
+    run_log.info(f"{out} is finished" if finished else f"continuing {out} after step {saved.step}")
     _mend(folder, saved.step, best)
     return saved, best
+
+
+def _check_longer(trainer: Trainer, step: int, *, planned: int, before: str, out: Path) -> None:
+    """Raise `ValueError` unless the run has its data still, and would take more steps than it has taken."""
+    then = trainer.steps_of(before)
+    if then != planned:
+        given = f"{out} was started for {planned} steps, but its data and length {before} now give {then}"
+        raise ValueError(problem(given, fix="restore the data, or start another run with --out"))
+    if trainer.total_steps < max(step, 1):
+        now = f"length={trainer.config.length} gives {trainer.total_steps} steps"
+        given = f"{now}, and {out} has taken {step}"
+        raise ValueError(problem(given, allowed="a longer run", fix=f"--length {2 * step}st"))
 
 
 def _mend(folder: Path, step: int, best: Best) -> None:

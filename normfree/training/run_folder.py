@@ -1,6 +1,6 @@
 """The run folder: its lock, the files written at the start and at the end of a run, and the result.
 
-config.toml  metrics.jsonl  log.txt  environment.txt  results.json  curves.png  checkpoints/  model/
+config.toml  samples.csv  metrics.jsonl  log.txt  environment.txt  results.json  curves.png  checkpoints/  model/
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from typing import Any
 import torch
 
 from normfree._version import __version__
+from normfree.data.record import SAMPLES_FILE, check_same, read_records, write_records
 from normfree.data.source import Split
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.run_figures import draw_curves
 from normfree.files import atomic_write_text, flush, remove_leftovers
-from normfree.inference import Evaluation
 from normfree.models.net import Net
-from normfree.pretrained import TrainedModel, save_pretrained
+from normfree.pretrained import TrainedModel, save_description, save_pretrained
+from normfree.scores import Evaluation
 from normfree.suggest import problem
-from normfree.training.choices import uses_sigmoid
+from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
 from normfree.training.console import RunLog
 from normfree.training.identity import decisive, require_same
 from normfree.training.multilabel_run import saved_scores, scores_text
-from normfree.training.resolve import preprocessing
+from normfree.training.resolve import OpenedData, preprocessing
+from normfree.training.run_data import DATA_AT, FOLDER, path_of, recorded
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class TrainResult:
         weights: evaluation of the weights on the validation images.
         average: evaluation of their exponential moving average, which is the saved model.
         seconds: wall time of this call.
+        test: evaluation of the average on the test images, None if the data have none.
 
     Examples:
         >>> from pathlib import Path
         >>> import torch
-        >>> from normfree.inference import Evaluation
+        >>> from normfree.scores import Evaluation
         >>> labels = torch.tensor([0, 1, 1])
         >>> scores = Evaluation(66.7, 100.0, 0.7, 3, ("cat", "dog"), labels, torch.tensor([0, 1, 0]), torch.zeros(3))
         >>> result = TrainResult(Path("runs/pets"), steps=100, step=80, weights=scores, average=scores, seconds=9.0)
@@ -68,6 +71,7 @@ class TrainResult:
     weights: Evaluation
     average: Evaluation
     seconds: float
+    test: Evaluation | None = None
 
 
 def check_folder(out: Path) -> None:
@@ -108,28 +112,56 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def begin(out: Path, config: Config, split: Split, net: Net, total_steps: int, run_log: RunLog) -> None:
-    """Write config.toml and environment.txt, and print what will be run.
+def list_file(out: Path) -> Path:
+    """Return the file, next to the run folder, for the names of bad images that keep a run from starting."""
+    return out.with_name(f"{out.name}.bad_images.txt")
+
+
+def check_samples(out: Path, data: OpenedData, config: Config) -> None:
+    """Check that a run continues with the images that it was started with, in any folder.
+
+    Raises:
+        ValueError: images are gone, new or changed; the message names some.
+    """
+    samples = read_records(out / SAMPLES_FILE)
+    if samples is not None and data.records:
+        check_same(samples, data.records, data=config.data, out=out)
+
+
+def begin(out: Path, config: Config, data: OpenedData, net: Net, total_steps: int, run_log: RunLog) -> None:
+    """Write config.toml, environment.txt, samples.csv and model/config.json, and print what will be run.
 
     Raises:
         ValueError: the folder holds a run with another config.
     """
+    split = data.split
     path = out / "config.toml"
+    folders = {*recorded(out, DATA_AT), path_of(config.data)}
     if path.exists():
-        require_same(out, decisive(load_config(path)), decisive(config))
+        before = load_config(path)
+        require_same(out, decisive(before), decisive(config))
+        folders |= {path_of(str(Path(folder) / before.data)) for folder in recorded(out, FOLDER)}
     atomic_write_text(path, to_toml(config))
+    if data.records:
+        write_records(data.records, out / SAMPLES_FILE)
+    if data.bad:
+        atomic_write_text(out / "bad_images.txt", "".join(f"{line}\n" for line in split.left_out))
+    if not learns_embeddings(config.objective):
+        save_description(_trained(config, split, net), out / "model")
     environment = {
         "normfree": __version__, "python": platform.python_version(), "torch": torch.__version__,
         "device": str(next(net.parameters()).device), "threads": torch.get_num_threads(),
         "machine": platform.machine(), "cuda": torch.version.cuda if torch.cuda.is_available() else "none",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", FOLDER: str(Path.cwd()),
     }  # fmt: skip
-    atomic_write_text(out / "environment.txt", "".join(f"{k} {v}\n" for k, v in environment.items()))
+    lines = [*environment.items(), *((DATA_AT, folder) for folder in sorted(filter(None, folders)))]
+    atomic_write_text(out / "environment.txt", "".join(f"{k} {v}\n" for k, v in lines))
     parameters = sum(p.numel() for p in net.parameters())
+    tested = f", {len(split.test):,} to test" if split.test is not None else ""
     run_log.info(
         f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
-        f"images to train on, {len(split.val):,} to validate, {len(split.classes)} classes; {total_steps:,} steps of "
-        f"{config.input.batch_size}; {out}/",
+        f"images to train on, {len(split.val):,} to validate{tested}, {len(split.classes)} classes; "
+        f"{total_steps:,} steps of {config.input.batch_size}; {out}/",
     )  # fmt: skip
     if config.precision == "bfloat16" and environment["device"] == "cpu":
         run_log.info("bfloat16 on a CPU without bfloat16 instructions is many times slower than float32")
@@ -142,11 +174,10 @@ def finish(
     out = result.out
     scores = {"weights": _scores(result.weights), "average": _scores(result.average),
               "steps": result.steps, "step": result.step}  # fmt: skip
+    if result.test is not None:
+        scores["test"] = _scores(result.test)
     atomic_write_text(out / "results.json", json.dumps(scores, indent=2) + "\n")
-    assert isinstance(average, Net)
-    trained = TrainedModel(
-        average, preprocessing(config), tuple(split.classes), uses_sigmoid(config.objective)
-    )
+    trained = _trained(config, split, average)
     write_model(trained, out / "model", card=_card(config, split, result))
     largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
     if result.step != result.steps:
@@ -155,11 +186,13 @@ def finish(
         f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
     )  # fmt: skip
+    if result.test is not None:
+        tested = f"top-1 on {result.test.count} test images, scored once: {result.test.top1:.2f} %"
+        run_log.info(f"{tested} (averaged weights)")
     if text := scores_text(result.average):
         run_log.info(f"averaged weights: {text}")
-    if (
-        largest > 2 / len(split.classes) and not text
-    ):  # the classes are so unequal that top-1 hides the rare ones
+    # Classes so unequal that top-1 hides the rare ones.
+    if largest > 2 / len(split.classes) and not text:
         mean = fmean(result.average.per_class().values())
         run_log.info(
             f"mean over classes: {mean:.2f} % (averaged weights); for rare classes see --optim.class_balance"
@@ -207,6 +240,12 @@ def _same_files(new: Path, old: Path) -> bool:
     )
 
 
+def _trained(config: Config, split: Split, net: torch.nn.Module) -> TrainedModel:
+    """Return a network with all that predictions need."""
+    assert isinstance(net, Net)
+    return TrainedModel(net, preprocessing(config), tuple(split.classes), uses_sigmoid(config.objective))
+
+
 def _scores(evaluation: Evaluation) -> dict[str, Any]:
     """Return the scores of one evaluation for results.json."""
     per_class = evaluation.per_class()
@@ -219,13 +258,28 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
 
 def _card(config: Config, split: Split, result: TrainResult) -> str:
     """Return the model card. It holds measured numbers only."""
-    per_class = result.average.per_class()
+    final = result.test or result.average
+    per_class = final.per_class()
     measure, mean, each = "top-1 %", fmean(per_class.values()), per_class
-    if (several := result.average.several) is not None:
+    if (several := final.several) is not None:
         measure, mean, each = "average precision %", several.mean_average_precision, several.average_precision
     rows = "\n".join(f"| {_in_markdown(name)} | {score:.1f} |" for name, score in each.items())
-    best = f"the best of {result.steps} by the images below, " if result.step != result.steps else ""
+    best = f"the best of {result.steps} by the validation images, " if result.step != result.steps else ""
     credit = f"\nData: {split.credit}\n" if split.credit else ""
+    lines = [("averaged weights", "validation", result.average), ("weights", "validation", result.weights)]
+    if result.test is not None:
+        lines.insert(0, ("averaged weights", "test", result.test))
+    table = "\n".join(
+        f"| {name} | {e.count} {part} | {e.top1:.2f} | {e.top5:.2f} | {e.loss:.4f} |"
+        for name, part, e in lines
+    )
+    note = (
+        "\nThe test images were scored once, after training; nothing was chosen by them.\n"
+        if result.test
+        else ""
+    )
+    if split.left_out:
+        note += f"\n{len(split.left_out)} images could not be read and were left out.\n"
     return f"""---
 library_name: normfree
 tags: [image-classification, normalizer-free]
@@ -235,14 +289,13 @@ tags: [image-classification, normalizer-free]
 {len(split.classes)} classes, {config.input.eval_size} px, {result.step} steps of {config.input.batch_size} images,
 {best}trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
 
-| measured on {result.average.count} validation images | top-1 % | top-5 % | loss |
-|---|---|---|---|
-| averaged weights | {result.average.top1:.2f} | {result.average.top5:.2f} | {result.average.loss:.4f} |
-| weights | {result.weights.top1:.2f} | {result.weights.top5:.2f} | {result.weights.loss:.4f} |
+| measured | images | top-1 % | top-5 % | loss |
+|---|---|---|---|---|
+{table}
 
-{scores_text(result.average)}
-
-| class | {measure} |
+{scores_text(final)}
+{note}
+| class | {measure} on the {"test" if result.test else "validation"} images |
 |---|---|
 {rows}
 | mean over classes | {mean:.1f} |

@@ -102,9 +102,9 @@ class Trainer:
         check_mode(resolved, world_size=self.world.size)
         exact = config.parallel == "exact"
         sharded = config.parallel == "sharded" and self.world.size > 1  # one process has nothing to shard
-        batch_size = config.input.batch_size
-        self.total_steps = max(1, steps_of(config.length, samples=samples, batch_size=batch_size))
-        warmup_steps = steps_of(config.optim.warmup, samples=samples, batch_size=batch_size)
+        self.samples = samples
+        self.total_steps = self.steps_of(config.length)
+        warmup_steps = steps_of(config.optim.warmup, samples=samples, batch_size=config.input.batch_size)
         self.warmup = min(1.0, warmup_steps / self.total_steps)
         assert config.optim.lr != "auto"
         self.lr = self.current_lr = config.optim.lr  # the peak, and that of the last step
@@ -142,7 +142,7 @@ class Trainer:
         assert size != "auto"
         self.config = micro_batch.with_size(config, size)
         self.gradients.micro_batch = size
-        if self.embeds and (self.world.size > 1 or 0 < size < batch_size):
+        if self.embeds and (self.world.size > 1 or 0 < size < config.input.batch_size):
             refuse_batch_statistics(net)
         self.prepare = BatchPreparer(
             self.config, num_classes=num_classes, world=self.world, micro_batch=size, exact=exact,
@@ -165,6 +165,19 @@ class Trainer:
             project_(net, self.num_classes)
         return net
 
+    def steps_of(self, length: str) -> int:
+        """Return a length of training in steps, at least 1."""
+        return max(
+            1, steps_of(length, samples=self.samples, batch_size=self.resolved.config.input.batch_size)
+        )
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        progress = step / self.total_steps
+        return self.lr * schedule_multiplier(
+            self.schedule.name, progress, warmup=self.warmup, **self.schedule.options
+        )
+
     def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, ClipReport]:
         """Take one optimizer step on a batch.
 
@@ -175,10 +188,7 @@ class Trainer:
             DivergedError: a gradient was not finite; nothing was changed.
         """
         config = self.config
-        factor = schedule_multiplier(
-            self.schedule.name, step / self.total_steps, warmup=self.warmup, **self.schedule.options
-        )
-        self.current_lr = self.lr * factor
+        self.current_lr = self.rate_at(step)
         self.optimizer.set_lr(self.current_lr)
         with span("prepare"):
             images, targets = self.prepare(batch, step)

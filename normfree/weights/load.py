@@ -15,9 +15,9 @@ from normfree.suggest import problem
 from normfree.weights.checksums import verify
 from normfree.weights.haiku import read_haiku
 from normfree.weights.names import shaped_as, to_our_names
+from normfree.weights.run_weights import MODEL_FILE, model_files
 from normfree.weights.tensor_file import read_tensors
 
-MODEL_FILE = "model.safetensors"
 # Suffixes of files that torch and others write as pickles; only `normfree convert` reads them, in a separate process.
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 # Names of the classifier's parameters begin with this.
@@ -117,9 +117,10 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         ValueError: the file is broken or of another kind.
     """
     if path.is_dir():
-        folder = model_folder(path)
-        verify(folder, MODEL_FILE)
-        path = folder / MODEL_FILE
+        files = model_files(path)
+        if files.weights.parent == files.folder:  # not the checkpoint of a run, which is verified already
+            verify(files.folder, MODEL_FILE)
+        path = files.weights
     if not path.is_file():
         raise ValueError(problem(f"{str(path)!r} does not exist", fix="give a file or folder of weights"))
     if path.suffix == ".npz":
@@ -136,24 +137,6 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     if path.suffix != ".safetensors":
         raise ValueError(problem(f"{path} is of an unknown kind", allowed=kinds))
     return read_tensors(path)
-
-
-def model_folder(path: Path) -> Path:
-    """Return `path` if it is a model folder, or the model folder `path/model` of a run.
-
-    Raises:
-        ValueError: neither contains both `config.json` and `model.safetensors`.
-    """
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file() and (folder / MODEL_FILE).is_file():
-            return folder
-    raise ValueError(
-        problem(
-            f"{str(path)!r} is not a model folder",
-            allowed=f"a folder with config.json and {MODEL_FILE}, or a run folder whose model/ has both",
-            fix="give the folder of a finished run, or one that save_pretrained wrote",
-        )
-    )
 
 
 def load_state_dict_(net: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:

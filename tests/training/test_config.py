@@ -27,7 +27,7 @@ KEYS = [
     ),
     *("net.activation", "net.drop_rate", "net.stochdepth_rate", "net.skip_gain", "net.alpha"),
     *("input.image_size", "input.eval_size", "input.eval_crop", "input.batch_size", "input.micro_batch"),
-    *("input.workers", "input.val_fraction"),
+    *("input.workers", "input.val_fraction", "input.test_fraction", "input.bad_images"),
     *(
         "augment.crop_min",
         "augment.repeats",

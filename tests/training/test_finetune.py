@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from normfree.commands import train_command as commands
 from normfree.data.loader import Batch
 from normfree.data.transforms.mixing import smooth
-from normfree.inference import Evaluation
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import Description, TrainedModel, save_pretrained
+from normfree.scores import Evaluation
 from normfree.training import checkpoint, loop, run_folder
 from normfree.training.class_weights import class_weights, weigh, weighted_top1
 from normfree.training.config import Config
@@ -34,7 +34,8 @@ from normfree.training.resolve import resolve
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
     f"--data {DATA} --model nf_resnet_nano --input.image_size 16 --input.batch_size 8 --input.workers 0 --length 20st "
-    "--optim.warmup 2st --log.evaluate_every 2st --log.checkpoint_every 3st --device cpu --patience 0"
+    "--optim.warmup 2st --log.evaluate_every 2st --log.checkpoint_every 3st --device cpu --patience 0 "
+    "--input.test_fraction 0"
 )
 
 
@@ -268,7 +269,7 @@ def test_a_plateau_ends_the_run_and_the_best_average_becomes_the_model(tmp_path)
     scores = json.loads((out / "results.json").read_text())
     assert (scores["steps"], scores["step"]) == (10, 4)
     assert (
-        "4 steps of 8 images,\nthe best of 10 by the images below, trained"
+        "4 steps of 8 images,\nthe best of 10 by the validation images, trained"
         in (out / "model/README.md").read_text()
     )
 

@@ -124,7 +124,10 @@ def test_a_run_learns_several_classes_and_everything_reports_them(folder, tmp_pa
     saved = json.loads((tmp_path / "run/results.json").read_text())["average"]
     assert saved["mean_average_precision"] == scores.mean_average_precision
     assert saved["average_precision"].keys() == {"blue", "red", "stripes"}
-    assert "| class | average precision % |" in (tmp_path / "run/model/README.md").read_text()
+    assert (
+        "| class | average precision % on the validation images |"
+        in (tmp_path / "run/model/README.md").read_text()
+    )
     assert "mAP " in (tmp_path / "run/log.txt").read_text()
     model = from_pretrained(tmp_path / "run")
     val = open_source(f"nested:{folder}", val_fraction=0.3).val

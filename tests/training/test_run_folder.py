@@ -20,6 +20,7 @@ from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.run_figures import draw_curves
 from normfree.inference import evaluate
 from normfree.models.variants import VARIANTS
+from normfree.optim.schedule import schedule_multiplier
 from normfree.pretrained import from_pretrained
 from normfree.training import checkpoint, identity, loop, run_folder
 from normfree.training.config import Config
@@ -154,10 +155,23 @@ def test_a_run_does_not_continue_as_another(finished, flags, what):
     assert (finished.out / "config.toml").read_bytes() == before
 
 
-def test_a_run_of_other_length_does_not_continue(finished):
-    with pytest.raises(ValueError, match="was started for 6 steps, but data and config now give 9") as error:
-        loop.train(config("--length", "9st"), finished.out, console=quiet())
-    assert str(error.value).endswith("Fix: restore the data and config, or start another run with --out.")
+def test_a_run_is_lengthened_with_its_schedule_restated_but_not_shortened(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"length=3st gives 3 steps, and .* has taken 6") as error:
+        loop.train(config("--length", "3st"), out, console=quiet())
+    assert str(error.value).endswith("Allowed: a longer run. Fix: --length 12st.")
+    console = quiet()
+    result = loop.train(config("--length", "9st"), out, console=console)
+    assert (result.steps, result.step) == (9, 9)
+    text = console.file.getvalue()
+    assert "lengthened from 6st (6 steps) to 9st (9 steps): the learning rate goes on at" in text
+    rates = {row["step"]: row["lr"] for row in read_metrics(out / "metrics.jsonl") if "lr" in row}
+    whole = schedule_multiplier("warmup_cosine", 7 / 9, warmup=1 / 9, final=0.0)
+    assert rates[8] == pytest.approx(config().optim.lr * whole)
+    # It is now a run of nine steps: named again, it is finished.
+    console = quiet()
+    loop.train(config("--length", "9st"), out, console=console)
+    assert f"{out} is finished" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -236,7 +250,7 @@ def test_the_folder_at_the_end(finished):
     out = finished.out
     assert sorted(p.name for p in out.iterdir()) == [
         ".lock", "checkpoints", "config.toml", "curves.png", "environment.txt", "log.txt", "metrics.jsonl", "model",
-        "results.json",
+        "results.json", "samples.csv",
     ]  # fmt: skip
     assert load_config(out / "config.toml") == resolve(config()).config
     names = {p.name for p in (out / "checkpoints").iterdir()}
@@ -264,7 +278,10 @@ def test_the_model_folder_holds_the_average_and_reproduces_the_reported_scores(f
     last = [row for row in read_metrics(finished.out / "metrics.jsonl") if "top1" in row][-1]
     assert (last["ema_top1"], last["ema_val_loss"]) == (written["top1"], pytest.approx(written["loss"]))
     card = (finished.out / "model" / "README.md").read_text()
-    assert f"| averaged weights | {score.top1:.2f} | {score.top5:.2f} | {score.loss:.4f} |" in card
+    assert (
+        f"| averaged weights | 9 validation | {score.top1:.2f} | {score.top5:.2f} | {score.loss:.4f} |"
+        in card
+    )
 
 
 def test_metrics_hold_what_the_plot_of_the_curves_needs(finished):
@@ -363,11 +380,13 @@ def test_a_run_does_not_continue_on_other_data(stopped, tmp_path, monkeypatch, c
     monkeypatch.chdir(path)
     act, message = CHANGES[change]
     act(path)
-    # The same config: only the data differ.
-    monkeypatch.setattr("normfree.training.identity.decisive", lambda config: {})
-    monkeypatch.setattr(loop, "decisive", lambda config: {})
     (path / "run" / "config.toml").write_text(text.replace(str(stopped), str(path)))
-    monkeypatch.setattr(run_folder, "decisive", lambda config: {})
+    with pytest.raises(
+        ValueError, match=r"are not those that .* was started with \(\d+ are (gone|new), such as"
+    ):
+        resumed(path)
+    # Without the list of samples, which runs of more than 200,000 images do not have, the checkpoint decides.
+    (path / "run" / "samples.csv").unlink()
     with pytest.raises(ValueError, match=message) as error:
         resumed(path)
     assert str(error.value).endswith("Fix: restore the data, or start another run with --out.")

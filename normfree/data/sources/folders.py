@@ -1,20 +1,27 @@
-"""A folder of images: find the classes, refuse layouts that would train wrongly, and split off validation images."""
+"""A folder of images: find the parts and the classes, refuse layouts that would train wrongly, split off validation."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from normfree.data.encoded import EncodedSource
-from normfree.data.source import Split
-from normfree.data.subset import check_val_fraction, hash_split, summary
-from normfree.data.transforms.decode import MAX_PIXELS, SUFFIXES
+from normfree.data.source import Source, Split
+from normfree.data.subset import check_fractions, make_split
+from normfree.data.transforms.decode import FULL_RANGE, MAX_PIXELS, suffixes
+from normfree.data.walk import left_out, list_folder, unreadable_images
 from normfree.suggest import problem
 
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "validation", "valid", "test")  # the first one found is used
-_LITTER = {"__macosx", "thumbs.db", "desktop.ini"}  # files of file managers
+# The strings in the name of a folder that make it a part, as in "Training", "seg_train" or "test-images". Of several
+# folders, the one whose string comes first is used.
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev"),
+    "test": ("test", "testing"),
+}
 _LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
 
 
@@ -29,11 +36,12 @@ class FolderSource(EncodedSource):
         classes: Sequence[str],
         background: tuple[int, int, int] = (255, 255, 255),
         max_pixels: int = MAX_PIXELS,
+        pixel_range: int = FULL_RANGE,
     ) -> None:
         self.classes = tuple(classes)
         self._root = root
         self._samples = list(samples)
-        super().__init__(background=background, max_pixels=max_pixels)
+        super().__init__(background=background, max_pixels=max_pixels, pixel_range=pixel_range)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -50,124 +58,211 @@ class FolderSource(EncodedSource):
         """Return the path of file `index`."""
         return str(self._root / self._samples[index][0])
 
+    def ident(self, index: int) -> str:
+        """Return the path of file `index` in its class folder, which does not change when the data are moved."""
+        return self._samples[index][0].partition("/")[2] or self._samples[index][0]
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How the files of a data set are decoded: the largest width times height, and white in 16-bit gray images."""
+
+    max_pixels: int = MAX_PIXELS
+    pixel_range: int = FULL_RANGE
+
+
+DEFAULT_LIMITS = ImageLimits()
+
 
 @dataclass(frozen=True)
 class _Listing:
     """The class folders of `root` and their images."""
 
     root: Path
-    files: dict[str, list[str]]  # class -> file names, both sorted
-    ignored: int  # visible files that are not images, and images outside the class folders
+    files: dict[str, tuple[str, ...]]  # class -> file names, both sorted
+    others: Counter[str]  # files that are not images, by suffix
+    outside: int  # images outside the class folders
 
-    def samples(self) -> list[tuple[str, int]]:
-        """Return (path relative to `root`, class number) of all images."""
-        return [(f"{c}/{name}", k) for k, (c, names) in enumerate(self.files.items()) for name in names]
+    def source(self, classes: Sequence[str], limits: ImageLimits) -> FolderSource:
+        """Return the source of all images, with labels that are indices into `classes`."""
+        numbers = {name: number for number, name in enumerate(classes)}
+        samples = [(f"{c}/{name}", numbers[c]) for c, names in self.files.items() for name in names]
+        return FolderSource(
+            self.root, samples, classes=classes, max_pixels=limits.max_pixels, pixel_range=limits.pixel_range
+        )
 
 
-def open_folder(root: Path, *, val_fraction: float, seed: int) -> Split:
-    """Return the split of a folder: `train/` and `val/` (or `validation/`, `valid/`, `test/`) if it has them.
+def open_folder(
+    root: Path,
+    *,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    seed: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> Split:
+    """Return the split of a folder: its parts, such as `train/`, `valid/` and `Testing/`, or fractions of its classes.
 
-    Otherwise every class gives `val_fraction` of its files to validation, chosen by a hash of (seed, class, file
-    name): the same files in every run, and mostly the same ones after files are added (`hash_split`). Classes are the
-    sorted folder names. Hidden files are skipped, and files without an image suffix are counted.
+    A part is a folder of class folders whose name contains one of `PARTS`. Parts that are missing are taken from the
+    training data: every class gives `val_fraction` of its files to validation, and `test_fraction` to the test, chosen
+    by a hash of (seed, class, file name): the same files in every run, and mostly the same ones after files are added
+    (`hash_split`). Classes are the sorted folder names. A folder that holds nothing but one folder with the data is
+    entered. Hidden files are skipped, and files without an image suffix are counted.
 
     Raises:
-        ValueError: The layout would train wrongly, for instance class folders that differ between train/ and val/.
+        ValueError: The layout would train wrongly, for instance class folders of val/ that train/ does not have.
     """
-    check_val_fraction(val_fraction)
-    train_root, val_root = _part(root, TRAIN_NAMES), _part(root, VAL_NAMES)
-    if train_root is not None and val_root is not None:
-        return _two_folders(root, _listing(train_root), _listing(val_root))
-    return _one_folder(_listing(train_root or root), val_fraction=val_fraction, seed=seed)
+    check_fractions(val_fraction, test_fraction)
+    given, root = root, unwrapped(root)
+    parts = find_parts(root)
+    train = _listing(parts["train"].root if "train" in parts else root, training=True)
+    classes = tuple(train.files)
+    held: dict[str, _Listing] = {}
+    for part in ("val", "test"):
+        if "train" in parts and part in parts:
+            held[part] = _listing(parts[part].root)
+            _check_known(train, held[part])
+    sources: dict[str, Source] = {part: listing.source(classes, limits) for part, listing in held.items()}
+    own = train.source(classes, limits)
+    split = make_split(
+        str(root), own, sources.get("val"), test=sources.get("test"), val_fraction=val_fraction,
+        test_fraction=test_fraction, seed=seed, ident=own.ident, fix="add images, or a val/ folder next to train/",
+    )  # fmt: skip
+    first, how, *more = split.notes
+    if "val" in held:
+        how = f"validation is {parts['val'].shown}/"
+    notes = [first, how, *([f"the test part is {parts['test'].shown}/"] if "test" in held else []), *more]
+    if root != given:
+        notes.append(f"{given} holds one folder, {root.relative_to(given)}/, which was taken for the data")
+    notes += [f"{name}/ was not used" for name in _unused(root, parts) if "train" in parts]
+    for part, listing in held.items():
+        missing = [name for name in classes if not listing.files.get(name)]
+        if missing:
+            notes.append(f"{parts[part].shown}/ has no images of {_some(missing)}")
+    listings = (train, *held.values())
+    others = sum((listing.others for listing in listings), Counter[str]())
+    notes += left_out(others, outside=sum(listing.outside for listing in listings))
+    return replace(split, notes=tuple(notes))
 
 
-def open_labeled_folder(root: Path) -> FolderSource:
-    """Return the labeled images to evaluate a network on: the validation images if the folder has some, else all."""
-    listing = _listing(_part(root, VAL_NAMES) or root)
-    return FolderSource(listing.root, listing.samples(), classes=tuple(listing.files))
+def open_labeled_folder(
+    root: Path, *, limits: ImageLimits = DEFAULT_LIMITS, part: str = "val"
+) -> FolderSource:
+    """Return the labeled images to evaluate a network on: a held-out part if the folder has one, else all images.
+
+    Args:
+        root: The folder.
+        limits: How its files are decoded.
+        part: The part to use if there is a choice, "val" or "test".
+    """
+    root = unwrapped(root)
+    parts = find_parts(root)
+    order = [part, *(name for name in ("val", "test", "train") if name != part)]
+    found = next((parts[name].root for name in order if name in parts), root)
+    listing = _listing(found)
+    return listing.source(tuple(listing.files), limits)
 
 
-def _two_folders(root: Path, train: _Listing, val: _Listing) -> Split:
-    """Return the split of a training and a validation folder with the same classes."""
-    only_train, only_val = (sorted(a.files.keys() - b.files.keys()) for a, b in ((train, val), (val, train)))
-    if only_train or only_val:
-        odd = [
-            f"only in {part.root.name}/: {_some(names)}"
-            for part, names in ((train, only_train), (val, only_val))
-            if names
-        ]
-        raise ValueError(
-            problem(
-                f"{train.root} and {val.root} have different classes ({'; '.join(odd)})",
-                allowed="the same class folders in both",
-                fix="rename or remove the others",
-            )
-        )
-    sources = [FolderSource(part.root, part.samples(), classes=tuple(part.files)) for part in (train, val)]
-    notes = [summary(str(root), *sources), f"validation is {val.root.name}/"]
-    unused = [name for name in VAL_NAMES if name != val.root.name and (root / name).is_dir()]
-    notes += [f"{name}/ was not used" for name in unused]
-    return Split(
-        train=sources[0],
-        val=sources[1],
-        classes=tuple(train.files),
-        notes=(*notes, *_ignored(train.ignored + val.ignored)),
-        files=True,
-    )
+# --- parts ----------------------------------------------------------------------------------------------------
 
 
-def _one_folder(listing: _Listing, *, val_fraction: float, seed: int) -> Split:
-    """Return the split of one folder by a hash of the file names."""
-    samples = listing.samples()
-    train, val = hash_split(
-        FolderSource(listing.root, samples, classes=tuple(listing.files)),
-        val_fraction=val_fraction,
-        seed=seed,
-        ident=lambda index: samples[index][0].partition("/")[2],
-        what=str(listing.root),
-        fix="add images, or a val/ folder next to train/",
-    )
-    notes = (
-        summary(str(listing.root), train, val),
-        f"validation is {100 * val_fraction:g} % of each class, the same files in every run with this seed",
-        *_ignored(listing.ignored),
-    )
-    return Split(
-        train=train,
-        val=val,
-        classes=tuple(listing.files),
-        notes=notes,
-        files=True,
-    )
+@dataclass(frozen=True)
+class FoundPart:
+    """A part of a data set: the folder of its class folders, and the name of its folder in the root."""
+
+    root: Path
+    shown: str
 
 
-def _part(root: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the first of the folders `names` in `root` that has class folders.
+def part_of(name: str) -> tuple[str, int] | None:
+    """Return which part the name of a folder states, and the position of the string that states it in PARTS.
+
+    >>> part_of("Training"), part_of("seg_test"), part_of("train_val"), part_of("trains")
+    (('train', 1), ('test', 0), None, None)
+    """
+    tokens = re.split(r"[^a-z]+", name.lower())
+    hits = [(part, known.index(t)) for part, known in PARTS.items() for t in tokens if t in known]
+    return hits[0] if len({part for part, _ in hits}) == 1 else None
+
+
+def find_parts(root: Path) -> dict[str, FoundPart]:
+    """Return the parts in a folder by "train", "val" and "test".
 
     A folder named "train" that contains images is a class (of locomotives), not the training data.
     """
-    for name in names:
-        folders, images, _ = _entries(root / name) if (root / name).is_dir() else ([], [], 0)
-        if folders and not images:
-            return root / name
-    return None
+    found: dict[str, tuple[tuple[int, int], FoundPart]] = {}
+    for name in list_folder(root).folders:
+        stated = part_of(name)
+        if stated is None:
+            continue
+        inner = unwrapped(root / name)
+        entries = list_folder(inner)
+        rank = (stated[1], len(name))
+        if entries.folders and not entries.images and (stated[0] not in found or rank < found[stated[0]][0]):
+            found[stated[0]] = (rank, FoundPart(inner, name))
+    return {part: best for part, (_, best) in found.items()}
 
 
-def _listing(root: Path) -> _Listing:
-    """Return the classes and images of `root`; raise `ValueError` for a layout that would train wrongly."""
-    folders, loose, ignored = _entries(root)
-    if not folders:
-        raise ValueError(_no_classes(root, len(loose)))
-    contents = {name: _entries(root / name) for name in folders}
-    for name, (inner, images, others) in contents.items():
-        deeper = [folder for folder in inner if _entries(root / name / folder)[1]]
-        if deeper and not any(found for _, found, _ in contents.values()):
-            raise ValueError(
-                problem(
-                    f"{root} has no images in its class folders; they are one level deeper",
-                    allowed=f"{_LAYOUT}. Did you mean {str(root / name)!r}?",
-                )
+def unwrapped(root: Path) -> Path:
+    """Return the folder of the data: while a folder holds one folder of folders and no images, that one is entered.
+
+    Unpacked archives often have such a layout, as in seg_train/seg_train/.
+    """
+    for _ in range(8):  # a link may lead to a folder above it
+        entries = list_folder(root)
+        if len(entries.folders) != 1 or entries.images:
+            break
+        inner = root / entries.folders[0]
+        inside = list_folder(inner)
+        # A folder of folders without images in them is a layout that is not known.
+        if (
+            not inside.folders
+            or inside.images
+            or (part_of(inner.name) and part_of(root.name) != part_of(inner.name))
+        ):
+            break
+        root = inner
+    return root
+
+
+def _unused(root: Path, parts: dict[str, FoundPart]) -> list[str]:
+    """Return the names of the folders in `root` that are no part."""
+    used = {part.shown for part in parts.values()}
+    return [name for name in list_folder(root).folders if name not in used]
+
+
+# --- class folders --------------------------------------------------------------------------------------------
+
+
+def _check_known(train: _Listing, held: _Listing) -> None:
+    """Raise `ValueError` if a held-out part has images of classes that the training part does not have."""
+    unknown = [name for name, files in held.files.items() if files and name not in train.files]
+    if unknown:
+        raise ValueError(
+            problem(
+                f"{held.root} has classes that {train.root} does not have: {_some(unknown)}",
+                allowed=f"class folders with the names of those in {train.root.name}/; some may be missing",
+                fix="rename or remove the others",
             )
+        )
+    for name in [name for name in held.files if name not in train.files]:
+        del held.files[name]  # an empty folder
+
+
+def _listing(root: Path, *, training: bool = False) -> _Listing:
+    """Return the classes and images of `root`; raise `ValueError` for a layout that would train wrongly.
+
+    In a held-out part, a class folder may be empty, and one class is enough.
+    """
+    top = list_folder(root)
+    if not top.folders:
+        raise ValueError(_no_classes(root, len(top.images), top.others))
+    contents = {name: list_folder(root / name) for name in top.folders}
+    any_images = any(entries.images for entries in contents.values())
+    others = sum((entries.others for entries in contents.values()), top.others)
+    for name, entries in contents.items():
+        deeper = [folder for folder in entries.folders if list_folder(root / name / folder).images]
+        if deeper and not any_images:
+            raise ValueError(_one_deeper(root, contents.keys()))
         if deeper:
             raise ValueError(
                 problem(
@@ -176,65 +271,62 @@ def _listing(root: Path) -> _Listing:
                     fix="move them up, or out",
                 )
             )
-        if not images and any(found for _, found, _ in contents.values()):
+        if training and not entries.images and any_images:
+            count = sum(entries.others.values())
             raise ValueError(
                 problem(
-                    f"the class folder {root / name} holds no images ({others} other files)",
+                    f"the class folder {root / name} holds no images ({count} other files)",
                     allowed=f"one image or more ({_suffixes()})",
-                    fix="add images, or delete the folder",
+                    fix=unreadable_images(entries.others) or "add images, or delete the folder",
                 )
             )
-    if not any(found for _, found, _ in contents.values()):
-        raise ValueError(
-            problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix="check the path")
-        )
-    if len(folders) == 1:
+    if not any_images:
         raise ValueError(
             problem(
-                f"{root} holds one class, {folders[0]!r}",
+                f"{root} holds no images ({_suffixes()})",
+                allowed=_LAYOUT,
+                fix=unreadable_images(others) or "check the path",
+            )
+        )
+    if training and len(top.folders) == 1:
+        raise ValueError(
+            problem(
+                f"{root} holds one class, {top.folders[0]!r}",
                 allowed="two classes or more",
                 fix="add a folder with images of something else",
             )
         )
-    return _Listing(
-        root,
-        {name: images for name, (_, images, _) in contents.items()},
-        ignored + len(loose) + sum(others for _, _, others in contents.values()),
-    )
+    files = {name: entries.images for name, entries in contents.items()}
+    return _Listing(root, files, others, len(top.images))
 
 
-def _no_classes(root: Path, images: int) -> str:
+def _one_deeper(root: Path, names: Sequence[str] | object) -> str:
+    """Return the error message for a folder whose images are two levels below it; never advise a test part."""
+    assert hasattr(names, "__iter__")
+    inner = [name for name in names if list_folder(root / name).folders]
+    trains = [name for name in inner if (stated := part_of(name)) and stated[0] == "train"]
+    given = f"{root} has no images in its class folders; they are one level deeper, in {_some(inner)}"
+    if len(trains) == 1:
+        return problem(given, allowed=f"{_LAYOUT}. Did you mean {str(root / trains[0])!r}?")
+    fix = "give the folder that holds the class folders to train on, or name the parts train/, val/ and test/"
+    return problem(given, allowed=_LAYOUT, fix=fix)
+
+
+def _no_classes(root: Path, images: int, others: Counter[str]) -> str:
     """Return the error message for a folder without class folders."""
     if not images:
-        return problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix="check the path")
+        fix = unreadable_images(others) or "check the path"
+        return problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix=fix)
     given = f"{root} holds {images} images and no class folders"
+    tables = sorted(p for where in (root, root.parent) for p in where.glob("*.csv"))
+    if tables:
+        return problem(given, allowed=_LAYOUT) + f" Did you mean the table of labels, {str(tables[0])!r}?"
     parent = root.resolve().parent
-    if sum(bool(_entries(parent / name)[1]) for name in _entries(parent)[0]) >= 2:
+    siblings = [name for name in list_folder(parent).folders if list_folder(parent / name).images]
+    if len(siblings) >= 2 and part_of(root.name) is None:
         return problem(given, allowed=f"{_LAYOUT}. Did you mean the parent folder, {str(parent)!r}?")
-    return problem(given, allowed=_LAYOUT, fix=f"put the images into {root / '<class>'}")
-
-
-def _entries(folder: Path) -> tuple[list[str], list[str], int]:
-    """Return the sorted names of folders (following symbolic links) and of images, and the number of other files."""
-    folders, images, others = [], [], 0
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.name.lower() in _LITTER:
-            continue
-        if path.is_dir():
-            folders.append(path.name)
-        elif path.suffix.lower() in SUFFIXES:  # a broken link too: the audit names it
-            images.append(path.name)
-        else:
-            others += 1
-    return sorted(folders), sorted(images), others
-
-
-def _ignored(count: int) -> tuple[str, ...]:
-    """Return a note if files were left out."""
-    return (
-        (f"{count} other files were left out (no image suffix, or outside the class folders)",)
-        if count
-        else ()
+    return problem(
+        given, allowed=_LAYOUT, fix=f"put the images into {root / '<class>'}, or give a CSV file of labels"
     )
 
 
@@ -246,4 +338,4 @@ def _some(names: Sequence[str]) -> str:
 
 def _suffixes() -> str:
     """Return the image suffixes for messages."""
-    return " ".join(sorted(SUFFIXES))
+    return " ".join(sorted(suffixes()))

@@ -23,7 +23,8 @@ from normfree.data.subset import make_split
 from normfree.data.transforms.decode import MAX_PIXELS, ImageError
 from normfree.suggest import problem
 
-VAL_SPLITS = ("validation", "val", "valid", "test")  # the first one found is used
+VAL_SPLITS = ("validation", "val", "valid")  # the first one found is used
+TEST_SPLIT = "test"
 
 
 class HuggingFaceSource(EncodedSource):
@@ -75,7 +76,13 @@ class HuggingFaceSource(EncodedSource):
 
 
 def split_huggingface(
-    target: str, options: Mapping[str, str], *, val_fraction: float, seed: int, download: bool = False
+    target: str,
+    options: Mapping[str, str],
+    *,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    seed: int,
+    download: bool = False,
 ) -> Split:
     """Return the split of a folder (parquet or arrow files, or the output of `save_to_disk`) or of a set on the hub.
 
@@ -84,12 +91,14 @@ def split_huggingface(
 
     Args:
         target: Folder, or name on the hub.
-        options: `split` to train on (default "train"); `val` to validate on (default: validation, val, valid or test if
-            there is one, else a part of `split` chosen by hash); the columns `image` and `label` (default: one of the
-            usual name, else the only one of the right type); for the hub `subset` and `revision`; `streaming` to read
-            rows in order as they are needed, with `buffer` of them shuffled with each other.
+        options: `split` to train on (default "train"); `val` to validate on (default: validation, val or valid if there
+            is one, else a part of `split` chosen by hash; for a stream, also test); `test` to score at the end
+            (default: test); the columns `image` and `label` (default: one of the usual name, else the only one of the
+            right type); for the hub `subset` and `revision`; `streaming` to read rows in order as they are needed, with
+            `buffer` of them shuffled with each other.
         val_fraction: Fraction for validation if there is no validation split.
-        seed: Seed of that split.
+        test_fraction: Fraction for the test if there is no test split. A stream has none then.
+        seed: Seed of these splits.
         download: Allow a download from the hub.
 
     Raises:
@@ -101,6 +110,11 @@ def split_huggingface(
         "split", "train" if "train" in splits or len(splits) != 1 else next(iter(splits))
     )
     val_name = options.get("val") or next((n for n in VAL_SPLITS if n in splits and n != train_name), None)
+    test_name = options.get("test") or (TEST_SPLIT if TEST_SPLIT in splits else None)
+    if test_name in (train_name, val_name):
+        test_name = None
+    if stream and val_name is None:
+        val_name, test_name = test_name, None
     if stream and val_name is None:
         raise ValueError(
             problem(
@@ -109,32 +123,36 @@ def split_huggingface(
                 fix="leave out streaming",
             )
         )
-    names = [train_name] if val_name is None else [train_name, val_name]
-    rows = [
-        choose_split(splits, name, target, opt) for name, opt in zip(names, ("split", "val"), strict=False)
-    ]
-    tables = [read_table(part, name, options, target) for part, name in zip(rows, names, strict=True)]
-    classes = class_names([table.labels for table in tables], tables[0].names, target)
-    sources = [_source(table, classes, f"{target}/{name}") for table, name in zip(tables, names, strict=True)]
-    what = f"{target} ({', '.join(names)})"
-    val = sources[1] if len(sources) > 1 else None
-    split = make_split(what, sources[0], val, val_fraction=val_fraction, seed=seed, ident=str)
-    if not isinstance(sources[0], HuggingFaceStreamSource):
+    named = {"split": train_name, "val": val_name, "test": test_name}
+    names = {option: name for option, name in named.items() if name is not None}
+    rows = {option: choose_split(splits, name, target, option) for option, name in names.items()}
+    tables = {option: read_table(rows[option], name, options, target) for option, name in names.items()}
+    classes = class_names([table.labels for table in tables.values()], tables["split"].names, target)
+    sources = {
+        option: _source(table, classes, f"{target}/{names[option]}") for option, table in tables.items()
+    }
+    train = sources["split"]
+    split = make_split(
+        f"{target} ({', '.join(names.values())})", train, sources.get("val"), test=sources.get("test"),
+        val_fraction=val_fraction, test_fraction=0.0 if stream else test_fraction, seed=seed, ident=str,
+    )  # fmt: skip
+    if not isinstance(train, HuggingFaceStreamSource):
         return split
-    return replace(split, files=False, notes=(*split.notes, *_stream_notes(sources[0], tables[0])))
+    return replace(split, files=False, notes=(*split.notes, *_stream_notes(train, tables["split"])))
 
 
 def open_labeled_huggingface(
-    target: str, options: Mapping[str, str], *, download: bool = False
+    target: str, options: Mapping[str, str], *, download: bool = False, part: str = "val"
 ) -> HuggingFaceSource | HuggingFaceStreamSource:
-    """Return the rows to evaluate a network on: those of the option `val`, else of `split`, else of a validation split.
+    """Return the rows to evaluate a network on: those of the option `part`, else of `split`, else of a held-out split.
 
     Raises:
         ValueError: As for `split_huggingface`.
     """
     splits = open_splits(target, options, download=download)
-    usual = next((n for n in VAL_SPLITS if n in splits), next(iter(splits)))
-    name = options.get("val") or options.get("split") or usual
+    held = (TEST_SPLIT, *VAL_SPLITS) if part == "test" else (*VAL_SPLITS, TEST_SPLIT)
+    usual = next((n for n in held if n in splits), next(iter(splits)))
+    name = options.get(part) or options.get("val") or options.get("split") or usual
     rows = choose_split(splits, name, target, "val" if "val" in options else "split")
     table = read_table(rows, name, options, target)
     return _source(table, class_names([table.labels], table.names, target), f"{target}/{name}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from normfree.data.source import Split
 from normfree.data.sources.folders import FolderSource
-from normfree.data.subset import AUDIT_LIMIT, audit_notes, summary
-from normfree.data.transforms.decode import SUFFIXES
+from normfree.data.subset import make_split
+from normfree.data.transforms.decode import suffixes
+from normfree.data.walk import is_litter, list_folder
 from normfree.suggest import problem
 
 VAL_NAMES = ("val", "validation", "valid")
@@ -33,7 +35,7 @@ def find_imagenet(root: Path) -> bool:
     return train is not None and val is not None
 
 
-def open_imagenet(root: Path) -> Split:
+def open_imagenet(root: Path, *, test_fraction: float = 0.0, seed: int = 0) -> Split:
     """Return the split of train/ and the flat val/, whose labels come from a file.
 
     The file is next to train/, inside val/, one or two folders above, or in the unpacked devkit, and is one of
@@ -45,7 +47,8 @@ def open_imagenet(root: Path) -> Split:
       (ILSVRC2012_ID, from 1) are not indices into the sorted names; map_clsloc.txt or meta.mat of the devkit
       translates them (the latter needs SciPy: extra `imagenet`).
 
-    Classes are the sorted folder names of train/, the order of the released weights.
+    Classes are the sorted folder names of train/, the order of the released weights. With `test_fraction`, that
+    fraction of each class of train/ is the test part, chosen by a hash of `seed` and the file name.
 
     Raises:
         ValueError: The label file is missing or incomplete, or names an unknown class.
@@ -53,7 +56,7 @@ def open_imagenet(root: Path) -> Split:
     train_root, val_root = _parts(root)
     assert train_root is not None
     assert val_root is not None
-    classes = sorted(p.name for p in _visible(train_root) if p.is_dir())
+    classes = list_folder(train_root).folders
     samples = [
         (f"{name}/{file.name}", number)
         for number, name in enumerate(classes)
@@ -72,17 +75,14 @@ def open_imagenet(root: Path) -> Split:
     files = [file.name for file in _images(val_root, sort=True)]
     path, labels = _labels(root, val_root, files, classes)
     held = [(name, labels[name]) for name in files]
-    total = len(samples) + len(held)
-    train = FolderSource(train_root, samples, classes=classes)
+    own = FolderSource(train_root, samples, classes=classes)
     val = FolderSource(val_root, held, classes=classes)
-    how = f"validation is {val_root.name}/ with the labels of {path.name}"
-    return Split(
-        train=train,
-        val=val,
-        classes=tuple(classes),
-        notes=(summary(str(root), train, val), how, *audit_notes(total)),
-        files=total <= AUDIT_LIMIT,
+    split = make_split(
+        str(root), own, val, val_fraction=0.1, test_fraction=test_fraction, seed=seed, ident=own.ident
     )
+    first, _, *more = split.notes
+    how = f"validation is {val_root.name}/ with the labels of {path.name}"
+    return replace(split, notes=(first, how, *more))
 
 
 def _parts(root: Path) -> tuple[Path | None, Path | None]:
@@ -104,14 +104,14 @@ def _parts(root: Path) -> tuple[Path | None, Path | None]:
 
 def _visible(folder: Path) -> list[Path]:
     """Return the entries that are not hidden."""
-    return [p for p in folder.iterdir() if not p.name.startswith(".")]
+    return [p for p in folder.iterdir() if not is_litter(p.name)]
 
 
 def _images(folder: Path, *, sort: bool, first: bool = False) -> list[Path]:
     """Return the images of a folder, or with `first` only one of them."""
     found = []
     for path in folder.iterdir():
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        if path.suffix.lower() in suffixes() and not is_litter(path.name):
             found.append(path)
             if first:
                 break

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.data.source import Split
-from normfree.data.sources.folders import TRAIN_NAMES, VAL_NAMES, FolderSource
+from normfree.data.sources.folders import FolderSource, part_of
 from normfree.data.subset import make_split
-from normfree.data.transforms.decode import SUFFIXES
+from normfree.data.walk import list_folder, walk_images
 from normfree.suggest import problem
 
 
@@ -35,36 +34,44 @@ class NestedSource(FolderSource):
         return self._classes_of[index]
 
 
-def open_nested(root: Path, *, val_fraction: float, seed: int) -> Split:
+def open_nested(root: Path, *, val_fraction: float, test_fraction: float = 0.0, seed: int) -> Split:
     """Return the split of a folder whose images have the names of all folders above them as classes.
 
     outdoor/dog/1.jpg is of the classes "outdoor" and "dog", outdoor/2.jpg of "outdoor", and 3.jpg, directly in `root`,
-    of none. With train/ and val/ (or the other names of `open_folder`), these are the parts; otherwise `val_fraction`
-    of the images are held out.
+    of none. Folders such as train/, val/ and test/ are the parts; those that are missing are fractions of the images.
 
     Raises:
         ValueError: there are no images, or fewer than two classes.
     """
-    train_root, val_root = (_part(root, names) for names in (TRAIN_NAMES, VAL_NAMES))
-    both = train_root is not None and val_root is not None
-    own = train_root if both and train_root is not None else root
+    parts = _parts(root)
+    own = parts.get("train", root)
     files = _files(own)
     classes = sorted({part for name in files for part in name.split("/")[:-1]})
     if len(classes) < 2:
         given = f"{own} has images in {len(classes)} folders, which are the classes"
         raise ValueError(problem(given, allowed="two or more", fix="put images into folders within folders"))
-    source = _source(own, files, classes)
-    val = _source(val_root, _files(val_root), classes) if both and val_root is not None else None
+    held = {part: _source(where, _files(where), classes) for part, where in parts.items() if part != "train"}
     return make_split(
-        str(root), source, val, val_fraction=val_fraction, seed=seed, ident=lambda index: files[index]
-    )
+        str(root), _source(own, files, classes), held.get("val"), test=held.get("test"), val_fraction=val_fraction,
+        test_fraction=test_fraction, seed=seed, ident=lambda index: files[index],
+    )  # fmt: skip
 
 
-def open_labeled_nested(root: Path) -> NestedSource:
-    """Return the images to evaluate on: those of val/ if the folder has one, else all."""
-    own = _part(root, VAL_NAMES) or root
+def open_labeled_nested(root: Path, *, part: str = "val") -> NestedSource:
+    """Return the images to evaluate on: those of a held-out part if the folder has one, else all."""
+    parts = _parts(root)
+    own = next((parts[name] for name in (part, "val", "test") if name in parts), root)
     files = _files(own)
     return _source(own, files, sorted({part for name in files for part in name.split("/")[:-1]}))
+
+
+def _parts(root: Path) -> dict[str, Path]:
+    """Return the folders of the parts, if there is one to train on and one that is held out."""
+    found: dict[str, Path] = {}
+    for name in list_folder(root).folders:
+        if stated := part_of(name):
+            found.setdefault(stated[0], root / name)
+    return found if "train" in found and len(found) > 1 else {}
 
 
 def _source(root: Path, files: Sequence[str], classes: Sequence[str]) -> NestedSource:
@@ -81,21 +88,9 @@ def _source(root: Path, files: Sequence[str], classes: Sequence[str]) -> NestedS
     return NestedSource(root, samples, classes=classes)
 
 
-def _part(root: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the first of the folders `names` in `root` that exists."""
-    return next((root / name for name in names if (root / name).is_dir()), None)
-
-
 def _files(root: Path) -> list[str]:
     """Return the sorted paths of all images below `root`, relative to it, with slashes."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        found += [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
+    found, _ = walk_images(root)
     if not found:
         raise ValueError(problem(f"{root} holds no images", fix="check the path"))
-    return sorted(found)
+    return [path.relative_to(root).as_posix() for path in found]

@@ -5,20 +5,29 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from normfree.data.source import Source, Split
+from normfree.data.sources.folders import DEFAULT_LIMITS, ImageLimits
+from normfree.data.sources.listed import TABLES
 from normfree.data.sources.torchvision_sets import TORCHVISION_SETS, open_torchvision
 from normfree.data.spec import is_yes, parse_spec
+from normfree.data.subset import check_fractions, halve_validation, hash_split, summary
+from normfree.data.transforms.decode import FULL_RANGE
 from normfree.suggest import closest, problem
 
 DEFAULT_ROOT = Path("data")  # folder of the data sets of torchvision, below the working directory
 NAMES = ("emoji", *TORCHVISION_SETS, "synthetic")
+_DECODING = ("range", "max_pixels")
 SCHEMES = {  # scheme -> its options
-    "shards": ("val",),
-    "packed": ("val",),
+    "folder": _DECODING,
+    "csv": ("image", "label", "root", "val", "test", *_DECODING),
+    "shards": ("val", "test"),
+    "packed": ("val", "test"),
     "nested": (),
-    "hf": ("split", "val", "image", "label", "subset", "revision", "download", "streaming", "buffer"),
+    "hf": ("split", "val", "test", "image", "label", "subset", "revision", "download", "streaming", "buffer"),
 }
 _ALLOWED = f"a folder of images, or one of {', '.join([*NAMES, *(f'{scheme}:...' for scheme in SCHEMES)])}"
 
@@ -27,20 +36,23 @@ def open_source(
     data: str | os.PathLike[str],
     *,
     val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
     seed: int = 0,
     download: bool = False,
     root: str | os.PathLike[str] | None = None,
     pipes: bool = False,
     labels: bool = True,
 ) -> Split:
-    """Open a data set by name or by path, split into training and validation.
+    """Open a data set by name or by path, split into training, validation and, if there is one, a test part.
 
     `data` is one of the following (docs/data.md has examples):
 
     - "emoji" (the default of the demo), "synthetic" (with options: "synthetic:classes=4,size=32,train=256,val=64");
     - "cifar10", "cifar100", "fashion_mnist" (with options: "cifar10:root=FOLDER,download=yes");
-    - the path of a folder: class folders, train/ and val/ of class folders, ImageNet as published, or tar shards. Write
-      "./emoji" for a folder that has the name of a data set;
+    - the path of a folder: class folders, train/, val/ and test/ of class folders, an export of Roboflow, ImageNet as
+      published, or tar shards. Write "./emoji" for a folder that has the name of a data set, and
+      "folder:PATH,range=4095,max_pixels=300000000" to state white in 16-bit images or the largest size;
+    - the path of a table (.csv, .tsv) or list (.txt) of images: "csv:FILE[,image=COLUMN,label=COLUMN,root=FOLDER,...]";
     - "shards:PATTERN[,val=PATTERN]": WebDataset; the prefix is optional if the pattern ends in .tar, and a PATTERN may
       be "pipe:COMMAND";
     - "packed:FILE[,val=FILE]": files written by `pack`;
@@ -51,6 +63,9 @@ def open_source(
         data: Name or path.
         val_fraction: Fraction of each class for validation, for data without a validation part. Named data sets have
             fixed splits.
+        test_fraction: Fraction of each class for the test, for data without a test part; 0: no test part. Of the named
+            data sets, "emoji" and "synthetic" give half of their validation images if it is above 0, and those of
+            torchvision have their published test part, with validation images from the training part.
         seed: Seed of that split.
         download: Allow torchvision's data sets and remote names after "hf:" to be downloaded. An option in `data`
             overrides it.
@@ -72,65 +87,156 @@ def open_source(
         (1, (16, 16))
     """
     text = os.fspath(data)
+    check_fractions(val_fraction, test_fraction)
+    if text.partition(":")[0] in NAMES:
+        return _open_named(
+            text,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=seed,
+            download=download,
+            root=root,
+        )
+    spec = _spec(text)
+    parts = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    if spec:
+        return _open_spec(spec, **parts, seed=seed, download=download, pipes=pipes, labels=labels)
+    return _open_folder(Path(text), DEFAULT_LIMITS, **parts, seed=seed, labels=labels)
+
+
+def _open_named(
+    text: str, *, val_fraction: float, test_fraction: float, seed: int, download: bool,
+    root: str | os.PathLike[str] | None,
+) -> Split:  # fmt: skip
+    """Return the split of a data set with a name."""
     if text == "emoji":
         from normfree.data.sources.emoji import open_emoji
 
-        return open_emoji()
-    if text.partition(":")[0] == "synthetic":
+        split = open_emoji()
+    elif text.partition(":")[0] == "synthetic":
         from normfree.data.sources.synthetic import open_synthetic
 
-        return open_synthetic(text)
-    if text.partition(":")[0] in TORCHVISION_SETS:
-        return open_torchvision(text, root=Path(root or DEFAULT_ROOT), download=download)
-    spec = _spec(text)
-    if spec:
-        return _open_spec(spec, val_fraction=val_fraction, seed=seed, download=download, pipes=pipes)
-    return _open_path(Path(text).expanduser(), text, val_fraction=val_fraction, seed=seed, labels=labels)
+        split = open_synthetic(text)
+    else:
+        split = open_torchvision(text, root=Path(root or DEFAULT_ROOT), download=download)
+        if not test_fraction:
+            return split
+        train, val, _ = hash_split(split.train, val_fraction=val_fraction, seed=seed)
+        how = f"validation is {100 * val_fraction:g} % of each class, and the test part is the published one"
+        notes = (summary(text, train, val, split.val), how)
+        return replace(split, train=train, val=val, test=split.val, notes=notes)
+    # The seed of a run does not matter, as for the split into training and validation.
+    return halve_validation(split, seed=0) if test_fraction else split
 
 
-def _open_path(path: Path, text: str, *, val_fraction: float, seed: int, labels: bool) -> Split:
-    """Return the split of the folder at `path`, which was given as `text`."""
+def _open_folder(
+    path: Path, limits: ImageLimits, *, val_fraction: float, test_fraction: float, seed: int, labels: bool
+) -> Split:
+    """Return the split of a folder of images."""
+    from normfree.data.sources.folders import open_folder
+    from normfree.data.sources.imagenet import find_imagenet, open_imagenet
+    from normfree.data.sources.listed import find_roboflow, open_listed, roboflow_options
+    from normfree.data.sources.unlabeled import is_flat, open_unlabeled
+
+    path = path.expanduser()
+    _check_folder(path)
+    if not labels and is_flat(path):
+        return open_unlabeled(path, val_fraction=val_fraction, seed=seed, limits=limits)
+    if (table := find_roboflow(path)) is not None:
+        return open_listed(
+            table,
+            roboflow_options(table),
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            seed=seed,
+            limits=limits,
+        )
+    if find_imagenet(path):
+        return open_imagenet(path, test_fraction=test_fraction, seed=seed)
+    return open_folder(path, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, limits=limits)
+
+
+def _check_folder(path: Path) -> None:
+    """Raise `ValueError` unless `path` is a folder."""
     if not path.exists():
-        raise ValueError(_unknown(text))
+        raise ValueError(_unknown(str(path)))
     if not path.is_dir():
         raise ValueError(
             problem(
-                f"{text!r} is a file",
+                f"{str(path)!r} is a file",
                 allowed=_ALLOWED,
                 fix="name the folder of images; an archive must be unpacked first",
             )
         )
-    from normfree.data.sources.folders import open_folder
-    from normfree.data.sources.imagenet import find_imagenet, open_imagenet
-    from normfree.data.sources.unlabeled import is_flat, open_unlabeled
 
-    if not labels and is_flat(path):
-        return open_unlabeled(path, val_fraction=val_fraction, seed=seed)
-    if find_imagenet(path):
-        return open_imagenet(path)
-    return open_folder(path, val_fraction=val_fraction, seed=seed)
+
+def image_limits(data: str | os.PathLike[str]) -> ImageLimits:
+    """Return the limits that a specification states with `range=` and `max_pixels=`; the defaults for others.
+
+    Raises:
+        ValueError: A value is no whole number above 0.
+
+    >>> image_limits("folder:photos/,range=4095").pixel_range
+    4095
+    """
+    text = _spec(os.fspath(data))
+    scheme = text.partition(":")[0]
+    if "range" not in SCHEMES.get(scheme, ()):
+        return DEFAULT_LIMITS
+    return _limits(parse_spec(text, allowed=SCHEMES[scheme])[1])
+
+
+def _limits(options: Mapping[str, str]) -> ImageLimits:
+    """Return the limits among the options of a specification."""
+    found = {}
+    for option, field, most in (("range", "pixel_range", FULL_RANGE), ("max_pixels", "max_pixels", 10**10)):
+        if option in options:
+            value = options[option]
+            if not value.isdecimal() or not 0 < int(value) <= most:
+                raise ValueError(
+                    problem(
+                        f"{option}={value}", allowed=f"a whole number from 1 to {most}", fix=f"{option}=4095"
+                    )
+                )
+            found[field] = int(value)
+    return ImageLimits(**found)
 
 
 def open_labeled(
-    data: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None, pipes: bool = False
+    data: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    pipes: bool = False,
+    part: str = "val",
 ) -> Source:
-    """Open the images to evaluate a trained network on: the validation part if `data` has one, else every image.
+    """Open the images to evaluate a trained network on: a held-out part if `data` has one, else every image.
 
-    Nothing is downloaded unless an option in `data` requests it. Arguments and errors are those of `open_source`.
+    Nothing is downloaded unless an option in `data` requests it. Arguments and errors are those of `open_source`;
+    `part` is the held-out part that is used if there are two, "val" or "test".
     """
     text = os.fspath(data)
     spec = _spec(text)
     if spec:
-        return _open_labeled_spec(spec, pipes=pipes)
+        return _open_labeled_spec(spec, pipes=pipes, part=part)
     path = Path(text).expanduser()
-    if text.partition(":")[0] in NAMES or not path.is_dir():
+    if text.partition(":")[0] in NAMES:
         return open_source(data, root=root).val
+    return _open_labeled_folder(path, DEFAULT_LIMITS, part)
+
+
+def _open_labeled_folder(path: Path, limits: ImageLimits, part: str) -> Source:
+    """Return the images of a folder to evaluate a trained network on."""
     from normfree.data.sources.folders import open_labeled_folder
     from normfree.data.sources.imagenet import find_imagenet, open_imagenet
+    from normfree.data.sources.listed import find_roboflow, open_labeled_listed, roboflow_options
 
+    path = path.expanduser()
+    _check_folder(path)
+    if (table := find_roboflow(path)) is not None:
+        return open_labeled_listed(table, roboflow_options(table), limits=limits, part=part)
     if find_imagenet(path):
         return open_imagenet(path).val
-    return open_labeled_folder(path)
+    return open_labeled_folder(path, limits=limits, part=part)
 
 
 def _spec(text: str) -> str:
@@ -144,6 +250,8 @@ def _spec(text: str) -> str:
     if re.search(r"\.tar(,val=|$)", text) and not misspelled:
         return f"shards:{text}"
     path = Path(text).expanduser()
+    if path.suffix.lower() in TABLES and path.is_file():
+        return f"csv:{text}"
     if text and path.is_dir():
         names = sorted(p.name for p in path.glob("*.tar"))
         # An archive next to class folders is not data.
@@ -173,47 +281,74 @@ def _shard_folder(path: Path, names: list[str]) -> str:
     return f"shards:{folder}/*.tar"
 
 
-def _open_spec(text: str, *, val_fraction: float, seed: int, download: bool, pipes: bool) -> Split:
+def _open_spec(
+    text: str,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    download: bool,
+    pipes: bool,
+    labels: bool,
+) -> Split:
     """Return the split of "SCHEME:TARGET,option=value,..."."""
     scheme = text.partition(":")[0]
     target, options = parse_spec(text, allowed=SCHEMES[scheme])
+    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    if scheme == "folder":
+        return _open_folder(Path(target), _limits(options), **fractions, seed=seed, labels=labels)
+    if scheme == "csv":
+        from normfree.data.sources.listed import open_listed
+
+        return open_listed(
+            Path(target).expanduser(), options, **fractions, seed=seed, limits=_limits(options)
+        )
     if scheme == "shards":
         from normfree.data.sources.webdataset import split_shards
 
-        return split_shards(target, options.get("val"), val_fraction=val_fraction, seed=seed, pipes=pipes)
+        return split_shards(
+            target, options.get("val"), test=options.get("test"), **fractions, seed=seed, pipes=pipes
+        )
     if scheme == "packed":
         from normfree.data.sources.packed import split_packed
 
-        return split_packed(target, options.get("val"), val_fraction=val_fraction, seed=seed)
+        return split_packed(target, options.get("val"), test=options.get("test"), **fractions, seed=seed)
     if scheme == "nested":
         from normfree.data.sources.nested import open_nested
 
-        return open_nested(Path(target).expanduser(), val_fraction=val_fraction, seed=seed)
+        return open_nested(Path(target).expanduser(), **fractions, seed=seed)
     from normfree.data.sources.huggingface import split_huggingface
 
     download = is_yes(options, "download", download)
-    return split_huggingface(target, options, val_fraction=val_fraction, seed=seed, download=download)
+    return split_huggingface(target, options, **fractions, seed=seed, download=download)
 
 
-def _open_labeled_spec(text: str, *, pipes: bool) -> Source:
+def _open_labeled_spec(text: str, *, pipes: bool, part: str) -> Source:
     """Return the images to evaluate on of "SCHEME:TARGET,option=value,..."."""
     scheme = text.partition(":")[0]
     target, options = parse_spec(text, allowed=SCHEMES[scheme])
+    held = next((options[name] for name in (part, "val", "test") if name in options), target)
+    if scheme == "folder":
+        return _open_labeled_folder(Path(target), _limits(options), part)
+    if scheme == "csv":
+        from normfree.data.sources.listed import open_labeled_listed
+
+        return open_labeled_listed(Path(target).expanduser(), options, limits=_limits(options), part=part)
     if scheme == "shards":
         from normfree.data.sources.webdataset import open_shards
 
-        return open_shards(options.get("val", target), pipes=pipes)
+        return open_shards(held, pipes=pipes)
     if scheme == "packed":
         from normfree.data.sources.packed import PackedSource
 
-        return PackedSource(options.get("val", target))
+        return PackedSource(held)
     if scheme == "nested":
         from normfree.data.sources.nested import open_labeled_nested
 
-        return open_labeled_nested(Path(target).expanduser())
+        return open_labeled_nested(Path(target).expanduser(), part=part)
     from normfree.data.sources.huggingface import open_labeled_huggingface
 
-    return open_labeled_huggingface(target, options, download=is_yes(options, "download"))
+    return open_labeled_huggingface(target, options, download=is_yes(options, "download"), part=part)
 
 
 def _unknown(text: str) -> str:

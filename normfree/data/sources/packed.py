@@ -190,23 +190,36 @@ class PackedSource:
         self._images = self._map()
 
 
-def split_packed(path: str, val: str | None, *, val_fraction: float, seed: int) -> Split:
-    """Return the split of packed files; without `val`, `hash_split` divides `path`.
+def split_packed(
+    path: str,
+    val: str | None,
+    *,
+    test: str | None = None,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    seed: int,
+) -> Split:
+    """Return the split of packed files; without `val` or `test`, `path` is divided by hash.
 
     Raises:
-        ValueError: As for `PackedSource`, or the two files do not match.
+        ValueError: As for `PackedSource`, or the files do not match.
     """
     train = PackedSource(path)
-    held = PackedSource(val) if val is not None else None
-    if held is not None and (held.classes != train.classes or held.size != train.size):
-        raise ValueError(
-            problem(
-                f"{path} and {val} differ in classes or size ({train.size} and {held.size} px)",
-                allowed="files of the same classes and size",
-                fix="pack one of them again",
+    held = {part: PackedSource(name) for part, name in (("val", val), ("test", test)) if name is not None}
+    for part, source in held.items():
+        if source.classes != train.classes or source.size != train.size:
+            name = val if part == "val" else test
+            raise ValueError(
+                problem(
+                    f"{path} and {name} differ in classes or size ({train.size} and {source.size} px)",
+                    allowed="files of the same classes and size",
+                    fix="pack one of them again",
+                )
             )
-        )
-    return make_split(path, train, held, val_fraction=val_fraction, seed=seed, image_size=train.size)
+    return make_split(
+        path, train, held.get("val"), test=held.get("test"), val_fraction=val_fraction, test_fraction=test_fraction,
+        seed=seed, image_size=train.size,
+    )  # fmt: skip
 
 
 def _read_header(file: BinaryIO, path: str) -> tuple[int, dict[str, Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from normfree.data.encoded import MAX_CLASSES
 from normfree.data.sources.storage import StoredFile
-from normfree.data.transforms.decode import SUFFIXES
+from normfree.data.transforms.decode import suffixes
 from normfree.files import atomic_write
 from normfree.suggest import problem
 
@@ -147,7 +147,7 @@ def index_tar(file: BinaryIO, *, name: str, size: int) -> TarIndex:
             continue
         suffix = suffix.lower()
         key = "/".join([*parts[:-1], stem])
-        if "." + suffix in SUFFIXES:
+        if "." + suffix in suffixes():
             if key in images:
                 _refuse(
                     name,

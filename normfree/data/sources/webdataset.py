@@ -150,9 +150,16 @@ def open_shards(
 
 
 def split_shards(
-    pattern: str, val: str | None, *, val_fraction: float, seed: int, pipes: bool = False
+    pattern: str,
+    val: str | None,
+    *,
+    test: str | None = None,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    seed: int,
+    pipes: bool = False,
 ) -> Split:
-    """Return the split of shards: `val` is the pattern of the validation shards; without it, `hash_split` divides.
+    """Return the split of shards: `val` and `test` are the patterns of their shards; without them, hashes divide.
 
     If classes are numbers, both parts get the larger number of classes.
 
@@ -160,25 +167,41 @@ def split_shards(
         ValueError: As for `open_shards`, or the two parts have different class names.
     """
     train = open_shards(pattern, pipes=pipes)
-    if val is None:
-        split = make_split(pattern, train, None, val_fraction=val_fraction, seed=seed, ident=train.ident)
-        return replace(split, notes=(*split.notes, *train.kept()))
-    held = open_shards(val, pipes=pipes)
-    if held.classes != train.classes:
-        longer = max(train.classes, held.classes, key=len)
-        if any(
-            source.classes != longer[: len(source.classes)] for source in (train, held)
-        ) or longer != number_classes(len(longer)):
-            raise ValueError(
-                problem(
-                    f"{pattern} and {val} have different class names",
-                    allowed="the same classes.txt next to both",
-                    fix="copy one of them",
-                )
+    held: dict[str, ShardSource] = {}
+    for part, other in (("val", val), ("test", test)):
+        if other is not None:
+            held[part] = open_shards(other, pipes=pipes)
+            _match_classes(train, held[part], pattern, other)
+    for source in held.values():
+        source.classes = train.classes
+    split = make_split(
+        pattern, train, held.get("val"), test=held.get("test"), val_fraction=val_fraction, test_fraction=test_fraction,
+        seed=seed, ident=train.ident,
+    )  # fmt: skip
+    kept = [note for source in (train, *held.values()) for note in source.kept()]
+    return replace(split, notes=(*split.notes, *kept))
+
+
+def _match_classes(train: ShardSource, held: ShardSource, pattern: str, other: str) -> None:
+    """Give `train` the larger number of classes if the classes of both are numbers.
+
+    Raises:
+        ValueError: The class names differ.
+    """
+    if held.classes == train.classes:
+        return
+    longer = max(train.classes, held.classes, key=len)
+    if any(
+        source.classes != longer[: len(source.classes)] for source in (train, held)
+    ) or longer != number_classes(len(longer)):
+        raise ValueError(
+            problem(
+                f"{pattern} and {other} have different class names",
+                allowed="the same classes.txt next to both",
+                fix="copy one of them",
             )
-        train.classes = held.classes = longer
-    split = make_split(pattern, train, held, val_fraction=val_fraction, seed=seed)
-    return replace(split, notes=(*split.notes, *train.kept(), *held.kept()))
+        )
+    train.classes = longer
 
 
 def _class_names(shard: StoredFile) -> tuple[str, ...] | None:

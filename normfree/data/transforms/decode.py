@@ -5,38 +5,55 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 # Formats that are safe to parse. EPS, PS and PDF are excluded because they start an interpreter, rare containers
 # because their decoders are seldom fuzzed. JPEG includes the multi-image files of phones; their first image is read.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "gif",
-        "bmp",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-    ]
-)
-MAX_PIXELS = 64_000_000  # about 256 MB decoded: more than any common camera, less than a decompression bomb
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"
+)  # fmt: skip
+# Phones of today take up to 200 megapixels (16,320 x 12,240).
+MAX_PIXELS = 256_000_000
+# JPEGs with more pixels than this are decoded at half size or less, which libjpeg does at once: training and evaluation
+# use a small part of their pixels, and 200 megapixels would take 800 MB of memory in each worker.
+DRAFT_ABOVE = 64_000_000
 MAX_BYTES = 1_000_000_000  # of an encoded image; 333 million uncompressed pixels
-_SIXTEEN_TO_EIGHT = 257  # 65535 / 255
+FULL_RANGE = 65_535  # largest value of 16 bits
+
+
+# Pillow refuses large images by a global limit. It is lifted while a header is read, by one thread at a time, because
+# `load_image` has a limit of its own.
+_OPENING = threading.Lock()
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return the formats that are read: AVIF if Pillow was built with it, HEIF if pillow-heif is installed."""
+    from PIL import features
+
+    found = (*_FORMATS, "AVIF") if features.check("avif") else _FORMATS
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return found
+    register_heif_opener()
+    return (*found, "HEIF")
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of files that are read as images, in lower case."""
+    more = {"AVIF": (".avif",), "HEIF": (".heic", ".heif", ".hif")}
+    return frozenset(_SUFFIXES).union(*(more.get(name, ()) for name in formats()))
 
 
 class ImageError(ValueError):
@@ -58,18 +75,20 @@ def load_image(
     name: str = "image bytes",
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
+    pixel_range: int = FULL_RANGE,
 ) -> Image:
     """Decode the first image of a file or byte string to mode RGB.
 
     The format is detected from the content, not from the name, and the size in the header is checked before anything
     is decoded. The EXIF orientation is applied; palettes, gray and CMYK are converted; 16-bit gray is scaled to 8
-    bits, not clipped.
+    bits, not clipped. A JPEG of more than `DRAFT_ABOVE` pixels is decoded at half its size or less.
 
     Args:
         source: Path or encoded bytes.
         name: Name of a byte string in errors.
         background: Color 0 to 255 under transparent pixels.
         max_pixels: Largest width times height.
+        pixel_range: Value of white in 16-bit gray images, for example 4095 for a camera of 12 bits.
 
     Raises:
         ImageError: The file is missing, truncated, damaged, too large, in another format, or has pixels of unknown
@@ -79,21 +98,23 @@ def load_image(
     data = source if isinstance(source, bytes) else read_file(name)
     if not data:
         raise ImageError(name, "the file is empty")
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_header(data) as image:
             if image.width * image.height > max_pixels:
-                raise ImageError(name, _too_large(f"{image.width} x {image.height} pixels", max_pixels))
+                raise ImageError(name, _too_large(image, max_pixels))
+            if image.width * image.height > DRAFT_ABOVE:  # only JPEG does anything here
+                image.draft(image.mode, (image.width // 2, image.height // 2))
             image.load()
             _refuse_unknown_range(image, name)
-            return _to_rgb(_upright(image), background)
+            return _to_rgb(_upright(image), background, pixel_range)
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(name, f"not an image, or not one of {', '.join(FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow has a limit of its own
-        raise ImageError(name, _too_large("more than Pillow's own limit", max_pixels)) from None
+        raise ImageError(
+            name, f"not an image, or not one of {', '.join(formats())}{_package(data)}"
+        ) from None
     # Damaged files raise OSError, SyntaxError, ValueError, struct.error, EOFError and more.
     except Exception as error:
         raise ImageError(name, f"damaged: {error or type(error).__name__}") from error
@@ -119,9 +140,50 @@ def read_file(source: str | os.PathLike[str]) -> bytes:
         raise ImageError(path, f"cannot be read: {error.strerror or error}") from error
 
 
-def _too_large(size: str, max_pixels: int) -> str:
+def open_header(data: bytes) -> ImageFile:
+    """Return the image of encoded bytes, of which only the header has been read, without Pillow's limit on its size."""
+    from PIL import Image
+
+    allowed = formats()
+    with _OPENING:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=allowed)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def sixteen_bit_peak(data: bytes) -> int | None:
+    """Return the largest value of a 16-bit gray image; None for other images and for damaged ones."""
+    try:
+        with open_header(data) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    except Exception:  # `load_image` gives the reason
+        return None
+
+
+def _too_large(image: Image, max_pixels: int) -> str:
     """Return the reason for an image of too many pixels."""
-    return f"too large: {size}, the limit is {max_pixels:,}. Fix: scale it down before training"
+    size = f"{image.width} x {image.height} pixels"
+    return f"too large: {size}, the limit is {max_pixels:,}. Fix: scale it down, or raise max_pixels"
+
+
+def _package(data: bytes) -> str:
+    """Return advice for HEIC images, which need a package. ISO 14496-12: a file starts with a box "ftyp"."""
+    heic = data[4:8] == b"ftyp" and data[8:12] in (
+        b"heic",
+        b"heix",
+        b"mif1",
+        b"msf1",
+        b"hevc",
+        b"heim",
+        b"heis",
+    )
+    return (
+        '; it looks like HEIC, which needs: pip install "normfree[heic]"'
+        if heic and "HEIF" not in formats()
+        else ""
+    )
 
 
 def _upright(image: Image) -> Image:
@@ -144,13 +206,15 @@ def _refuse_unknown_range(image: Image, name: str) -> None:
         raise ImageError(name, f"32-bit integer pixels, whose range is unknown. {fix}")
 
 
-def _to_rgb(image: Image, background: tuple[int, int, int]) -> Image:
+def _to_rgb(image: Image, background: tuple[int, int, int], pixel_range: int) -> Image:
     """Scale 16 bits to 8, compose transparent pixels over `background`, and convert to RGB."""
     from PIL import Image
 
     if image.mode.startswith("I"):
         values: Any = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((values + _SIXTEEN_TO_EIGHT // 2) // _SIXTEEN_TO_EIGHT).astype(np.uint8))
+        # The nearest of 256 levels. For the full range this is a division by 257.
+        levels = (values * 255 + pixel_range // 2) // pixel_range
+        image = Image.fromarray(np.minimum(levels, 255).astype(np.uint8))
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, (*background, 255))
         canvas.alpha_composite(image.convert("RGBA"))

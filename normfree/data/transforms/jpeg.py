@@ -6,14 +6,20 @@ bytes per pixel straight into an array. If it raises any error, `load_image` dec
 
 from __future__ import annotations
 
-import io
 import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from normfree.data.transforms.decode import FORMATS, MAX_PIXELS, load_image, read_file
+from normfree.data.transforms.decode import (
+    DRAFT_ABOVE,
+    FULL_RANGE,
+    MAX_PIXELS,
+    load_image,
+    open_header,
+    read_file,
+)
 
 _START = b"\xff\xd8\xff"
 _MAY_TURN = (b"Exif\0\0", b"http://ns.adobe.com/xap/")  # segments where cameras store the orientation
@@ -29,6 +35,7 @@ def load_array(
     name: str = "image bytes",
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
+    pixel_range: int = FULL_RANGE,
 ) -> np.ndarray:
     """Decode like `load_image`, with the same limits and errors, to uint8 H W 3; the array may be read-only.
 
@@ -37,10 +44,11 @@ def load_array(
     """
     data = source if isinstance(source, bytes) else read_file(source)
     name = name if isinstance(source, bytes) else os.fspath(source)
-    found = _quick(data, max_pixels) if data.startswith(_START) else None
+    found = _quick(data, min(max_pixels, DRAFT_ABOVE)) if data.startswith(_START) else None
     if found is not None:
         return found
-    return np.asarray(load_image(data, name=name, background=background, max_pixels=max_pixels))
+    image = load_image(data, name=name, background=background, max_pixels=max_pixels, pixel_range=pixel_range)
+    return np.asarray(image)
 
 
 def _quick(data: bytes, max_pixels: int) -> np.ndarray | None:
@@ -65,9 +73,7 @@ def _upright(data: bytes) -> bool:
     head = _head(data)
     if not any(mark in head for mark in _MAY_TURN):
         return True
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads only the header
+    with open_header(data) as image:
         return image.getexif().get(_ORIENTATION, 1) == 1
 
 

@@ -99,7 +99,7 @@ def test_options_choose_splits_and_columns(tmp_path: Path) -> None:
 def test_images_without_the_image_feature(tmp_path: Path, image: Any) -> None:
     check(
         open_source(
-            parquet(tmp_path, train=rows(range(6), image=image), test=rows(range(3), image=image))
+            parquet(tmp_path, train=rows(range(6), image=image), validation=rows(range(3), image=image))
         ).train,
         range(6),
     )
@@ -107,9 +107,9 @@ def test_images_without_the_image_feature(tmp_path: Path, image: Any) -> None:
 
 def test_labels_that_are_texts_or_plain_numbers(tmp_path: Path) -> None:
     texts = rows(range(6), label=datasets.Value("string"), labels=[NAMES[i % 3] for i in range(6)])
-    check(open_source(parquet(tmp_path / "a", train=texts, test=texts)).val, range(6))
+    check(open_source(parquet(tmp_path / "a", train=texts, validation=texts)).val, range(6))
     numbers = rows(range(6), label=datasets.Value("int16"))
-    assert open_source(parquet(tmp_path / "b", train=numbers, test=numbers)).classes == ("0", "1", "2")
+    assert open_source(parquet(tmp_path / "b", train=numbers, validation=numbers)).classes == ("0", "1", "2")
 
 
 def test_one_split_is_divided_by_hash_alike_in_every_run_and_folder(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_one_split_is_divided_by_hash_alike_in_every_run_and_folder(tmp_path: Pa
 
 
 def test_batches_are_those_of_the_images_in_memory_whatever_the_workers(tmp_path: Path) -> None:
-    source = open_source(parquet(tmp_path, train=rows(range(9)), test=rows(range(3)))).train
+    source = open_source(parquet(tmp_path, train=rows(range(9)), validation=rows(range(3)))).train
     arrays = ArraySource(
         np.stack([np.asarray(make_image(i)) for i in range(9)]),
         [i % 3 for i in range(9)],
@@ -150,7 +150,7 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     )
     cells = [{"bytes": png(0), "path": None}, {"bytes": b"junk", "path": "a.png"}, None]
     data = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 2]}, features=features)
-    source = open_source(parquet(tmp_path, train=data, test=data)).train
+    source = open_source(parquet(tmp_path, train=data, validation=data)).train
     found = [(bad.name, bad.reason.split(",")[0]) for bad in audit(source).bad]
     assert found == [
         (f"{tmp_path}/train/1", "not an image"),
@@ -163,7 +163,7 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
 
     def load(name: str, subset: str | None, *, revision: str | None) -> Any:
         asked.append((name, subset, revision))
-        return datasets.DatasetDict({"train": rows(range(6)), "test": rows(range(3))})
+        return datasets.DatasetDict({"train": rows(range(6)), "validation": rows(range(3))})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert message("hf:owner/set") == (
@@ -180,9 +180,9 @@ def test_nothing_comes_from_the_hub_untold(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_errors_name_what_there_is(tmp_path: Path) -> None:
-    spec = parquet(tmp_path / "a", train=rows(range(6)), test=rows(range(3)))
+    spec = parquet(tmp_path / "a", train=rows(range(6)), validation=rows(range(3)))
     assert (
-        message(f"{spec},split=trian") == f"'{spec}' has no split 'trian'. Allowed: train, test. "
+        message(f"{spec},split=trian") == f"'{spec}' has no split 'trian'. Allowed: train, validation. "
         "Fix: choose one with split=SPLIT. Did you mean 'train'?"
     )
     assert (
@@ -192,15 +192,15 @@ def test_errors_name_what_there_is(tmp_path: Path) -> None:
     assert message(f"{spec},image=label").startswith(f"the column 'label' of '{spec}' holds ClassLabel(")
     assert message(f"{spec},label=image").startswith(f"the column 'image' of '{spec}' holds Image(")
     assert message(f"{spec},lebal=x") == (
-        f"'{spec},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., image=..., label=..., "
+        f"'{spec},lebal=x' has an unknown option 'lebal'. Allowed: split=..., val=..., test=..., image=..., label=..., "
         "subset=..., revision=..., download=..., streaming=..., buffer=... Did you mean 'label'?"
     )
     assert message("hf:") == (
-        "'hf:' names no data. Allowed: hf:PATH, then split=..., val=..., image=..., label=..., "
+        "'hf:' names no data. Allowed: hf:PATH, then split=..., val=..., test=..., image=..., label=..., "
         "subset=..., revision=..., download=..., streaming=..., buffer=... Fix: add the path."
     )
     assert message("hg:x").endswith("Did you mean 'hf:x'?")
-    unlabelled = parquet(tmp_path / "b", train=rows(range(3), labels=[0, 1, -1]), test=rows(range(3)))
+    unlabelled = parquet(tmp_path / "b", train=rows(range(3), labels=[0, 1, -1]), validation=rows(range(3)))
     assert message(unlabelled) == (
         f"row 2 of '{unlabelled}' has no label (label=-1). Allowed: a class in each row. "
         "Fix: choose a split with labels."
@@ -215,3 +215,11 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
         ModuleNotFoundError, match=r"^hf: needs datasets: pip install 'normfree\[datasets\]'$"
     ):
         open_source(f"hf:{tmp_path}")
+
+
+def test_a_test_split_is_the_test_part_and_not_validation(tmp_path: Path) -> None:
+    spec = parquet(tmp_path, train=rows(range(30)), test=rows(range(3)))
+    split = open_source(spec, val_fraction=0.2)
+    assert (len(split.train) + len(split.val), len(split.test)) == (30, 3)
+    assert len(open_source(f"{spec},val=test").val) == 3
+    assert open_source(f"{spec},val=test").test is None

@@ -55,7 +55,7 @@ def folder(root: Path, *, by_class: bool = False, texts: bool = False, files: tu
     starts = np.cumsum([0, *files]).tolist()
     kind = datasets.Value("string") if texts else datasets.ClassLabel(names=NAMES)
     parts = [("train", range(a, b), k) for k, (a, b) in enumerate(pairwise(starts))]
-    for name, numbers, k in [*parts, ("test", range(100, 104), 0)]:
+    for name, numbers, k in [*parts, ("validation", range(100, 104), 0)]:
         labels: list[Any] = [3 * i // starts[-1] if by_class and name == "train" else i % 3 for i in numbers]
         labels = [NAMES[label] for label in labels] if texts else labels
         table(numbers, labels, kind=kind).to_parquet(
@@ -221,7 +221,7 @@ def test_only_a_sorted_stream_is_noted(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images(tmp_path: Path) -> None:
-    for part, numbers in (("train", range(12)), ("test", range(12, 18))):
+    for part, numbers in (("train", range(12)), ("validation", range(12, 18))):
         for i in numbers:
             path = tmp_path / part / NAMES[i % 3] / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def test_a_row_without_a_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     data = datasets.Dataset.from_dict({"image": [None, None], "label": [0, 1]}, features=features)
-    for name in ("train", "test"):
+    for name in ("train", "validation"):
         data.to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     source = open_source(f"hf:{tmp_path},streaming=yes").train
     with pytest.raises(ImageError, match=rf"^{tmp_path}/train/[01]: the row has no image$"):
@@ -287,9 +287,9 @@ def test_errors_of_streams(tmp_path: Path) -> None:
         "buffer=10 without streaming=yes. Allowed: both or none; without streaming the whole set is shuffled. "
         "Fix: leave out buffer."
     )
-    assert message(f"{spec},split=test,val=nothing").startswith(f"'{plain}' has no split 'nothing'.")
+    assert message(f"{spec},split=validation,val=nothing").startswith(f"'{plain}' has no split 'nothing'.")
     assert message(f"{spec},image=label").startswith(f"the column 'label' of '{plain}' holds ClassLabel(")
-    (tmp_path / "a" / "data" / "test-00000-of-00001.parquet").unlink()
+    (tmp_path / "a" / "data" / "validation-00000-of-00001.parquet").unlink()
     assert message(spec) == (
         f"'{plain}' has no split to validate on, and a stream cannot be divided. Allowed: a second split, or a set "
         "without streaming. Fix: leave out streaming."

@@ -9,10 +9,13 @@ import pytest
 from PIL import Image
 
 from normfree.data.sources.open import open_labeled, open_source
+from normfree.data.transforms.decode import suffixes
 
 LAYOUT = "one folder of images per class, or train/ and val/ with one such folder per class"
-SUFFIXES = ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp"
-NAMES = "emoji, cifar10, cifar100, fashion_mnist, synthetic, shards:..., packed:..., hf:..."
+SUFFIXES = " ".join(sorted(suffixes()))
+NAMES = (
+    "emoji, cifar10, cifar100, fashion_mnist, synthetic, folder:..., csv:..., shards:..., packed:..., hf:..."
+)
 
 
 def fill(root: Path, **counts: int) -> Path:
@@ -54,17 +57,20 @@ def test_a_folder_with_train_and_val(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "valid", "test"])
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "Valid", "dev", "val_images"])
 def test_other_names_of_the_validation_part(tmp_path: Path, name: str) -> None:
     fill(tmp_path / "train", a=1, b=1)
     fill(tmp_path / name, a=1, b=1)
     assert open_source(tmp_path).notes[1] == f"validation is {name}/"
 
 
-def test_val_is_taken_before_test(tmp_path: Path) -> None:
+def test_val_chooses_and_test_is_the_third_part(tmp_path: Path) -> None:
     for part in ("train", "test", "val"):
         fill(tmp_path / part, a=1, b=1)
-    assert open_source(tmp_path).notes[1:] == ("validation is val/", "test/ was not used")
+    split = open_source(tmp_path)
+    assert split.notes[1:] == ("validation is val/", "the test part is test/")
+    assert names(split, "test", tmp_path) == ["test/a/000.png", "test/b/000.png"]
+    assert split.notes[0].endswith("2 images to train on, 2 to validate, 2 to test, 2 classes")
 
 
 def test_the_split_of_one_folder_is_even_complete_and_repeatable(tmp_path: Path) -> None:
@@ -111,7 +117,7 @@ def test_litter_is_skipped_and_other_files_are_counted(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     split = open_source(tmp_path)
     assert len(split.train) + len(split.val) == 4
-    assert split.notes[2] == "3 other files were left out (no image suffix, or outside the class folders)"
+    assert split.notes[2] == "3 files were left out: 1 .csv, 1 .txt, 1 image outside the class folders"
 
 
 def test_links_to_folders_are_followed_and_broken_links_kept(tmp_path: Path) -> None:
@@ -152,19 +158,18 @@ def test_folders_without_images(tmp_path: Path) -> None:
     assert message(tmp_path) == text
 
 
-def test_images_one_level_deeper(tmp_path: Path) -> None:
-    fill(tmp_path / "photos", a=1, b=1)
-    assert message(tmp_path) == (
-        f"{tmp_path} has no images in its class folders; they are one level deeper. "
-        f"Allowed: {LAYOUT}. Did you mean {str(tmp_path / 'photos')!r}?"
-    )
+def test_a_folder_that_holds_only_the_folder_of_the_data_is_entered(tmp_path: Path) -> None:
+    fill(tmp_path / "photos" / "photos", a=5, b=5)
+    split = open_source(tmp_path)
+    assert split.classes == ("a", "b")
+    assert f"{tmp_path} holds one folder, photos/photos/, which was taken for the data" in split.notes
 
 
 def test_images_one_level_higher(tmp_path: Path) -> None:
     fill(tmp_path, a=3)
     assert message(tmp_path / "a") == (
         f"{tmp_path / 'a'} holds 3 images and no class folders. Allowed: {LAYOUT}. "
-        f"Fix: put the images into {tmp_path / 'a' / '<class>'}."
+        f"Fix: put the images into {tmp_path / 'a' / '<class>'}, or give a CSV file of labels."
     )
     fill(tmp_path, b=1)
     assert message(tmp_path / "a") == (
@@ -207,14 +212,24 @@ def test_one_image_per_class(tmp_path: Path) -> None:
     )
 
 
-def test_different_classes_are_listed(tmp_path: Path) -> None:
+def test_classes_of_val_that_train_does_not_have_are_listed(tmp_path: Path) -> None:
     fill(tmp_path / "train", ant=1, bee=1, cat=1)
     fill(tmp_path / "val", ant=1, bee=1, dog=1, emu=1)
     assert message(tmp_path) == (
-        f"{tmp_path / 'train'} and {tmp_path / 'val'} have different classes "
-        "(only in train/: cat; only in val/: dog, emu). "
-        "Allowed: the same class folders in both. Fix: rename or remove the others."
+        f"{tmp_path / 'val'} has classes that {tmp_path / 'train'} does not have: dog, emu. Allowed: class folders "
+        "with the names of those in train/; some may be missing. Fix: rename or remove the others."
     )
+
+
+def test_a_class_without_images_in_val_or_test_is_noted_and_labels_do_not_shift(tmp_path: Path) -> None:
+    fill(tmp_path / "train", ant=1, bee=1, cat=1)
+    fill(tmp_path / "val", cat=1, ant=1)
+    fill(tmp_path / "test", cat=2, bee=0, ant=0)
+    split = open_source(tmp_path)
+    assert [split.classes[split.val.label(i)] for i in range(2)] == ["ant", "cat"]
+    assert [split.classes[split.test.label(i)] for i in range(2)] == ["cat", "cat"]
+    assert {"val/ has no images of bee", "test/ has no images of ant, bee"} <= set(split.notes)
+    assert open_labeled(tmp_path, part="test").classes == ("ant", "bee", "cat")
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.data.transforms.decode import ImageError, load_image
+from normfree.data.transforms.decode import DRAFT_ABOVE, ImageError, formats, load_image, sixteen_bit_peak
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -55,7 +55,7 @@ def test_a_truncated_file_is_an_error(kind: str, share: float) -> None:
 
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:
-    kinds = "JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"
+    kinds = ", ".join(formats())
     (tmp_path / "dir.jpg").mkdir()
     (tmp_path / "text.jpg").write_text("hello, I am a text")
     (tmp_path / "empty.jpg").touch()
@@ -95,10 +95,12 @@ def huge_png(side: int) -> bytes:
 
 def test_a_bomb_is_refused_by_its_header() -> None:
     # The pixels of these files do not exist, so any attempt to decode would say "damaged".
-    fix = "the limit is 64,000,000. Fix: scale it down before training"
-    assert reason(huge_png(8001)) == f"too large: 8001 x 8001 pixels, {fix}"
-    assert reason(huge_png(10_000)) == f"too large: more than Pillow's own limit, {fix}"
-    assert reason(huge_png(60_000)) == f"too large: more than Pillow's own limit, {fix}"
+    fix = "the limit is 256,000,000. Fix: scale it down, or raise max_pixels"
+    for side in (16_001, 60_000):
+        assert reason(huge_png(side)) == f"too large: {side} x {side} pixels, {fix}"
+    limit = Image.MAX_IMAGE_PIXELS
+    assert reason(huge_png(14_000)).startswith("damaged")  # 196 megapixels; Pillow alone would refuse or warn
+    assert limit == Image.MAX_IMAGE_PIXELS
     assert reason(encode(photo(), "PNG"), max_pixels=1199).startswith(
         "too large: 40 x 30 pixels, the limit is 1,199"
     )
@@ -199,3 +201,41 @@ def test_a_sparse_file_of_40_gigabytes_is_refused_without_reading_it(tmp_path):
     os.truncate(path, 40_000_000_000)  # takes no space on the disk
     with pytest.raises(ImageError, match=r"40,000,000,000 bytes, the limit is 1,000,000,000$"):
         load_image(path)
+
+
+def test_white_of_sixteen_bit_images_can_be_stated() -> None:
+    values = np.array([[0, 8, 9, 2048, 4095, 5000]], dtype=np.uint16)
+    data = encode(Image.fromarray(values), "PNG")
+    expected = [0, 0, 1, 128, 255, 255]  # value * 255 / 4095, to the nearest, and at most white
+    assert np.asarray(load_image(data, pixel_range=4095))[0, :, 0].tolist() == expected
+    assert sixteen_bit_peak(data) == 5000
+    assert sixteen_bit_peak(encode(photo(), "PNG")) is None
+    assert sixteen_bit_peak(b"nonsense") is None
+
+
+def test_avif_is_read() -> None:
+    if "AVIF" not in formats():
+        pytest.skip("Pillow was built without AVIF")
+    decoded = np.asarray(load_image(encode(photo(), "AVIF", quality=95))).astype(int)
+    assert np.abs(decoded - np.asarray(photo())).mean() < 4
+
+
+def test_heic_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfree.data.transforms.decode.formats", lambda: ("JPEG", "PNG"))
+    header = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
+    assert reason(header).endswith('it looks like HEIC, which needs: pip install "normfree[heic]"')
+
+
+def test_a_large_jpeg_is_decoded_at_half_size_by_both_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    from normfree.data.transforms import decode, jpeg
+
+    assert DRAFT_ABOVE == 64_000_000
+    data = encode(photo((64, 48)), "JPEG", quality=95)
+    assert load_image(data).size == (64, 48)
+    for module in (decode, jpeg):
+        monkeypatch.setattr(module, "DRAFT_ABOVE", 1000)
+    small = load_image(data)
+    assert small.size == (32, 24)
+    assert np.array_equal(jpeg.load_array(data), np.asarray(small))
+    png = encode(photo((64, 48)), "PNG")
+    assert load_image(png).size == (64, 48)

@@ -147,7 +147,7 @@ def test_the_header_is_held_against_the_limit_before_anything_is_decoded(
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(ImageError) as caught:
         load_array(data, name="x", max_pixels=5000)
-    text = "x: too large: 83 x 61 pixels, the limit is 5,000. Fix: scale it down before training"
+    text = "x: too large: 83 x 61 pixels, the limit is 5,000. Fix: scale it down, or raise max_pixels"
     assert str(caught.value) == text
 
 

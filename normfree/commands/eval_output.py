@@ -1,0 +1,79 @@
+"""Files that `normfree eval` writes: the answer for each image, and the confusion matrix."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normfree.commands.usage import UsageError
+from normfree.files import atomic_write, atomic_write_text
+from normfree.suggest import problem
+
+if TYPE_CHECKING:
+    from normfree.scores import Evaluation
+
+
+def check_target(name: str, kinds: Sequence[str], option: str) -> str:
+    """Return the suffix of a file to write, without the dot.
+
+    Raises:
+        UsageError: the suffix is not one of `kinds`, or the folder does not exist.
+    """
+    path = Path(name)
+    suffix = path.suffix.removeprefix(".")
+    if suffix not in kinds:
+        allowed = f"a name that ends in {' or '.join(f'.{kind}' for kind in kinds)}"
+        raise UsageError(
+            problem(f"{option} is {name!r}", allowed=allowed, fix=f"{option} {path.stem}.{kinds[0]}")
+        )
+    if not path.parent.is_dir():
+        raise UsageError(
+            problem(
+                f"{option} is {name!r}", allowed="a file in an existing folder", fix=f"mkdir {path.parent}"
+            )
+        )
+    return suffix
+
+
+def write_answers(score: Evaluation, names: Sequence[str], path: Path) -> None:
+    """Write path, class, predicted class, confidence, loss and whether it is right for each image."""
+    assert score.confidences is not None
+    rows = []
+    for index, name in enumerate(names):
+        label, predicted = int(score.labels[index]), int(score.predictions[index])
+        rows.append(
+            {
+                "path": name.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+                "class": score.classes[label], "predicted": score.classes[predicted], "right": label == predicted,
+                "confidence": round(float(score.confidences[index]), 6), "loss": round(float(score.losses[index]), 6),
+            }
+        )  # fmt: skip
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    atomic_write_text(path, text.getvalue())
+
+
+def write_confusion(score: Evaluation, path: Path) -> None:
+    """Write the confusion matrix as a plot (.png) or a table (.csv), with a row for each true class."""
+    counts = score.confusion().tolist()
+    if path.suffix == ".png":
+        from normfree.diagnose.run_figures import confusion_figure
+
+        title = f"top-1 {score.top1:.1f} % on {score.count} images"
+        figure = confusion_figure(counts, score.classes, title=title)
+        atomic_write(path, lambda target: figure.savefig(target, dpi=120, format="png"))
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", *score.classes])
+    writer.writerows([name, *row] for name, row in zip(score.classes, counts, strict=True))
+    atomic_write_text(path, text.getvalue())

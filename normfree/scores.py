@@ -1,0 +1,111 @@
+"""Scores of an evaluation: accuracy, precision, recall, F1, confusion matrix and calibration.
+
+Shapes: K classes, N images. All rates are percent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from normfree.multilabel_scores import MultiLabelScores
+
+# Bins of the calibration error: Guo et al. 2017 (arXiv 1706.04599), section 5.
+BINS = 15
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Scores of one class.
+
+    Attributes:
+        images: images of the class.
+        predicted: images that were given the class.
+        precision: percent of `predicted` that are of the class; None if nothing was given it.
+        recall: percent of `images` that were given the class; None if there are none.
+        f1: harmonic mean of the two, 0 if both are 0; None for a class without images.
+    """
+
+    images: int
+    predicted: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a network on a source.
+
+    Attributes:
+        top1: percent of images whose most probable class is correct.
+        top5: percent of images whose correct class is among the five most probable.
+        loss: mean cross entropy in nats.
+        count: number of images N.
+        classes: the class names.
+        labels: true classes, int64 N, in the order of the source.
+        predictions: most probable classes, int64 N.
+        losses: cross entropy of each image in nats, float64 N.
+        confidences: probability of the most probable class, from 0 to 1, float64 N; None if it was not computed.
+        several: scores of independent classes, if images have several; then an image counts as correct if its most
+            probable class is one of its classes, and `labels` has that class, or its first one.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    classes: tuple[str, ...]
+    labels: Tensor = field(repr=False)
+    predictions: Tensor = field(repr=False)
+    losses: Tensor = field(repr=False)
+    confidences: Tensor | None = field(default=None, repr=False)
+    several: MultiLabelScores | None = field(default=None, repr=False, kw_only=True)
+
+    def confusion(self) -> Tensor:
+        """Return the confusion matrix, counts K x K: row = true class, column = predicted class."""
+        size = len(self.classes)
+        return torch.bincount(self.labels * size + self.predictions, minlength=size * size).view(size, size)
+
+    def per_class(self) -> dict[str, float]:
+        """Return the top-1 accuracy in percent of each class that has images."""
+        return {name: one.recall for name, one in self.class_scores().items() if one.recall is not None}
+
+    def class_scores(self) -> dict[str, ClassScores]:
+        """Return precision, recall and F1 of each class."""
+        table = self.confusion()
+        found = {}
+        for i, name in enumerate(self.classes):
+            right, images, predicted = int(table[i, i]), int(table[i].sum()), int(table[:, i].sum())
+            precision = 100.0 * right / predicted if predicted else None
+            recall = 100.0 * right / images if images else None
+            f1 = 200.0 * right / (images + predicted) if images else None
+            found[name] = ClassScores(images, predicted, precision, recall, f1)
+        return found
+
+    @property
+    def balanced_top1(self) -> float:
+        """The mean recall of the classes that have images, in percent."""
+        return fmean(self.per_class().values())
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 of the classes that have images, in percent."""
+        return fmean(one.f1 for one in self.class_scores().values() if one.f1 is not None)
+
+    def calibration_error(self, bins: int = BINS) -> float:
+        """Return the expected calibration error in percent.
+
+        It is the mean over images of the difference between accuracy and mean confidence, in bins of equal width of the
+        confidence.
+
+        Source: Guo et al. 2017 (arXiv 1706.04599), equation 3.
+        """
+        assert self.confidences is not None
+        right = (self.predictions == self.labels).double()
+        number = (self.confidences * bins).ceil().long().clamp(1, bins) - 1
+        sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, number, right - self.confidences)
+        return 100.0 * float(sums.abs().sum()) / self.count

@@ -1,0 +1,109 @@
+"""Find the weights and the description of a model: in a model folder, a finished run, or a run that was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from normfree.suggest import problem
+
+MODEL_FILE = "model.safetensors"
+_CONFIG = "config.json"
+# The averaged weights in a checkpoint, and its list of files with their hashes.
+_AVERAGE, _MANIFEST = "ema.safetensors", "MANIFEST.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model is.
+
+    Attributes:
+        folder: the folder with its `config.json`.
+        weights: the safetensors file.
+        note: for a run that is not finished, a sentence that states the step of the weights, else "".
+    """
+
+    folder: Path
+    weights: Path
+    note: str = ""
+
+
+def model_folder(path: Path) -> Path:
+    """Return `path` if it is a model folder, or the model folder `path/model` of a finished run.
+
+    Raises:
+        ValueError: neither contains both `config.json` and `model.safetensors`.
+    """
+    found = _complete(path)
+    if found is None:
+        raise ValueError(_no_model(path))
+    return found
+
+
+def model_files(path: Path) -> ModelFiles:
+    """Return the files of a model folder or a run folder.
+
+    A run that was stopped has the averaged weights of its best checkpoint so far, or of its newest one.
+
+    Raises:
+        ValueError: there is no model, and no checkpoint that is complete.
+    """
+    found = _complete(path)
+    if found is not None:
+        return ModelFiles(found, found / MODEL_FILE)
+    if (path / "model" / _CONFIG).is_file():
+        for folder, kind in _checkpoints(path / "checkpoints"):
+            step = _STEP.fullmatch(folder.name)
+            if step is not None and _intact(folder):
+                which = f"the averaged weights of {kind} checkpoint, step {int(step[1])}"
+                note = f"{path} is not finished; these are {which}"
+                return ModelFiles(path / "model", folder / _AVERAGE, note)
+    raise ValueError(_no_model(path))
+
+
+def _complete(path: Path) -> Path | None:
+    """Return the model folder that `path` is or contains, or None."""
+    for folder in (path, path / "model"):
+        if (folder / _CONFIG).is_file() and (folder / MODEL_FILE).is_file():
+            return folder
+    return None
+
+
+def _checkpoints(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the checkpoints of a run, the best one first and then the newest, with their description."""
+    best = folder / "best"
+    if best.is_file():
+        yield folder / best.read_text(encoding="utf-8").strip()[:40], "its best"
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        yield path, "its newest intact"
+
+
+def _intact(folder: Path) -> bool:
+    """Return True if the averaged weights of a checkpoint are as they were written."""
+    try:
+        listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"][_AVERAGE]
+        with (folder / _AVERAGE).open("rb") as file:
+            return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _no_model(path: Path) -> str:
+    """Return the error message for a path without a model."""
+    if (path / "config.toml").is_file():
+        given = f"the run {str(path)!r} has no weights yet"
+        fix = f"continue it with `normfree train {path}`; it saves weights at its first checkpoint"
+        return problem(given, allowed="a run with a checkpoint or a model", fix=fix)
+    fix = "give the folder of a run, or one that save_pretrained wrote"
+    if path.is_file():
+        fix = f"convert the file first: normfree convert {path} FOLDER"
+    return problem(
+        f"{str(path)!r} is not a model folder",
+        allowed=f"a folder with {_CONFIG} and {MODEL_FILE}, or a run folder",
+        fix=fix,
+    )
