@@ -254,7 +254,7 @@ def test_list_and_show(trained, capsys):
             "train --data synthetic --precision float16",
             "precision='float16'. Allowed: 'float32' or 'bfloat16'.",
         ),
-        ("train --input.val_fraction 2", "input.val_fraction='2'. Allowed: a number above 0 and below 1."),
+        ("train --input.val_fraction 2", "input.val_fraction='2'. Allowed: a number from 0 to below 1."),
         ("train --data synthetic --augment.repeats 7", "augment.repeats=7 with input.batch_size="),
     ],
 )

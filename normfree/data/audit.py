@@ -178,6 +178,8 @@ def duplicates(split: Split, reports: Mapping[str, AuditReport]) -> tuple[str, .
     across: list[str] = []
     labels: list[str] = []
     for part, source in split.parts().items():
+        if part == "val" and not split.held_out:
+            continue
         for index, digest in enumerate(reports[part].digests):
             if not digest:
                 continue

@@ -20,24 +20,25 @@ class MultiLabelSource(Source, Protocol):
 
 def as_multilabel(source: Source) -> MultiLabelSource | None:
     """Return the source that states several classes for a sample, looking through subsets and unions, else None."""
-    found = _base(source, 0)[0] if len(source) else source
-    return cast(MultiLabelSource, found) if hasattr(found, "labels") else None
+    owner = _owner(source, 0)[0] if len(source) else source
+    return cast(MultiLabelSource, owner) if hasattr(owner, "labels") else None
 
 
 def targets_of(source: Source, indices: Sequence[int]) -> Tensor:
     """Return a row for each sample, with 1 for its classes and 0 for the others, float32 B K."""
+    numbers = {name: number for number, name in enumerate(source.classes)}
     rows = torch.zeros(len(indices), len(source.classes))
     for row, index in zip(rows, indices, strict=True):
-        owner, own = _base(source, index)
+        owner, own = _owner(source, index)
         several = (
             cast(MultiLabelSource, owner).labels(own) if hasattr(owner, "labels") else (owner.label(own),)
         )
-        row[list(several)] = 1.0
+        row[[numbers[owner.classes[k]] for k in several]] = 1.0
     return rows
 
 
-def _base(source: Source, index: int) -> tuple[Source, int]:
-    """Return the source, and its index, that a sample of a subset or union comes from."""
-    while hasattr(source, "base"):
-        source, index = source.base(index)
+def _owner(source: Source, index: int) -> tuple[Source, int]:
+    """Return the source, and its index, that a sample of a subset, union or relabeled source comes from."""
+    while (inner := getattr(source, "base", None) or getattr(source, "origin", None)) is not None:
+        source, index = inner(index)
     return source, index

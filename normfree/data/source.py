@@ -99,6 +99,7 @@ class Split:
         image_size: Side in pixels if all images are squares of one size, else None.
         notes: Sentences on what was read, chosen or left out.
         files: True if the images are the user's own files, which should be audited before training.
+        held_out: False if the images of `val` are trained on too, so that their scores tell nothing about new images.
         test: Source that is scored once, at the end of a run; None if there is none.
         left_out: Names of images that cannot be read and were left out, with the reasons.
     """
@@ -110,6 +111,7 @@ class Split:
     image_size: int | None = None
     notes: tuple[str, ...] = ()
     files: bool = False
+    held_out: bool = True
     test: Source | None = None
     left_out: tuple[str, ...] = ()
 

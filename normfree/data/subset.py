@@ -139,10 +139,10 @@ def encoded_bytes(source: Source, index: int) -> bytes | None:
 
 
 def check_fractions(val_fraction: float, test_fraction: float = 0.0) -> None:
-    """Raise `ValueError` unless 0 < `val_fraction`, 0 <= `test_fraction`, and their sum is below 1."""
-    if not 0 < val_fraction < 1:
+    """Raise `ValueError` unless both fractions are 0 or more and their sum is below 1."""
+    if not 0 <= val_fraction < 1:
         raise ValueError(
-            problem(f"val_fraction={val_fraction}", allowed="above 0 and below 1", fix="val_fraction=0.1")
+            problem(f"val_fraction={val_fraction}", allowed="0 to below 1", fix="val_fraction=0.1")
         )
     if not 0 <= test_fraction < 1 - val_fraction:
         raise ValueError(
@@ -246,12 +246,19 @@ def make_split(
     image_size: int | None = None,
     fix: str = "add samples, or name validation data with ,val=...",
 ) -> Split:
-    """Return the split of parts; those that are missing are divided off `train` by hash. `what` names the data."""
+    """Return the split of parts; those that are missing are divided off `train` by hash. `what` names the data.
+
+    With `val_fraction` 0 all images are trained on, and a tenth of them is scored.
+    """
     notes = []
-    if test is None and test_fraction and val is not None:
+    everything = val is None and val_fraction == 0
+    if test is None and test_fraction and (val is not None or everything):
         train, test = take_out(train, fraction=test_fraction, seed=seed, ident=ident)
         notes = [f"the test part is {100 * test_fraction:g} % of each class of the training data"]
-    if val is None:
+    if everything:
+        val = Subset(train, spread_indices(len(train), max(1, len(train) // 10)))
+        how = "no image is held out for validation: the scores are those of images that are trained on"
+    elif val is None:
         fraction = test_fraction if test is None else 0.0
         train, val, own = hash_split(
             train,
@@ -276,6 +283,7 @@ def make_split(
         image_size=image_size,
         notes=(summary(what, train, val, test), how, *notes, *audit_notes(total)),
         files=total <= AUDIT_LIMIT,
+        held_out=not everything,
     )
 
 

@@ -82,8 +82,8 @@ def _check_count(value: int | str) -> int | str:
 
 
 def _check_fraction(value: float) -> float:
-    if not 0.0 < value < 1.0:
-        raise ValueError("a number above 0 and below 1")
+    if not 0.0 <= value < 1.0:
+        raise ValueError("a number from 0 to below 1")
     return value
 
 
@@ -217,7 +217,7 @@ class InputConfig(ConfigSection):
     """Number of processes that load images; 0 loads them in the training process. It does not change the batches."""
     val_fraction: float = 0.1
     """Fraction of each class that is held out for validation if the data have no part for it. The validation images
-    choose the best step."""
+    choose the best step. 0: all images are trained on, and the scores are those of some of them."""
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of each class that is held out for the test if the data have no part for it. The test images are scored
     once, at the end; the model card reports that score. 0: only a test part of the data."""

@@ -103,7 +103,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
                 run_folder.check_folder(out)
                 require(config.log.to)
                 data = open_data(resolved.config, run_log, list_file=run_folder.list_file(out))
-                check_labels(data.split, config.objective)
+                check_labels(data.split, config)
         bad = world.all_gather(data.bad if world.is_main else ())[0]
         with world.all_or_none():
             if not world.is_main:

@@ -6,18 +6,33 @@ from typing import Any
 
 from torch import Tensor
 
-from normfree.data.multilabel import as_multilabel
+from normfree.data.multilabel import as_multilabel, targets_of
 from normfree.data.source import Split
 from normfree.scores import Evaluation
 from normfree.suggest import problem
 from normfree.training.choices import uses_sigmoid
 from normfree.training.class_weights import weighted_top1
+from normfree.training.config import Config
 
 
-def check_labels(split: Split, objective: str) -> None:
-    """Raise ValueError if images have several classes and the objective learns one for each image."""
-    if as_multilabel(split.train) is not None and not uses_sigmoid(objective):
-        given = f"the images have several classes, and objective={objective!r} learns one for each image"
+def check_labels(split: Split, config: Config) -> None:
+    """Check that the objective and the patience of a run suit its data.
+
+    Raises:
+        ValueError: images have several classes and the objective learns one for each image, or there is a patience
+            without images that are held out.
+    """
+    if config.patience and not split.held_out:
+        given = f"patience={config.patience} with input.val_fraction=0, which holds out no images to choose a step by"
+        raise ValueError(problem(given, fix="--patience 0"))
+    if as_multilabel(split.train) is not None and not uses_sigmoid(config.objective):
+        several = (targets_of(split.train, [i])[0] for i in range(len(split.train)))
+        index, row = next((i, row) for i, row in enumerate(several) if row.sum() != 1)
+        names = ", ".join(repr(split.classes[k]) for k in row.nonzero()[:, 0].tolist()) or "none"
+        given = (
+            f"{split.train.name(index)} has the classes {names}, and objective={config.objective!r} learns one for "
+            "each image"
+        )
         raise ValueError(problem(given, allowed="objective='bce'", fix="--objective bce"))
 
 

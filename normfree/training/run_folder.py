@@ -183,7 +183,7 @@ def finish(
     if result.step != result.steps:
         run_log.info(f"the model is that of step {result.step}, which scored best")
     run_log.info(
-        f"top-1 on {result.weights.count} validation images: {result.weights.top1:.2f} % (weights), "
+        f"top-1 on {result.weights.count} {_scored(split)} images: {result.weights.top1:.2f} % (weights), "
         f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
     )  # fmt: skip
     if result.test is not None:
@@ -256,6 +256,11 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _scored(split: Split) -> str:
+    """Return which images the scores of a run are measured on."""
+    return "validation" if split.held_out else "training"
+
+
 def _card(config: Config, split: Split, result: TrainResult) -> str:
     """Return the model card. It holds measured numbers only."""
     final = result.test or result.average
@@ -264,9 +269,12 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
     if (several := final.several) is not None:
         measure, mean, each = "average precision %", several.mean_average_precision, several.average_precision
     rows = "\n".join(f"| {_in_markdown(name)} | {score:.1f} |" for name, score in each.items())
-    best = f"the best of {result.steps} by the validation images, " if result.step != result.steps else ""
+    best = (
+        f"the best of {result.steps} by the {_scored(split)} images, " if result.step != result.steps else ""
+    )
     credit = f"\nData: {split.credit}\n" if split.credit else ""
-    lines = [("averaged weights", "validation", result.average), ("weights", "validation", result.weights)]
+    scored = _scored(split)
+    lines = [("averaged weights", scored, result.average), ("weights", scored, result.weights)]
     if result.test is not None:
         lines.insert(0, ("averaged weights", "test", result.test))
     table = "\n".join(
@@ -295,7 +303,7 @@ tags: [image-classification, normalizer-free]
 
 {scores_text(final)}
 {note}
-| class | {measure} on the {"test" if result.test else "validation"} images |
+| class | {measure} on the {"test" if result.test else scored} images |
 |---|---|
 {rows}
 | mean over classes | {mean:.1f} |

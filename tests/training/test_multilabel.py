@@ -14,6 +14,7 @@ from normfree import Config, evaluate, from_pretrained, open_source, predict, tr
 from normfree.cli import main
 from normfree.data.loader import eval_batches, train_batches
 from normfree.data.multilabel import as_multilabel, targets_of
+from normfree.data.subset import Relabeled
 from normfree.data.transforms.mixing import FreshPairs, mix
 from normfree.data.transforms.train import train_transform
 from normfree.multilabel_scores import multilabel_scores
@@ -144,7 +145,9 @@ def test_a_run_learns_several_classes_and_everything_reports_them(folder, tmp_pa
 
 
 def test_one_class_for_each_image_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"several classes, and objective='classify'.* Fix: --objective bce"):
+    with pytest.raises(
+        ValueError, match=r"has the classes .*, and objective='classify'.* Fix: --objective bce"
+    ):
         train(config(folder, objective="classify"), tmp_path / "run", console=Console(file=io.StringIO()))
 
 
@@ -157,3 +160,52 @@ def test_parts_have_the_same_classes(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "val" / "green" / "x.png")
     with pytest.raises(ValueError, match=r"in the folder 'green', which the training images do not have"):
         open_source(f"nested:{tmp_path}")
+
+
+@pytest.mark.parametrize("form", ["joined", "columns"])
+def test_a_table_gives_several_classes(folder, tmp_path, form):
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    names = ("blue", "red", "stripes")
+    lines = []
+    for file in files:
+        has = [name in file.split("/") for name in names]
+        if file == files[0]:
+            has = [False] * 3  # an image without classes
+        joined = "|".join(name for name, yes in zip(names, has, strict=True) if yes)
+        lines.append(
+            f"{file},{joined}" if form == "joined" else f"{file},{','.join(str(int(yes)) for yes in has)}"
+        )
+    head = "path,labels" if form == "joined" else "path,blue,red,stripes"
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join([head, *lines]) + "\n")
+    split = open_source(
+        f"csv:{table},root={folder},label=labels" if form == "joined" else f"csv:{table},root={folder}"
+    )
+    assert split.classes == names
+    found = {}
+    for source in (split.train, split.val):
+        for i, row in enumerate(targets_of(source, range(len(source))).tolist()):
+            found[Path(source.name(i)).relative_to(folder).as_posix()] = row
+    assert found.pop(files[0]) == [0.0, 0.0, 0.0]
+    assert found == {file: [float(name in file.split("/")) for name in names] for file in files[1:]}
+    relabeled = Relabeled(split.train, ("stripes", "red", "blue"))
+    assert torch.equal(targets_of(relabeled, range(5)), targets_of(split.train, range(5)).flip(1))
+    assert as_multilabel(relabeled) is not None
+
+
+def test_without_held_out_images_everything_is_trained_on(folder, tmp_path):
+    split = open_source(f"nested:{folder}", val_fraction=0.0)
+    assert (len(split.train), len(split.val), split.held_out) == (32, 3, False)
+    everything = {"image_size": 16, "batch_size": 8, "workers": 0, "val_fraction": 0.0}
+    with pytest.raises(ValueError, match=r"patience=2 with input.val_fraction=0.* Fix: --patience 0"):
+        train(
+            config(folder, input=everything, patience=2), tmp_path / "a", console=Console(file=io.StringIO())
+        )
+    out = io.StringIO()
+    train(
+        config(folder, input=everything, length="2st"), tmp_path / "run", console=Console(file=out, width=300)
+    )
+    assert "no image is held out for validation" in out.getvalue()
+    assert "on 3 training images" in out.getvalue()
+    assert "two parts" not in out.getvalue()
+    assert "3 training" in (tmp_path / "run/model/README.md").read_text()

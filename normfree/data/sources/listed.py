@@ -10,6 +10,7 @@ from pathlib import Path
 
 from normfree.data.source import Source, Split
 from normfree.data.sources.folders import DEFAULT_LIMITS, FolderSource, ImageLimits, part_of
+from normfree.data.sources.nested import NestedSource
 from normfree.data.subset import check_fractions, make_split
 from normfree.data.transforms.decode import suffixes
 from normfree.suggest import did_you_mean, problem, some_names
@@ -76,7 +77,7 @@ def open_listed(
         limits: How the images are decoded.
 
     Raises:
-        ValueError: A column or an image is missing, an image has several classes, or a part has classes of its own.
+        ValueError: A column or an image is missing, or a part has classes of its own.
     """
     check_fractions(val_fraction, test_fraction)
     lines = {"train": [line for line in read_lines(path, options) if line.part in ("", "train")]}
@@ -276,13 +277,7 @@ def _is_image(text: str) -> bool:
 
 def _classes(path: Path, lines: Sequence[ListedImage], *, least: int = 2) -> tuple[str, ...]:
     """Return the sorted classes; numbers are sorted as numbers."""
-    odd = next((line for line in lines if len(line.labels) != 1), None)
-    if odd is not None:
-        given = f"{path} gives {odd.path!r} the classes {some_names(odd.labels) or 'none'}"
-        raise ValueError(
-            problem(given, allowed="one class for each image", fix="choose one, or leave the image out")
-        )
-    names = {line.labels[0] for line in lines}
+    names = {label for line in lines for label in line.labels}
     if len(names) < least:
         raise ValueError(problem(f"{path} has {len(names)} classes", allowed=f"{least} or more"))
     return tuple(
@@ -299,12 +294,18 @@ def _source(
 ) -> FolderSource:
     """Return the source of listed images."""
     numbers = {name: number for number, name in enumerate(classes)}
-    unknown = sorted({line.labels[0] for line in lines if line.labels and line.labels[0] not in numbers})
-    if unknown or any(len(line.labels) != 1 for line in lines):
+    unknown = sorted({label for line in lines for label in line.labels if label not in numbers})
+    if unknown:
         given = f"{path} has classes that are not in the training list: {some_names(unknown)}"
-        raise ValueError(problem(given, allowed=f"one of {some_names(classes)} for each image"))
+        raise ValueError(problem(given, allowed=some_names(classes)))
     root, files = _found(path, [line.path for line in lines], options)
-    samples = [(file, numbers[line.labels[0]]) for file, line in zip(files, lines, strict=True)]
+    pairs = zip(files, lines, strict=True)
+    if any(len(line.labels) != 1 for line in lines):
+        several = [(file, tuple(numbers[label] for label in line.labels)) for file, line in pairs]
+        return NestedSource(
+            root, several, classes=classes, max_pixels=limits.max_pixels, pixel_range=limits.pixel_range
+        )
+    samples = [(file, numbers[line.labels[0]]) for file, line in pairs]
     return FolderSource(
         root, samples, classes=classes, max_pixels=limits.max_pixels, pixel_range=limits.pixel_range
     )

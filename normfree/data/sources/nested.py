@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from normfree.data.source import Split
 from normfree.data.sources.folders import FolderSource, part_of
@@ -19,13 +20,22 @@ class NestedSource(FolderSource):
         root: folder of the files.
         samples: (path relative to `root`, class numbers) of each file.
         classes: class names.
+        options: how images are decoded, see `FolderSource`.
     """
 
     def __init__(
-        self, root: Path, samples: Sequence[tuple[str, tuple[int, ...]]], *, classes: Sequence[str]
+        self,
+        root: Path,
+        samples: Sequence[tuple[str, tuple[int, ...]]],
+        *,
+        classes: Sequence[str],
+        **options: Any,
     ) -> None:
         super().__init__(
-            root, [(name, numbers[0] if numbers else 0) for name, numbers in samples], classes=classes
+            root,
+            [(name, numbers[0] if numbers else 0) for name, numbers in samples],
+            classes=classes,
+            **options,
         )
         self._classes_of = [numbers for _, numbers in samples]
 

@@ -252,7 +252,6 @@ def test_lists_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("path,label\n0.png,a|b\n1.png,a\n", "gives '0.png' the classes 'a', 'b'"),
         ("path,label\n0.png,a\n1.png,a\n", "has 1 classes"),
         ("path,label\n0.png,a\n1.png,b,c\n", "line 3 of"),
         ("path,label\nno.png,a\n1.png,b\n", "lists 'no.png', which is not in"),
