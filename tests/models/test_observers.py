@@ -20,6 +20,8 @@ from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.net import Net
 from normfree.models.shared_weights import standardized_once
 from normfree.models.zoo import create_model
+from normfree.optim.named_state import copy_named_
+from normfree.weights.load import load_weights
 
 SMALL = {"depths": (1, 2), "widths": (16, 32), "strides": (1, 2)}  # two transitions, one block without
 FAMILIES = {
@@ -350,5 +352,14 @@ def test_states_with_skip_gains_of_no_dimension_load(name):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.25)
-    other.load_state_dict(dict(scalars(net.state_dict())))
+    saved = dict(scalars(net.state_dict()))
+    other.load_state_dict(saved)
     assert torch.equal(other(IMAGES), net(IMAGES))
+    again = network(name)
+    load_weights(again, saved)
+    assert torch.equal(again(IMAGES), net(IMAGES))
+    momentum = {k: torch.zeros_like(p) for k, p in net.named_parameters()}
+    copy_named_(momentum, saved, owner="the momentum")
+    assert all(torch.equal(momentum[k], p) for k, p in net.named_parameters())
+    with pytest.raises(ValueError, match=r"is \(2,\) instead of \(1,\)"):
+        copy_named_({"a": torch.zeros(1)}, {"a": torch.zeros(2)}, owner="the momentum")
