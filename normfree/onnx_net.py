@@ -1,76 +1,49 @@
-"""Runs an exported ONNX file behind an `nn.Module` interface.
+"""Runs an exported ONNX file behind an `nn.Module` interface, with onnxruntime.
 
-The metadata key `normfree` of the file holds JSON with the name of the variant, the class names and the preprocessing.
-Files without it are refused, because their inputs and outputs are not known.
-
-Shapes: B batch, C channels, S image size, K classes.
+Shapes: B batch, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from normfree.exported_net import METADATA_KEY, ExportedNet, Shape, check_metadata, first_line
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-# Key of the JSON in the metadata of an ONNX file.
-METADATA_KEY = "normfree"
-# Name of the extra file with the same JSON in a .pt2 file.
-PT2_METADATA = "normfree.json"
-# Required keys of the JSON. "row" is the name of the variant.
-METADATA_FIELDS = ("row", "version", "classes", "preprocessing", "opset", "folded")
-INPUT, OUTPUT = "images", "logits"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-class OnnxNet(nn.Module):
-    """A network whose forward pass runs in onnxruntime: normalized float images B C S S -> logits B K.
-
-    It has no parameters and cannot be trained. Images may be on any device; the logits are on the same device. `name`
-    is the variant that the file was exported from.
-    """
+class OnnxNet(ExportedNet):
+    """A network whose forward pass runs in onnxruntime, see `ExportedNet`."""
 
     def __init__(self, session: onnxruntime.InferenceSession, *, name: str) -> None:
-        super().__init__()
-        self.session, self.name = session, name
-        _, self.in_channels, *sides = session.get_inputs()[0].shape
-        self.image_size: int | tuple[int, int] = sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
-        self.shape = (self.in_channels, *sides)
-        self.num_classes = int(session.get_outputs()[0].shape[-1])
+        (given,) = session.get_inputs()
+        first = session.get_outputs()[0]
+        super().__init__(name=name, input_shape=_fixed(given.shape), output_shape=_fixed(first.shape))
+        self.session, self.input_name = session, given.name
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits B K, float32.
-
-        Raises:
-            ValueError: the images do not have the channels and the size that the file was exported for.
-        """
-        wanted = self.shape
-        if tuple(images.shape[1:]) != wanted:
-            raise ValueError(
-                problem(
-                    f"images have the shape {tuple(images.shape)}",
-                    allowed=f"B x {' x '.join(map(str, wanted))}, for which the file was exported",
-                    fix="resize the images, or export the network for their size",
-                )
-            )
-        # Pooling in onnxruntime fails for an empty batch.
-        if not len(images):
-            return torch.empty(0, self.num_classes, device=images.device)
-        array = images.detach().to("cpu", torch.float32).contiguous().numpy()
+    def run(self, images: Tensor) -> list[Tensor]:
+        """Return all outputs for a float32 input on the CPU."""
         try:
-            logits = self.session.run([OUTPUT], {INPUT: array})[0]
-        except Exception as error:  # for example a constant that needs more memory than there is
-            raise ValueError(f"onnxruntime cannot run {self.name}: {_first_line(error)}") from None
-        return torch.from_numpy(logits).to(images.device)
+            outputs = self.session.run(None, {self.input_name: images.numpy()})
+        # For example a constant that needs more memory than there is.
+        except Exception as error:
+            raise ValueError(f"onnxruntime cannot run {self.name}: {first_line(error)}") from None
+        return [torch.from_numpy(out) for out in outputs]
+
+
+def _fixed(shape: list[int | str | None]) -> Shape:
+    """Return the shape of a value in onnxruntime, with None for free dimensions."""
+    return tuple(n if isinstance(n, int) else None for n in shape)
 
 
 def open_onnx(path: str | Path, *, device: str = "cpu") -> tuple[OnnxNet, dict[str, Any]]:
@@ -92,15 +65,35 @@ def open_onnx(path: str | Path, *, device: str = "cpu") -> tuple[OnnxNet, dict[s
         ModuleNotFoundError: onnx or onnxruntime is not installed.
     """
     path = Path(path)
-    runtime = _runtime()
-    provider = PROVIDERS.get(device)
-    if provider not in runtime.get_available_providers():
-        allowed = [d for d, p in PROVIDERS.items() if p in runtime.get_available_providers()]
-        raise ValueError(
-            problem(f"device is {device!r}", allowed=f"{', '.join(allowed)} for ONNX files", fix="use 'cpu'")
-        )
+    runtime, provider = _runtime(device)
     model = read_onnx(path)
-    metadata = read_metadata(model, path)
+    metadata = check_metadata(metadata_text(model), path, **_values(model))
+    return OnnxNet(_session(path, runtime, provider), name=str(metadata["row"])), metadata
+
+
+def open_graph(path: str | Path, *, device: str = "cpu") -> OnnxNet:
+    """Open any ONNX file with one input of floats or bytes; otherwise as `open_onnx`. Its name is that of the file.
+
+    Raises:
+        ValueError: see `open_onnx`; or the file has several inputs, or one of another type.
+    """
+    path = Path(path)
+    runtime, provider = _runtime(device)
+    inputs = _values(read_onnx(path))["inputs"]
+    session = _session(path, runtime, provider)
+    types = [value.type for value in session.get_inputs()]
+    if types not in (["tensor(float)"], ["tensor(uint8)"]):
+        raise ValueError(
+            problem(
+                f"{path} has the inputs {', '.join(f'{n} {t}' for n, t in zip(inputs, types, strict=False)) or 'none'}",
+                allowed="one input, tensor(float) or tensor(uint8)",
+            )
+        )
+    return OnnxNet(session, name=path.stem)
+
+
+def _session(path: Path, runtime: Any, provider: str) -> onnxruntime.InferenceSession:
+    """Return a session of onnxruntime."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # The graph is nearly a chain, so operators do not run in parallel.
@@ -108,11 +101,10 @@ def open_onnx(path: str | Path, *, device: str = "cpu") -> tuple[OnnxNet, dict[s
     # Log nothing: errors are raised as exceptions.
     options.log_severity_level = 4
     try:
-        session = runtime.InferenceSession(path, options, providers=[provider])
-        return OnnxNet(session, name=str(metadata["row"])), metadata
+        return runtime.InferenceSession(path, options, providers=[provider])
     # The exceptions of onnxruntime have no common base class.
     except Exception as error:
-        raise ValueError(f"{path}: onnxruntime refuses this file: {_first_line(error)}") from None
+        raise ValueError(f"{path}: onnxruntime refuses this file: {first_line(error)}") from None
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
@@ -137,7 +129,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
     # Exceptions of protobuf and of the operating system.
     except Exception as error:
-        raise ValueError(f"{path} is not an ONNX file or is truncated: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not an ONNX file or is truncated: {first_line(error)}") from None
     if not model.graph.node:
         raise ValueError(f"{path} is not an ONNX file or is truncated: it contains no graph.")
     folder = path.parent.resolve()
@@ -153,47 +145,22 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
-def read_metadata(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
-    """Return the JSON in the metadata of an ONNX file, after a check of its keys and types.
+def metadata_text(model: onnx.ModelProto) -> str | None:
+    """Return the JSON in the metadata of an ONNX file, or None."""
+    return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
 
-    Raises:
-        ValueError: there is none, or it is not as `export` writes it.
-    """
-    texts = [p.value for p in model.metadata_props if p.key == METADATA_KEY]
-    shapes = [
-        [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)
-    ]
-    names = [v.name for v in (*model.graph.input, *model.graph.output)]
-    if not texts or names != [INPUT, OUTPUT] or list(map(len, shapes)) != [4, 2]:
-        raise ValueError(
-            problem(
-                f"{path} was not written by normfree: it does not contain class names and preprocessing",
-                fix="export the network with `normfree export`",
-            )
+
+def _values(model: onnx.ModelProto) -> dict[str, dict[str, Shape]]:
+    """Return names and shapes of the inputs and outputs of a graph."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    return {
+        kind: {v.name: tuple(d.dim_value or None for d in v.type.tensor_type.shape.dim) for v in values}
+        for kind, values in (
+            # Old files list their weights as inputs, too.
+            ("inputs", [v for v in model.graph.input if v.name not in stored]),
+            ("outputs", list(model.graph.output)),
         )
-    try:
-        metadata = json.loads(texts[0])
-        missing = [k for k in METADATA_FIELDS if k not in metadata]
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path}: the metadata {METADATA_KEY!r} is not a JSON object.") from None
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path}: the metadata {METADATA_KEY!r} is not a JSON object.")
-    if missing:
-        raise ValueError(f"{path}: the metadata {METADATA_KEY!r} lacks {', '.join(missing)}.")
-    classes = metadata["classes"]
-    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-        raise ValueError(f"{path}: 'classes' in its metadata is not a list of strings.")
-    if len(classes) != shapes[1][1]:
-        raise ValueError(f"{path}: its metadata has {len(classes)} classes for {shapes[1][1]} outputs.")
-    if not isinstance(metadata["preprocessing"], dict):
-        raise ValueError(f"{path}: 'preprocessing' in its metadata is not a JSON object.")
-    size = metadata["preprocessing"].get("image_size")
-    if shapes[0][2:] != (size if isinstance(size, list) else [size] * 2):
-        raise ValueError(
-            f"{path}: its input is {shapes[0][2]} x {shapes[0][3]} pixels, but the image size of its preprocessing is "
-            f"{size!r}."
-        )
-    return metadata
+    }
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
@@ -210,17 +177,19 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(part)
 
 
-def _runtime() -> Any:
-    """Import onnxruntime."""
+def _runtime(device: str) -> tuple[Any, str]:
+    """Import onnxruntime; return it and its provider for a device."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             problem("ONNX files need onnxruntime", fix="pip install 'normfree[onnx]'")
         ) from None
-    return onnxruntime
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    provider = PROVIDERS.get(device, "")
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        allowed = [d for d, p in PROVIDERS.items() if p in available]
+        raise ValueError(
+            problem(f"device is {device!r}", allowed=f"{', '.join(allowed)} for ONNX files", fix="use 'cpu'")
+        )
+    return onnxruntime, provider

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from normfree._version import __version__
 from normfree.data.source import require_class_names
+from normfree.exported_net import ExportedNet
 from normfree.files import UnreadableFileError, atomic_write, atomic_write_text, read_json
 from normfree.models.net import Net
 from normfree.models.variant import Variant
 from normfree.models.variants import VARIANTS, name_in_timm
 from normfree.models.zoo import create_model
-from normfree.onnx_net import OnnxNet, open_onnx
+from normfree.onnx_net import open_onnx
+from normfree.openvino_net import open_openvino
 from normfree.preprocessing import Preprocessing
 from normfree.suggest import did_you_mean, problem, unknown
 from normfree.weights.checksums import verify, write_checksums
@@ -58,14 +60,15 @@ class TrainedModel:
     """A trained network with everything that predictions need.
 
     Attributes:
-        net: the network. An `OnnxNet` if it was read from an ONNX file; that can predict, but not be trained.
+        net: the network. An `ExportedNet` if it was read from an ONNX or OpenVINO file; that can predict, but not be
+            trained.
         preprocessing: how images become inputs of the network.
         classes: the class names, one per output.
         sigmoid: each class is present or absent by itself: probabilities are sigmoids of the logits, not a softmax.
         note: for a run that is not finished, which weights these are, else "".
     """
 
-    net: Net | OnnxNet
+    net: Net | ExportedNet
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     sigmoid: bool = False
@@ -248,7 +251,8 @@ def from_pretrained(
 
     Args:
         source: a model folder of `save_pretrained` or timm, a run folder, finished or not,
-            `hf-hub:OWNER/NAME[@REVISION]`, or an ONNX file that `export` wrote.
+            `hf-hub:OWNER/NAME[@REVISION]`, an ONNX or OpenVINO (.xml) file that `export`
+            wrote, or a folder with such a file.
         numerics: for timm's `dm_nfnet_f*`, which have DeepMind's weights, whether to compute like DeepMind's code
             ("reference") or like timm ("timm"); docs/weights.md has the differences. It has no effect on other models.
 
@@ -270,8 +274,8 @@ def from_pretrained(
         >>> model.classes, model.preprocessing.image_size, model.net.training
         (('cat', 'dog'), 32, False)
     """
-    if str(source).endswith(".onnx") and not Path(source).is_dir():
-        return _from_onnx(Path(source))
+    if (file := _exported_file(str(source))) is not None:
+        return _from_exported(file)
     files = _files(source)
     about = _described(files, numerics)
     try:
@@ -351,9 +355,20 @@ def _described(files: ModelFiles, numerics: str) -> Description:
     )
 
 
-def _from_onnx(path: Path) -> TrainedModel:
-    """Load a model from an ONNX file."""
-    net, metadata = open_onnx(path)
+def _exported_file(source: str) -> Path | None:
+    """Return the ONNX or OpenVINO file that `source` names, or the only one of a folder without a config.json."""
+    path = Path(source)
+    if source.endswith((".onnx", ".xml")) and not path.is_dir():
+        return path
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "config.toml", "model")):
+        files = [*path.glob("*.xml"), *path.glob("*.onnx")]
+        return files[0] if len(files) == 1 else None
+    return None
+
+
+def _from_exported(path: Path) -> TrainedModel:
+    """Load a model from an ONNX or OpenVINO file."""
+    net, metadata = open_onnx(path) if path.suffix == ".onnx" else open_openvino(path)
     try:
         pre = Preprocessing.from_fields(metadata["preprocessing"])
         # Invalid options are found here.

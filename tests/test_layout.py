@@ -18,9 +18,9 @@ LEVELS = {
     "suggest": 0, "files": 0, "native": 0, "uncertainty": 1,
     "device": 1, "multilabel_scores": 1, "scores": 2, "ops": 1, "weights": 1, "data": 1,
     "optim": 2, "models": 2,
-    "onnx_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3, "pretrained": 4, "timm": 4,
-    "surgery": 5, "inference": 5, "embeddings": 6, "deploy": 6, "training": 7, "serve": 7, "tools": 8,
-    "commands": 9, "cli": 10,
+    "exported_net": 1, "onnx_net": 3, "openvino_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3,
+    "pretrained": 4, "timm": 4, "surgery": 5, "inference": 5, "embeddings": 6, "deploy": 6, "training": 7, "serve": 7,
+    "tools": 8, "commands": 9, "cli": 10,
 }  # fmt: skip
 PUBLIC = {
     "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SAM", "SGD", "VARIANTS", "WSConv2d", "__version__",

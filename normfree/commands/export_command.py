@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -35,26 +35,29 @@ class ExportArguments:
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder, or hf-hub:OWNER/NAME."""
-    format: Literal["onnx", "pt2"] = "onnx"
-    """onnx: for onnxruntime and others; pt2: for torch.export."""
+    format: Literal["onnx", "openvino", "pt2"] = "onnx"
+    """onnx: for onnxruntime and others; openvino: an .xml and a .bin file; pt2: for torch.export."""
     out: str = ""
-    """File to write; default: model.onnx or model.pt2 in the folder."""
+    """File to write; default: model.onnx, model.xml or model.pt2 in the folder."""
     images: tuple[str, ...] = ()
     """Files and folders of images to compare on; default: the validation part of the run's data."""
     unfolded: bool = False
     """Keep weight standardization and norms as they are in training."""
+    with_preprocessing: bool = False
+    """Put the preprocessing into the graph: an image of bytes, H x W x 3, of any size in, probabilities out."""
     int8: bool = False
-    """Also write an int8 file, calibrated on the images, and print its accuracy and speed (onnx only)."""
+    """Also write an int8 file, calibrated on the images, and print its accuracy and speed (not for pt2)."""
     opset: int = 20
     """Version of the ONNX operator set, 18 to 25."""
 
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of an export: functions that return up to n of them, normalized, and what they are."""
+    """The images of an export: functions that return up to n of them, normalized or as they are, and names."""
 
     compare: Callable[[int], Tensor]
     calibrate: Callable[[int], Tensor]
+    pixels: Callable[[int], list[Any]]
     # A source to measure accuracy on, or None if the images have no labels.
     labeled: Source | None
     compare_name: str
@@ -63,13 +66,13 @@ class _Images:
 
 def export_(arguments: ExportArguments) -> int:
     """Export the model and print the reports; return 0."""
-    from normfree.deploy.export import export
+    from normfree.deploy.export import FORMATS, export
     from normfree.pretrained import from_pretrained
 
-    if arguments.int8 and (arguments.format != "onnx" or arguments.unfolded):
+    if arguments.int8 and (arguments.format == "pt2" or arguments.unfolded or arguments.with_preprocessing):
         raise UsageError(
-            problem("--int8 is given with --unfolded or --format pt2", allowed="--int8 with a folded ONNX file",
-                    fix="leave out --unfolded and --format")
+            problem("--int8 is given with --unfolded, --with-preprocessing or --format pt2",
+                    allowed="--int8 with a folded ONNX or OpenVINO file", fix="leave out the other option")
         )  # fmt: skip
     if Path(arguments.model).is_file():
         raise UsageError(
@@ -79,29 +82,30 @@ def export_(arguments: ExportArguments) -> int:
     model = from_pretrained(arguments.model)
     model.require_classes()
     images = _images(arguments, model)
-    out = Path(arguments.out) if arguments.out else _default_out(arguments.model, arguments.format)
-    report = export(model, out, format=arguments.format, folded=not arguments.unfolded,
-                    images=images.compare(COMPARED), opset=arguments.opset)  # fmt: skip
-    _print_report(report, images.compare_name)
+    out = Path(arguments.out) if arguments.out else _default_out(arguments.model, FORMATS[arguments.format])
+    compared = (images.pixels if arguments.with_preprocessing else images.compare)(COMPARED)
+    report = export(model, out, format=arguments.format, folded=not arguments.unfolded, images=compared,
+                    opset=arguments.opset, with_preprocessing=arguments.with_preprocessing)  # fmt: skip
+    _print_report(report, images.compare_name, with_preprocessing=arguments.with_preprocessing)
     if arguments.int8:
         _quantize(report, model, images)
     return 0
 
 
-def _default_out(model: str, format: str) -> Path:
+def _default_out(model: str, suffix: str) -> Path:
     """Return the file to write if --out is not given."""
     folder = Path(model)
-    return (
-        folder / f"model.{format}" if folder.is_dir() else Path(f"{folder.name.partition('@')[0]}.{format}")
-    )
+    return folder / f"model{suffix}" if folder.is_dir() else Path(f"{folder.name.partition('@')[0]}{suffix}")
 
 
 # --- reports -----------------------------------------------------------------------------------------
 
 
-def _print_report(report: ExportReport, images: str) -> None:
+def _print_report(report: ExportReport, images: str, *, with_preprocessing: bool) -> None:
     """Print what was written and how it compares with the network."""
-    format = f"ONNX opset {report.opset}" if report.opset else "torch.export"
+    format = {"onnx": f"ONNX opset {report.opset}", "openvino": "OpenVINO", "pt2": "torch.export"}[
+        report.format
+    ]
     folded = "folded" if report.folded else "not folded"
     census = ", ".join(f"{kind.removeprefix('aten.')} {n}" for kind, n in report.census.most_common())
     errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in report.errors.items())
@@ -112,8 +116,12 @@ def _print_report(report: ExportReport, images: str) -> None:
     print(
         f"  {report.batch_norms} batch norms, {report.weight_arithmetic} nodes that compute on weights alone"
     )
-    print(f"  against the network on {report.images} {images}: largest relative error {errors}; "
-          f"first class the same on {report.top1_agreement:.0f} %")  # fmt: skip
+    if with_preprocessing:
+        found = f"against normfree predict on {report.images} {images}: largest difference of a probability "
+        found += f"{report.errors[1]:.1e}"
+    else:
+        found = f"against the network on {report.images} {images}: largest relative error {errors}"
+    print(f"  {found}; first class the same on {report.top1_agreement:.0f} %")
 
 
 def _megabytes(size: int) -> str:
@@ -127,16 +135,17 @@ def _quantize(report: ExportReport, model: TrainedModel, images: _Images) -> Non
 
     from normfree.deploy.quantize import images_per_second, quantize
     from normfree.inference import evaluate
-    from normfree.onnx_net import open_onnx
+    from normfree.pretrained import from_pretrained
 
     batches = images.calibrate(CALIBRATED).split(BATCH)
-    small = quantize(report.path, report.path.with_suffix(".int8.onnx"), calibration=batches)
+    out = report.path.with_suffix(f".int8{report.path.suffix}")
+    small = quantize(report.path if report.format == "onnx" else model, out, calibration=batches)
     print(f"{small.path}: {_megabytes(small.bytes)}, {100 * small.bytes / small.float_bytes:.1f} % of the float file; "
           f"{small.quantized} convolutions and products in 8 bits, {small.left_float} in float")  # fmt: skip
     print(f"  against the float file on the {small.images} {images.calibrate_name} that set its ranges: median "
           f"relative error {100 * small.error:.1f} %, first class the same on "
           f"{small.top1_agreement:.1f} %")  # fmt: skip
-    nets = [open_onnx(path)[0] for path in (report.path, small.path)]
+    nets = [from_pretrained(path).net for path in (report.path, small.path)]
     if images.labeled is None:
         print("  accuracy not measured, because the images have no labels. Fix: --images FOLDER with one subfolder for "
               "each of the model's classes")  # fmt: skip
@@ -170,6 +179,7 @@ def _images(arguments: ExportArguments, model: TrainedModel) -> _Images:
 
 def _images_of_run(path: Path, pre: Preprocessing) -> _Images:
     """Return the images of a run's data."""
+    from normfree.data.subset import spread_indices
     from normfree.inference import sample_images
     from normfree.training.run_data import open_run_data
 
@@ -182,12 +192,15 @@ def _images_of_run(path: Path, pre: Preprocessing) -> _Images:
     return _Images(
         lambda n: sample_images(split.val, count=n, preprocessing=pre),
         lambda n: sample_images(split.train, count=n, preprocessing=pre),
+        lambda n: [split.val.image(i) for i in spread_indices(len(split.val), n)],
         split.val, "validation images", "training images",
     )  # fmt: skip
 
 
 def _images_of_paths(paths: tuple[str, ...], model: TrainedModel) -> _Images:
     """Return the images in files and folders."""
+    from normfree.data.subset import spread_indices
+    from normfree.data.transforms.decode import load_image
     from normfree.inference import find_images, sample_images
 
     files = find_images(paths)
@@ -195,7 +208,10 @@ def _images_of_paths(paths: tuple[str, ...], model: TrainedModel) -> _Images:
     def sample(count: int) -> Tensor:
         return sample_images(files, count=count, preprocessing=model.preprocessing)
 
-    return _Images(sample, sample, _labeled(paths, model), "images", "images")
+    def pixels(count: int) -> list[Any]:
+        return [load_image(files[i]) for i in spread_indices(len(files), count)]
+
+    return _Images(sample, sample, pixels, _labeled(paths, model), "images", "images")
 
 
 def _labeled(paths: tuple[str, ...], model: TrainedModel) -> Source | None:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normfree.models.net import Net
-from normfree.onnx_net import INPUT, METADATA_KEY, OUTPUT, PT2_METADATA
+from normfree.exported_net import INPUT, METADATA_KEY, OUTPUT, PT2_METADATA, first_line
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -29,17 +28,30 @@ class ExportJob:
 
     Attributes:
         net: the network, in evaluation mode.
+        example: an input, from which the free axes and the outputs are traced.
+        axes: names of the axes of the input that are free.
         metadata: JSON that is stored in the file.
-        folded: True if the folded network is exported.
+        plain: True if the graph must contain no norms and no arithmetic on weights, as that of a folded network.
         opset: version of the ONNX operator set; None for pt2.
         name: name of the file, for error messages.
+        inputs: name of the input.
+        outputs: names of the outputs.
     """
 
-    net: Net
+    net: nn.Module
+    example: Tensor
+    axes: dict[int, str]
     metadata: str
-    folded: bool
+    plain: bool
     opset: int | None
     name: str
+    inputs: str = INPUT
+    outputs: tuple[str, ...] = (OUTPUT,)
+
+    @property
+    def dynamic_shapes(self) -> Any:
+        """The free axes as torch.export takes them."""
+        return ({axis: torch.export.Dim(name) for axis, name in self.axes.items()},)
 
 
 def _require_plain(census: Counter[str], idle: list[str], name: str) -> None:
@@ -55,13 +67,33 @@ def _require_plain(census: Counter[str], idle: list[str], name: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def _named_failure(job: ExportJob) -> Iterator[None]:
+    """Raise a `ValueError` with the reason if torch.export cannot trace the network."""
+    try:
+        yield
+    # torch.export and the ONNX exporter have many exceptions; their messages have pages, with the reason at a cause.
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        free = ", ".join(job.axes.values())
+        raise ValueError(
+            problem(
+                f"torch.export cannot trace {type(job.net).__name__}: {type(cause).__name__}: {first_line(cause)}",
+                allowed="models whose control flow does not depend on the values of tensors",
+                fix="move such code out of forward"
+                + (f", or fix the {free} with dynamic_batch=False" if free else ""),
+            )
+        ) from None
+
+
 # --- ONNX --------------------------------------------------------------------------------------------
 
 
-def write_onnx(
-    net: nn.Module, example: Tensor, path: Path, job: ExportJob, *, opset: int
-) -> tuple[Counter[str], int]:
-    """Write the file; return its census and the number of nodes that compute on weights alone."""
+def write_onnx(net: nn.Module, path: Path, job: ExportJob, *, opset: int) -> tuple[Counter[str], int]:
+    """Write `net`, which computes what `job.net` does; return its census and the number of nodes that compute on
+    weights alone."""
     try:
         import onnx
 
@@ -71,10 +103,10 @@ def write_onnx(
         raise ModuleNotFoundError(
             problem(f"export to ONNX needs {error.name}", fix="pip install 'normfree[onnx]'")
         ) from None
-    with silence():
+    with silence(), _named_failure(job):
         program = torch.onnx.export(
-            net, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT],
-            output_names=[OUTPUT], opset_version=opset, verbose=False,
+            net, (job.example,), dynamo=True, dynamic_shapes=job.dynamic_shapes, input_names=[job.inputs],
+            output_names=list(job.outputs), opset_version=opset, verbose=False,
         )  # fmt: skip
     assert program is not None
     model = program.model_proto
@@ -87,7 +119,7 @@ def write_onnx(
             problem(f"opset is {opset}, but PyTorch's exporter wrote {written}", fix=f"use opset={written}")
         )
     census, idle, computed = graph_facts(model)
-    if job.folded:
+    if job.plain:
         _require_plain(census, idle + computed, job.name)
     onnx.save_model(model, path)
     return census, len(idle)
@@ -150,10 +182,11 @@ def silence() -> Iterator[None]:
 # --- torch.export ------------------------------------------------------------------------------------
 
 
-def write_pt2(net: nn.Module, example: Tensor, path: Path, job: ExportJob) -> tuple[Counter[str], int]:
+def write_pt2(net: nn.Module, path: Path, job: ExportJob) -> tuple[Counter[str], int]:
     """Write the file; return its census and the number of nodes that compute on weights alone."""
     with silence():
-        program = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        with _named_failure(job):
+            program = torch.export.export(net, (job.example,), dynamic_shapes=job.dynamic_shapes)
         reached = set(program.graph_signature.user_inputs)
         idle, census = [], Counter[str]()
         for node in program.graph.nodes:
@@ -167,7 +200,7 @@ def write_pt2(net: nn.Module, example: Tensor, path: Path, job: ExportJob) -> tu
                 reached.add(node.name)
             else:
                 idle.append(kind)
-        if job.folded:
+        if job.plain:
             _require_plain(census, idle, job.name)
         # A buffer, because `torch.export.save` expects a file name that ends in .pt2.
         buffer = io.BytesIO()
@@ -176,8 +209,8 @@ def write_pt2(net: nn.Module, example: Tensor, path: Path, job: ExportJob) -> tu
     return census, len(idle)
 
 
-def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+def open_pt2(path: Path) -> Callable[[Tensor], Any]:
     """Load a .pt2 file that this process wrote. Not safe for other files, because the format contains pickles."""
     with silence():
-        module: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(path.read_bytes())).module()
+        module: Callable[[Tensor], Any] = torch.export.load(io.BytesIO(path.read_bytes())).module()
     return module

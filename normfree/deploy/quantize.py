@@ -1,4 +1,4 @@
-"""Quantization of an exported ONNX file to 8-bit weights and activations, calibrated on images.
+"""Quantization of a module or an ONNX file to 8-bit weights and activations, calibrated on inputs.
 
 It is static quantization by onnxruntime, with quantize/dequantize pairs around each quantized node (QDQ). The choice of
 nodes and settings was made by measurements, which docs/export.md lists.
@@ -15,12 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from normfree.deploy.comparison import joined
+from normfree.deploy.export import export
 from normfree.deploy.graph_writers import silence
+from normfree.deploy.openvino_writer import write_openvino, write_two_files
+from normfree.exported_net import METADATA_KEY, ExportedNet, parse_metadata
 from normfree.files import atomic_write
-from normfree.onnx_net import INPUT, METADATA_KEY, OnnxNet, open_onnx, read_onnx
-from normfree.suggest import problem, unknown
+from normfree.onnx_net import OnnxNet, metadata_text, open_graph, read_onnx
+from normfree.openvino_net import OpenVinoNet, compile_openvino, read_openvino
+from normfree.pretrained import TrainedModel
+from normfree.suggest import problem, some_names, unknown
 
 if TYPE_CHECKING:
     import onnx
@@ -31,6 +37,8 @@ QUANTIZED = ("Conv", "Gemm")
 # A file whose median relative error of the logits is at least this is rejected. Correct files have about 0.03, files
 # with wrong scales about 1.
 BROKEN = 0.5
+# Scales per output channel need this version of the ONNX operator set.
+LOWEST_OPSET = 13
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,13 @@ class QuantizeReport:
 
     Attributes:
         path: the file.
-        bytes: size of the file.
-        float_bytes: size of the float file.
+        bytes: size of the file; for OpenVINO, of both files.
+        float_bytes: size of the float ONNX file.
         quantized: number of convolutions and linear layers that compute in 8 bits.
         left_float: number of convolutions and linear layers that stay in float.
         images: number of calibration images.
-        error: median of ||int8 - float|| / ||float|| of the logits of the calibration images.
-        top1_agreement: percent of the calibration images for which both files predict the same class.
+        error: median of ||int8 - float|| / ||float|| of the outputs for the calibration images.
+        top1_agreement: percent of the calibration images for which the largest output is the same in both files.
     """
 
     path: Path
@@ -59,34 +67,38 @@ class QuantizeReport:
 
 
 def quantize(
-    onnx_path: str | Path,
+    model: str | Path | nn.Module | TrainedModel,
     out_path: str | Path,
     *,
     calibration: Iterable[Tensor],
     keep_float: Sequence[str] | None = None,
 ) -> QuantizeReport:
-    """Write the 8-bit version of a folded ONNX file that `export` wrote.
+    """Write the 8-bit version of a module, a trained network or an ONNX file.
+
+    A module is folded and exported first. An ONNX file may come from any program: it needs one float input of any shape
+    and stored weights, or weights that are computed from stored ones. Metadata of `export` are copied.
 
     Weights are int8 with one scale per output channel. Activations are uint8, because products of unsigned and signed
     bytes are the fastest on x86 in onnxruntime; their range is the mean over batches of the minimum and the maximum of
-    each batch. The outputs of linear layers are float: with 8 bits, logits would have only 256 levels, so classes could
-    tie. The metadata of the file is copied.
+    each batch. Only convolutions and linear layers are quantized. The outputs of linear layers are float: with 8 bits,
+    logits would have only 256 levels, so classes could tie.
 
     Args:
-        onnx_path: the float file.
-        out_path: the file to write, with the suffix .onnx. An existing file is replaced.
-        calibration: batches of images as the network will see them, float B C S S, normalized. A few hundred images in
+        model: the float network.
+        out_path: the file to write, with the suffix .onnx, or .xml for OpenVINO. An existing file is replaced.
+        calibration: batches of inputs as the network will see them, float B ..., normalized. A few hundred images in
             batches of 32 are enough.
-        keep_float: names of nodes that stay in float. The default is the first convolution: with three input channels
-            it has little work, and its errors affect all later layers.
+        keep_float: names of nodes that stay in float. The default is the first convolution: with few input channels it
+            has little work, and its errors affect all later layers.
 
     Returns:
-        Size of the file, and its difference to the float file on the calibration images.
+        Size of the file, and its difference to the float network on the calibration inputs.
 
     Raises:
-        ValueError: there are no images; the file was not written by `export`, is not folded or already quantized; or
-            the logits of the quantized file are too different, and then no file is written.
-        ModuleNotFoundError: onnx or onnxruntime is not installed.
+        ValueError: there are no inputs or they have the wrong shape; the file has several inputs, is already quantized
+            or has weights that depend on its input; or the outputs of the quantized file are too different, and then no
+            file is written.
+        ModuleNotFoundError: onnx, onnxruntime or openvino is not installed.
 
     Examples:
         It needs `normfree[onnx]`; `tests/deploy/test_quantize.py` runs this code.
@@ -98,32 +110,54 @@ def quantize(
         >>> round(report.bytes / report.float_bytes, 2)  # doctest: +SKIP
         0.32
     """
-    onnx_path, out_path = Path(onnx_path), Path(out_path)
-    float_net, metadata = _open_float(onnx_path, out_path)
+    out_path = Path(out_path)
     batches = [batch.detach().cpu().float().contiguous() for batch in calibration]
     if not sum(map(len, batches)):
         raise ValueError(
-            problem("calibration has no images", allowed="at least one batch B C S S with B at least 1")
+            problem("calibration has no images", allowed="at least one batch B C H W with B at least 1")
         )
+    if isinstance(model, nn.Module | TrainedModel):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / f"{type(model).__name__}.onnx"
+            images = None if isinstance(model, TrainedModel) else batches[0]
+            export(model, source, images=images)
+            return _quantize_file(source, out_path, batches, keep_float)
+    return _quantize_file(Path(model), out_path, batches, keep_float)
+
+
+def _quantize_file(
+    source: Path, out_path: Path, batches: list[Tensor], keep_float: Sequence[str] | None
+) -> QuantizeReport:
+    """Write the 8-bit version of an ONNX file."""
+    float_net, metadata = _open_float(source, out_path)
     # Fail early if an image has the wrong shape.
     for batch in batches:
-        float_net(batch[:1])
+        float_net.check_shape(batch)
     facts: dict[str, Any] = {}
+    openvino = out_path.suffix == ".xml"
 
     def write(temporary: Path) -> None:
-        kept = _quantize(onnx_path, temporary, batches, keep_float)
-        facts["quantized"], facts["left_float"] = _finish(temporary, {**metadata, "int8": True}, kept)
-        int8_net = open_onnx(temporary)[0]
+        with tempfile.TemporaryDirectory() as folder:
+            onnx_path = Path(folder) / "model.onnx" if openvino else temporary
+            kept = _quantize(source, onnx_path, batches, keep_float)
+            facts["quantized"], facts["left_float"] = _finish(onnx_path, metadata, kept)
+            int8_net: ExportedNet
+            if openvino:
+                write_openvino(onnx_path, temporary, json.dumps(metadata, ensure_ascii=False))
+                int8_net = OpenVinoNet(compile_openvino(read_openvino(temporary)), name=out_path.name)
+            else:
+                int8_net = open_graph(temporary)
         facts["error"], facts["top1_agreement"] = _compare(float_net, int8_net, batches, name=out_path.name)
 
-    atomic_write(out_path, write)
+    (write_two_files if openvino else atomic_write)(out_path, write)
+    files = [out_path, out_path.with_suffix(".bin")] if openvino else [out_path]
     return QuantizeReport(
-        path=out_path, bytes=out_path.stat().st_size, float_bytes=onnx_path.stat().st_size,
+        path=out_path, bytes=sum(file.stat().st_size for file in files), float_bytes=source.stat().st_size,
         images=sum(map(len, batches)), **facts,
     )  # fmt: skip
 
 
-def images_per_second(nets: Sequence[OnnxNet], images: Tensor, *, rounds: int = 7) -> list[float]:
+def images_per_second(nets: Sequence[nn.Module], images: Tensor, *, rounds: int = 7) -> list[float]:
     """Measure the speed of each network on one batch of images, B C S S, as the median over `rounds`.
 
     The networks take turns, so that other load on the machine slows them equally. The first round is not counted.
@@ -138,27 +172,35 @@ def images_per_second(nets: Sequence[OnnxNet], images: Tensor, *, rounds: int = 
     return [len(images) / sorted(spent)[len(spent) // 2] for spent in times]
 
 
-def _open_float(onnx_path: Path, out_path: Path) -> tuple[OnnxNet, dict[str, Any]]:
-    """Check both paths, and return the network of the float file and its metadata."""
-    if out_path.suffix != ".onnx" or out_path.resolve() == onnx_path.resolve():
+def _open_float(source: Path, out_path: Path) -> tuple[OnnxNet, dict[str, Any]]:
+    """Check both paths; return the network of the float file, and the metadata of the quantized file."""
+    if out_path.suffix not in (".onnx", ".xml") or out_path.resolve() == source.resolve():
         raise ValueError(
             problem(
                 f"out_path is {str(out_path)!r}",
-                allowed="names that end in .onnx, except that of the float file",
-                fix=f"use {str(onnx_path.with_suffix('.int8.onnx'))!r}",
+                allowed="names that end in .onnx or .xml, except that of the float file",
+                fix=f"use {str(source.with_suffix('.int8.onnx'))!r}",
             )
         )
-    float_net, metadata = open_onnx(onnx_path)
-    if not metadata["folded"] or metadata.get("int8"):
-        given = "is already quantized" if metadata.get("int8") else "is not folded"
+    graph = read_onnx(source)
+    text = metadata_text(graph)
+    metadata = {"int8": True} if text is None else parse_metadata(text, source) | {"int8": True}
+    if any(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearConv") for node in graph.graph.node
+    ):
+        raise ValueError(
+            problem(f"{source} is already quantized", allowed="float files", fix="quantize the float file")
+        )
+    opset = next((entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < LOWEST_OPSET:
         raise ValueError(
             problem(
-                f"{onnx_path} {given}",
-                allowed="folded float files",
-                fix="export the network with folded=True",
+                f"{source} has version {opset} of the ONNX operator set",
+                allowed=f"{LOWEST_OPSET} or newer",
+                fix="convert it with onnx.version_converter, or export it again",
             )
         )
-    return float_net, metadata
+    return open_graph(source), metadata
 
 
 def _quantize(
@@ -169,20 +211,24 @@ def _quantize(
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    input_name = open_graph(source).input_name
+
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             self.rest = iter(batches)
 
         def get_next(self) -> dict[str, Any] | None:
             batch = next(self.rest, None)
-            return None if batch is None else {INPUT: batch.numpy()}
+            return None if batch is None else {input_name: batch.numpy()}
 
     with silence(), tempfile.TemporaryDirectory() as folder:
         # onnxruntime recommends optimization and shape inference before quantization. Symbolic shape inference is not
         # needed, because only the batch size is symbolic.
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        nodes = list(onnx.load_model(prepared).graph.node)
+        graph = onnx.load_model(prepared).graph
+        _require_stored_weights(graph, source)
+        nodes = list(graph.node)
         names = {node.name for node in nodes if node.op_type in QUANTIZED}
         if keep_float is None:
             keep_float = [node.name for node in nodes if node.op_type == "Conv"][:1]
@@ -197,6 +243,23 @@ def _quantize(
             extra_options={"CalibMovingAverage": True, "OpTypesToExcludeOutputQuantization": ["Gemm"]},
         )  # fmt: skip
     return list(keep_float)
+
+
+def _require_stored_weights(graph: onnx.GraphProto, source: Path) -> None:
+    """Raise `ValueError` if the weight of a layer is not stored after optimization."""
+    stored = {tensor.name for tensor in graph.initializer}
+    stored |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    computed = [
+        n.name for n in graph.node if n.op_type in QUANTIZED and not stored.intersection(n.input[1:2])
+    ]
+    if computed:
+        raise ValueError(
+            problem(
+                f"{source} computes the weight of {some_names(computed, limit=1)}",
+                allowed="files with stored weights",
+                fix="export the network after normfree.fold",
+            )
+        )
 
 
 def _finish(path: Path, metadata: dict[str, Any], kept: list[str]) -> tuple[int, int]:
@@ -216,13 +279,14 @@ def _finish(path: Path, metadata: dict[str, Any], kept: list[str]) -> tuple[int,
 
 
 def _compare(
-    float_net: OnnxNet, int8_net: OnnxNet, batches: list[Tensor], *, name: str
+    float_net: ExportedNet, int8_net: ExportedNet, batches: list[Tensor], *, name: str
 ) -> tuple[float, float]:
-    """Return the median relative error of the logits, and the percent of images with the same top-1 class."""
-    reference = torch.cat([float_net(batch) for batch in batches])
-    logits = torch.cat([int8_net(batch) for batch in batches])
+    """Return the median relative error of the outputs, and the percent of images with the same largest output."""
+    reference, outputs = (
+        torch.cat([joined(net.run(batch), len(batch)) for batch in batches]) for net in (float_net, int8_net)
+    )
     norm = reference.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    error = float(((logits - reference).norm(dim=1) / norm).median())
+    error = float(((outputs - reference).norm(dim=1) / norm).median())
     if not error < BROKEN:
         raise ValueError(
             problem(
@@ -232,4 +296,4 @@ def _compare(
                 fix="calibrate on images like those of the training",
             )
         )
-    return error, float(100 * (logits.argmax(1) == reference.argmax(1)).float().mean())
+    return error, float(100 * (outputs.argmax(1) == reference.argmax(1)).float().mean())

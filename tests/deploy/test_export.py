@@ -22,7 +22,8 @@ from normfree.cli import main
 from normfree.data.sources.emoji import open_emoji
 from normfree.data.transforms.normalize import normalize
 from normfree.deploy import fold as folding
-from normfree.deploy.export import compare, export
+from normfree.deploy.comparison import compare
+from normfree.deploy.export import export
 from normfree.deploy.graph_writers import graph_facts
 from normfree.models.net import Net
 from normfree.models.zoo import create_model
@@ -283,7 +284,7 @@ def test_graph_facts_of_a_handmade_graph() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("model.onnx", {"format": "onx"}, "unknown format 'onx'. Did you mean 'onnx'? Allowed: 'onnx', 'pt2'."),
+        ("model.onnx", {"format": "onx"}, "unknown format 'onx'. Did you mean 'onnx'? Allowed: 'onnx', 'pt2'"),
         ("model.pt", {"format": "pt2"}, "with format='pt2'. Allowed: names that end in .pt2. Fix: use '"),
         ("model.onnx", {"opset": 17}, "opset is 17. Allowed: 18 to 25. Fix: use 18."),
         ("model.onnx", {"opset": 99}, "opset is 99. Allowed: 18 to 25. Fix: use 25."),
@@ -355,10 +356,10 @@ def test_the_command(emoji: list[Image], tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--int8", "--format", "pt2"], "--int8 is given with --unfolded or --format pt2. Allowed: --int8 with "
-         "a folded ONNX file."),
-        (["--int8", "--unfolded"], "--int8 is given with --unfolded or --format pt2. Allowed: --int8 with "
-         "a folded ONNX file."),
+        (["--int8", "--format", "pt2"], "--int8 is given with --unfolded, --with-preprocessing or --format pt2. "
+         "Allowed: --int8 with a folded ONNX or OpenVINO file."),
+        (["--int8", "--unfolded"], "--int8 is given with --unfolded, --with-preprocessing or --format pt2."),
+        (["--int8", "--with-preprocessing"], "--int8 is given with --unfolded, --with-preprocessing or --format pt2."),
         ([], "names no data, because it is not a run, and the exported file is compared on real images. Fix: add "),
         (["--images", "nowhere.png"], "'nowhere.png' does not exist."),
     ],

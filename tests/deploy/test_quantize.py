@@ -171,25 +171,31 @@ def test_the_padding_of_a_max_pool_with_minus_infinity_does_not_affect_a_scale(t
 
 
 def test_what_cannot_be_quantized(trained: Trained, int8: QuantizeReport, tmp_path: Path) -> None:
-    model, folder, train, val, _ = trained
+    _, folder, train, _, _ = trained
     source = folder / "float.onnx"
     with pytest.raises(
-        ValueError, match=r"Allowed: names that end in .onnx, except that of the float file. Fix: use '"
+        ValueError,
+        match=r"Allowed: names that end in .onnx or .xml, except that of the float file. Fix: use '",
     ):
         quantize(source, source, calibration=[train])
     with pytest.raises(ValueError, match=r"calibration has no images. Allowed: at least one batch"):
         quantize(source, tmp_path / "x.onnx", calibration=[])
     with pytest.raises(ValueError, match="Allowed: B x 3 x 24 x 24"):
         quantize(source, tmp_path / "x.onnx", calibration=[train[:, :, :20, :20]])
-    with pytest.raises(ValueError, match=r"is already quantized. Allowed: folded float files."):
+    with pytest.raises(ValueError, match=r"is already quantized. Allowed: float files."):
         quantize(int8.path, tmp_path / "x.onnx", calibration=[train])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfolded_file_is_quantized_as_well(
+    trained: Trained, int8: QuantizeReport, tmp_path: Path
+) -> None:
+    model, _, train, val, _ = trained
     export(model, tmp_path / "unfolded.onnx", folded=False, images=val)
-    with pytest.raises(
-        ValueError,
-        match=r"is not folded. Allowed: folded float files. Fix: export the network with folded=True",
-    ):
-        quantize(tmp_path / "unfolded.onnx", tmp_path / "x.onnx", calibration=[train])
-    assert [p.name for p in tmp_path.iterdir()] == ["unfolded.onnx"]
+    # Its weights are computed from stored ones, once.
+    report = quantize(tmp_path / "unfolded.onnx", tmp_path / "x.onnx", calibration=train.split(32))
+    assert (report.quantized, report.left_float) == (int8.quantized, int8.left_float)
+    assert report.error < 0.1
 
 
 def test_a_file_with_wrong_scales_is_not_kept(trained: Trained, tmp_path: Path) -> None:
