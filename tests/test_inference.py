@@ -208,3 +208,22 @@ def test_samples_are_spread_evenly_over_a_source_or_files(tmp_path: Path) -> Non
         source.image(i).save(file)
     assert torch.equal(sample_images(files, count=4, preprocessing=PRE), images)
     assert len(sample_images(source, count=99, preprocessing=PRE)) == 10
+
+
+def test_images_in_memory_are_predicted_as_files_are(folder: Path, tmp_path: Path) -> None:
+    image = make_source(1).image(0)
+    file = tmp_path / "a.png"
+    image.save(file)
+    model = from_pretrained(folder)
+    (wanted,) = predict(model, str(file), device="cpu")
+    for item in (file, image, np.asarray(image), file.read_bytes()):
+        for given in (item, [item]):
+            (found,) = predict(model, given, device="cpu")
+            assert found.probabilities == wanted.probabilities
+            assert found.path == (str(file) if item is file else "image 0")
+    clear = Image.new("RGBA", (20, 20), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    (one, two) = predict(model, [clear, tmp_path / "clear.png"], device="cpu")
+    assert one.probabilities == two.probabilities
+    with pytest.raises(ValueError, match=r"an array float32 of shape \(3, 20, 20\) is no image"):
+        predict(model, [np.zeros((3, 20, 20), np.float32)])

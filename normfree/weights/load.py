@@ -19,7 +19,7 @@ from normfree.weights.run_weights import MODEL_FILE, model_files
 from normfree.weights.tensor_file import read_tensors
 
 # Suffixes of files that torch and others write as pickles; only `normfree convert` reads them, in a separate process.
-PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
+PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")  # timm's train.py writes .pth.tar
 # Names of the classifier's parameters begin with this.
 _CLASSIFIER = "head."
 _FIRST_CONV = "stem.conv0.weight"

@@ -18,6 +18,8 @@ from typing import Any
 
 # Keys under which training programs store a state dict; `state_dict_ema` has the averaged weights in timm and others.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
+# Prefixes of all names in a state dict: of DataParallel, of torch.compile, and of modules that hold the network.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
 # Limits of the child: memory in bytes beyond that of an idle one, and processor time, 60 s plus 1 s for each 50 MB.
 MEMORY_SLACK, SECONDS, BYTES_PER_SECOND = 400 << 20, 60, 50_000_000
 # Bytes by which the tensors may exceed the file. Only expanded views would exceed it.
@@ -27,7 +29,7 @@ _REFUSED = 3
 
 
 def read_torch_file(path: str | Path, *, key: str = "") -> dict[str, Any]:
-    """Read the state dict in a PyTorch file. A prefix `module.` of all names (`DataParallel`) is removed.
+    """Read the state dict in a PyTorch file. Prefixes that all names share (`PREFIXES`) are removed.
 
     Args:
         path: a file that `torch.save` wrote: a state dict, or a mapping with a state dict under one of `WRAPPERS`.
@@ -126,7 +128,7 @@ def state_dict_in(content: object, *, key: str = "") -> Mapping[str, Any]:
 
 
 def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
-    """Return the tensors of a state dict, each with its own memory, without a common prefix `module.` of the names.
+    """Return the tensors of a state dict, each with its own memory, without the common prefixes of the names.
 
     Args:
         state: tensors by name.
@@ -157,7 +159,7 @@ def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
         )
     if sum(v.numel() * v.element_size() for v in state.values()) > size + SLACK:
         raise ValueError(f"its tensors are larger than the {size:,} bytes of the file.")
-    prefix = "module." if all(k.startswith("module.") for k in names) else ""
+    prefix = _common_prefix(names)
     own: dict[str, Any] = {}
     seen: set[int] = set()
     for name, value in state.items():
@@ -171,6 +173,18 @@ def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
     return own
 
 
+def _common_prefix(names: list[str]) -> str:
+    """Return the prefix of all names that wrappers have added: DataParallel, torch.compile and Lightning.
+
+    >>> _common_prefix(["module._orig_mod.stem.weight", "module._orig_mod.head.bias"])
+    'module._orig_mod.'
+    """
+    prefix = ""
+    while found := next((p for p in PREFIXES if all(n.startswith(prefix + p) for n in names)), ""):
+        prefix += found
+    return prefix
+
+
 def _names(keys: Iterable[object]) -> str:
     """Return the first 8 keys, at most 60 characters of each, or the type of a key that is not a string or integer."""
     return ", ".join(str(k)[:60] if isinstance(k, str | int) else type(k).__name__ for k in list(keys)[:8])
@@ -178,6 +192,7 @@ def _names(keys: Iterable[object]) -> str:
 
 def _child(path: Path, out: Path, key: str) -> None:
     """Read `path` within limits and write its state dict to `out` as safetensors."""
+    import argparse
     import warnings
 
     import torch
@@ -187,7 +202,9 @@ def _child(path: Path, out: Path, key: str) -> None:
     torch.set_num_threads(1)  # the stacks of more threads would count as memory
     size = path.stat().st_size
     _limit(size)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    # timm's and other programs' checkpoints hold their options in a Namespace, a plain object of fields.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
     save_file(plain_tensors(state_dict_in(content, key=key), size=size), out)
 
 

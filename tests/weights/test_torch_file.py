@@ -1,5 +1,6 @@
 """Tests of reading PyTorch's files: dense tensors are read exactly, everything else is refused and runs no code."""
 
+import argparse
 import os
 import pickle
 import zipfile
@@ -131,3 +132,16 @@ def test_the_prefix_module_is_removed_from_all_names_or_none():
         "module.a",
         "b",
     ]
+
+
+def test_checkpoints_of_training_programs_with_options_and_prefixes(tmp_path):
+    weights = {"stem.weight": torch.ones(2), "head.bias": torch.zeros(3)}
+    timm = {"epoch": 3, "state_dict": weights, "args": argparse.Namespace(model="x", lr=0.1), "optimizer": {}}
+    torch.save(timm, tmp_path / "model_best.pth.tar")
+    assert read_torch_file(tmp_path / "model_best.pth.tar").keys() == weights.keys()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod.", "net."):
+        torch.save({"state_dict": {prefix + k: v for k, v in weights.items()}}, tmp_path / "a.ckpt")
+        assert read_torch_file(tmp_path / "a.ckpt").keys() == weights.keys(), prefix
+    mixed = {"model.a": torch.ones(1), "other.b": torch.ones(1)}  # no common prefix
+    torch.save(mixed, tmp_path / "a.ckpt")
+    assert read_torch_file(tmp_path / "a.ckpt").keys() == mixed.keys()

@@ -206,6 +206,16 @@ def _refuse_unknown_range(image: Image, name: str) -> None:
         raise ImageError(name, f"32-bit integer pixels, whose range is unknown. {fix}")
 
 
+def to_rgb(image: Image, *, pixel_range: int = FULL_RANGE) -> Image:
+    """Return an image of PIL in mode RGB, as `load_image` returns those of files.
+
+    Raises:
+        ImageError: Its pixels have no known range.
+    """
+    _refuse_unknown_range(image, "the image")
+    return _to_rgb(image, (255, 255, 255), pixel_range)
+
+
 def _to_rgb(image: Image, background: tuple[int, int, int], pixel_range: int) -> Image:
     """Scale 16 bits to 8, compose transparent pixels over `background`, and convert to RGB."""
     from PIL import Image
