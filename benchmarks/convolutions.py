@@ -14,14 +14,16 @@ from benchmarks.arms import Arm
 from benchmarks.harness import Bench, Case, compare
 from benchmarks.networks import FORMATS
 from benchmarks.summary import Comparison, Floor
-from normfree.ops import conv2d_backends
+from normfree.native.library import library
+from normfree.ops import conv2d_backends, winograd
 
 ABOUT = (
     "Milliseconds of one convolution's forward pass, input gradient and weight gradient, in both memory formats; "
-    "also as our networks compute it and, if it is 1×1, as a linear layer over pixels. Results are compared "
+    "also as our networks compute it; if it is 1×1, as a linear layer over pixels; and if it is 3×3 of stride 1, with "
+    "Winograd tiles of 2×2 and 4×4 outputs, whether our networks use them for this size or not. Results are compared "
     "first. A floor is the larger of two lower bounds: the multiplications at the rate of a large matrix product, "
     "and the bytes at the rate of a copy. A 3×3 convolution of stride 1 can be computed with 4 of 9 "
-    "multiplications. On a GPU the type is bfloat16."
+    "multiplications, or 1 of 4. On a GPU the type is bfloat16."
 )
 DIRECTIONS = ("forward", "input gradient", "weight gradient")
 BATCH = {"cpu": 8, "cuda": 256}
@@ -51,12 +53,26 @@ class Shape:
         return text + (f", {self.groups} groups" if self.groups > 1 else "")
 
 
+# The 3x3 convolutions of stride 1 of NF-ResNet-50 at 224 px, and some that show where tiles stop being faster.
+PLAIN = (
+    (64, 56),
+    (128, 28),
+    (256, 14),
+    (512, 7),
+    (96, 28),
+    (192, 14),
+    (256, 28),
+    (128, 14),
+    (64, 28),
+    (32, 32),
+)
 # The convolutions of NFNet-F0 at 192 px: 3x3 with groups of width 128, and the 1x1 ones around them.
 GROUPED = ((128, 48, 1), (256, 48, 2), (256, 24, 1), (768, 24, 2), (768, 12, 1), (768, 12, 2), (768, 6, 1))
 POINTWISE = ((512, 256, 24), (512, 768, 24), (1536, 768, 12), (768, 1536, 12), (1536, 3072, 6))
 SHAPES = (
     *(Shape(c, c, side, kernel_size=3, stride=stride, group_width=128) for c, side, stride in GROUPED),
     *(Shape(i, o, side) for i, o, side in POINTWISE),
+    *(Shape(c, c, side, kernel_size=3) for c, side in PLAIN),
 )
 
 
@@ -85,6 +101,14 @@ def measure(shape: Shape, images: int, bench: Bench) -> Iterator[Comparison]:
             arms.append(Arm("linear", linear(direction, x, weight, up)))
         channels_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, up))
         arms.append(Arm("normfree NHWC", partial(ours, direction, shape, *channels_last)))
+        if (
+            shape.kernel_size == 3
+            and shape.stride == 1
+            and bench.device.type == "cpu"
+            and library() is not None
+        ):
+            for side in (2, 4):
+                arms.append(Arm(f"tiles {side}×{side}", tiles(direction, shape, side, x, weight, up)))
         lowest = floor(bench, shape, [x, weight, up])
         yield from compare(short, f"{shape}, {direction}", arms, tolerance=TOLERANCE[kind], floor=lowest)
 
@@ -142,6 +166,19 @@ def linear(direction: str, x: Tensor, weight: Tensor, up: Tensor) -> Callable[[]
     if direction == "input gradient":
         return lambda: F.linear(up, matrix.t()).permute(0, 3, 1, 2)
     return lambda: (up.flatten(0, 2).t() @ x.flatten(0, 2))[:, :, None, None]
+
+
+def tiles(
+    direction: str, shape: Shape, side: int, x: Tensor, weight: Tensor, up: Tensor
+) -> Callable[[], Tensor]:
+    """Return a 3x3 convolution of stride 1 by Winograd's algorithm, with tiles of `side` x `side` outputs."""
+    x, weight, up = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, up))
+    options = {"groups": shape.groups, "side": side}
+    if direction == "forward":
+        return lambda: winograd.conv2d(x, weight, None, **options)
+    if direction == "input gradient":
+        return lambda: winograd.input_gradient(up, weight, **options)
+    return lambda: winograd.weight_gradient(x, up, **options)
 
 
 def floor(bench: Bench, shape: Shape, moved: list[Tensor]) -> Floor | None:

@@ -21,7 +21,7 @@ from normfree.native.dispatch import (
 )
 from normfree.ops import winograd
 from normfree.ops.conv2d import Activation
-from normfree.ops.conv2d_backends import WINOGRAD, Geometry
+from normfree.ops.conv2d_backends import Geometry, can_use_winograd
 from normfree.ops.padding import pad_input
 
 
@@ -67,10 +67,13 @@ class PackedConv2d(Conv2d):
         size, stride = weight.shape[-1], self.stride[0]
         x, sides = pad_input(x if act is None else act(x), size, stride, padding=self.pad_mode)
         geometry = Geometry(stride, sides, self.groups)
-        planes = WINOGRAD.supports(x, weight, self.bias, geometry, has_planes=True)
+        side = 0
+        if can_use_winograd(x, weight, self.bias, geometry):
+            side = winograd.output_side(x, weight, groups=self.groups, packed=True)
+        planes = side > 0
         if packed is None or not packed.is_current(weight, shape, planes):
             if planes:
-                made = winograd.filter_planes(weight, groups=self.groups)
+                made = winograd.filter_planes(weight, groups=self.groups, side=side)
             else:
                 made = pack_onednn_weight(weight, x.shape, **geometry._asdict())
             self._packed = packed = _Packed(made, shape, weight, weight._version, planes)

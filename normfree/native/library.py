@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # `native_version` in update.c; increase both with any change of a signature below.
-VERSION = 2
+VERSION = 3
 
 # Elements below which one thread is faster than several.
 SMALL = 2**16
@@ -29,9 +29,9 @@ _SIGNATURES = {
     "standardize_forward": [*[_POINTER] * 3, _FLOAT, _LONG, _INT],
     "standardize_backward": [*[_POINTER] * 3, _FLOAT, _LONG, _INT],
     # winograd.c
-    "winograd_filters": [*[_POINTER] * 2, *[_LONG] * 3, _INT, _LONG, _INT],
-    "winograd_convolve": [*[_POINTER] * 6, *[_LONG] * 9, _INT],
-    "winograd_weight_gradient": [*[_POINTER] * 5, *[_LONG] * 9, _INT],
+    "winograd_filters": [*[_POINTER] * 2, *[_LONG] * 3, _INT, _INT, _LONG, _INT],
+    "winograd_convolve": [*[_POINTER] * 6, *[_LONG] * 8, _INT, _LONG, _INT],
+    "winograd_weight_gradient": [*[_POINTER] * 5, *[_LONG] * 8, _INT, _LONG, _INT],
     # activations.c
     **{f"{name}_forward": [*[_POINTER] * 2, _LONG, _INT] for name in ("gelu", "silu")},
     **{f"{name}_backward": [*[_POINTER] * 3, _LONG, _INT] for name in ("gelu", "silu")},

@@ -4,7 +4,7 @@
 #include "share.h"
 
 /* VERSION of normfree.native.library: increase both with any change of a signature in this folder. */
-const int native_version = 2;
+const int native_version = 3;
 
 enum { CHUNK = 32 };  /* units at a time: about 100 KB */
 #define FLOOR 1e-6f   /* GRADIENT_FLOOR of normfree.optim.agc */

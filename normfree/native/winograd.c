@@ -1,24 +1,41 @@
-/* 3x3 convolutions by F(2 x 2, 3 x 3), which `normfree.ops.winograd` explains and calls.
+/* 3x3 convolutions by F(2 x 2, 3 x 3) and F(4 x 4, 3 x 3), which `normfree.ops.winograd` explains and calls.
  *
- * A map is B H W C. It has a tile for every 2 x 2 outputs, in memory order; the last ones may extend beyond its border.
- * Its planes are 16 matrices tiles x channels, one for each position in a tile of 4 x 4. Filters and their gradients are
- * O 3 3 I/groups. Channels and filters of a group are multiples of PANEL. */
+ * A map is B H W C. It has a tile for every SIDE x SIDE outputs, in memory order; the last ones may extend beyond its
+ * border. Its planes are T² matrices tiles x channels, one for each position in a tile of T x T inputs, T = SIDE + 2.
+ * Filters and their gradients are O 3 3 I/groups. Channels and filters of a group are multiples of PANEL.
+ *
+ * Transforms are written for a `side` that is a constant where they are inlined. Each applies one of the matrices of
+ * Lavin and Gray (2015) to the columns of a tile, and then to the rows of the result. */
 
 #include <string.h>
 
 #include "share.h"
 
-enum { EIGHT = 8, PANEL = 16, ROWS = 6 }; /* lanes of a register; columns and rows of a small product */
+enum { PANEL = 16, ROWS = 12, HALF = ROWS / 2 }; /* columns and rows of a small product */
 enum { PAD = 16 }; /* numbers between planes: a distance of a power of two would map all to one set of the cache */
 
-#define EACH(lane, count) for (int lane = 0; lane < (count); lane++)
+#define EACH(lane) for (int lane = 0; lane < PANEL; lane++)
+
+typedef float Numbers[PANEL]; /* one number for each of PANEL channels */
+
+/* Only matrix products are fused with additions: on x86 with AVX2, not elsewhere. Every number of a product is one sum
+ * in the order of k, so registers of any width give the same bits. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define WITH_256 __attribute__((target("avx2,fma")))
+#define WITH_512 __attribute__((target("avx512f,prefer-vector-width=512")))
+#define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
+#else
+#define WITH_256
+#define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
+#endif
 
 /* A map, and the planes of some of its tiles and channels. */
 typedef struct {
     float *map, *planes;
     const float *border; /* a pixel of zeros outside the map; for outputs, a pixel that is added to each (the bias) */
     int64_t height, width, channels; /* of the map */
-    int64_t from, to, each;          /* range of channels of the planes; every `each` channels have 16 planes */
+    int64_t from, to, each;          /* range of channels of the planes; every `each` channels have T² planes */
     int64_t first, plane;            /* first tile of the planes; distance from plane to plane */
 } Maps;
 
@@ -27,11 +44,11 @@ typedef struct {
     int64_t image, top, left;
 } Corner;
 
-INLINE Corner corner_of(const Maps *k, int64_t tile) {
-    int64_t tall = (k->height + 1) / 2, wide = (k->width + 1) / 2;
+INLINE Corner corner_of(const Maps *k, int64_t tile, int side) {
+    int64_t tall = (k->height + side - 1) / side, wide = (k->width + side - 1) / side;
     tile += k->first;
     int64_t inside = tile % (tall * wide);
-    return (Corner){tile / (tall * wide), inside / wide * 2, inside % wide * 2};
+    return (Corner){tile / (tall * wide), inside / wide * side, inside % wide * side};
 }
 
 INLINE float *pixel(const Maps *k, int64_t image, int64_t y, int64_t x) {
@@ -40,240 +57,327 @@ INLINE float *pixel(const Maps *k, int64_t image, int64_t y, int64_t x) {
 }
 
 /* Address of `tile` and `channel` in the first plane. */
-INLINE float *on_plane(const Maps *k, int64_t tile, int64_t channel) {
+INLINE float *on_plane(const Maps *k, int64_t tile, int64_t channel, int side) {
     int64_t inside = channel - k->from;
-    return k->planes + inside / k->each * 16 * k->plane + tile * k->each + inside % k->each;
+    return k->planes + inside / k->each * (side + 2) * (side + 2) * k->plane + tile * k->each + inside % k->each;
 }
 
-/* planes = Bᵀ d B of the 4 x 4 pixels d around the tile */
-INLINE void input_tile(const Maps *k, int64_t tile) {
-    int64_t plane = k->plane;
-    Corner corner = corner_of(k, tile);
-    const float *from[16];
-    for (int i = 0; i < 16; i++) from[i] = pixel(k, corner.image, corner.top - 1 + i / 4, corner.left - 1 + i % 4);
-    for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
-        float *restrict to = on_plane(k, tile, channel);
-        float d[16][EIGHT], e[16][EIGHT];
-        for (int i = 0; i < 16; i++) EACH(l, EIGHT) d[i][l] = from[i][channel + l];
-        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
-            e[i][l] = d[i][l] - d[8 + i][l];
-            e[4 + i][l] = d[4 + i][l] + d[8 + i][l];
-            e[8 + i][l] = d[8 + i][l] - d[4 + i][l];
-            e[12 + i][l] = d[4 + i][l] - d[12 + i][l];
-        }
-        for (int i = 0; i < 16; i += 4) EACH(l, EIGHT) {
-            to[i * plane + l] = e[i][l] - e[i + 2][l];
-            to[(i + 1) * plane + l] = e[i + 1][l] + e[i + 2][l];
-            to[(i + 2) * plane + l] = e[i + 2][l] - e[i + 1][l];
-            to[(i + 3) * plane + l] = e[i + 1][l] - e[i + 3][l];
-        }
+/* The numbers of a line are `step` apart in `d`, and those of its result `stride` apart in `to`. */
+#define D(i) d[(i) * step][l]
+#define TO(i) to[(i) * stride + l]
+
+/* Bᵀ d: side + 2 numbers to as many. */
+INLINE void input_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+    if (side == 2) EACH(l) {
+        TO(0) = D(0) - D(2);
+        TO(1) = D(1) + D(2);
+        TO(2) = D(2) - D(1);
+        TO(3) = D(1) - D(3);
+    }
+    else EACH(l) {
+        float a = D(4) - 4 * D(2), b = D(3) - 4 * D(1), c = D(4) - D(2), e = 2 * (D(3) - D(1));
+        TO(0) = 4 * D(0) - 5 * D(2) + D(4);
+        TO(1) = a + b;
+        TO(2) = a - b;
+        TO(3) = c + e;
+        TO(4) = c - e;
+        TO(5) = 4 * D(1) - 5 * D(3) + D(5);
     }
 }
 
-/* map = Aᵀ m A + border of the 4 x 4 numbers m of the tile. */
-INLINE void output_tile(const Maps *k, int64_t tile) {
-    int64_t plane = k->plane, row = k->width * k->channels, next = k->channels;
-    Corner corner = corner_of(k, tile);
-    int down = corner.top + 1 < k->height, right = corner.left + 1 < k->width;
+/* Aᵀ d: side + 2 numbers to `side`. */
+INLINE void output_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+    if (side == 2) EACH(l) {
+        TO(0) = D(0) + D(1) + D(2);
+        TO(1) = D(1) - D(2) - D(3);
+    }
+    else EACH(l) {
+        float a = D(1) + D(2), b = D(1) - D(2), c = D(3) + D(4), e = D(3) - D(4);
+        TO(0) = D(0) + a + c;
+        TO(1) = b + 2 * e;
+        TO(2) = a + 4 * c;
+        TO(3) = b + 8 * e + D(5);
+    }
+}
+
+/* A d: `side` numbers to side + 2. */
+INLINE void gradient_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+    if (side == 2) EACH(l) {
+        TO(0) = D(0);
+        TO(1) = D(0) + D(1);
+        TO(2) = D(0) - D(1);
+        TO(3) = -D(1);
+    }
+    else EACH(l) {
+        float a = D(0) + D(2), b = D(1) + D(3), c = D(0) + 4 * D(2), e = 2 * D(1) + 8 * D(3);
+        TO(0) = D(0);
+        TO(1) = a + b;
+        TO(2) = a - b;
+        TO(3) = c + e;
+        TO(4) = c - e;
+        TO(5) = D(3);
+    }
+}
+
+#define SIXTH (1 / 6.0f)
+
+/* G d: 3 numbers to side + 2. */
+INLINE void filter_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+    if (side == 2) EACH(l) {
+        float a = 0.5f * (D(0) + D(2)), b = 0.5f * D(1);
+        TO(0) = D(0);
+        TO(1) = a + b;
+        TO(2) = a - b;
+        TO(3) = D(2);
+    }
+    else EACH(l) {
+        float a = -SIXTH * (D(0) + D(2)), b = -SIXTH * D(1), c = SIXTH * (0.25f * D(0) + D(2)), e = 0.5f * SIXTH * D(1);
+        TO(0) = 0.25f * D(0);
+        TO(1) = a + b;
+        TO(2) = a - b;
+        TO(3) = c + e;
+        TO(4) = c - e;
+        TO(5) = D(2);
+    }
+}
+
+/* Gᵀ d: side + 2 numbers to 3. */
+INLINE void filter_gradient_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+    if (side == 2) EACH(l) {
+        float a = 0.5f * (D(1) + D(2));
+        TO(0) = D(0) + a;
+        TO(1) = 0.5f * (D(1) - D(2));
+        TO(2) = a + D(3);
+    }
+    else EACH(l) {
+        float a = D(1) + D(2), c = D(3) + D(4);
+        TO(0) = 0.25f * D(0) + SIXTH * (0.25f * c - a);
+        TO(1) = SIXTH * (D(2) - D(1) + 0.5f * (D(3) - D(4)));
+        TO(2) = SIXTH * (c - a) + D(5);
+    }
+}
+
+/* planes = Bᵀ d B of the T x T pixels d around the tile. */
+INLINE void input_tile(const Maps *k, int64_t tile, int side) {
+    enum { MOST = 6 };
+    int all = side + 2;
+    Corner corner = corner_of(k, tile, side);
+    const float *from[MOST * MOST];
+    for (int i = 0; i < all * all; i++)
+        from[i] = pixel(k, corner.image, corner.top - 1 + i / all, corner.left - 1 + i % all);
+    for (int64_t channel = k->from; channel < k->to; channel += PANEL) {
+        float *planes = on_plane(k, tile, channel, side);
+        Numbers d[MOST], e[MOST * MOST];
+        for (int x = 0; x < all; x++) {
+            for (int y = 0; y < all; y++) EACH(l) d[y][l] = from[y * all + x][channel + l];
+            input_line(d, 1, e[x], all * PANEL, side);
+        }
+        for (int y = 0; y < all; y++) input_line(e + y * all, 1, planes + y * all * k->plane, k->plane, side);
+    }
+}
+
+/* map = Aᵀ m A + border of the T x T numbers m of the tile. */
+INLINE void output_tile(const Maps *k, int64_t tile, int side) {
+    enum { MOST = 6 };
+    int all = side + 2;
+    Corner corner = corner_of(k, tile, side);
+    int64_t down = k->height - corner.top, right = k->width - corner.left;
     float *pixels = pixel(k, corner.image, corner.top, corner.left);
-    for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
-        const float *from = on_plane(k, tile, channel), *added = k->border + channel;
-        float *restrict to = pixels + channel;
-        float e[8][EIGHT];
-        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
-            float b = from[(4 + i) * plane + l], c = from[(8 + i) * plane + l];
-            e[i][l] = from[i * plane + l] + b + c;
-            e[4 + i][l] = b - c - from[(12 + i) * plane + l];
+    for (int64_t channel = k->from; channel < k->to; channel += PANEL) {
+        const float *planes = on_plane(k, tile, channel, side), *added = k->border + channel;
+        Numbers d[MOST], e[MOST * MOST], line[MOST];
+        for (int x = 0; x < all; x++) {
+            for (int y = 0; y < all; y++) EACH(l) d[y][l] = planes[(y * all + x) * k->plane + l];
+            output_line(d, 1, e[x], all * PANEL, side);
         }
-        EACH(l, EIGHT) to[l] = e[0][l] + e[1][l] + e[2][l] + added[l];
-        if (right) EACH(l, EIGHT) to[next + l] = e[1][l] - e[2][l] - e[3][l] + added[l];
-        if (down) EACH(l, EIGHT) to[row + l] = e[4][l] + e[5][l] + e[6][l] + added[l];
-        if (down && right) EACH(l, EIGHT) to[row + next + l] = e[5][l] - e[6][l] - e[7][l] + added[l];
+        for (int y = 0; y < side && y < down; y++) {
+            output_line(e + y * all, 1, line[0], PANEL, side);
+            for (int x = 0; x < side; x++)
+                if (x < right) EACH(l) pixels[(y * k->width + x) * k->channels + channel + l] = line[x][l] + added[l];
+        }
     }
 }
 
-/* planes = A g Aᵀ of the 2 x 2 gradients g of the tile. */
-INLINE void gradient_tile(const Maps *k, int64_t tile) {
-    int64_t plane = k->plane;
-    Corner corner = corner_of(k, tile);
-    const float *from[4];
-    for (int i = 0; i < 4; i++) from[i] = pixel(k, corner.image, corner.top + i / 2, corner.left + i % 2);
-    for (int64_t channel = k->from; channel < k->to; channel += EIGHT) {
-        float *restrict to = on_plane(k, tile, channel);
-        float e[8][EIGHT];
-        for (int i = 0; i < 2; i++) EACH(l, EIGHT) {
-            float a = from[i][channel + l], b = from[2 + i][channel + l];
-            e[i][l] = a;
-            e[2 + i][l] = a + b;
-            e[4 + i][l] = a - b;
-            e[6 + i][l] = -b;
+/* planes = A g Aᵀ of the gradients g of the tile's outputs. */
+INLINE void gradient_tile(const Maps *k, int64_t tile, int side) {
+    enum { MOST = 6 };
+    int all = side + 2;
+    Corner corner = corner_of(k, tile, side);
+    const float *from[MOST * MOST];
+    for (int i = 0; i < side * side; i++)
+        from[i] = pixel(k, corner.image, corner.top + i / side, corner.left + i % side);
+    for (int64_t channel = k->from; channel < k->to; channel += PANEL) {
+        float *planes = on_plane(k, tile, channel, side);
+        Numbers d[MOST], e[MOST * MOST];
+        for (int x = 0; x < side; x++) {
+            for (int y = 0; y < side; y++) EACH(l) d[y][l] = from[y * side + x][channel + l];
+            gradient_line(d, 1, e[x], side * PANEL, side);
         }
-        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
-            float a = e[2 * i][l], b = e[2 * i + 1][l];
-            to[4 * i * plane + l] = a;
-            to[(4 * i + 1) * plane + l] = a + b;
-            to[(4 * i + 2) * plane + l] = a - b;
-            to[(4 * i + 3) * plane + l] = -b;
-        }
+        for (int y = 0; y < all; y++) gradient_line(e + y * side, 1, planes + y * all * k->plane, k->plane, side);
     }
 }
 
 typedef struct {
     float *filters, *planes;
     int64_t inputs, each, plane; /* channels of a filter; filters of a group; distance from plane to plane */
-    int rotated;
+    int rotated, side;
 } Filters;
 
-/* out = G f Gᵀ of the 3 x 3 numbers f of PANEL inputs, with position i of lane l at out[i·PANEL² + l·step]. Rotating a
- * filter by 180 degrees exchanges the first and last rows, and the first and last columns, of the result. */
-INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, int64_t step, int rotated) {
-    float e[12][PANEL];
-    for (int i = 0; i < 3; i++) EACH(l, PANEL) {
-        float a = f[i * inputs + l], b = f[(3 + i) * inputs + l], c = f[(6 + i) * inputs + l];
-        e[i][l] = a;
-        e[3 + i][l] = 0.5f * (a + b + c);
-        e[6 + i][l] = 0.5f * (a - b + c);
-        e[9 + i][l] = c;
+/* out = G f Gᵀ of the 3 x 3 numbers f of PANEL inputs, with position i at out[i·PANEL²]. */
+INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, int rotated, int side) {
+    enum { MOST = 6 };
+    Numbers d[3], e[MOST * 3];
+    for (int x = 0; x < 3; x++) {
+        for (int y = 0; y < 3; y++) {
+            int tap = rotated ? 8 - (y * 3 + x) : y * 3 + x;
+            __builtin_prefetch(f + tap * inputs + PANEL); /* for the next call: lines are far apart */
+            EACH(l) d[y][l] = f[tap * inputs + l];
+        }
+        filter_line(d, 1, e[x], 3 * PANEL, side);
     }
-    for (int i = 0; i < 4; i++) {
-        float *restrict to = out + 4 * (rotated && i % 3 == 0 ? 3 - i : i) * PANEL * PANEL;
-        EACH(l, PANEL) {
-            float a = e[3 * i][l], b = e[3 * i + 1][l], c = e[3 * i + 2][l];
-            to[l * step] = rotated ? c : a;
-            to[PANEL * PANEL + l * step] = 0.5f * (a + b + c);
-            to[2 * PANEL * PANEL + l * step] = 0.5f * (a - b + c);
-            to[3 * PANEL * PANEL + l * step] = rotated ? a : c;
+    for (int y = 0; y < side + 2; y++)
+        filter_line(e + y * 3, 1, out + y * (side + 2) * PANEL * PANEL, PANEL * PANEL, side);
+}
+
+/* Planes of the filters PANEL·start to PANEL·stop, in the layout of the products: groups x T² x N/PANEL x K x PANEL. The
+ * convolution sums over K inputs for N filters; its gradient uses rotated filters and sums over the filters. */
+INLINE void filters_between(const Filters *k, int64_t start, int64_t stop, int side) {
+    enum { MOST = 36 };
+    int positions = (side + 2) * (side + 2);
+    for (int64_t filter = PANEL * start; filter < PANEL * stop; filter += PANEL) {
+        int64_t inside = filter % k->each;
+        float *planes = k->planes + filter / k->each * positions * k->plane, square[MOST][PANEL * PANEL];
+        for (int64_t input = 0; input < k->inputs; input += PANEL) {
+            for (int64_t one = 0; one < PANEL; one++) {
+                const float *from = k->filters + (filter + one) * 9 * k->inputs + input;
+                filter_planes(from, k->inputs, square[0] + one * PANEL, k->rotated, side);
+            }
+            int64_t to = k->rotated ? input * k->each + inside * PANEL : inside * k->inputs + input * PANEL;
+            for (int position = 0; position < positions; position++) {
+                float *found = planes + position * k->plane + to, *own = square[position];
+                if (k->rotated) memcpy(found, own, sizeof square[position]);
+                else for (int row = 0; row < PANEL; row++) EACH(l) found[row * PANEL + l] = own[l * PANEL + row];
+            }
         }
     }
 }
 
-/* Planes of the filters PANEL·start to PANEL·stop, in the layout of the products: groups x 16 x N/PANEL x K x PANEL. The
- * convolution sums over K inputs for N filters; its gradient uses rotated filters and sums over the filters. */
 WIDE void winograd_filters_between(const void *given, int64_t start, int64_t stop) {
     const Filters *k = given;
-    for (int64_t filter = PANEL * start; filter < PANEL * stop; filter += PANEL) {
-        int64_t inside = filter % k->each;
-        float *planes = k->planes + filter / k->each * 16 * k->plane, square[16][PANEL * PANEL];
-        for (int64_t input = 0; input < k->inputs; input += PANEL) {
-            for (int64_t one = 0; one < PANEL; one++) {
-                const float *from = k->filters + (filter + one) * 9 * k->inputs + input;
-                if (k->rotated) filter_planes(from, k->inputs, square[0] + one * PANEL, 1, 1);
-                else filter_planes(from, k->inputs, square[0] + one, PANEL, 0);
-            }
-            int64_t to = k->rotated ? input * k->each + inside * PANEL : inside * k->inputs + input * PANEL;
-            for (int position = 0; position < 16; position++)
-                memcpy(planes + position * k->plane + to, square[position], sizeof square[position]);
-        }
-    }
+    if (k->side == 2) filters_between(k, start, stop, 2);
+    else filters_between(k, start, stop, 4);
 }
 
 /* Compute the planes of panels·PANEL filters with `inputs` channels each; a group has `each` filters. */
 void winograd_filters(
-    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int rotated, int64_t panels,
+    float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int rotated, int side, int64_t panels,
     int threads) {
-    share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, rotated}, panels, 1, threads);
+    share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, rotated, side}, panels, 1, threads);
 }
-
-/* Small matrix products. Only here are products fused with additions: on x86 with AVX2, not elsewhere. */
-typedef float Lanes __attribute__((vector_size(4 * EIGHT), aligned(4)));
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define FUSED __attribute__((target("avx2,fma")))
-#define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
-#else
-#define FUSED
-#define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
-#endif
 
 /* c = a b of ROWS x depth and depth x PANEL, or c += a b if `more`. Element k of row r of `a` is a[r·next_row + k·next];
  * rows of `c` are `width` numbers apart. */
-FUSED INLINE void product(
+typedef void Product(
+    const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more);
+
+typedef float Lanes __attribute__((vector_size(32), aligned(4)));
+enum { EIGHT = 8 };
+
+/* For 16 registers of eight numbers, which hold half of the sums. */
+WITH_256 static void product_256(
     const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
-    Lanes sums[ROWS][2];
+    for (int half = 0; half < 2; half++, a += HALF * next_row, c += HALF * width) {
+        Lanes sums[HALF][2];
 #pragma GCC unroll 6
-    for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = (Lanes){0};
+        for (int row = 0; row < HALF; row++) sums[row][0] = sums[row][1] = (Lanes){0};
 #pragma GCC unroll 1
-    for (int64_t k = 0; k < depth; k++) {
-        Lanes left = *(const Lanes *)(b + k * PANEL), right = *(const Lanes *)(b + k * PANEL + EIGHT);
+        for (int64_t k = 0; k < depth; k++) {
+            Lanes left = *(const Lanes *)(b + k * PANEL), right = *(const Lanes *)(b + k * PANEL + EIGHT);
 #pragma GCC unroll 6
-        for (int row = 0; row < ROWS; row++) {
-            float one = a[row * next_row + k * next];
-            Lanes same = {one, one, one, one, one, one, one, one};
-            sums[row][0] = TIMES_PLUS(same, left, sums[row][0]);
-            sums[row][1] = TIMES_PLUS(same, right, sums[row][1]);
+            for (int row = 0; row < HALF; row++) {
+                float one = a[row * next_row + k * next];
+                Lanes same = {one, one, one, one, one, one, one, one};
+                sums[row][0] = TIMES_PLUS(same, left, sums[row][0]);
+                sums[row][1] = TIMES_PLUS(same, right, sums[row][1]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < HALF; row++) {
+            Lanes *left = (Lanes *)(c + row * width), *right = (Lanes *)(c + row * width + EIGHT);
+            if (more) sums[row][0] += *left, sums[row][1] += *right;
+            *left = sums[row][0];
+            *right = sums[row][1];
         }
     }
-#pragma GCC unroll 6
+}
+
+#if defined(WITH_512)
+/* For 32 registers of sixteen numbers. */
+WITH_512 static void product_512(
+    const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
+    __m512 sums[ROWS];
+#pragma GCC unroll 12
+    for (int row = 0; row < ROWS; row++) sums[row] = _mm512_setzero_ps();
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < depth; k++) {
+        __m512 right = _mm512_loadu_ps(b + k * PANEL);
+#pragma GCC unroll 12
+        for (int row = 0; row < ROWS; row++)
+            sums[row] = _mm512_fmadd_ps(_mm512_set1_ps(a[row * next_row + k * next]), right, sums[row]);
+    }
+#pragma GCC unroll 12
     for (int row = 0; row < ROWS; row++) {
-        Lanes *left = (Lanes *)(c + row * width), *right = (Lanes *)(c + row * width + EIGHT);
-        if (more) sums[row][0] += *left, sums[row][1] += *right;
-        *left = sums[row][0];
-        *right = sums[row][1];
+        if (more) sums[row] = _mm512_add_ps(sums[row], _mm512_loadu_ps(c + row * width));
+        _mm512_storeu_ps(c + row * width, sums[row]);
     }
 }
+#endif
 
 typedef struct {
     float *x, *y;
     const float *filters, *zeros, *bias;
     float *scratch;
     int64_t height, width, inputs, outputs, groups, plane, tiles, block;
+    int side;
 } Convolution;
 
 /* Item i is block i % blocks of tiles in group i / blocks. */
-FUSED void winograd_convolve_between(const void *given, int64_t start, int64_t stop) {
-    const Convolution *k = given;
+INLINE void convolve_between(const Convolution *k, int64_t start, int64_t stop, int side, Product *product) {
     int64_t own = k->inputs / k->groups, each = k->outputs / k->groups, blocks = (k->tiles + k->block - 1) / k->block;
     int64_t before = k->block * own + PAD, after = k->block * each + PAD; /* distances from plane to plane */
-    float *planes = k->scratch + thread() * 16 * (before + after), *products = planes + 16 * before;
+    int positions = (side + 2) * (side + 2);
+    float *planes = k->scratch + thread() * positions * (before + after), *products = planes + positions * before;
     for (int64_t item = start; item < stop; item++) {
         int64_t group = item / blocks, first = item % blocks * k->block;
         int64_t tiles = first + k->block < k->tiles ? k->block : k->tiles - first;
-        const float *filters = k->filters + group * 16 * k->plane;
+        const float *filters = k->filters + group * positions * k->plane;
         Maps in = {k->x, planes, k->zeros, k->height, k->width, k->inputs, group * own, (group + 1) * own, own, first,
                    before};
         Maps out = {k->y, products, k->bias, k->height, k->width, k->outputs, group * each, (group + 1) * each, each,
                     first, after};
-        for (int64_t tile = 0; tile < tiles; tile++) input_tile(&in, tile);
-        for (int position = 0; position < 16; position++)
+        for (int64_t tile = 0; tile < tiles; tile++) input_tile(&in, tile, side);
+        for (int position = 0; position < positions; position++)
             for (int64_t panel = 0; panel < each; panel += PANEL)
                 for (int64_t tile = 0; tile < tiles; tile += ROWS)
                     product(
                         planes + position * before + tile * own, own, 1, filters + position * k->plane + panel * own,
                         products + position * after + tile * each + panel, own, each, 0);
-        for (int64_t tile = 0; tile < tiles; tile++) output_tile(&out, tile);
+        for (int64_t tile = 0; tile < tiles; tile++) output_tile(&out, tile, side);
     }
 }
 
-/* y = conv(x) + bias. `filters`: their planes, `plane` numbers apart. `scratch`: for each thread 32 x PAD numbers, and
- * 16 x block x channels of a group of both maps. `block`: tiles at a time, a multiple of ROWS. */
-void winograd_convolve(
-    float *x, float *y, const float *filters, const float *zeros, const float *bias, float *scratch, int64_t height,
-    int64_t width, int64_t inputs, int64_t outputs, int64_t groups, int64_t plane, int64_t tiles, int64_t block,
-    int64_t items, int threads) {
-    Convolution all = {x, y, filters, zeros, bias, scratch, height, width, inputs, outputs, groups, plane, tiles,
-                       block};
-    share(winograd_convolve_between, &all, items, 1, threads);
-}
-
-/* filter = Gᵀ u G of the 4 x 4 numbers u of each input */
-INLINE void filter_of_planes(float *filter, const float *planes, int64_t inputs, int64_t plane) {
-    for (int64_t input = 0; input < inputs; input += EIGHT) {
-        float *restrict to = filter + input;
-        const float *from = planes + input;
-        float e[12][EIGHT];
-        for (int i = 0; i < 4; i++) EACH(l, EIGHT) {
-            float b = from[(4 + i) * plane + l], c = from[(8 + i) * plane + l];
-            e[i][l] = from[i * plane + l] + 0.5f * (b + c);
-            e[4 + i][l] = 0.5f * (b - c);
-            e[8 + i][l] = 0.5f * (b + c) + from[(12 + i) * plane + l];
+/* filter = Gᵀ u G of the T x T numbers u of each input. */
+INLINE void filter_of_planes(float *filter, const float *planes, int64_t inputs, int64_t plane, int side) {
+    enum { MOST = 6 };
+    int all = side + 2;
+    for (int64_t input = 0; input < inputs; input += PANEL) {
+        Numbers d[MOST], e[MOST * 3];
+        for (int x = 0; x < all; x++) {
+            for (int y = 0; y < all; y++) EACH(l) d[y][l] = planes[(y * all + x) * plane + input + l];
+            filter_gradient_line(d, 1, e[x], all * PANEL, side);
         }
-        for (int i = 0; i < 3; i++) EACH(l, EIGHT) {
-            float b = e[4 * i + 1][l], c = e[4 * i + 2][l];
-            to[3 * i * inputs + l] = e[4 * i][l] + 0.5f * (b + c);
-            to[(3 * i + 1) * inputs + l] = 0.5f * (b - c);
-            to[(3 * i + 2) * inputs + l] = 0.5f * (b + c) + e[4 * i + 3][l];
-        }
+        for (int y = 0; y < 3; y++)
+            filter_gradient_line(e + y * all, 1, filter + 3 * y * inputs + input, inputs, side);
     }
 }
 
@@ -282,17 +386,19 @@ typedef struct {
     const float *zeros;
     float *scratch;
     int64_t height, width, inputs, outputs, groups, parts, tiles, block;
+    int side;
 } WeightGradient;
 
 /* Item i is part i % parts of the filters in group i / parts. */
-FUSED void winograd_weight_gradient_between(const void *given, int64_t start, int64_t stop) {
-    const WeightGradient *k = given;
+INLINE void weight_gradient_between(
+    const WeightGradient *k, int64_t start, int64_t stop, int side, Product *product) {
     int64_t own = k->inputs / k->groups, each = k->outputs / k->groups / k->parts;
     int64_t rows = (each + ROWS - 1) / ROWS * ROWS, plane = rows * own + PAD; /* of sums */
     int64_t before = k->block * PANEL + PAD, after = k->block * each + PAD;  /* distances from plane to plane */
-    int64_t panels = own * (k->block + 1) * 16, gradients = 16 * after + PANEL;
-    float *sums = k->scratch + thread() * (16 * plane + panels + gradients);
-    float *planes = sums + 16 * plane, *by_output = planes + panels;
+    int positions = (side + 2) * (side + 2);
+    int64_t panels = own * (k->block + 1) * positions, gradients = positions * after + ROWS;
+    float *sums = k->scratch + thread() * (positions * plane + panels + gradients);
+    float *planes = sums + positions * plane, *by_output = planes + panels;
     for (int64_t item = start; item < stop; item++) {
         int64_t group = item / k->parts, filter = item * each;
         for (int64_t first = 0; first < k->tiles; first += k->block) {
@@ -302,30 +408,70 @@ FUSED void winograd_weight_gradient_between(const void *given, int64_t start, in
             Maps out = {k->grad, by_output, k->zeros, k->height, k->width, k->outputs, filter, filter + each, each,
                         first, after};
             for (int64_t tile = 0; tile < tiles; tile++) {
-                input_tile(&in, tile);
-                gradient_tile(&out, tile);
+                input_tile(&in, tile, side);
+                gradient_tile(&out, tile, side);
             }
-            for (int position = 0; position < 16; position++)
+            for (int position = 0; position < positions; position++)
                 for (int64_t panel = 0; panel < own; panel += PANEL)
                     for (int64_t row = 0; row < each; row += ROWS)
                         product(
-                            by_output + position * after + row, 1, each, planes + (panel + position) * before,
+                            by_output + position * after + row, 1, each,
+                            planes + (panel / PANEL * positions + position) * before,
                             sums + position * plane + row * own + panel, tiles, own, first > 0);
         }
         for (int64_t row = 0; row < each; row++)
-            filter_of_planes(k->filters + (filter + row) * 9 * own, sums + row * own, own, plane);
+            filter_of_planes(k->filters + (filter + row) * 9 * own, sums + row * own, own, plane, side);
     }
 }
 
+/* Define a kernel for each width of the registers, and `chosen` for the widest of this processor. */
+#define KERNEL(body, Work, suffix, with, product) \
+    with static void body##_##suffix(const void *given, int64_t start, int64_t stop) { \
+        const Work *k = given; \
+        if (k->side == 2) body##_between(k, start, stop, 2, product); \
+        else body##_between(k, start, stop, 4, product); \
+    }
+KERNEL(convolve, Convolution, 256, WITH_256, product_256)
+KERNEL(weight_gradient, WeightGradient, 256, WITH_256, product_256)
+#if defined(WITH_512)
+KERNEL(convolve, Convolution, 512, WITH_512, product_512)
+KERNEL(weight_gradient, WeightGradient, 512, WITH_512, product_512)
+#endif
+
+static int has_512(void) {
+#if defined(WITH_512) && !defined(NARROW)
+    return __builtin_cpu_supports("avx512f");
+#else
+    return 0;
+#endif
+}
+
+#if defined(WITH_512)
+#define WIDEST(body) (has_512() ? body##_512 : body##_256)
+#else
+#define WIDEST(body) body##_256
+#endif
+
+/* y = conv(x) + bias. `filters`: their planes, `plane` numbers apart. `block`: tiles at a time, a multiple of ROWS.
+ * `scratch`: for each thread T² x (block x channels of a group + PAD) numbers of both maps. */
+void winograd_convolve(
+    float *x, float *y, const float *filters, const float *zeros, const float *bias, float *scratch, int64_t height,
+    int64_t width, int64_t inputs, int64_t outputs, int64_t groups, int64_t plane, int64_t tiles, int64_t block,
+    int side, int64_t items, int threads) {
+    Convolution all = {x, y, filters, zeros, bias, scratch, height, width, inputs, outputs, groups, plane, tiles,
+                       block, side};
+    share(WIDEST(convolve), &all, items, 1, threads);
+}
+
 /* Gradients of the filters from those of the outputs. `block`: tiles at a time. `scratch`: for each thread
- * 16 x (rows x own + PAD) sums, where rows is the number of filters of a part rounded up to ROWS and own the number of
- * inputs of a group; 16 x own x (block + 1) for planes of the input; and 16 x (block x filters of a part + PAD) + PANEL
+ * T² x (rows x own + PAD) sums, where rows is the number of filters of a part rounded up to ROWS and own the number of
+ * inputs of a group; T² x own x (block + 1) for planes of the input; and T² x (block x filters of a part + PAD) + ROWS
  * for planes of the outputs' gradients. */
 void winograd_weight_gradient(
     float *x, float *grad, float *filters, const float *zeros, float *scratch, int64_t height, int64_t width,
-    int64_t inputs, int64_t outputs, int64_t groups, int64_t parts, int64_t tiles, int64_t block, int64_t items,
-    int threads) {
+    int64_t inputs, int64_t outputs, int64_t groups, int64_t parts, int64_t tiles, int64_t block, int side,
+    int64_t items, int threads) {
     WeightGradient all = {x, grad, filters, zeros, scratch, height, width, inputs, outputs, groups, parts, tiles,
-                          block};
-    share(winograd_weight_gradient_between, &all, items, 1, threads);
+                          block, side};
+    share(WIDEST(weight_gradient), &all, items, 1, threads);
 }

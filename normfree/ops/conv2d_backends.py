@@ -77,56 +77,6 @@ class TorchBackend:
         return by_weight, by_bias
 
 
-class WinogradBackend:
-    """3x3 convolutions of stride 1 by Winograd's algorithm: CPUs with AVX2, plain float32 channels_last tensors."""
-
-    bypasses_dispatcher = True
-
-    def supports(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-        *,
-        has_planes: bool = False,
-    ) -> bool:
-        """See `Backend.supports`. `has_planes`: the planes of the filters have been computed already."""
-        tiles, groups = winograd.count_tiles, geometry.groups
-        return (
-            can_bypass_dispatcher()  # first: an export must not depend on sizes
-            and winograd.is_fast()
-            and tuple(weight.shape[2:]) == (3, 3)
-            and geometry[:2] == (1, (1, 1))
-            and all(
-                n >= winograd.LEAST_CHANNELS and n % winograd.PANEL == 0
-                for n in (weight.shape[1], len(weight) // groups)
-            )
-            and is_plain_cpu_tensor(x)
-            and is_plain_cpu_tensor(weight)
-            and (bias is None or is_plain_cpu_tensor(bias))
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and (
-                tiles(x) * groups >= winograd.LEAST_WITH_PLANES
-                if has_planes
-                else tiles(x) >= winograd.LEAST_TILES
-            )
-            and not torch.is_autocast_enabled("cpu")
-        )
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        return winograd.conv2d(x, weight, bias, groups=geometry.groups)
-
-    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return winograd.input_gradient(grad, weight, groups=geometry.groups)
-
-    def weight_gradient(
-        self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        by_weight = winograd.weight_gradient(x, grad, groups=geometry.groups) if needs[0] else None
-        return by_weight, grad.sum((0, 2, 3)) if needs[1] else None
-
-
 class ProductBackend(TorchBackend):
     """`TorchBackend`, but the weight gradient as matrix products: training on CPUs, float32 channels_last."""
 
@@ -148,7 +98,59 @@ class ProductBackend(TorchBackend):
         return by_weight, grad.sum((0, 2, 3)) if needs[1] else None
 
 
-TORCH, WINOGRAD, PRODUCTS = TorchBackend(), WinogradBackend(), ProductBackend()
+class WinogradBackend:
+    """3x3 convolutions of stride 1 by Winograd's algorithm: CPUs with AVX2, plain float32 channels_last tensors.
+
+    Where it is faster only for some of output, input gradient and weight gradient, the others are those of `fallback`.
+    """
+
+    bypasses_dispatcher = True
+
+    def __init__(self, fallback: TorchBackend) -> None:
+        self.fallback = fallback
+
+    def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+        return can_use_winograd(x, weight, bias, geometry) and bool(
+            winograd.output_side(x, weight, groups=geometry.groups)
+            or winograd.weight_side(x, weight, groups=geometry.groups)
+        )
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        if side := winograd.output_side(x, weight, groups=geometry.groups):
+            return winograd.conv2d(x, weight, bias, groups=geometry.groups, side=side)
+        return self.fallback.forward(x, weight, bias, geometry)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        if side := winograd.output_side(x, weight, groups=geometry.groups):
+            return winograd.input_gradient(grad, weight, groups=geometry.groups, side=side)
+        return self.fallback.input_gradient(grad, x, weight, geometry)
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        side = winograd.weight_side(x, weight, groups=geometry.groups)
+        if not side:
+            return self.fallback.weight_gradient(grad, x, weight, geometry, needs=needs)
+        by_weight = winograd.weight_gradient(x, grad, groups=geometry.groups, side=side) if needs[0] else None
+        return by_weight, grad.sum((0, 2, 3)) if needs[1] else None
+
+
+def can_use_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+    """Return True if the kernels of `winograd` take these tensors, and nothing would miss the bypassed operations."""
+    return (
+        can_bypass_dispatcher()  # first: an export must not depend on sizes
+        and tuple(weight.shape[2:]) == (3, 3)
+        and geometry[:2] == (1, (1, 1))
+        and is_plain_cpu_tensor(x)
+        and is_plain_cpu_tensor(weight)
+        and (bias is None or is_plain_cpu_tensor(bias))
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+TORCH, PRODUCTS = TorchBackend(), ProductBackend()
+WINOGRAD = WinogradBackend(fallback=PRODUCTS)
 
 
 def choose_backend(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Backend:

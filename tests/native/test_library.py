@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from normfree.models.layers import WSConv2d
 from normfree.native import library as library_file
 from normfree.native.library import library
+from normfree.ops import winograd
 from normfree.ops.gelu import gelu_tanh, silu
 from normfree.ops.standardize import standardize_all
 from normfree.ops.winograd import filter_planes
@@ -79,7 +80,13 @@ def all_results() -> list[Tensor]:
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
     assert 0.0 < float(report) < 1.0
     weight = torch.randn(32, 48, 3, 3)
-    found += [filter_planes(weight, groups=2, rotated=rotated) for rotated in (False, True)]
+    x, grad = torch.randn(2, 96, 11, 9), torch.randn(2, 32, 11, 9)
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    for side in (2, 4):
+        found += [filter_planes(weight, groups=2, side=side, rotated=rotated) for rotated in (False, True)]
+        found.append(winograd.conv2d(x, weight, None, groups=2, side=side))
+        found.append(winograd.input_gradient(grad, weight, groups=2, side=side))
+        found.append(winograd.weight_gradient(x, grad, groups=2, side=side))
     found += [report.grad_norm, *(p.grad for p in net.parameters()), *net.parameters()]
     found += [*optimizer.named_state().values(), *ema.module.state_dict().values()]
     return [t.detach().clone() for t in found]

@@ -10,7 +10,6 @@ from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.zoo import create_model
 from normfree.native.library import library
 from normfree.ops.conv2d_backends import PRODUCTS, TORCH, WINOGRAD, Geometry, gradients
-from normfree.ops.winograd import is_fast
 
 SMOOTH = ("gelu", "silu", "gelu_erf", "identity", "relu")
 
@@ -151,7 +150,7 @@ def test_backends_have_the_gradients_of_autograd(backend):
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
     y = F.conv2d(*exact, padding=1)
     wanted = [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
-    assert backend.supports(x, weight, bias, geometry) or not is_fast()
+    assert backend.supports(x, weight, bias, geometry)
     found = [
         backend.forward(x, weight, bias, geometry),
         backend.input_gradient(grad, x, weight, geometry),
