@@ -41,7 +41,7 @@ BLOCK = 24
 LEAST_CHANNELS = 32
 
 
-class Limits(NamedTuple):
+class TileLimits(NamedTuple):
     """Sizes at which tiles become faster than PyTorch's convolution; `matrix`: channels times filters of a group.
 
     Attributes:
@@ -66,12 +66,12 @@ class Limits(NamedTuple):
 
 # By the widest registers of the processor: docs/speed.md has the measurements.
 LIMITS = {
-    "AVX2": Limits(64, 64, 32, 36, 256 * 256, 64, 64, 256 * 256),
-    "AVX512": Limits(144, 320, 64, 64, 256 * 256, sys.maxsize, 64, 192 * 192),
+    "AVX2": TileLimits(64, 64, 32, 36, 256 * 256, 64, 64, 256 * 256),
+    "AVX512": TileLimits(144, 320, 64, 64, 256 * 256, sys.maxsize, 64, 192 * 192),
 }
 
 
-def limits() -> Limits | None:
+def limits() -> TileLimits | None:
     """Return the limits of this processor, or None if it has no AVX2 or the kernels are not installed."""
     return LIMITS.get(torch.backends.cpu.get_cpu_capability()) if library() is not None else None
 
