@@ -88,7 +88,9 @@ def _feeding(node: fx.Node, model: nn.Module, known: dict[fx.Node, list[nn.Modul
     inputs = [n for n in node.all_input_nodes if not _is_shape(n)]
     parts = [_feeding(n, model, known) for n in inputs]
     if parts and all(parts):  # a sum with a residual, for example, has an input that no linear layer computed
-        known[node] = [layer for part in parts for layer in part]
+        layers = [layer for part in parts for layer in part]
+        # The heads of a distilled network are alike; a branch, its shortcut and its gate are not.
+        known[node] = layers if len({layer.weight.shape for layer in layers}) == 1 else []
     return known[node]
 
 

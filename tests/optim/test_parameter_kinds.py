@@ -259,9 +259,8 @@ def test_torchvisions_other_networks(name: str) -> None:
         warnings.simplefilter("always")
         groups = parameter_groups(net, weight_decay=0.5, clipping=0.1)
     assert detects == bool(caught)
-    assert detects == (
-        by_name(groups).get("fc.weight") is None and "classifier" not in by_name(groups).values()
-    )
+    none = detects or name.startswith("lraspp")  # the sum of two layers of different widths
+    assert none == ("classifier" not in by_name(groups).values())
     if detects:
         assert "was not found, since torch.fx cannot trace it" in str(caught[0].message)
         assert parameter_groups(net, clipping=0.0)  # nothing is clipped, so nothing is missing
