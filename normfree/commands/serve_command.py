@@ -21,6 +21,9 @@ class ServeArguments:
     """A run or model folder, or an .onnx file that `normfree export` wrote."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 listens on all. There is no authentication."""
+    allow_host: tuple[str, ...] = ()
+    """Host names under which clients reach the server, besides IP addresses, localhost and this machine's name. *: all,
+    also POST requests from other sites."""
     port: int = 8000
     """Port to listen on; 0: any free port."""
     max_batch: int = 16
@@ -60,7 +63,8 @@ def serve(arguments: ServeArguments) -> int:
         model.require_classes()
         name = getattr(model.net, "name", "") or Path(arguments.model).stem
         app = create_app(model, name=name, device=arguments.device, max_batch=arguments.max_batch,
-                         max_delay_ms=arguments.max_delay_ms, limits=limits)  # fmt: skip
+                         max_delay_ms=arguments.max_delay_ms, limits=limits,
+                         hosts=(arguments.host, *arguments.allow_host))  # fmt: skip
         host, port = sock.getsockname()[:2]
         if not ipaddress.ip_address(host).is_loopback:
             print(

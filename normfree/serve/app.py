@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,13 +35,19 @@ from normfree.data.transforms.decode import ImageError, load_image
 from normfree.device import run_device
 from normfree.pretrained import TrainedModel
 from normfree.serve.batching import Batcher, Unavailable, probabilities
+from normfree.serve.decoding import Decoders
 from normfree.serve.index_page import index_page
+from normfree.serve.origin import HostGuard
 from normfree.serve.request_metrics import RequestMetrics, RequestMonitor, log
-from normfree.serve.upload import CLIENT_LEFT, HeldBytes, Limits, RequestError, Upload, uploads
+from normfree.serve.upload import CLIENT_LEFT, HeldBytes, Limits, RequestError, uploads
 from normfree.suggest import problem
 
-# Threads that decode images. Each may hold one image of `max_pixels`.
-_DECODERS = min(4, os.cpu_count() or 1)
+Result = TypeVar("Result")
+
+# Threads that decode images. One of them takes the large ones.
+_DECODERS = max(2, min(4, os.cpu_count() or 1))
+# Seconds in which images that wait for the network are answered at the end.
+_STOP_SECONDS = 2.0
 # Seconds. A small network has emptied a full queue by then.
 _RETRY = {"Retry-After": "1"}
 _REASON_LENGTH = 300
@@ -57,6 +63,7 @@ def create_app(
     max_batch: int = 16,
     max_delay_ms: float = 5.0,
     limits: Limits | None = None,
+    hosts: Sequence[str] = (),
 ) -> FastAPI:
     """Return the application that serves `model`.
 
@@ -70,6 +77,8 @@ def create_app(
         max_batch: maximum number of images per forward pass.
         max_delay_ms: milliseconds that an image waits for others; see `normfree.serve.batching.Batcher`.
         limits: limits of requests; None means the defaults.
+        hosts: host names under which clients reach the server, in addition to IP addresses, localhost and the name of
+            this machine; "*" allows all.
 
     Raises:
         ValueError: the device cannot be used, or an argument is out of range.
@@ -92,6 +101,7 @@ def create_app(
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid_query)
+    app.add_middleware(HostGuard, hosts=hosts)
     app.add_middleware(RequestMonitor, metrics=service.metrics)
     app.state.service = service
     return app
@@ -121,12 +131,12 @@ class _Service:
         self.device = device
         self.batcher = Batcher(run, max_batch=max_batch, max_delay_ms=max_delay_ms, max_queue=self.limits.max_queue,
                                on_batch=self.metrics.on_batch)  # fmt: skip
-        self.decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="normfree-decode")
+        self.decoders = Decoders(_DECODERS, max_pixels=self.limits.max_waiting_pixels)
 
     def stop(self) -> None:
         """Answer waiting images and end the threads."""
-        self.batcher.stop()
-        self.decoders.shutdown(cancel_futures=True)
+        self.decoders.stop()
+        self.batcher.stop(_STOP_SECONDS)
 
     async def page(self) -> Response:
         """Return the web page."""
@@ -155,11 +165,10 @@ class _Service:
         if len(self.batcher) >= self.batcher.max_queue:
             raise RequestError(503, "the queue is full")
         async with uploads(request, limits=self.limits, held=self.held) as files:
-            loop = asyncio.get_running_loop()
-            decoded = await asyncio.gather(
-                *(loop.run_in_executor(self.decoders, self._decode, f) for f in files)
-            )
             names = [file.name for file in files]
+            decoded = await self._results(
+                request, self.decoders.submit(self._decode, [f.data for f in files])
+            )
             files.clear()  # frees their memory, which is no longer counted as held
         good = [image for image in decoded if isinstance(image, Tensor)]
         self.metrics.images.labels("refused").inc(len(decoded) - len(good))
@@ -177,11 +186,18 @@ class _Service:
         return JSONResponse({"error": " ".join(reason.split()), "predictions": predictions}, status_code=422)
 
     async def _run(self, request: Request, images: list[Tensor]) -> list[Tensor]:
-        """Return the probabilities of each image. If the client leaves, its images are removed from the queue."""
+        """Return the probabilities of each image."""
         try:
-            futures = self.batcher.submit(images)
+            return await self._results(request, self.batcher.submit(images))
         except Unavailable as error:
             raise RequestError(503, str(error)) from None
+
+    async def _results(self, request: Request, futures: Sequence[Future[Result]]) -> list[Result]:
+        """Return the results of the futures. If the client leaves, all that have not begun are canceled.
+
+        Raises:
+            RequestError: 499 for a client that left, 503 if the server is stopping.
+        """
         outputs = asyncio.gather(*map(asyncio.wrap_future, futures))
         # asyncio would log an exception that is never retrieved, here that of a client that left.
         outputs.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -190,20 +206,20 @@ class _Service:
             await asyncio.wait((outputs, left), return_when=asyncio.FIRST_COMPLETED)
             if not outputs.done():
                 raise RequestError(CLIENT_LEFT, "the client left before its response")
+            if outputs.cancelled():
+                raise RequestError(503, "the server is stopping")
             return list(outputs.result())
-        except Unavailable as error:  # the server is stopping
-            raise RequestError(503, str(error)) from None
         finally:
             left.cancel()
             outputs.cancel()
             for future in futures:  # at once: asyncio would cancel them only in a later iteration of its loop
                 future.cancel()
 
-    def _decode(self, file: Upload) -> Tensor | str:
+    def _decode(self, data: bytes) -> Tensor | str:
         """Return the image as input of the network, or the reason why it cannot be read."""
         try:
             white = self.model.preprocessing.pixel_range
-            return self.transform(load_image(file.data, max_pixels=self.limits.max_pixels, pixel_range=white))
+            return self.transform(load_image(data, max_pixels=self.limits.max_pixels, pixel_range=white))
         except ImageError as error:
             reason = " ".join(error.reason.encode("utf-8", "replace").decode().split())
             return reason[:_REASON_LENGTH]

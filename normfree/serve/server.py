@@ -19,7 +19,9 @@ from normfree.suggest import problem
 # Bytes of request line and headers, as common servers allow.
 _HEAD_BYTES = 16_384
 # Seconds in which open requests are answered when the server stops.
-SHUTDOWN_SECONDS = 5
+SHUTDOWN_SECONDS = 3
+# Bytes of a body that are read after its rejection, so that the client gets to see the response.
+_LINGER_BYTES = 8_000_000
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,7 +61,7 @@ def make_server(
     Open requests are answered for `shutdown_seconds` when it stops, and then canceled.
     """
     limits = limits or Limits()
-    head_seconds = limits.head_seconds
+    head_seconds, max_connections = limits.head_seconds, limits.max_connections
 
     class Protocol(H11Protocol):
         """uvicorn's protocol, with a time limit for incomplete requests."""
@@ -68,9 +70,16 @@ def make_server(
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._opened, self._unread = self.loop.time(), 0
             self._timer = self.loop.call_later(head_seconds, self._late)
+            self._close_oldest()
 
         def data_received(self, data: bytes) -> None:
+            if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
+                self._unread += len(data)
+                if self._unread > _LINGER_BYTES:  # an endless body
+                    self.transport.abort()
+                    return
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 self._cancel()
@@ -80,6 +89,19 @@ def make_server(
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
             super().connection_lost(exc)
+
+        def _close_oldest(self) -> None:
+            """Over the limit, close the oldest connections that wait for their clients: idle, or not yet complete."""
+            # A connection that was closed is removed later.
+            live = [c for c in self.connections if isinstance(c, Protocol) and not c.transport.is_closing()]
+            waiting = [
+                c
+                for c in live
+                if c is not self and (c.cycle is None or c.cycle.response_complete or c.cycle.more_body)
+            ]
+            waiting.sort(key=lambda c: c._opened)
+            for connection in waiting[: max(0, len(live) - max_connections)]:
+                connection.transport.abort()
 
         def _cancel(self) -> None:
             if self._timer is not None:

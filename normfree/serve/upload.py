@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
@@ -28,9 +29,11 @@ class Limits:
     Attributes:
         max_bytes: bytes of one request's body.
         max_pixels: pixels of one image, according to its header.
+        max_waiting_pixels: pixels of all images together that wait to be decoded or are being decoded.
         max_files: files of one request.
         max_queue: images that wait for the network.
-        max_connections: open connections; further ones are answered with status 503.
+        max_connections: open connections; a further one closes the oldest that waits for its client, or gets
+            status 503.
         max_held_bytes: bytes of all bodies that are being read or decoded; further requests are answered with 503.
         body_seconds: seconds in which a body must arrive.
         head_seconds: seconds in which a request line and its headers must arrive, and also the unread rest of a
@@ -42,6 +45,7 @@ class Limits:
 
     max_bytes: int = 32_000_000
     max_pixels: int = 64_000_000  # a thread that decodes takes 256 MB for so many
+    max_waiting_pixels: int = 256_000_000
     max_files: int = 16
     max_queue: int = 128
     max_connections: int = 128
@@ -165,21 +169,39 @@ async def _body(request: Request) -> list[Upload]:
     return [Upload("image", await request.body())]
 
 
+class _InMemory(MultiPartParser):
+    """A parser of forms that writes no temporary files: the size of the body is limited already."""
+
+    spool_max_size = 1 << 40
+
+
 async def _files(request: Request, limits: Limits) -> list[Upload]:
     """Return the files of a form."""
     found: list[Upload] = []
+    parser = _InMemory(
+        request.headers, request.stream(), max_files=limits.max_files, max_fields=limits.max_files
+    )
     try:
-        async with request.form(max_files=limits.max_files, max_fields=limits.max_files) as form:
-            for _, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    name = value.filename or f"image {len(found) + 1}"
-                    found.append(Upload(_printable(name), await value.read()))
+        form = await parser.parse()
+        for _, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                name = value.filename or f"image {len(found) + 1}"
+                found.append(Upload(_printable(name), await value.read()))
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise _too_many(limits) from None
+        raise RequestError(400, error.message) from None
     except HTTPException as error:
         if error.detail.startswith("Too many files"):
             raise _too_many(limits) from None
         raise RequestError(error.status_code, error.detail) from None
     except ValueError as error:  # for example a charset that cannot decode the form
         raise RequestError(400, f"the form cannot be read: {error}") from None
+    finally:
+        for (
+            file
+        ) in parser._files_to_close_on_error:  # all files, also those of a form that is rejected half-way
+            file.close()
     if not found:
         raise RequestError(400, problem("the form contains no file", fix=_FIX))
     return found

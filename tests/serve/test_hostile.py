@@ -12,9 +12,11 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from normfree.serve.upload import Limits
+from normfree.serve.decoding import Decoders
+from normfree.serve.upload import Limits, RequestError
 
 # Short limits for requests that are rejected because they take too long.
 HURRIED = Limits(max_bytes=1_000_000, body_seconds=0.5, head_seconds=0.5)
@@ -136,9 +138,7 @@ def hundred_megabytes(client, r):
     if r.random() < 0.3:
         return client.talk(request(b"", length=100_000_000)), {413}
     sent = 0
-    head = (
-        b"POST /predict HTTP/1.1\r\nHost: h\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
-    )
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
     with socket.create_connection(("127.0.0.1", client.port), timeout=60) as sock:
         sock.sendall(head)
         sock.setblocking(False)
@@ -333,15 +333,83 @@ def test_a_rejected_body_is_not_read_forever(serving, colors):
         assert time.monotonic() - started < 30
 
 
-def test_connections_over_the_limit_get_503_and_a_log_line(serving, colors, caplog, eventually):
-    limits = Limits(max_connections=3, head_seconds=120)
-    with serving(colors, limits=limits) as (port, _):
-        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-        eventually(lambda: Client(port).talk(request(PNG))[0] == 503)
-        assert "Exceeded concurrency limit." in [r.message for r in caplog.records]
-        for sock in held:
-            sock.close()
-        eventually(lambda: Client(port).talk(request(PNG))[0] == 200)
+def test_idle_connections_do_not_keep_good_clients_out(serving, colors):
+    """A new connection over the limit closes the oldest that waits for its client."""
+    limits = Limits(max_connections=3, head_seconds=120, body_seconds=120)
+    with serving(colors, limits=limits) as (port, _), contextlib.ExitStack() as stack:
+        heads = [b"", b"GET / HT", request(b"", length=5000), b"", b""]
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in heads]
+        for sock, head in zip(held, heads, strict=True):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(head)
+        for _ in range(4):
+            assert Client(port).talk(request(PNG))[0] == 200
+
+
+def test_an_endless_body_is_cut_off(serving, colors):
+    with serving(colors, limits=PATIENT) as (port, _):
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        head += b"Transfer-Encoding: chunked\r\n\r\n"
+        piece, sent = b"40000\r\n" + bytes(0x40000) + b"\r\n", 0
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+            sock.sendall(head)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while sent < 400_000_000:
+                    sock.sendall(piece)
+                    sent += len(piece)
+        assert sent < 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("host", "more", "status"),
+    [
+        ("localhost:8000", "", 200),
+        ("127.0.0.1", "Origin: http://127.0.0.1\r\n", 200),
+        ("[::1]:8000", "", 200),
+        ("model.example", "Origin: http://model.example\r\n", 200),
+        ("evil.example", "", 403),
+        ("127.0.0.1.evil.example", "", 403),
+        ("localhost", "Origin: http://evil.example\r\n", 403),
+        ("localhost", "Origin: null\r\n", 403),
+        ("localhost:8000", "Origin: http://localhost:9000\r\n", 403),
+        ("localhost", "Sec-Fetch-Site: cross-site\r\n", 403),
+    ],
+)
+def test_hosts_and_origins_of_other_sites_are_refused(host, more, status, serving, colors):
+    body = request(PNG, extra=more.encode()).replace(b"Host: localhost", b"Host: " + host.encode())
+    with serving(colors, hosts=["model.example"]) as (port, _):
+        found, answer = Client(port).talk(body)
+    assert found == status
+    if status == 403:
+        assert "--allow-host" in answer["error"]
+
+
+def test_the_pixels_of_all_waiting_images_have_a_limit_and_large_ones_do_not_delay_small_ones():
+    image = {size: bomb(size) for size in (5000, 100)}
+    decoders, gate, entered = Decoders(2, max_pixels=60_000_000), threading.Event(), threading.Event()
+
+    def slow(data):
+        entered.set()
+        gate.wait(60)
+        return len(data)
+
+    try:
+        first, second = decoders.submit(slow, [image[5000], image[5000]])  # 25 megapixels each
+        assert entered.wait(60)
+        with pytest.raises(RequestError) as error:
+            decoders.submit(slow, [image[5000]])
+        assert error.value.status == 503
+        with pytest.raises(RequestError) as error:
+            decoders.submit(slow, [image[5000]] * 3)
+        assert error.value.status == 413
+        (small,) = decoders.submit(len, [image[100]])
+        assert small.result(60) == len(image[100])  # while a large one is being decoded
+        assert second.cancel()
+        gate.set()
+        assert first.result(60) == len(image[5000])
+    finally:
+        gate.set()
+        decoders.stop()
 
 
 def test_a_client_that_disconnects_leaves_nothing_behind(serving, colors, caplog, eventually):
