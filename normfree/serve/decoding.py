@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from normfree.data.transforms.decode import FORMATS
+from normfree.data.transforms.decode import formats
 from normfree.serve.upload import RequestError
 
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ def pixels_in(data: bytes) -> int:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             return image.width * image.height
     except Exception:  # decoding it will say why
         return 0
