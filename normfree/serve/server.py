@@ -94,11 +94,8 @@ def make_server(
             """Over the limit, close the oldest connections that wait for their clients: idle, or not yet complete."""
             # A connection that was closed is removed later.
             live = [c for c in self.connections if isinstance(c, Protocol) and not c.transport.is_closing()]
-            waiting = [
-                c
-                for c in live
-                if c is not self and (c.cycle is None or c.cycle.response_complete or c.cycle.more_body)
-            ]
+            idle = [c for c in live if c.cycle is None or c.cycle.response_complete or c.cycle.more_body]
+            waiting = [c for c in idle if c is not self]
             waiting.sort(key=lambda c: c._opened)
             for connection in waiting[: max(0, len(live) - max_connections)]:
                 connection.transport.abort()
