@@ -38,6 +38,7 @@ from normfree.training.identity import decisive, require_same
 from normfree.training.multilabel_run import saved_scores, scores_text
 from normfree.training.resolve import OpenedData, preprocessing
 from normfree.training.run_data import DATA_AT, FOLDER, path_of, recorded
+from normfree.weights.load import MODEL_FILE
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def begin(out: Path, config: Config, data: OpenedData, net: Net, total_steps: in
         write_records(data.records, out / SAMPLES_FILE)
     if data.bad:
         atomic_write_text(out / "bad_images.txt", "".join(f"{line}\n" for line in split.left_out))
-    if not learns_embeddings(config.objective):
+    # The model of a finished run is complete, and changes only as a whole.
+    if not learns_embeddings(config.objective) and not (out / "model" / MODEL_FILE).exists():
         save_description(_trained(config, split, net), out / "model")
     environment = {
         "normfree": __version__, "python": platform.python_version(), "torch": torch.__version__,

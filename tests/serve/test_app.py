@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from normfree.data.transforms.decode import formats
 from normfree.inference import predict
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
@@ -95,10 +96,7 @@ def test_valid_and_invalid_files_of_one_request_get_separate_results(serving, co
             3,
             pytest.approx(1, abs=1e-5),
         ]
-        assert second == {
-            "name": "b.txt",
-            "error": "not an image, or not one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM",
-        }
+        assert second == {"name": "b.txt", "error": f"not an image, or not one of {', '.join(formats())}"}
         assert fourth == {"name": "d.png", "error": "the file is empty"}
         status, result = post(port, ("a.png", RED), path="/predict?top=1")
         assert [e["class"] for e in result["predictions"][0]["top"]] == ["red"]
@@ -120,7 +118,7 @@ def test_valid_and_invalid_files_of_one_request_get_separate_results(serving, co
         ("/predict", RED[:48], "image/png", 422, "image: damaged: image file is truncated"),
         ("/predict", b"x" * 4001, "image/png", 413, "more than 4,000 bytes. Fix: send fewer or smaller files."),
         ("/predict", png("red", (101, 100)), "image/png", 422,
-         "image: too large: 101 x 100 pixels, the limit is 10,000. Fix: scale it down before training"),
+         "image: too large: 101 x 100 pixels, the limit is 10,000. Fix: scale it down, or raise max_pixels"),
         ("/predict?top=0", RED, "image/png", 422, "top is '0'. Allowed: a whole number from 1. Fix: ?top=5."),
         ("/predict?top=two", RED, "image/png", 422, "top is 'two'. Allowed: a whole number from 1. Fix: ?top=5."),
         ("/predict", b"", "multipart/form-data", 400, "Missing boundary in multipart."),
