@@ -38,7 +38,7 @@ from normfree.training.identity import decisive, require_same
 from normfree.training.multilabel_run import saved_scores, scores_text
 from normfree.training.resolve import OpenedData, preprocessing
 from normfree.training.run_data import DATA_AT, FOLDER, path_of, recorded
-from normfree.weights.load import MODEL_FILE
+from normfree.weights.run_weights import MODEL_FILE
 
 
 @dataclass(frozen=True)

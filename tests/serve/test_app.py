@@ -104,7 +104,7 @@ def test_valid_and_invalid_files_of_one_request_get_separate_results(serving, co
         assert status == 422
         assert result["error"] == (
             "none of the 2 files is a usable image; b.txt: "
-            "not an image, or not one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"
+            f"not an image, or not one of {', '.join(formats())}"
         )
         assert [p["name"] for p in result["predictions"]] == ["b.txt", "c.png"]
 
