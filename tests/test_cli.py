@@ -288,7 +288,7 @@ def test_traceback_raises_the_error():
                                    "All options: normfree eval --help"),
         ("show a b", "unexpected argument 'b'. Allowed: normfree show NAME."),
         ("predict m p --format xml", "--format is 'xml'. Allowed: table, csv, jsonl."),
-        ("export m --format onx", "--format is 'onx'. Did you mean 'onnx'? Allowed: onnx, pt2."),
+        ("export m --format onx", "--format is 'onx'. Did you mean 'onnx'? Allowed: onnx, openvino, pt2."),
         ("eval a b --json=maybe", "--json is 'maybe'. Allowed: true or false."),
         ("bench --threads 3", "unknown option '--threads'. All options: normfree bench --help"),
     ],

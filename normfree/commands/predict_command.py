@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError, check_given
+from normfree.commands.usage import UsageError, check_given, tell
 from normfree.files import spreadsheet_cell
 from normfree.suggest import printable, problem
 
@@ -45,6 +46,7 @@ class PredictArguments:
 
 def predict_(arguments: PredictArguments) -> int:
     """Print or write the predictions; return 0, or 2 if a file cannot be read."""
+    from normfree.data.walk import left_out, walk_images
     from normfree.inference import predict
     from normfree.pretrained import from_pretrained
 
@@ -53,6 +55,7 @@ def predict_(arguments: PredictArguments) -> int:
         return _embed(arguments)
     format = _format(arguments)
     model = from_pretrained(arguments.model)
+    tell(model.note)
     predictions = predict(model, arguments.paths, top=arguments.top,
                           batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
     failed = 0
@@ -67,11 +70,10 @@ def predict_(arguments: PredictArguments) -> int:
     finally:
         if arguments.out:
             file.close()
+    others = sum((walk_images(Path(p))[1] for p in arguments.paths if Path(p).is_dir()), Counter[str]())
+    tell("".join(left_out(others)))
     if failed:
-        print(
-            f"normfree: files that could not be read: {failed}; the output states the reason for each",
-            file=sys.stderr,
-        )
+        tell(f"files that could not be read: {failed}; the output states the reason for each")
     return 2 if failed else 0
 
 

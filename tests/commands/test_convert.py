@@ -181,7 +181,7 @@ def test_invalid_arguments(tmp_path, capsys):
     (tmp_path / "file").touch()
     cases = {
         f"{source} {out} --key ema": f"--key ema is given for {source}. Allowed: files written by torch.save (.pth, "
-                                     ".pt, .bin, .ckpt, .pkl). Fix: leave --key out.",
+                                     ".pt, .bin, .ckpt, .pkl, .tar). Fix: leave --key out.",
         f"{source} {out} --numerics timm": f"{source}: --numerics is timm. Allowed: reference, except for DeepMind's "
                                            "NFNets, F0 to F6. Fix: leave --numerics out.",
         f"{source} {out} --classes {tmp_path}/two.txt": f"--classes {tmp_path}/two.txt has 2 lines, 1 of them empty. "

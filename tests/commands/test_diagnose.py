@@ -27,7 +27,9 @@ def run(folder):
     from normfree.training.config_io import to_toml, with_overrides
     from normfree.training.recipes import RECIPES
 
-    config = with_overrides(RECIPES["demo"](), ["--data", SOURCE, "--model", "nf_resnet_nano"])
+    config = with_overrides(
+        RECIPES["demo"](), ["--data", SOURCE, "--model", "nf_resnet_nano", "--input.test_fraction", "0"]
+    )
     net = create_model("nf_resnet_nano", num_classes=3).eval()
     save_pretrained(TrainedModel(net, Preprocessing(image_size=16), CLASSES), folder / "run" / "model")
     (folder / "run" / "config.toml").write_text(to_toml(config))
@@ -143,9 +145,9 @@ def test_networks_of_other_libraries(folder, capsys):
             f"--batch-size is 7. Allowed: at most 6, the number of images of {SOURCE}. Fix: --batch-size 6.",
         ),
         (
-            "run synthetic:classes=2,size=16,train=6,val=6",
-            "synthetic:classes=2,size=16,train=6,val=6 has the classes 'disk', 'ring'. Allowed: the model's classes "
-            "'disk', 'ring', 'square', in the same order. Fix: rename the class folders.",
+            "run synthetic:classes=4,size=16,train=8,val=8",
+            "synthetic:classes=4,size=16,train=8,val=8 has the classes 'frame', which the model does not have. "
+            "Allowed: the model's classes, 'disk', 'ring', 'square'. Fix: rename the class folders, or remove them.",
         ),
     ],
 )
