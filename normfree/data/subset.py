@@ -288,8 +288,14 @@ def make_split(
 
 
 def halve_validation(split: Split, *, seed: int) -> Split:
-    """Return a split whose validation part gave half of each class to the test part, for data with fixed parts."""
+    """Return a split whose validation part gave half of each class to the test part, for data with fixed parts.
+
+    With too few validation images for two parts, the split is unchanged.
+    """
     val, test = take_out(split.val, fraction=0.5, seed=seed)
+    if not len(val) or not len(test):
+        note = f"{len(split.val)} validation images are too few for a test part"
+        return replace(split, notes=(*split.notes, note))
     note = f"of the validation images, {len(test)} are the test part"
     return replace(split, val=val, test=test, notes=(*split.notes, note))
 
