@@ -316,7 +316,9 @@ def _leave(step: int, reason: int, failure: ValueError | None, world: World, run
         run_log.info(f"stopped after step {step}; everything is saved")
         with world.all_or_none():
             if isinstance(failure, ImageError):
-                fix = "restore the image and resume, or resume with --input.bad_images skip"
+                fix = "restore the image and resume"
+                if failure.reason != "no such file":  # the list of images would no longer be that of the run
+                    fix += ", or resume with --input.bad_images skip"
                 raise ValueError(problem(str(failure), fix=fix))
             if failure is not None:
                 raise failure
