@@ -109,5 +109,15 @@ SUITES: dict[str, Suite] = {
         Suite("small_scale", "small_scale", 70, 540, options=(("data", None),)),
         Suite("startup", "startup", 190, 0),
         Suite("convolutions", "convolutions", 150, 400, by_name=True),
+        Suite(
+            "spectrogram",
+            "spectrogram",
+            1200,
+            0,
+            needs=("timm", "onnxruntime", "openvino", "nncf"),
+            one_core=True,
+            by_name=True,
+            refuses=_no_compiler,
+        ),
     )
 }
