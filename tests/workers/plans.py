@@ -9,7 +9,8 @@ from typing import Any
 Task = list[Any]
 
 WORLD_FLAGS = shlex.split(
-    "--data synthetic:classes=3,size=16,train=48,val=13 --model nf_resnet_nano --input.image_size 16 "
+    "--data synthetic:classes=3,size=16,train=48,val=13 --input.test_fraction 0 --model nf_resnet_nano "
+    "--input.image_size 16 "
     "--input.batch_size 8 --input.micro_batch 2 --input.workers 0 --length 6st --optim.warmup 2st --optim.lr 0.05 "
     "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --optim.ema_decay 0.9 --augment.mixup 0.2 "
     "--augment.cutmix 1.0 --augment.mix_with fresh --net.drop_rate 0.3 --net.stochdepth_rate 0.5 --device cpu"
