@@ -114,10 +114,8 @@ def test_a_dropped_image_shows_its_class_and_a_bar_as_long_as_the_probability(pa
 def test_an_invalid_file_shows_its_error_and_the_next_image_works(page):
     drop(page, "notes.txt", b"not an image", "text/plain")
     page.locator(".error").wait_for()
-    assert (
-        page.locator(".error").inner_text()
-        == "not an image, or not one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"
-    )
+    text = "not an image, or not one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM"  # and AVIF, if Pillow has it
+    assert page.locator(".error").inner_text().startswith(text)
     page.get_by_text("no preview").wait_for()
     drop(page, "disc.png", GREEN)
     page.locator(".bars").wait_for()
