@@ -43,7 +43,11 @@ def test_micro_batches_add_up(objective):
 @pytest.mark.parametrize(
     ("value", "allowed"),
     [
-        ("bcee", "classify; bce:threshold=0.0,sum=no. Did you mean 'bce'?"),
+        (
+            "bcee",
+            "classify; bce:threshold=0.0,sum=no; simclr:temperature=0.2,dim=128; triplet:margin=0.2,mining=hard; "
+            "pairwise:margin=1.0. Did you mean 'bce'?",
+        ),
         ("bce:treshold=1", "bce:threshold=0.0,sum=no. Did you mean 'threshold'?"),
         ("bce:threshold=", "bce:threshold=0.0,sum=no. Did you mean 'threshold'?"),
         ("bce:threshold=-1", "numbers of 0 or more, for example threshold=0.0."),
