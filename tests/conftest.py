@@ -13,8 +13,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from normfree.native.library import library
+from normfree.surgery.batchnorm import batchnorms
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,6 +55,27 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
 
     return wrap
+
+
+@pytest.fixture
+def with_random_norms() -> Callable[..., nn.Module]:
+    """`with_random_norms(net, std=0.3)`: `net` in evaluation mode, its batch norms with random numbers.
+
+    Running means and biases are of standard deviation `std`.
+    """
+
+    def randomized(net: nn.Module, *, std: float = 0.3) -> nn.Module:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for module in batchnorms(net).values():
+                module.running_mean.normal_(std=std)
+                module.running_var.uniform_(0.5, 2.0)
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(std=std)
+        return net.eval()
+
+    return randomized
 
 
 WORKERS = Path(__file__).parent / "workers"

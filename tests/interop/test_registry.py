@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,22 +110,13 @@ def test_segmentation_models_take_encoders_by_name(name: str, depth: int, fields
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
 
 
-def with_random_norms(net: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for module in batchnorms(net).values():
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2.0)
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(std=0.1)
-    return net.eval()
-
-
 @pytest.mark.works("segmentation-models-pytorch", "convert_batchnorm")
 @pytest.mark.parametrize("encoder", ["resnet18", "efficientnet-b0", "mobilenet_v2"])
-def test_encoder_and_decoder_of_a_unet_lose_their_batch_norms(encoder: str) -> None:
+def test_encoder_and_decoder_of_a_unet_lose_their_batch_norms(
+    with_random_norms: Callable[..., nn.Module], encoder: str
+) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
-    net = with_random_norms(smp.Unet(encoder, encoder_weights=None, classes=2))
+    net = with_random_norms(smp.Unet(encoder, encoder_weights=None, classes=2), std=0.1)
     images = torch.randn(2, 3, 64, 64)
     converted, report = convert_batchnorm(net, images)
     with torch.no_grad():
@@ -142,11 +134,13 @@ def test_encoder_and_decoder_of_a_unet_lose_their_batch_norms(encoder: str) -> N
 
 @pytest.mark.works("Opacus", "convert_batchnorm")
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
-def test_opacus_computes_the_gradients_of_each_example_of_converted_networks(name: str) -> None:
+def test_opacus_computes_the_gradients_of_each_example_of_converted_networks(
+    with_random_norms: Callable[..., nn.Module], name: str
+) -> None:
     """In all four modes, against a loop over the examples, in float64."""
     torchvision = pytest.importorskip("torchvision")
     grad_sample = pytest.importorskip("opacus.grad_sample")
-    net = with_random_norms(getattr(torchvision.models, name)(num_classes=5)).double()
+    net = with_random_norms(getattr(torchvision.models, name)(num_classes=5), std=0.1).double()
     images, targets = torch.randn(3, 3, 64, 64, dtype=torch.float64), torch.arange(3)
 
     def fresh() -> nn.Module:

@@ -1,5 +1,7 @@
 """Folding of batch norm in networks of other libraries keeps the outputs of evaluation mode."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -13,19 +15,6 @@ from normfree.optim.sgd import SGD
 from normfree.surgery.batchnorm import ScaleShift, batchnorms
 from normfree.surgery.conversion_report import How
 from normfree.surgery.convert import convert_batchnorm
-
-
-def with_random_norms(net: nn.Module) -> nn.Module:
-    """Return `net` in evaluation mode, with random statistics, weights and biases in its batch norms."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for module in batchnorms(net).values():
-            module.running_mean.normal_(std=0.3)
-            module.running_var.uniform_(0.5, 2.0)
-            if module.weight is not None:
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(std=0.3)
-    return net.eval()
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -61,7 +50,9 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_outputs_stay_the_same_without_batch_norm(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_outputs_stay_the_same_without_batch_norm(
+    with_random_norms: Callable[..., nn.Module], name: str, dtype: torch.dtype, tolerance: float
+) -> None:
     net = with_random_norms(NETWORKS[name]()).to(dtype)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     images = torch.randn(3, 3, 64, 64, dtype=dtype)
@@ -77,7 +68,9 @@ def test_outputs_stay_the_same_without_batch_norm(name: str, dtype: torch.dtype,
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_the_report_names_the_layer_that_each_norm_is_folded_into() -> None:
+def test_the_report_names_the_layer_that_each_norm_is_folded_into(
+    with_random_norms: Callable[..., nn.Module],
+) -> None:
     net = with_random_norms(PreActivation())
     converted, report = convert_batchnorm(net)
     assert [(c.norm, c.change, c.layer) for c in report.layers] == [
@@ -114,7 +107,7 @@ class Tied(nn.Module):
         return self.norm2(self.norm2(self.other(x)))
 
 
-def test_norms_of_shared_layers_become_scale_and_shift() -> None:
+def test_norms_of_shared_layers_become_scale_and_shift(with_random_norms: Callable[..., nn.Module]) -> None:
     net, images = with_random_norms(Tied()).double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images)
     assert report.counts == {"scale and shift": 3}
@@ -132,7 +125,7 @@ class Branching(nn.Module):
         return self.norm(self.conv(x if x.sum() > 0 else -x))
 
 
-def test_exact_does_not_need_a_trace() -> None:
+def test_exact_does_not_need_a_trace(with_random_norms: Callable[..., nn.Module]) -> None:
     net, images = with_random_norms(Branching()).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images)
     assert isinstance(converted.norm, ScaleShift)
@@ -147,7 +140,9 @@ class Halved(nn.Conv2d):
         return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
 
 
-def test_a_convolution_that_normalizes_its_weight_is_not_folded_into() -> None:
+def test_a_convolution_that_normalizes_its_weight_is_not_folded_into(
+    with_random_norms: Callable[..., nn.Module],
+) -> None:
     net = with_random_norms(nn.Sequential(Halved(3, 4, 3), nn.BatchNorm2d(4))).double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     converted, report = convert_batchnorm(net, images)
@@ -156,7 +151,9 @@ def test_a_convolution_that_normalizes_its_weight_is_not_folded_into() -> None:
     assert distance(converted(images), net(images)) < 1e-12
 
 
-def test_the_result_does_not_depend_on_the_batch_and_trains_with_agc() -> None:
+def test_the_result_does_not_depend_on_the_batch_and_trains_with_agc(
+    with_random_norms: Callable[..., nn.Module],
+) -> None:
     """Without batch statistics, the gradients of two halves add up to the gradient of the whole batch."""
     net = (
         with_random_norms(timm.create_model("test_efficientnet", num_classes=5, drop_rate=0.0))
@@ -275,7 +272,9 @@ def test_what_cannot_be_folded_is_refused_by_name(net: nn.Module, how: How, mess
     assert str(caught.value) == message
 
 
-def test_a_conversion_that_changes_the_outputs_on_the_images_is_refused() -> None:
+def test_a_conversion_that_changes_the_outputs_on_the_images_is_refused(
+    with_random_norms: Callable[..., nn.Module],
+) -> None:
     net = with_random_norms(nn.Sequential(Late(3, 4, 3), nn.BatchNorm2d(4)))
     with pytest.raises(
         ValueError, match=r"^Sequential: folding would change the outputs by .* \(relative L2 norm\)"
@@ -283,7 +282,7 @@ def test_a_conversion_that_changes_the_outputs_on_the_images_is_refused() -> Non
         convert_batchnorm(net, torch.randn(1, 3, 8, 8))
 
 
-def test_other_norms_stay_and_are_reported() -> None:
+def test_other_norms_stay_and_are_reported(with_random_norms: Callable[..., nn.Module]) -> None:
     net = with_random_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4)))
     converted, report = convert_batchnorm(net)
     assert report.kept == {"2": "GroupNorm does not use batch statistics"}

@@ -1,6 +1,7 @@
 """A converted network has no operation in place that hooks or functional transforms could see."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -12,17 +13,6 @@ from torch import Tensor, nn
 from normfree.surgery.batchnorm import Copying, batchnorms
 from normfree.surgery.convert import convert_batchnorm
 from normfree.surgery.trace import traced_parts
-
-
-def with_random_norms(net: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for module in batchnorms(net).values():
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2.0)
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(std=0.1)
-    return net.eval()
 
 
 def trainable(net: nn.Module) -> nn.Module:
@@ -43,9 +33,11 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_hooks_and_functional_transforms_see_the_gradients_of_each_example(name: str) -> None:
+def test_hooks_and_functional_transforms_see_the_gradients_of_each_example(
+    with_random_norms: Callable[..., nn.Module], name: str
+) -> None:
     """Full backward hooks on every module, kept activations, and vmap(grad) against a loop over the examples."""
-    net = with_random_norms(NETWORKS[name]()).double()
+    net = with_random_norms(NETWORKS[name](), std=0.1).double()
     images, targets = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.arange(2)
     converted, report = convert_batchnorm(net, images)
     assert report.error < 1e-12
@@ -78,9 +70,9 @@ def test_hooks_and_functional_transforms_see_the_gradients_of_each_example(name:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm:test_resnet"])
-def test_no_identity_is_changed_in_place(name: str) -> None:
+def test_no_identity_is_changed_in_place(with_random_norms: Callable[..., nn.Module], name: str) -> None:
     """Each residual sum of a ResNet writes to the output of the norm, so that output must be a copy."""
-    net = with_random_norms(NETWORKS[name]())
+    net = with_random_norms(NETWORKS[name](), std=0.1)
     safe, lean = convert_batchnorm(net).model, convert_batchnorm(net, hooks_safe=False).model
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -117,8 +109,8 @@ class Unfolded(nn.Module):
         return z.add_(y)
 
 
-def test_outputs_of_scale_and_shift_are_copied() -> None:
-    net, images = with_random_norms(Unfolded()), torch.randn(2, 3, 4, 4)
+def test_outputs_of_scale_and_shift_are_copied(with_random_norms: Callable[..., nn.Module]) -> None:
+    net, images = with_random_norms(Unfolded(), std=0.1), torch.randn(2, 3, 4, 4)
     converted = convert_batchnorm(net, images).model
     assert converted.norm0.copies
     assert converted.norm1.copies
@@ -160,8 +152,10 @@ class Outer(nn.Module):
         return self.shared(self.encoder(x)).mean() + raw + self.optional(x).mean()
 
 
-def test_models_that_cannot_be_traced_are_folded_part_by_part() -> None:
-    net, images = with_random_norms(Outer()).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+def test_models_that_cannot_be_traced_are_folded_part_by_part(
+    with_random_norms: Callable[..., nn.Module],
+) -> None:
+    net, images = with_random_norms(Outer(), std=0.1).double(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
     assert list(traced_parts(net)) == ["encoder"]
     converted, report = convert_batchnorm(net, images)
     assert report.error < 1e-12
