@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
-from normfree.files import atomic_write
+from normfree.files import atomic_write, sha256_of
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _print_summary(model: TrainedModel, naming: str, origin: str, written: Path)
         "model": f"{model.net.name}, {parameters:,} parameters, {len(model.classes)} classes",
         "names": naming,
         "preprocessing": f"{_describe(model.preprocessing)} ({origin})",
-        "weights": f"{written}, sha256 {_sha256(written)}",
+        "weights": f"{written}, sha256 {sha256_of(written)}",
     }
     for name, text in lines.items():
         print(f"{name:<15}{text}")
@@ -240,11 +240,3 @@ def _describe(pre: Preprocessing) -> str:
     antialias = "" if pre.antialias else " without antialiasing"
     mean, std = (" ".join(f"{v:.3f}" for v in values) for values in (pre.mean, pre.std))
     return f"{pre.image_size} px, {pre.crop}, {pre.interpolation}{antialias}, mean {mean}, std {std}"
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    import hashlib
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

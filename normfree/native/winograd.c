@@ -424,7 +424,7 @@ INLINE void weight_gradient_between(
     }
 }
 
-/* Define a kernel for each width of the registers, and `chosen` for the widest of this processor. */
+/* Define a kernel for registers of one width; WIDEST names that for the widest ones of this processor. */
 #define KERNEL(body, Work, suffix, with, product) \
     with static void body##_##suffix(const void *given, int64_t start, int64_t stop) { \
         const Work *k = given; \

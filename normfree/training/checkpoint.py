@@ -31,12 +31,12 @@ from normfree.files import (
     sha256_of,
 )
 from normfree.suggest import some_names
+from normfree.weights.run_weights import MANIFEST, MANIFEST_BYTES
 from normfree.weights.tensor_file import read_tensors, write_tensors
 
-MANIFEST = "MANIFEST.json"
 # Bytes that are read of state.json, which holds the names of all classes and the losses since the last line of
-# metrics.jsonl, and of a manifest.
-_STATE_BYTES, _MANIFEST_BYTES = 16_000_000, 100_000
+# metrics.jsonl.
+_STATE_BYTES = 16_000_000
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -136,7 +136,7 @@ def read(path: Path) -> Checkpoint:
         ValueError: a file is missing, truncated, or does not match its checksum.
     """
     try:
-        manifest = read_json(path / MANIFEST, limit=_MANIFEST_BYTES)
+        manifest = read_json(path / MANIFEST, limit=MANIFEST_BYTES)
         listed = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:

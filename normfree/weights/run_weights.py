@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from normfree.files import read_json, sha256_of
 from normfree.suggest import problem
 
 MODEL_FILE = "model.safetensors"
 _CONFIG = "config.json"
-# The averaged weights in a checkpoint, and its list of files with their hashes.
-_AVERAGE, _MANIFEST = "ema.safetensors", "MANIFEST.json"
+# The list of files of a checkpoint with their hashes, and how many bytes of it are read.
+MANIFEST, MANIFEST_BYTES = "MANIFEST.json", 100_000
+_AVERAGE = "ema.safetensors"  # the averaged weights in a checkpoint
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -86,9 +86,8 @@ def _checkpoints(folder: Path) -> Iterator[tuple[Path, str]]:
 def _intact(folder: Path) -> bool:
     """Return True if the averaged weights of a checkpoint are as they were written."""
     try:
-        listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"][_AVERAGE]
-        with (folder / _AVERAGE).open("rb") as file:
-            return bool(hashlib.file_digest(file, "sha256").hexdigest() == listed["sha256"])
+        listed = read_json(folder / MANIFEST, limit=MANIFEST_BYTES)["files"][_AVERAGE]
+        return bool(sha256_of(folder / _AVERAGE) == listed["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
