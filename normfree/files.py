@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import stat
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,24 +127,36 @@ def read_bytes(path: str | Path, *, limit: int) -> bytes:
     """
     shown = repr(str(path))
     try:
-        # O_NONBLOCK: opening a pipe would wait for a writer.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(handle, "rb") as file:
-            about = os.fstat(handle)
-            if not stat.S_ISREG(about.st_mode):
-                raise UnreadableFileError(f"{shown} is not a regular file.")
-            content = b"" if about.st_size > limit else file.read(limit + 1)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = b"" if size > limit else file.read(limit + 1)
     except OSError as error:
         raise UnreadableFileError(f"{shown} cannot be read: {error.strerror or error}.") from None
-    except ValueError as error:  # a zero byte in the path, or the error above
+    except ValueError as error:  # a zero byte in the path, or no regular file
         if isinstance(error, UnreadableFileError):
             raise
         raise UnreadableFileError(f"{shown} cannot be read: {error}.") from None
-    if about.st_size > limit or len(content) > limit:
+    if size > limit or len(content) > limit:
         raise UnreadableFileError(
-            f"{shown} has {max(about.st_size, len(content)):,} bytes; at most {limit:,} are read."
+            f"{shown} has {max(size, len(content)):,} bytes; at most {limit:,} are read."
         )
     return content
+
+
+@contextlib.contextmanager
+def open_regular(path: str | Path) -> Iterator[io.BufferedReader]:
+    """Open a regular file for reading. Pipes and devices are refused without waiting for them.
+
+    Raises:
+        UnreadableFileError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    # O_NONBLOCK: opening a pipe would wait for a writer.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UnreadableFileError(f"{str(path)!r} is not a regular file.")
+        yield file
 
 
 def read_text(path: str | Path, *, limit: int) -> str:
@@ -193,9 +207,27 @@ def read_toml(path: str | Path, *, limit: int = 128_000) -> dict[str, Any]:
         raise UnreadableFileError(f"{path} cannot be read as TOML: {error}.") from None
 
 
+def read_csv(path: str | Path, *, limit: int, dialect: type[csv.Dialect] = csv.excel) -> list[list[str]]:
+    """Return the rows of a CSV file, as `read_bytes` does.
+
+    Raises:
+        UnreadableFileError: also if it is not UTF-8, or a cell is larger than 128 kB.
+    """
+    text = read_text(path, limit=limit).removeprefix("\ufeff")
+    try:
+        return list(csv.reader(io.StringIO(text, newline=""), dialect))
+    except csv.Error as error:
+        raise UnreadableFileError(f"{str(path)!r} cannot be read as CSV: {error}.") from None
+
+
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a regular file, in hexadecimal.
+
+    Raises:
+        UnreadableFileError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from normfree.exported_net import METADATA_KEY, ExportedNet, Shape, check_metadata, first_line
+from normfree.files import read_bytes
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
+_BYTES = (1 << 31) - 1  # of the graph, which is one message of protobuf; weights may be in other files
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -124,9 +126,10 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise ValueError(
             problem(f"{str(path)!r} does not exist", allowed="an ONNX file that `normfree export` wrote")
         )
+    content = read_bytes(path, limit=_BYTES)
     try:
         # Always parse protobuf. By default, files with the suffixes .json and .onnxtxt are parsed as text.
-        model = onnx.load_model(path, format="protobuf", load_external_data=False)
+        model = onnx.load_model_from_string(content, format="protobuf")
     # Exceptions of protobuf and of the operating system.
     except Exception as error:
         raise ValueError(f"{path} is not an ONNX file or is truncated: {first_line(error)}") from None

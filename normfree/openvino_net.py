@@ -16,6 +16,7 @@ from normfree.suggest import problem, unknown
 
 # Types of the computation on a CPU. OpenVINO itself would choose bfloat16 on CPUs with instructions for it, which
 # changes logits by 1 %.
+_XML_BYTES = 100_000_000  # of a graph; our largest network has 2 MB
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -89,6 +90,11 @@ def read_openvino(path: Path) -> Any:
                     f"{str(file)!r} does not exist", allowed="the .xml and .bin files of `normfree export`"
                 )
             )
+    if path.stat().st_size > _XML_BYTES:
+        given = f"{path} has {path.stat().st_size:,} bytes"
+        raise ValueError(
+            problem(given, allowed=f"a graph of at most {_XML_BYTES:,}; the weights are in the .bin file")
+        )
     try:
         return runtime.Core().read_model(path, weights)
     # The exceptions of openvino are RuntimeErrors and others.

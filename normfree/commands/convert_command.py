@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
-from normfree.files import atomic_write, sha256_of
+from normfree.files import UnreadableFileError, atomic_write, read_text, sha256_of
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -182,9 +182,9 @@ def _with_classes(model: TrainedModel, path: Path) -> TrainedModel:
     from dataclasses import replace
 
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--classes {path} cannot be read: {error}.") from None
+        names = [line.strip() for line in read_text(path, limit=10_000_000).splitlines()]
+    except UnreadableFileError as error:
+        raise UsageError(f"--classes: {error}") from None
     expected = len(model.classes)
     if len(names) != expected or not all(names):
         raise UsageError(

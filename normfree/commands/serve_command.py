@@ -38,6 +38,8 @@ class ServeArguments:
     """Maximum number of pixels per image."""
     max_files: int = 16
     """Maximum number of files per request."""
+    client_share: float = 0.5
+    """Part of all capacity that one client address may use; 1: all, for a server behind a proxy."""
 
 
 def serve(arguments: ServeArguments) -> int:
@@ -49,16 +51,15 @@ def serve(arguments: ServeArguments) -> int:
     sock = listen(arguments.host, arguments.port)
     try:
         from normfree.pretrained import from_pretrained
-        from normfree.serve.upload import Limits
+        from normfree.serve.limits import Limits
 
         # python_multipart would log a line for every malformed form.
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
         logging.basicConfig(
             level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
         )
-        limits = Limits(
-            max_bytes=arguments.max_bytes, max_pixels=arguments.max_pixels, max_files=arguments.max_files
-        )
+        limits = Limits(max_bytes=arguments.max_bytes, max_pixels=arguments.max_pixels,
+                        max_files=arguments.max_files, client_share=arguments.client_share)  # fmt: skip
         model = from_pretrained(arguments.model)
         model.require_classes()
         name = getattr(model.net, "name", "") or Path(arguments.model).stem

@@ -6,8 +6,10 @@ of their range.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,13 +17,15 @@ from pathlib import Path
 
 from normfree.data.source import Source, Split
 from normfree.data.subset import Subset, encoded_bytes
-from normfree.data.transforms.decode import FULL_RANGE, ImageError, sixteen_bit_peak
+from normfree.data.transforms.decode import FULL_RANGE, ImageError, open_header, sixteen_bit_peak
 from normfree.files import atomic_write_text
 from normfree.suggest import problem
 
 SHOWN = 40  # bad files that an error message names; a list file names all if there are more
 _CHUNK = 32  # images per task: small enough for a smooth progress bar, large enough for negligible overhead
 _DIGEST = 16  # bytes of the hash of a file: no two different files of a data set have the same one
+_LARGE_PIXELS = 16_000_000  # of images that are decoded one at a time: one takes 64 MB or more
+_LARGE = threading.Lock()
 _SMALL = (
     FULL_RANGE // 4
 )  # largest value of 16-bit images that lose two bits or more when they are scaled to 8 bits
@@ -103,13 +107,23 @@ def _check(source: Source, index: int) -> _Checked:
     """Open one image."""
     try:
         data = encoded_bytes(source, index)
-        source.image(index)
+        with _LARGE if data is not None and _is_large(data) else contextlib.nullcontext():
+            source.image(index)
     except ImageError as error:
         return _Checked(BadImage(error.name, error.reason), "", None)
     if data is None:
         return _Checked(None, "", None)
     peak = sixteen_bit_peak(data) if data.startswith(_DEEP) else None
     return _Checked(None, digest_of(data), peak)
+
+
+def _is_large(data: bytes) -> bool:
+    """Return True for an encoded image of so many pixels that threads take turns."""
+    try:
+        with open_header(data) as image:
+            return image.width * image.height > _LARGE_PIXELS
+    except Exception:  # `image` gives the reason
+        return False
 
 
 def digest_of(data: bytes) -> str:

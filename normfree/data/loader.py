@@ -370,7 +370,7 @@ def _check_train(batch_size: int, *, world_size: int, start_step: int, num_steps
             )
         )
     if repeats < 1 or batch_size % repeats:
-        nearest = max(d for d in range(1, max(repeats, 1) + 1) if batch_size % d == 0)
+        nearest = max(d for d in range(1, min(max(repeats, 1), batch_size) + 1) if batch_size % d == 0)
         raise ValueError(
             problem(
                 f"repeats={repeats} with batch_size={batch_size}",

@@ -13,11 +13,12 @@ from normfree.data.audit import digest_of
 from normfree.data.source import Source, Split
 from normfree.data.subset import AUDIT_LIMIT, encoded_bytes
 from normfree.data.transforms.decode import ImageError
-from normfree.files import atomic_write_text
+from normfree.files import atomic_write_text, read_csv
 from normfree.suggest import problem
 
 SAMPLES_FILE = "samples.csv"
 _COLUMNS = ("part", "class", "name", "digest")
+_BYTES = 200_000_000  # of a samples.csv; `AUDIT_LIMIT` samples with names of 60 characters take 60 MB
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,14 @@ def write_records(records: Sequence[SampleRecord], path: Path) -> None:
 
 
 def read_records(path: Path) -> list[SampleRecord] | None:
-    """Return the samples in a samples.csv; None if there is no such file."""
-    if not path.is_file():
+    """Return the samples in a samples.csv; None if there is no such file.
+
+    Raises:
+        ValueError: The file cannot be read, or is damaged.
+    """
+    if not path.exists():
         return None
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
+    rows = read_csv(path, limit=_BYTES)
     if not rows or tuple(rows[0]) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
         raise ValueError(
             problem(f"{path} is damaged", fix="delete it; the data of the run are then not compared")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
@@ -34,17 +34,18 @@ from normfree._version import __version__
 from normfree.data.transforms.decode import ImageError, load_image
 from normfree.device import run_device
 from normfree.pretrained import TrainedModel
-from normfree.serve.batching import Batcher, Unavailable, probabilities
+from normfree.serve.batching import Batcher, ClientLimit, Unavailable, probabilities
 from normfree.serve.decoding import Decoders
 from normfree.serve.index_page import index_page
+from normfree.serve.limits import Budget, Limits, RequestError, client_of
 from normfree.serve.origin import HostGuard
 from normfree.serve.request_metrics import RequestMetrics, RequestMonitor, log
-from normfree.serve.upload import CLIENT_LEFT, HeldBytes, Limits, RequestError, uploads
+from normfree.serve.upload import CLIENT_LEFT, uploads
 from normfree.suggest import problem
 
 Result = TypeVar("Result")
 
-# Threads that decode images. One of them takes the large ones.
+# Threads that decode images, in each lane.
 _DECODERS = max(2, min(4, os.cpu_count() or 1))
 # Seconds in which images that wait for the network are answered at the end.
 _STOP_SECONDS = 2.0
@@ -112,7 +113,8 @@ class _Service:
 
     def __init__(self, model: TrainedModel, name: str, limits: Limits) -> None:
         self.model, self.name, self.limits = model, name, limits
-        self.held = HeldBytes(limits.max_held_bytes)
+        each = limits.share(limits.max_held_bytes, request=limits.max_bytes)
+        self.held = Budget(limits.max_held_bytes, each=each, what="uploads at once")
         self.transform = model.preprocessing.transform()
         self.metrics = RequestMetrics(lambda: len(self.batcher))
         self.html, self.policy = index_page()
@@ -129,9 +131,13 @@ class _Service:
                         allowed="one name for each output", fix="export or save the model again")
             )  # fmt: skip
         self.device = device
-        self.batcher = Batcher(run, max_batch=max_batch, max_delay_ms=max_delay_ms, max_queue=self.limits.max_queue,
+        limits = self.limits
+        self.batcher = Batcher(run, max_batch=max_batch, max_delay_ms=max_delay_ms, max_queue=limits.max_queue,
+                               max_each=limits.share(limits.max_queue, request=limits.max_files),
                                on_batch=self.metrics.on_batch)  # fmt: skip
-        self.decoders = Decoders(_DECODERS, max_pixels=self.limits.max_waiting_pixels)
+        pixels = limits.max_waiting_pixels
+        self.decoders = Decoders(_DECODERS, max_pixels=pixels, max_image=limits.max_pixels,
+                                 max_each=limits.share(pixels, request=0))  # fmt: skip
 
     def stop(self) -> None:
         """Answer waiting images and end the threads."""
@@ -166,9 +172,9 @@ class _Service:
             raise RequestError(503, "the queue is full")
         async with uploads(request, limits=self.limits, held=self.held) as files:
             names = [file.name for file in files]
-            decoded = await self._results(
-                request, self.decoders.submit(self._decode, [f.data for f in files])
-            )
+            data, client = [file.data for file in files], client_of(request.client)
+            decoded = await self._results(request, self.decoders.submit(self._decode, data, client=client))
+            del data
             files.clear()  # frees their memory, which is no longer counted as held
         good = [image for image in decoded if isinstance(image, Tensor)]
         self.metrics.images.labels("refused").inc(len(decoded) - len(good))
@@ -188,12 +194,13 @@ class _Service:
     async def _run(self, request: Request, images: list[Tensor]) -> list[Tensor]:
         """Return the probabilities of each image."""
         try:
-            return await self._results(request, self.batcher.submit(images))
+            futures = self.batcher.submit(images, client=client_of(request.client))
+            return await self._results(request, futures)
         except Unavailable as error:
-            raise RequestError(503, str(error)) from None
+            raise RequestError(429 if isinstance(error, ClientLimit) else 503, str(error)) from None
 
     async def _results(self, request: Request, futures: Sequence[Future[Result]]) -> list[Result]:
-        """Return the results of the futures. If the client leaves, all that have not begun are canceled.
+        """Return the results of the futures. If the client leaves, all are canceled.
 
         Raises:
             RequestError: 499 for a client that left, 503 if the server is stopping.
@@ -215,11 +222,11 @@ class _Service:
             for future in futures:  # at once: asyncio would cancel them only in a later iteration of its loop
                 future.cancel()
 
-    def _decode(self, data: bytes) -> Tensor | str:
+    def _decode(self, data: bytes, given_up: Callable[[], bool]) -> Tensor | str:
         """Return the image as input of the network, or the reason why it cannot be read."""
+        white, most = self.model.preprocessing.pixel_range, self.limits.max_pixels
         try:
-            white = self.model.preprocessing.pixel_range
-            return self.transform(load_image(data, max_pixels=self.limits.max_pixels, pixel_range=white))
+            return self.transform(load_image(data, max_pixels=most, pixel_range=white, given_up=given_up))
         except ImageError as error:
             reason = " ".join(error.reason.encode("utf-8", "replace").decode().split())
             return reason[:_REASON_LENGTH]
@@ -246,7 +253,7 @@ async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     if error.status >= 500:
         log.warning("request %s: %d, %s", request.state.request_id, error.status, error.reason)
-    headers = _RETRY if error.status == 503 else None
+    headers = _RETRY if error.status in (429, 503) else None
     return JSONResponse({"error": error.reason}, status_code=error.status, headers=headers)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from normfree.data.transforms.normalize import normalize
 from normfree.deploy.fold import fold
 from normfree.models.net import Net
 from normfree.pretrained import TrainedModel
+from normfree.serve.fair_queue import FairQueue
 from normfree.suggest import problem
 
 _log = logging.getLogger("normfree.serve")
@@ -29,6 +29,10 @@ _log = logging.getLogger("normfree.serve")
 
 class Unavailable(RuntimeError):
     """No images are accepted at the moment: the queue is full, or the server is stopping."""
+
+
+class ClientLimit(Unavailable):
+    """No images of this client are accepted at the moment: it has too many in the queue."""
 
 
 @dataclass
@@ -43,13 +47,14 @@ class _Waiting:
 class Batcher:
     """A worker thread that collects images into batches and runs a function on each batch.
 
-    A batch starts when it is full, or when its oldest image has waited for `max_delay_ms`.
+    A batch starts when it is full, or when its oldest image has waited for `max_delay_ms`. Clients take turns.
 
     Args:
         run: function from images B 3 S S to outputs B x ..., where B is at most `max_batch`.
         max_batch: maximum number of images per batch.
         max_delay_ms: milliseconds that an image waits for others; 0 means no waiting.
         max_queue: maximum number of waiting images.
+        max_each: maximum number of waiting images of one client; None: `max_queue`.
         on_batch: called with the size and the seconds of every batch.
 
     Raises:
@@ -63,6 +68,7 @@ class Batcher:
         max_batch: int = 16,
         max_delay_ms: float = 5.0,
         max_queue: int = 128,
+        max_each: int | None = None,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
         if max_batch < 1:
@@ -75,8 +81,9 @@ class Batcher:
             raise ValueError(problem(f"max_queue is {max_queue}", allowed="1 or more", fix="max_queue=128"))
         self._run, self._on_batch = run, on_batch
         self.max_batch, self.max_queue = max_batch, max_queue
+        self._max_each = max_queue if max_each is None else max_each
         self._delay = max_delay_ms / 1000
-        self._queue: deque[_Waiting] = deque()
+        self._queue: FairQueue[_Waiting] = FairQueue()
         self._change = threading.Condition()
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="normfree-batches", daemon=True)
@@ -93,21 +100,27 @@ class Batcher:
         """True if the worker is alive and accepts images."""
         return not self._closed and self._worker.is_alive()
 
-    def submit(self, images: Sequence[Tensor]) -> list[Future[Tensor]]:
+    def submit(self, images: Sequence[Tensor], *, client: str = "") -> list[Future[Tensor]]:
         """Queue images, each 3 S S, all or none; return a future for the output of each.
 
         Raises:
+            ClientLimit: the client has too many images in the queue.
             Unavailable: the queue cannot take all of them, or `stop` was called.
         """
         waiting = [_Waiting(image) for image in images]
         with self._change:
             if self._closed:
                 raise Unavailable("the server is stopping")
-            if len(self._queue) + len(waiting) > self.max_queue:
+            own = self._queue.count(client)
+            if len(self._queue) + len(waiting) > self.max_queue or own + len(waiting) > self._max_each:
                 self._drop_cancelled()
+                own = self._queue.count(client)
             if len(self._queue) + len(waiting) > self.max_queue:
                 raise Unavailable(f"the queue is full ({len(self._queue)} images wait)")
-            self._queue.extend(waiting)
+            if own + len(waiting) > self._max_each:
+                raise ClientLimit(f"{own} images of this client wait already")
+            for each in waiting:
+                self._queue.append(client, each)
             self._change.notify()
         return [w.future for w in waiting]
 
@@ -121,8 +134,7 @@ class Batcher:
             self._change.notify()
         self._worker.join(timeout)
         with self._change:
-            left = list(self._queue)
-            self._queue.clear()
+            left = self._queue.clear()
         for waiting in left:
             if waiting.future.set_running_or_notify_cancel():
                 waiting.future.set_exception(Unavailable("the server is stopping"))
@@ -132,14 +144,15 @@ class Batcher:
         with self._change:
             while True:
                 self._drop_cancelled()
-                left = self._queue[0].arrived + self._delay - time.monotonic() if self._queue else None
+                oldest = min((w.arrived for w in self._queue.first()), default=None)
+                left = None if oldest is None else oldest + self._delay - time.monotonic()
                 if self._closed or len(self._queue) >= self.max_batch or (left is not None and left <= 0):
                     return [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
                 self._change.wait(left)
 
     def _drop_cancelled(self) -> None:
         """Remove canceled images from the queue."""
-        self._queue = deque(w for w in self._queue if not w.future.cancelled())
+        self._queue.keep(lambda w: not w.future.cancelled())
 
     def _work(self) -> None:
         """Process batches until the batcher is stopped."""

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from normfree.serve.upload import Limits
+from normfree.serve.limits import Limits, client_of
 from normfree.suggest import problem
 
 # Bytes of request line and headers, as common servers allow.
@@ -61,16 +61,39 @@ def make_server(
     Open requests are answered for `shutdown_seconds` when it stops, and then canceled.
     """
     limits = limits or Limits()
+    return Server(
+        Config(
+            app,
+            http=_protocol(limits),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            # uvicorn counts the new connection as well.
+            limit_concurrency=limits.max_connections + 1,
+            timeout_graceful_shutdown=shutdown_seconds,  # type: ignore[arg-type]
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+        )
+    )
+
+
+def _protocol(limits: Limits) -> type[H11Protocol]:
+    """Return uvicorn's protocol with the limits of connections."""
     head_seconds, max_connections = limits.head_seconds, limits.max_connections
+    max_each = limits.share(max_connections, request=1)
 
     class Protocol(H11Protocol):
-        """uvicorn's protocol, with a time limit for incomplete requests."""
+        """uvicorn's protocol, with time limits for incomplete requests and responses, and a number of connections."""
 
         _timer: asyncio.TimerHandle | None = None
+        _reader: asyncio.TimerHandle | None = None  # runs while the client does not read its response
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._opened, self._unread = self.loop.time(), 0
+            self._of = client_of(self.client)
             self._timer = self.loop.call_later(head_seconds, self._late)
             self._close_oldest()
 
@@ -88,17 +111,33 @@ def make_server(
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
+            self.resume_writing()
             super().connection_lost(exc)
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._reader = self.loop.call_later(limits.body_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._reader is not None:
+                self._reader.cancel()
+
         def _close_oldest(self) -> None:
-            """Over the limit, close the oldest connections that wait for their clients: idle, or not yet complete."""
+            """Over a limit, close the oldest connections that wait for their clients: idle, or not yet complete.
+
+            A connection over the limit of its client is closed itself if all others of that client are at work.
+            """
             # A connection that was closed is removed later.
             live = [c for c in self.connections if isinstance(c, Protocol) and not c.transport.is_closing()]
-            idle = [c for c in live if c.cycle is None or c.cycle.response_complete or c.cycle.more_body]
-            waiting = [c for c in idle if c is not self]
-            waiting.sort(key=lambda c: c._opened)
-            for connection in waiting[: max(0, len(live) - max_connections)]:
-                connection.transport.abort()
+            own = [c for c in live if c._of == self._of]
+            for among, most in ((own, max_each), (live, max_connections)):
+                idle = [c for c in among if c.cycle is None or c.cycle.response_complete or c.cycle.more_body]
+                waiting = sorted((c for c in idle if c is not self), key=lambda c: c._opened)
+                for connection in waiting[: max(0, len(among) - most)]:
+                    connection.transport.abort()
+                if among is own and len(own) > most and not waiting:
+                    self.transport.abort()
 
         def _cancel(self) -> None:
             if self._timer is not None:
@@ -110,22 +149,7 @@ def make_server(
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.abort()
 
-    return Server(
-        Config(
-            app,
-            http=Protocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            # uvicorn counts the new connection as well.
-            limit_concurrency=limits.max_connections + 1,
-            timeout_graceful_shutdown=shutdown_seconds,  # type: ignore[arg-type]
-            h11_max_incomplete_event_size=_HEAD_BYTES,
-        )
-    )
+    return Protocol
 
 
 def run(server: Server, sock: socket.socket) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -13,6 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
+from normfree.serve.limits import Budget, Limits, RequestError, client_of
 from normfree.suggest import problem
 
 # Status for a client that closed its connection, as nginx logs it. It appears in the metrics only.
@@ -20,51 +21,6 @@ CLIENT_LEFT = 499
 # Longest file name that file systems allow. Longer names are cut.
 _NAME_LENGTH = 255
 _FIX = "curl -F file=@photo.jpg ADDRESS/predict"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits of one server.
-
-    Attributes:
-        max_bytes: bytes of one request's body.
-        max_pixels: pixels of one image, according to its header.
-        max_waiting_pixels: pixels of all images together that wait to be decoded or are being decoded.
-        max_files: files of one request.
-        max_queue: images that wait for the network.
-        max_connections: open connections; a further one closes the oldest that waits for its client, or gets
-            status 503.
-        max_held_bytes: bytes of all bodies that are being read or decoded; further requests are answered with 503.
-        body_seconds: seconds in which a body must arrive.
-        head_seconds: seconds in which a request line and its headers must arrive, and also the unread rest of a
-            rejected body.
-
-    Raises:
-        ValueError: a limit is not above 0, or a request of `max_files` would not fit in the queue.
-    """
-
-    max_bytes: int = 32_000_000
-    max_pixels: int = 64_000_000  # a thread that decodes takes 256 MB for so many
-    max_waiting_pixels: int = 256_000_000
-    max_files: int = 16
-    max_queue: int = 128
-    max_connections: int = 128
-    max_held_bytes: int = 256_000_000
-    body_seconds: float = 60.0
-    head_seconds: float = 10.0
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if not value > 0:
-                raise ValueError(
-                    problem(f"{item.name} is {value}", allowed="above 0", fix=f"{item.name}={item.default}")
-                )
-        if self.max_files > self.max_queue:
-            raise ValueError(
-                problem(f"max_files is {self.max_files}", allowed=f"at most max_queue, which is {self.max_queue}",
-                        fix=f"max_files={self.max_queue}")
-            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,41 +36,16 @@ class Upload:
     data: bytes
 
 
-class RequestError(Exception):
-    """A request that is rejected.
-
-    Attributes:
-        status: the HTTP status.
-        reason: the reason, in one line.
-    """
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
-
-
-class HeldBytes:
-    """The number of bytes of request bodies in memory. Only the thread of the event loop may use it."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
-
-    def add(self, count: int) -> None:
-        """Add `count` bytes, or raise RequestError if they exceed the limit."""
-        if self.count + count > self.limit:
-            raise RequestError(503, "too many uploads at once")
-        self.count += count
-
-
 @asynccontextmanager
-async def uploads(request: Request, *, limits: Limits, held: HeldBytes) -> AsyncIterator[list[Upload]]:
+async def uploads(request: Request, *, limits: Limits, held: Budget) -> AsyncIterator[list[Upload]]:
     """Context manager that reads the files of a request: the parts of a form, or the body if its type is image/*.
 
     The bytes of the body are counted in `held` until the context is left.
 
     Raises:
         RequestError: 400 for an invalid form, 408 for a body that takes too long, 413 for too many bytes or files, 415
-            for another content type, 499 for a client that left, 503 if other bodies use all the memory.
+            for another content type, 429 if this client's bodies use its share of the memory, 499 for a client that
+            left, 503 if all bodies use all of it.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     form = kind == "multipart/form-data"
@@ -124,7 +55,7 @@ async def uploads(request: Request, *, limits: Limits, held: HeldBytes) -> Async
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and int(stated) > limits.max_bytes:
         raise _too_long(limits)
-    size = 0
+    size, client = 0, client_of(request.client)
 
     async def receive() -> Message:
         nonlocal size
@@ -132,7 +63,7 @@ async def uploads(request: Request, *, limits: Limits, held: HeldBytes) -> Async
         new = len(message.get("body", b""))
         if size + new > limits.max_bytes:
             raise _too_long(limits)
-        held.add(new)
+        held.take(client, new)
         size += new
         return message
 
@@ -147,7 +78,7 @@ async def uploads(request: Request, *, limits: Limits, held: HeldBytes) -> Async
             raise RequestError(CLIENT_LEFT, "the client left before its body was complete") from None
         yield files
     finally:
-        held.count -= size
+        held.give_back(client, size)
 
 
 def _too_long(limits: Limits) -> RequestError:

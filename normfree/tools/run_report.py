@@ -22,7 +22,7 @@ from normfree.diagnose import html_page, network_figures, run_figures
 from normfree.diagnose.gradients import gradient_report
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.propagation import signal_propagation
-from normfree.files import atomic_write_text, read_json
+from normfree.files import atomic_write_text, read_json, read_text
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
@@ -207,8 +207,8 @@ def _settings(courses: Sequence[Course]) -> html_page.PageSection:
     for course in courses:
         for name in ("config.toml", "environment.txt"):
             file = course.folder / name
-            if file.is_file():
-                body += html_page.folded(f"{course.name}/{name}", file.read_text(encoding="utf-8"))
+            if file.exists():
+                body += html_page.folded(f"{course.name}/{name}", read_text(file, limit=1_000_000))
     return html_page.PageSection("Settings", body)
 
 

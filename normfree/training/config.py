@@ -46,10 +46,12 @@ class ConfigSection(BaseModel):
 
 # --- validators: a ValueError holds the allowed values, which config_io.py reports together with the given one ----
 
-_LENGTH = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
+_LENGTH = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ep|st)")
 # auto, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH. Images are decoded to RGB; networks see that or gray.
-_SIZE = re.compile(r"auto|(?:([13])x)?([1-9]\d*)x([1-9]\d*)")
+_SIZE = re.compile(r"auto|(?:([13])x)?([1-9]\d{0,5})x([1-9]\d{0,5})")
 LOGGERS = ("tensorboard", "wandb")
+# A config may come from others. These are far above what machines have, and far below what stops one.
+MAX_WORKERS, MAX_BATCH = 256, 1_000_000
 
 
 def _check_length(value: str) -> str:
@@ -59,7 +61,7 @@ def _check_length(value: str) -> str:
 
 
 def _check_size(value: int | str) -> int | str:
-    if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
         value = int(value)  # from the command line
     if (isinstance(value, int) and value < 1) or (isinstance(value, str) and not _SIZE.fullmatch(value)):
         raise ValueError(
@@ -208,12 +210,12 @@ class InputConfig(ConfigSection):
     eval_crop: Literal["auto", "resize_crop_32", "crop_resize", "squash", "letterbox"] = "auto"
     """Resizing and cropping for evaluation. auto: squash up to 96 pixels, resize_crop_32 above. letterbox: the whole
     image with gray bars; training images get the bars too, before the random crop."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MAX_BATCH)
     """Images per optimizer step, summed over all processes."""
     micro_batch: Auto | int = 0
     """Images per forward and backward pass; smaller values need less memory. 0: the whole batch at once. auto: as
     many as fit in memory."""
-    workers: int = Field(default=1, ge=0)
+    workers: int = Field(default=1, ge=0, le=MAX_WORKERS)
     """Number of processes that load images; 0 loads them in the training process. It does not change the batches."""
     val_fraction: float = 0.1
     """Fraction of each class that is held out for validation if the data have no part for it. The validation images
@@ -353,7 +355,7 @@ class Config(ConfigSection):
     patience: int = Field(default=0, ge=0)
     """Early stopping: end the run after this many evaluations in which the averaged weights do not improve, and keep
     the best ones. 0: never."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initial weights, sample order, augmentation and dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps. auto: the first GPU if there is one, else the CPU."""

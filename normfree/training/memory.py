@@ -7,6 +7,7 @@ does not include workspaces of convolutions or what the allocator rounds up; the
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -144,6 +145,25 @@ def largest(
     given = f"input.micro_batch is 'auto', but micro-batches of {sizes[-1]} need about {needs(sizes[-1]) / 1e9:.2f} GB"
     fix = "use a smaller --input.image_size, or --parallel sharded, or give a number to try anyway"
     raise ValueError(problem(given, allowed=f"{limit / 1e9:.2f} GB on this device", fix=fix))
+
+
+def require_images_fit(count: int, shape: tuple[int, int, int], device: torch.device) -> None:
+    """Check that the images of one step fit in main memory; the network needs more.
+
+    Args:
+        count: images that this process loads for a step.
+        shape: channels, height and width.
+        device: on a CPU, the images are also there as float32.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    each = math.prod(shape) * (5 if device.type == "cpu" else 1)
+    free = free_memory()
+    if count * each > free:
+        given = f"{count:,} images of {' x '.join(map(str, shape))} in each step need {count * each / 1e9:,.1f} GB"
+        fix = "use a smaller --input.batch_size" if each <= free else "use a smaller --input.image_size"
+        raise ValueError(problem(given, allowed=f"{free / 1e9:.1f} GB, the memory that is free", fix=fix))
 
 
 def free_bytes(device: torch.device) -> int:

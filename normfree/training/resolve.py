@@ -74,7 +74,7 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         weights = PREFIX + repository_of(config.model)
     repeats, batch_size = config.augment.repeats, config.input.batch_size
     if batch_size % repeats:
-        nearest = max(d for d in range(1, repeats + 1) if batch_size % d == 0)
+        nearest = max(d for d in range(1, min(repeats, batch_size) + 1) if batch_size % d == 0)
         given = f"augment.repeats={repeats} with input.batch_size={batch_size}"
         raise ValueError(
             problem(given, allowed="a divisor of the batch size", fix=f"--augment.repeats {nearest}")

@@ -7,11 +7,13 @@ from pathlib import Path
 from normfree.data.source import Split
 from normfree.data.sources.open import NAMES, open_source
 from normfree.data.spec import parse_spec
+from normfree.files import UnreadableFileError, read_text
 from normfree.suggest import problem
 from normfree.training.config import Config
 from normfree.training.config_io import load_config
 
 ENVIRONMENT = "environment.txt"
+_ENVIRONMENT_BYTES = 1_000_000
 # Lines of environment.txt: the working directory of the run, and the paths of its data so far.
 FOLDER, DATA_AT = "folder", "data_at"
 _PATHS = ("folder", "csv", "packed")  # schemes whose target is a path
@@ -88,8 +90,8 @@ def run_of(model: str) -> Path | None:
 def recorded(run: Path, key: str) -> list[str]:
     """Return the values of a key in the environment.txt of a run."""
     try:
-        lines = (run / ENVIRONMENT).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(run / ENVIRONMENT, limit=_ENVIRONMENT_BYTES).splitlines()
+    except UnreadableFileError:
         return []
     return [line.removeprefix(f"{key} ") for line in lines if line.startswith(f"{key} ")]
 

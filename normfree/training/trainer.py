@@ -19,6 +19,7 @@ from torch import Tensor
 
 from normfree.data.loader import Batch
 from normfree.data.seeds import key
+from normfree.data.transforms.normalize import height_and_width
 from normfree.device import run_device
 from normfree.diagnose.gradients import ratio_quantiles
 from normfree.models.net import Net
@@ -44,12 +45,13 @@ from normfree.training.choices import (
     learns_embeddings,
     parse_choice,
 )
-from normfree.training.config import OptimConfig, channels_of, steps_of
+from normfree.training.config import OptimConfig, channels_of, size_of, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
 from normfree.training.embedding_gradient import EmbeddingGradient
 from normfree.training.gradient import BatchGradient
+from normfree.training.memory import require_images_fit
 from normfree.training.profile import span
 from normfree.training.projection import project_
 from normfree.training.resolve import Resolved
@@ -98,7 +100,9 @@ class Trainer:
         self.resolved, self.num_classes = resolved, num_classes
         self.world = world or World(device=run_device(config.device))
         self.device = self.world.device
-        self.world.part(config.input.batch_size)
+        size = config.input.image_size
+        shape = (channels_of(size), *height_and_width(size_of(size)))
+        require_images_fit(self.world.part(config.input.batch_size), shape, self.device)
         check_mode(resolved, world_size=self.world.size)
         exact = config.parallel == "exact"
         sharded = config.parallel == "sharded" and self.world.size > 1  # one process has nothing to shard

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from normfree.files import read_json, sha256_of
+from normfree.files import UnreadableFileError, read_json, read_text, sha256_of
 from normfree.suggest import problem
 
 MODEL_FILE = "model.safetensors"
@@ -76,9 +77,8 @@ def _complete(path: Path) -> Path | None:
 
 def _checkpoints(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield the checkpoints of a run, the best one first and then the newest, with their description."""
-    best = folder / "best"
-    if best.is_file():
-        yield folder / best.read_text(encoding="utf-8").strip()[:40], "its best"
+    with contextlib.suppress(UnreadableFileError):
+        yield folder / read_text(folder / "best", limit=100).strip(), "its best"
     for path in sorted(folder.glob("step-*"), reverse=True):
         yield path, "its newest intact"
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from typing import Any
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 # Prefixes of all names in a state dict: of DataParallel, of torch.compile, and of modules that hold the network.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
-# Limits of the child: memory in bytes beyond that of an idle one, and processor time, 60 s plus 1 s for each 50 MB.
-MEMORY_SLACK, SECONDS, BYTES_PER_SECOND = 400 << 20, 60, 50_000_000
+# Limits of the child: memory in bytes beyond that of an idle one, and processor time, 20 s plus 1 s for each 50 MB.
+MEMORY_SLACK, SECONDS, BYTES_PER_SECOND = 400 << 20, 20, 50_000_000
 # Bytes by which the tensors may exceed the file. Only expanded views would exceed it.
 SLACK = 1 << 20
+# Limits of the file: its bytes (the largest published network takes 1.8 GB, and a checkpoint with averages and momentum
+# four times that), the bytes of the pickle that describes its tensors (250 for each), and their number.
+MAX_BYTES, MAX_PICKLE, MAX_TENSORS = 16 << 30, 8 << 20, 20_000
 # Exit code of the child if its one line of output has the reason why it refused the file.
 _REFUSED = 3
 
@@ -48,6 +52,8 @@ def read_torch_file(path: str | Path, *, key: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist. Fix: give a file that torch.save wrote.")
     size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes. Allowed: at most {MAX_BYTES:,}.")
     with tempfile.TemporaryDirectory(prefix="normfree-") as folder:
         out = Path(folder, "weights.safetensors")
         # -P: nothing is imported from the folder of this file.
@@ -143,6 +149,8 @@ def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
         torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32,
         torch.int64,
     )  # fmt: skip
+    if len(state) > MAX_TENSORS:
+        raise ValueError(f"it has {len(state):,} entries. Allowed: at most {MAX_TENSORS:,}.")
     names = [k for k in state if isinstance(k, str)]
     wrong = [
         k
@@ -171,6 +179,27 @@ def plain_tensors(state: Mapping[str, Any], *, size: int) -> dict[str, Any]:
         seen.add(tensor.untyped_storage().data_ptr())
         own[name.removeprefix(prefix)] = tensor.contiguous()
     return own
+
+
+def check_archive(path: Path) -> None:
+    """Check the directory of a file that is a zip, as `torch.save` writes it; do nothing for the older format.
+
+    Raises:
+        ValueError: a member is compressed, so that it may be far larger than the file; or the pickle is too large.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            shown = ascii(member.filename[-60:])
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(
+                    f"its member {shown} is compressed. Allowed: members as torch.save writes them."
+                )
+            if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE:
+                raise ValueError(
+                    f"its pickle has {member.file_size:,} bytes. Allowed: at most {MAX_PICKLE:,}."
+                )
 
 
 def _common_prefix(names: list[str]) -> str:
@@ -202,6 +231,7 @@ def _child(path: Path, out: Path, key: str) -> None:
     torch.set_num_threads(1)  # the stacks of more threads would count as memory
     size = path.stat().st_size
     _limit(size)
+    check_archive(path)
     # timm's and other programs' checkpoints hold their options in a Namespace, a plain object of fields.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,8 +10,8 @@ import torch
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
 from normfree.serve.app import create_app
+from normfree.serve.limits import Limits
 from normfree.serve.server import SHUTDOWN_SECONDS, listen, make_server
-from normfree.serve.upload import Limits
 
 
 class Brightest(torch.nn.Module):

@@ -19,7 +19,7 @@ from normfree.inference import predict
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
-from normfree.serve.upload import Limits
+from normfree.serve.limits import Limits
 
 
 def png(color, size=(12, 10)):
@@ -138,7 +138,7 @@ def test_an_invalid_request_gets_one_line_and_a_status(serving, colors, path, bo
         got, result, headers = send(port, "POST", path, body, {"Content-Type": kind})
         assert (got, result["error"]) == (status, error)
         assert headers["x-content-type-options"] == "nosniff"
-        assert app.state.service.held.count == 0
+        assert app.state.service.held.used == 0
 
 
 def test_health_and_metrics_count_what_happened(serving, colors):
@@ -211,14 +211,14 @@ def test_a_full_queue_is_503_with_retry_after(serving, colors, caplog, eventuall
 def test_bodies_over_all_requests_are_limited(serving, colors):
     limits = Limits(max_bytes=3000, max_held_bytes=4000)
     with serving(colors, limits=limits) as (port, app):
-        app.state.service.held.count = 3900
+        app.state.service.held.used = 3900
         status, result, headers = send(
             port, "POST", "/predict", RED + bytes(500), {"Content-Type": "image/png"}
         )
         assert (status, result) == (503, {"error": "too many uploads at once"})
         assert headers["retry-after"] == "1"
-        assert app.state.service.held.count == 3900
-        app.state.service.held.count = 0
+        assert app.state.service.held.used == 3900
+        app.state.service.held.used = 0
         assert send(port, "POST", "/predict", RED, {"Content-Type": "image/png"})[0] == 200
 
 

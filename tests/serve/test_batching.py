@@ -1,5 +1,6 @@
 """Batching changes the time of a result, never the result."""
 
+import doctest
 import random
 import threading
 import time
@@ -10,7 +11,8 @@ import torch
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
-from normfree.serve.batching import Batcher, Unavailable, probabilities
+from normfree.serve import fair_queue, limits
+from normfree.serve.batching import Batcher, ClientLimit, Unavailable, probabilities
 
 
 def results(futures):
@@ -183,3 +185,32 @@ def test_invalid_arguments(wrong, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Batcher(lambda images: images, **wrong)
     assert str(error.value) == message
+
+
+def test_clients_take_turns_in_the_batches_and_have_a_limit_each():
+    gate, seen = threading.Event(), []
+
+    def run(images):
+        gate.wait(60)
+        seen.append(images[:, 0].tolist())
+        return images
+
+    batcher = Batcher(run, max_batch=2, max_delay_ms=0, max_queue=8, max_each=5)
+    first = batcher.submit([torch.zeros(1)], client="first")
+    while len(batcher):  # until it is in the network
+        time.sleep(0.01)
+    many = batcher.submit(list(torch.ones(5, 1)), client="many")
+    with pytest.raises(ClientLimit, match="5 images of this client wait already"):
+        batcher.submit([torch.ones(1)], client="many")
+    one = batcher.submit([2 * torch.ones(1)], client="one")
+    with pytest.raises(Unavailable, match="the queue is full"):
+        batcher.submit(list(torch.ones(3, 1)), client="third")
+    gate.set()
+    results([*first, *many, *one])
+    batcher.stop()
+    assert seen == [[0], [1, 2], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("module", [fair_queue, limits])
+def test_the_examples_run(module):
+    assert doctest.testmod(module).failed == 0

@@ -1,22 +1,25 @@
 """After a thousand malformed requests, several at a time, the server answers a valid request."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from normfree.data.transforms.decode import load_image
 from normfree.serve.decoding import Decoders
-from normfree.serve.upload import Limits, RequestError
+from normfree.serve.limits import Limits, RequestError
 
 # Short limits for requests that are rejected because they take too long.
 HURRIED = Limits(max_bytes=1_000_000, body_seconds=0.5, head_seconds=0.5)
@@ -68,15 +71,20 @@ def form(*files, kind="multipart/form-data; boundary=edge"):
 class Client:
     """A client that sends raw bytes."""
 
-    def __init__(self, port):
-        self.port = port
+    def __init__(self, port, address="127.0.0.1"):
+        self.port, self.address = port, address
+
+    def connect(self):
+        return socket.create_connection(
+            ("127.0.0.1", self.port), timeout=60, source_address=(self.address, 0)
+        )
 
     def talk(self, *pieces, pause=0.0, half_close=False):
         """Send pieces of a request; return status and JSON or text of the first response.
 
         The result is (0, "") if the server closed the connection without a response.
         """
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as sock:
+        with self.connect() as sock:
             try:
                 for piece in pieces:
                     sock.sendall(piece)
@@ -303,7 +311,7 @@ def test_the_server_survives_a_thousand_malformed_requests(serving, colors, capl
         for each, service in ((port, app.state.service), (hurried, hurried_app.state.service)):
             assert Client(each).talk(request(JPEG))[1]["predictions"][0]["top"][0]["class"] == "red"
             # The server may notice a disconnected client after the client has finished.
-            eventually(lambda service=service: service.held.count == 0 and len(service.batcher) == 0)
+            eventually(lambda service=service: service.held.used == 0 and len(service.batcher) == 0)
         assert [r for r in caplog.records if r.levelname == "ERROR"] == []
 
 
@@ -346,6 +354,34 @@ def test_idle_connections_do_not_keep_good_clients_out(serving, colors):
             assert Client(port).talk(request(PNG))[0] == 200
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is another address on Linux only")
+def test_a_client_cannot_take_all_connections(serving, colors):
+    """The bodies never arrive in full; the limits of time do not matter."""
+    limits = Limits(max_connections=8, head_seconds=120, body_seconds=120)
+    with serving(colors, limits=limits) as (port, _), contextlib.ExitStack() as stack:
+        good = stack.enter_context(Client(port).connect())
+        good.sendall(request(PNG)[:-5])
+        attackers = [stack.enter_context(Client(port, "127.0.0.2").connect()) for _ in range(20)]
+        for sock in attackers:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sock.sendall(request(b"", length=5000))
+        assert Client(port, "127.0.0.3").talk(request(PNG))[0] == 200
+        good.sendall(request(PNG)[-5:])
+        assert Client.read(good)[0] == 200  # the oldest connection, and yet not closed
+
+
+def test_a_client_that_does_not_read_its_response_is_disconnected(serving, colors, eventually):
+    limits = Limits(body_seconds=0.5)
+    classes = tuple(f"{i} {'x' * 50_000}" for i in range(3))
+    model = dataclasses.replace(colors, classes=classes)
+    with serving(model, limits=limits) as (port, _), Client(port).connect() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:  # requests one after the other, whose responses are not read
+                sock.sendall(request(b"", method="GET", path="/health") * 20)
+        assert Client(port).talk(request(PNG))[0] == 200
+
+
 def test_an_endless_body_is_cut_off(serving, colors):
     with serving(colors, limits=PATIENT) as (port, _):
         head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
@@ -384,32 +420,97 @@ def test_hosts_and_origins_of_other_sites_are_refused(host, more, status, servin
         assert "--allow-host" in answer["error"]
 
 
-def test_the_pixels_of_all_waiting_images_have_a_limit_and_large_ones_do_not_delay_small_ones():
-    image = {size: bomb(size) for size in (5000, 100)}
-    decoders, gate, entered = Decoders(2, max_pixels=60_000_000), threading.Event(), threading.Event()
+@pytest.fixture
+def decoders():
+    """Decoders with a budget of 60 megapixels, 40 for each client, and an event that lets `slow` return."""
+    made, gate = (
+        Decoders(2, max_pixels=60_000_000, max_image=60_000_000, max_each=40_000_000),
+        threading.Event(),
+    )
+    yield made, gate
+    gate.set()
+    made.stop()
 
-    def slow(data):
+
+def slow_decode(gate, entered):
+    """Return a function that decodes an image for as long as it is wanted or the gate is closed."""
+
+    def decode(data, given_up):
         entered.set()
-        gate.wait(60)
+        while not gate.wait(0.01):
+            if given_up():
+                raise CancelledError
         return len(data)
 
-    try:
-        first, second = decoders.submit(slow, [image[5000], image[5000]])  # 25 megapixels each
-        assert entered.wait(60)
+    return decode
+
+
+def test_the_pixels_of_all_waiting_images_have_a_limit_and_large_ones_do_not_delay_small_ones(decoders):
+    image = {size: bomb(size) for size in (5000, 3000, 100)}
+    decoders, gate = decoders
+    slow = slow_decode(gate, entered := threading.Event())
+    (first,) = decoders.submit(slow, [image[5000]], client="a")  # 25 megapixels
+    assert entered.wait(60)
+    (second,) = decoders.submit(slow, [image[5000]], client="b")
+    for client, side, status in (("a", 5000, 429), ("c", 5000, 503), ("c", 100_000, None)):
+        if status is None:  # not decoded, so it does not count
+            assert (
+                decoders.submit(lambda data, _: "refused", [bomb(side)], client=client)[0].result(60)
+                == "refused"
+            )
+            continue
         with pytest.raises(RequestError) as error:
-            decoders.submit(slow, [image[5000]])
-        assert error.value.status == 503
-        with pytest.raises(RequestError) as error:
-            decoders.submit(slow, [image[5000]] * 3)
-        assert error.value.status == 413
-        (small,) = decoders.submit(len, [image[100]])
-        assert small.result(60) == len(image[100])  # while a large one is being decoded
-        assert second.cancel()
-        gate.set()
-        assert first.result(60) == len(image[5000])
-    finally:
-        gate.set()
-        decoders.stop()
+            decoders.submit(slow, [image[side]], client=client)
+        assert error.value.status == status
+    with pytest.raises(RequestError) as error:
+        decoders.submit(slow, [image[5000]] * 3)
+    assert error.value.status == 413
+    for side in (3000, 100):  # while a large one is being decoded
+        (smaller,) = decoders.submit(lambda data, _: len(data), [image[side]], client="a")
+        assert smaller.result(60) == len(image[side])
+    assert second.cancel()
+    gate.set()
+    assert first.result(60) == len(image[5000])
+
+
+def test_an_image_of_a_client_that_left_is_not_decoded_to_its_end(decoders):
+    decoders, gate = decoders
+    (left,) = decoders.submit(slow_decode(gate, entered := threading.Event()), [bomb(5000)])
+    assert entered.wait(60)
+    assert not left.cancel()  # it has begun
+    with pytest.raises(CancelledError):
+        left.result(60)
+    (next_one,) = decoders.submit(lambda data, _: "decoded", [bomb(5000)])
+    assert next_one.result(60) == "decoded"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "PPM"])
+def test_decoding_is_given_up_between_blocks(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    asked = []
+    whole = load_image(out.getvalue(), given_up=lambda: asked.append(0))
+    assert np.array_equal(whole, load_image(out.getvalue()))
+    for stop_after in (len(asked) // 2, len(asked) - 1):
+        calls = iter(range(len(asked)))
+        with pytest.raises(CancelledError):
+            load_image(out.getvalue(), given_up=lambda n=stop_after, c=calls: next(c) >= n)
+
+
+def test_clients_take_turns(decoders):
+    """One client sends fifty images, another one; the other is answered after one of them."""
+    decoders, gate = decoders
+    image, order = bomb(100), []
+    entered = threading.Event()
+    blocking = slow_decode(gate, entered)
+    held = decoders.submit(blocking, [image] * 2, client="a")  # both threads of the lane
+    many = decoders.submit(lambda data, _: order.append("many"), [image] * 50, client="b")
+    (one,) = decoders.submit(lambda data, _: order.append("one"), [image], client="c")
+    gate.set()
+    for future in (*held, *many, one):
+        future.result(60)
+    assert order.index("one") <= 3  # two threads
 
 
 def test_a_client_that_disconnects_leaves_nothing_behind(serving, colors, caplog, eventually):
@@ -423,7 +524,7 @@ def test_a_client_that_disconnects_leaves_nothing_behind(serving, colors, caplog
             return Client(port).talk(request(b"", method="GET", path="/metrics"))[1]
 
         arrived = [
-            (request(PNG, length=99_999), lambda: service.held.count),
+            (request(PNG, length=99_999), lambda: service.held.used),
             (request(PNG), colors.net.entered.is_set),
             (request(PNG), lambda: len(service.batcher)),
             (request(PNG), lambda: len(service.batcher)),
@@ -435,7 +536,7 @@ def test_a_client_that_disconnects_leaves_nothing_behind(serving, colors, caplog
             eventually(lambda n=left: f'requests_total{{path="/predict",status="499"}} {n}.0' in metrics())
         colors.net.gate.set()
         assert Client(port).talk(request(PNG))[0] == 200
-        assert service.held.count == 0
+        assert service.held.used == 0
         # The image that was in the network, and the last one.
         assert "normfree_batch_size_sum 2.0" in metrics()
         assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []

@@ -60,27 +60,51 @@ def test_a_plain_pickle_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_decompression_bomb_stops_at_the_memory_limit(tmp_path):
-    """A few megabytes decompress to a gigabyte; the child may take 400 MB more than an idle one."""
-    valid, bomb, count = tmp_path / "a.pth", tmp_path / "b.pth", 1 << 18
-    torch.save({"w": torch.zeros(count)}, valid)
-    with (
-        zipfile.ZipFile(valid) as source,
-        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out,
+def replaced(source, target, change, *, kind=zipfile.ZIP_STORED):
+    """Copy a file of torch.save; `change` gets name and content of each member and returns its new content."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", kind, compresslevel=1) as new:
+        for member in old.namelist():
+            new.writestr(member, change(member, old.read(member)))
+
+
+def test_compressed_members_and_large_pickles_are_refused(tmp_path):
+    """A few megabytes could decompress to gigabytes, and each byte of a pickle is an instruction."""
+    valid, bomb, long = (tmp_path / f"{name}.pth" for name in "abc")
+    torch.save({"w": torch.zeros(1 << 18)}, valid)
+    replaced(valid, bomb, lambda name, data: data, kind=zipfile.ZIP_DEFLATED)
+    with pytest.raises(
+        ValueError, match=r"b\.pth: its member 'a/.*' is compressed\. Allowed: members as torch.save"
     ):
-        for member in source.namelist():
-            data = source.read(member)
-            if member.endswith("data.pkl"):
-                data = data.replace((count).to_bytes(4, "little"), (count << 10).to_bytes(4, "little"))
-            with out.open(member, "w") as stream:
-                for _ in range(1024 if len(data) == 4 * count else 1):
-                    stream.write(data)
-    assert bomb.stat().st_size < 10_000_000
-    with pytest.raises(ValueError) as error:  # noqa: PT011
         read_torch_file(bomb)
+    replaced(valid, long, lambda name, data: bytes(9 << 20) if name.endswith(".pkl") else data)
+    with pytest.raises(
+        ValueError, match=r"c\.pth: its pickle has 9,437,184 bytes\. Allowed: at most 8,388,608\.$"
+    ):
+        read_torch_file(long)
+
+
+def test_a_file_that_asks_for_much_memory_stops_at_the_limit(tmp_path):
+    """The child may take 400 MB more than an idle one; this file asks for 2 GB."""
+    path = tmp_path / "a.pth"
+    torch.save({"w": torch.zeros(3), "x": Call(bytearray, 2_000_000_000)}, path)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        read_torch_file(path)
     assert str(error.value) == (
-        f"{bomb}: reading it took more memory or time than {bomb.stat().st_size:,} bytes of weights can need."
+        f"{path}: reading it took more memory or time than {path.stat().st_size:,} bytes of weights can need."
     )
+
+
+def test_a_file_larger_than_any_network_is_not_read(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"")
+    os.truncate(path, 40_000_000_000)  # takes no space
+    with pytest.raises(ValueError, match=r"has 40,000,000,000 bytes\. Allowed: at most 17,179,869,184\.$"):
+        read_torch_file(path)
+
+
+def test_there_are_not_more_tensors_than_any_network_has():
+    with pytest.raises(ValueError, match=r"^it has 20,001 entries\. Allowed: at most 20,000\.$"):
+        plain_tensors({str(i): torch.zeros(0) for i in range(20_001)}, size=1000)
 
 
 @pytest.mark.parametrize(("content", "key", "found"), [

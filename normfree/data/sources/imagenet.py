@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ from normfree.data.sources.folders import FolderSource
 from normfree.data.subset import make_split
 from normfree.data.transforms.decode import suffixes
 from normfree.data.walk import is_litter, list_folder
+from normfree.files import read_bytes, read_csv, read_text
 from normfree.suggest import problem
 
 VAL_NAMES = ("val", "validation", "valid")
@@ -23,6 +24,8 @@ LABEL_FILES = ("val.txt", "val_map.txt", "LOC_val_solution.csv", "ILSVRC2012_val
 _TRUTH = LABEL_FILES[-1]
 # Folders, relative to the root, in which unpacked archives leave the label file.
 _FOLDERS = ("", "..", "../..", "data", "devkit/data", "ILSVRC2012_devkit_t12/data")
+_BYTES = 20_000_000  # of a label file; the largest published one has 2 MB
+_MAT_BYTES = 1_000_000  # of meta.mat, which is compressed
 _NUMBERS = ("map_clsloc.txt", "meta.mat")  # tables of the numbers in the ground truth
 _LAYOUT = (
     f"a label file ({', '.join(LABEL_FILES)}) next to train/ or in val/, or val/ in class folders like train/"
@@ -165,11 +168,12 @@ def _find(root: Path, val: Path, name: str) -> Path | None:
 def _mapping(path: Path) -> dict[str, str]:
     """Return the class as it is written in the label file, by file name."""
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [(row.get("ImageId"), row.get("PredictionString")) for row in csv.DictReader(file)]
-        return {image: text.split()[0] for image, text in rows if image and text and text.split()}
+        header, *rows = read_csv(path, limit=_BYTES) or [[]]
+        known = (dict(zip(header, row, strict=False)) for row in rows)
+        pairs = [(row.get("ImageId"), row.get("PredictionString")) for row in known]
+        return {image: text.split()[0] for image, text in pairs if image and text and text.split()}
     found: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, limit=_BYTES).splitlines():
         name, _, text = line.strip().rpartition(" ")
         if name:
             found[name.strip().rpartition("/")[2]] = text
@@ -178,7 +182,7 @@ def _mapping(path: Path) -> dict[str, str]:
 
 def _truth(root: Path, val: Path, path: Path, files: Sequence[str]) -> dict[str, str]:
     """Return the class folder of each of `files`, from the numbers of the ground truth and a table of the devkit."""
-    numbers = path.read_text(encoding="utf-8").split()
+    numbers = read_text(path, limit=_BYTES).split()
     if len(numbers) != len(files):
         raise ValueError(
             problem(
@@ -212,7 +216,7 @@ def _truth(root: Path, val: Path, path: Path, files: Sequence[str]) -> dict[str,
 
 def _from_text(path: Path) -> dict[str, str]:
     """Return class folder by number, from lines such as "n02119789 1 kit_fox"."""
-    found = re.findall(rf"^({_WNID}) (\d+)\b", path.read_text(encoding="utf-8"), flags=re.M)
+    found = re.findall(rf"^({_WNID}) (\d+)\b", read_text(path, limit=_BYTES), flags=re.M)
     return {number: wnid for wnid, number in found}
 
 
@@ -223,7 +227,7 @@ def _from_mat(path: Path) -> dict[str, str]:
     except ModuleNotFoundError:
         raise ModuleNotFoundError(f"{path} needs SciPy: pip install 'normfree[imagenet]'") from None
     try:
-        rows: Any = loadmat(path, squeeze_me=True)["synsets"]
+        rows: Any = loadmat(io.BytesIO(read_bytes(path, limit=_MAT_BYTES)), squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}
     except Exception as error:  # damaged files raise many types
         raise ValueError(

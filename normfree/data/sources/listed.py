@@ -13,6 +13,7 @@ from normfree.data.sources.folders import DEFAULT_LIMITS, FolderSource, ImageLim
 from normfree.data.sources.nested import NestedSource
 from normfree.data.subset import check_fractions, make_split
 from normfree.data.transforms.decode import suffixes
+from normfree.files import UnreadableFileError, read_csv, read_text
 from normfree.suggest import did_you_mean, problem, some_names
 
 # Usual names of columns, in lower case.
@@ -43,6 +44,7 @@ _LABEL = (
 _PART = ("split", "part", "subset", "partition", "fold", "set")
 # Folders next to a table that usually hold its images; the table's own name is tried too.
 _FOLDERS = ("", "images", "train", "img", "data")
+_BYTES = 1_000_000_000  # of a table; 14 million lines of 70 characters
 _SEVERAL = "|;"  # characters between the labels of one image
 TABLES = (".csv", ".tsv", ".txt")
 
@@ -146,15 +148,14 @@ def read_lines(path: Path, options: Mapping[str, str] | None = None) -> list[Lis
     """
     options = options or {}
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            problem(f"{path} cannot be read ({error})", allowed="a text file in UTF-8")
-        ) from None
-    if path.suffix.lower() == ".txt":
-        return [_list_line(line, path) for line in text.splitlines() if line.strip()]
-    dialect = csv.excel_tab if path.suffix.lower() == ".tsv" else _dialect(text)
-    rows = [row for row in csv.reader(text.splitlines(), dialect) if any(cell.strip() for cell in row)]
+        text = read_text(path, limit=_BYTES).removeprefix("\ufeff")
+        if path.suffix.lower() == ".txt":
+            return [_list_line(line, path) for line in text.splitlines() if line.strip()]
+        dialect = csv.excel_tab if path.suffix.lower() == ".tsv" else _dialect(text)
+        table = read_csv(path, limit=_BYTES, dialect=dialect)
+    except UnreadableFileError as error:
+        raise ValueError(problem(str(error), allowed="a text file in UTF-8")) from None
+    rows = [row for row in table if any(cell.strip() for cell in row)]
     if len(rows) < 2:
         raise ValueError(
             problem(f"{path} has {len(rows)} lines", allowed="a line of names, then one for each image")

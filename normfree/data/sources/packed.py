@@ -14,7 +14,7 @@ import numpy as np
 
 from normfree.data.source import Source, Split
 from normfree.data.subset import make_split
-from normfree.files import atomic_write
+from normfree.files import atomic_write, open_regular
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = "normfree.packed.1"
 MAX_SIDE = 1024  # px; larger images take less space as JPEG than as pixels
+_HEADER_BYTES = 10_000_000  # as much as 100,000 class names take
 _CHUNK = 1 << 24  # bytes per update of the hash
 _ALLOWED = "a file that normfree.data.sources.packed.pack wrote"
 
@@ -132,13 +133,16 @@ class PackedSource:
     def __init__(self, path: str | os.PathLike[str], *, check: bool = True) -> None:
         self._path = os.fspath(path)
         try:
-            with open(self._path, "rb") as file:
+            with open_regular(self._path) as file:
                 start, header = _read_header(file, self._path)
                 if check and _digest(file, start) != header["__metadata__"]["sha256"]:
                     raise ValueError(_not_packed(f"{self._path} is damaged: its sha256 differs"))
-                file.seek(start + header["labels"]["data_offsets"][0])
-                self._labels = np.frombuffer(file.read(8 * header["labels"]["shape"][0]), dtype="<i8")
-                self._names: list[str] = json.loads(file.read(header["names"]["shape"][0]))
+                try:
+                    self.classes, self._shape = _described(header)
+                    self._labels, self._names = _samples(file, start, header, len(self.classes))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise ValueError(_not_packed(f"{self._path} has other contents ({reason})")) from None
         except OSError as error:
             raise ValueError(
                 problem(
@@ -147,8 +151,7 @@ class PackedSource:
                     fix="check the path",
                 )
             ) from None
-        self.classes = tuple(json.loads(header["__metadata__"]["classes"]))
-        self._start, self._shape = start, tuple(header["images"]["shape"])
+        self._start = start
         self._images = self._map()
 
     @property
@@ -178,7 +181,7 @@ class PackedSource:
         return self._names[index]
 
     def _map(self) -> np.ndarray:
-        """Map the images of the file into memory."""
+        """Map the images of the file into memory. They are the first tensor."""
         return np.memmap(self._path, dtype=np.uint8, mode="r", offset=self._start, shape=self._shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,6 +229,9 @@ def _read_header(file: BinaryIO, path: str) -> tuple[int, dict[str, Any]]:
     """Return the offset of the tensors and the parsed header."""
     from safetensors import SafetensorError, safe_open
 
+    length = int.from_bytes(file.read(8), "little")
+    if length > _HEADER_BYTES:
+        raise ValueError(_not_packed(f"{path} has a header of {length:,} bytes"))
     try:
         with safe_open(path, framework="np") as parsed:  # checks lengths, types and bounds
             metadata = parsed.metadata() or {}
@@ -235,8 +241,56 @@ def _read_header(file: BinaryIO, path: str) -> tuple[int, dict[str, Any]]:
         raise ValueError(_not_packed(f"{path} is no packed file, or truncated ({error})")) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(_not_packed(f"{path} is a safetensors file of another kind"))
-    (length,) = struct.unpack("<Q", file.read(8))
     return 8 + length, json.loads(file.read(length))
+
+
+def _described(header: dict[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the class names, and the shape of all images N S S 3.
+
+    Raises:
+        ValueError, KeyError, TypeError: the header is not one that `pack` wrote.
+    """
+    classes = json.loads(header["__metadata__"]["classes"])
+    kinds = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    shape = tuple(header["images"]["shape"])
+    if kinds != {"images": "U8", "labels": "I64", "names": "U8"}:
+        raise ValueError(f"tensors {kinds}")
+    if (
+        len(shape) != 4
+        or shape[1] != shape[2]
+        or shape[3] != 3
+        or not 1 <= shape[1] <= MAX_SIDE
+        or not shape[0]
+    ):
+        raise ValueError(f"images of the shape {shape}")
+    if header["images"]["data_offsets"][0] != 0:
+        raise ValueError("images that are not the first tensor")
+    if header["labels"]["shape"] != [shape[0]] or len(header["names"]["shape"]) != 1:
+        raise ValueError(f"labels or names of another number than {shape[0]}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("class names that are not a list of strings")
+    return tuple(classes), shape
+
+
+def _samples(
+    file: BinaryIO, start: int, header: dict[str, Any], classes: int
+) -> tuple[np.ndarray, list[str]]:
+    """Return labels and names of the samples.
+
+    Raises:
+        ValueError: a label or name is not one that `pack` wrote.
+    """
+    parts = []
+    for name in ("labels", "names"):
+        first, end = header[name]["data_offsets"]
+        file.seek(start + first)
+        parts.append(file.read(end - first))
+    labels, names = np.frombuffer(parts[0], dtype="<i8"), json.loads(parts[1])
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} for {classes} classes")
+    if not isinstance(names, list) or len(names) != len(labels) or not all(isinstance(n, str) for n in names):
+        raise ValueError("names that are not one string for each image")
+    return labels, names
 
 
 def _digest(file: BinaryIO, start: int) -> str:

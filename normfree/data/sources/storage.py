@@ -145,13 +145,19 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return system, str(path)
 
 
-def read_sibling(file: StoredFile, name: str) -> bytes | None:
-    """Return the content of the file `name` in the folder of `file`, or None if it does not exist."""
+def read_sibling(file: StoredFile, name: str, *, limit: int) -> bytes | None:
+    """Return the content of the file `name` in the folder of `file`, or None if it does not exist.
+
+    Raises:
+        ValueError: It has more than `limit` bytes.
+    """
     sibling = StoredFile(
         file.url.partition("?")[0].rpartition("/")[0] + "/" + name if "/" in file.url else name
     )
     try:
         size, _ = sibling.stamp()
+        if size > limit:
+            raise ValueError(problem(f"{sibling.shown} has {size:,} bytes", allowed=f"at most {limit:,}"))
         return sibling.read(0, size)
     except OSError:
         return None

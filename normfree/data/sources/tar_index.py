@@ -20,7 +20,7 @@ import numpy as np
 
 from normfree.data.encoded import MAX_CLASSES
 from normfree.data.sources.storage import StoredFile
-from normfree.data.transforms.decode import suffixes
+from normfree.data.transforms.decode import MAX_BYTES, suffixes
 from normfree.files import atomic_write
 from normfree.suggest import problem
 
@@ -154,6 +154,8 @@ def index_tar(file: BinaryIO, *, name: str, size: int) -> TarIndex:
                     f"has two images for one key, {images[key][2]!r} and {shown!r}",
                     "one image per key",
                 )
+            if member.size > MAX_BYTES:
+                _refuse(name, f"has {member.size:,} bytes in {shown!r}", f"images of at most {MAX_BYTES:,}")
             images[key] = (member.offset_data, member.size, shown)
         elif suffix in ("cls", "json"):
             number = _label(reader, member, suffix, name, shown)

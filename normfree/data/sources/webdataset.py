@@ -20,6 +20,7 @@ from normfree.data.subset import make_split
 from normfree.data.transforms.decode import MAX_PIXELS, ImageError
 from normfree.suggest import problem
 
+_NAMES_BYTES = 10_000_000  # of a file of class names; 100,000 names take 3 MB
 _THREADS = 8  # shards that are indexed at a time; remote ones spend most of the time waiting
 
 
@@ -207,7 +208,7 @@ def _match_classes(train: ShardSource, held: ShardSource, pattern: str, other: s
 def _class_names(shard: StoredFile) -> tuple[str, ...] | None:
     """Return the class names in the file next to a shard, or None if there is no such file."""
     for file in ("classes.txt", "classes.json"):
-        data = read_sibling(shard, file)
+        data = read_sibling(shard, file, limit=_NAMES_BYTES)
         if data is None:
             continue
         names = _listed(data, json_list=file == "classes.json")
@@ -229,7 +230,7 @@ def _listed(data: bytes, *, json_list: bool) -> list[str] | None:
     try:
         text = data.decode("utf-8-sig")
         names = json.loads(text) if json_list else [line.strip() for line in text.rstrip().split("\n")]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     sound = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
     return names if sound else None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ MAX_PIXELS = 256_000_000
 DRAFT_ABOVE = 64_000_000
 MAX_BYTES = 1_000_000_000  # of an encoded image; 333 million uncompressed pixels
 FULL_RANGE = 65_535  # largest value of 16 bits
+_BLOCK = 16_384  # bytes of an encoded image that are decoded between two questions whether it is given up
 
 
 # Pillow refuses large images by a global limit. It is lifted while a header is read, by one thread at a time, because
@@ -76,6 +80,7 @@ def load_image(
     background: tuple[int, int, int] = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
     pixel_range: int = FULL_RANGE,
+    given_up: Callable[[], bool] | None = None,
 ) -> Image:
     """Decode the first image of a file or byte string to mode RGB.
 
@@ -89,8 +94,11 @@ def load_image(
         background: Color 0 to 255 under transparent pixels.
         max_pixels: Largest width times height.
         pixel_range: Value of white in 16-bit gray images, for example 4095 for a camera of 12 bits.
+        given_up: Called between blocks of the image; True stops the decoding. WebP, AVIF, HEIC and TIFF are decoded
+            as one block.
 
     Raises:
+        CancelledError: `given_up` returned True.
         ImageError: The file is missing, truncated, damaged, too large, in another format, or has pixels of unknown
             range such as floating-point ones.
     """
@@ -101,7 +109,7 @@ def load_image(
     from PIL import UnidentifiedImageError
 
     try:
-        with open_header(data) as image:
+        with open_header(data, given_up) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(name, _too_large(image, max_pixels))
             if image.width * image.height > DRAFT_ABOVE:  # only JPEG does anything here
@@ -109,7 +117,7 @@ def load_image(
             image.load()
             _refuse_unknown_range(image, name)
             return _to_rgb(_upright(image), background, pixel_range)
-    except ImageError:
+    except (ImageError, CancelledError):
         raise
     except UnidentifiedImageError:
         raise ImageError(
@@ -140,17 +148,37 @@ def read_file(source: str | os.PathLike[str]) -> bytes:
         raise ImageError(path, f"cannot be read: {error.strerror or error}") from error
 
 
-def open_header(data: bytes) -> ImageFile:
-    """Return the image of encoded bytes, of which only the header has been read, without Pillow's limit on its size."""
+class _WantedBytes(io.BytesIO):
+    """Bytes that can be read until they are given up."""
+
+    def __init__(self, data: bytes, given_up: Callable[[], bool]) -> None:
+        super().__init__(data)
+        self._given_up = given_up
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._given_up():
+            raise CancelledError
+        return super().read(size)
+
+
+def open_header(data: bytes, given_up: Callable[[], bool] | None = None) -> ImageFile:
+    """Return the image of encoded bytes, of which only the header has been read, without Pillow's limit on its size.
+
+    Reading its pixels raises `CancelledError` once `given_up` returns True.
+    """
     from PIL import Image
 
     allowed = formats()
+    file = io.BytesIO(data) if given_up is None else _WantedBytes(data, given_up)
     with _OPENING:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data), formats=allowed)
+            image = Image.open(file, formats=allowed)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+    if given_up is not None:
+        image.decodermaxblock = _BLOCK
+    return image
 
 
 def sixteen_bit_peak(data: bytes) -> int | None:
@@ -190,10 +218,9 @@ def _upright(image: Image) -> Image:
     """Apply the EXIF orientation."""
     from PIL import ImageOps
 
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF with intact pixels is common, and then the orientation is unknown
-        return image
+    with contextlib.suppress(Exception):  # damaged EXIF is common, and then the orientation is unknown
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _refuse_unknown_range(image: Image, name: str) -> None:
@@ -229,4 +256,4 @@ def _to_rgb(image: Image, background: tuple[int, int, int], pixel_range: int) ->
         canvas = Image.new("RGBA", image.size, (*background, 255))
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy all pixels
