@@ -5,7 +5,7 @@ SOURCES := pyproject.toml setup.py $(wildcard normfree/native/*.[ch])
 # Two test processes, since tests use one thread each.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo lint test test-all slow browser interop docs bench format clean
+.PHONY: help demo lint test test-all slow browser interop reliability docs bench format clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -46,6 +46,9 @@ browser: .venv/.dev ## test the page of normfree serve in a real browser
 
 interop: .venv/.interop ## test with timm, Lightning, Transformers, Opacus, OpenVINO and others; writes docs/hosts.md
 	$(BIN)/python -m pytest -m interop --hosts-table docs/hosts.md tests/interop
+
+reliability: .venv/.dev ## try every promise of docs/reliability.md in full (hours; continues where it was interrupted) and write that page
+	nice $(BIN)/python -m reliability
 
 docs: .venv/.docs  ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -72,10 +72,13 @@ def test_links_resolve(page):
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "tests" / "reference" / "README.md"], ids=lambda p: p.name)
 def test_named_programs_and_tests_exist(page):
     text = page.read_text(encoding="utf-8")
-    files = re.findall(r"\b(?:tests|docs|experiments|benchmarks)/[\w/]+\.py\b", text)
-    modules = re.findall(r"python -m ((?:experiments|benchmarks)[\w.]*)", text)
-    for file in (*files, *(f"{module.replace('.', '/')}.py" for module in modules)):
+    files = re.findall(r"\b(?:tests|docs|experiments|benchmarks|reliability)/[\w/]+\.py\b", text)
+    modules = re.findall(r"python -m ((?:experiments|benchmarks|reliability)[\w.]*)", text)
+    for file in files:
         assert (ROOT / file).exists(), file
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 def test_the_readme_has_no_blank_left_to_fill():

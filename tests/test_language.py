@@ -59,7 +59,9 @@ def text_files() -> list[Path]:
     return sorted(p for p in files if p != Path(__file__) and p.is_file())
 
 
-@pytest.mark.parametrize("folder", ["normfree", "tests", "benchmarks", "experiments", "docs", "."])
+@pytest.mark.parametrize(
+    "folder", ["normfree", "tests", "benchmarks", "experiments", "reliability", "docs", "."]
+)
 def test_the_text_is_plain_american_english(folder):
     files = [p for p in text_files() if p.relative_to(ROOT).parts[0] == folder or p.parent == ROOT / folder]
     assert files
