@@ -1,1 +1,1 @@
-"""Counted checks that nothing is lost and nothing gets in: one module for each goal; `python -m reliability` runs all."""
+"""Counted checks that nothing is lost and nothing gets in: one module for each goal, run by `python -m reliability`."""

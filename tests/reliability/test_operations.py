@@ -1,13 +1,11 @@
 """Goals 1 and 7 in small numbers: faults of the disk at file operations of a run."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from reliability import disk, operations
-from reliability.faults import Fault, counted, library, new_counter
-from reliability.runs import Job
+from reliability.faults import counted, library, new_counter
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
 

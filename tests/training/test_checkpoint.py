@@ -104,6 +104,27 @@ def test_a_crash_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_
     assert outcomes == {(False, 1), (False, 2), (True, 2)}
 
 
+def test_the_files_of_a_checkpoint_are_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power failure could leave a checkpoint with empty files in it."""
+    done, real_fsync, real_replace = [], os.fsync, Path.replace
+
+    def fsync(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real_fsync(handle)
+
+    def replace(path, target):
+        done.append(f"-> {Path(target).name}")
+        return real_replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    saved = save(tmp_path, 1)
+    flushed = set(done[: done.index(f"-> {saved.name}")])
+    assert {path.name for path in saved.iterdir()} < flushed
+    assert f".{saved.name}.{os.getpid()}.partial" in flushed  # the folder itself
+    assert done.index(tmp_path.name) > done.index(f"-> {saved.name}")
+
+
 def test_a_missing_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.newest(tmp_path / "none") == (None, [])
 

@@ -179,6 +179,16 @@ def test_the_model_of_a_finished_run_is_never_a_mixture(tmp_path, monkeypatch):
     assert after["model.safetensors"] != before["model.safetensors"][1]
 
 
+def test_the_config_is_replaced_as_a_whole(tmp_path):
+    """A kill while it is written leaves the old one, which no longer has its name."""
+    out = tmp_path / "run"
+    train(out)
+    with (out / "config.toml").open() as old:
+        train(out)
+        assert os.stat(out / "config.toml").st_ino != os.fstat(old.fileno()).st_ino
+        assert old.read() == (out / "config.toml").read_text()
+
+
 def test_pointers_and_leftovers_are_mended_at_the_next_start(tmp_path, monkeypatch):
     """As after a kill between the checkpoint and the file `last`."""
     out = tmp_path / "run"

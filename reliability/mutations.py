@@ -1,0 +1,241 @@
+"""Take one protection out at a time, in a copy of the repository, and check that its test then fails.
+
+`MUTATIONS` is the list. A line must occur exactly once in its file, so that an entry that the code has outgrown fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from reliability.goals import Case, Result, spread
+from reliability.records import ROOT
+
+CHECK = "a protection taken out: its test fails"
+
+
+class Mutation(NamedTuple):
+    """One protection.
+
+    Attributes:
+        name: what protects; names the case.
+        file: below `normfree/`.
+        line: a part of the file, usually one line; it occurs once.
+        replacement: takes the protection out.
+        test: the test that fails then; as pytest takes it, below `tests/`.
+    """
+
+    name: str
+    file: str
+    line: str
+    replacement: str
+    test: str
+
+
+STOP, DISK, FOLDER = "training/test_stop.py::", "training/test_disk.py::", "training/test_run_folder.py::"
+HOSTILE = "serve/test_hostile.py::"
+
+MUTATIONS = (
+    # signals and processes
+    Mutation("SIGHUP and SIGUSR1 are handled", "training/stop.py",
+             '"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")', '"SIGTERM", "SIGINT")',
+             STOP + "test_each_signal_saves_after_the_step_and_ends_with_its_exit_code"),
+    Mutation("a signal waits for the end of the step", "training/stop.py",
+             "        if not self._deferred:\n", "        if True:\n",
+             STOP + "test_each_signal_saves_after_the_step_and_ends_with_its_exit_code"),
+    Mutation("an ignored signal stays ignored", "training/stop.py",
+             "before is signal.SIG_IGN or ", "",
+             STOP + "test_signals_that_the_caller_ignores_or_handles_stay_so"),
+    Mutation("a signal ends an evaluation", "training/loop.py",
+             "    stopped = never if stop is None else stop.requested\n", "    stopped = never\n",
+             STOP + "test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again"),
+    Mutation("a process of torchrun notices that its launcher is gone", "training/stop.py",
+             "    while os.getppid() == parent:\n", "    while True:\n",
+             STOP + "test_a_process_of_torchrun_stops_when_its_launcher_is_gone"),
+    Mutation("a dead worker is one error", "data/supervision.py",
+             "                if dead:\n", "                if False:\n",
+             STOP + "test_a_killed_worker_saves_and_ends_in_one_line"),
+    Mutation("a failed batch saves the run first", "training/loop.py",
+             "reason = 0 if ended else world.largest(_FAILED if failure else stop.number)",
+             "reason = 0 if ended else world.largest(stop.number)\n            if failure: raise failure",
+             STOP + "test_an_image_that_goes_bad_in_mid_run_saves_and_is_named"),
+    # disk
+    Mutation("a file is on the disk before it has its name", "files.py",
+             "            flush(temporary)  # else", "            pass  # else",
+             "test_files.py::test_a_file_is_on_disk_before_it_has_its_name"),
+    Mutation("a failed write leaves no temporary file", "files.py",
+             "            temporary.unlink(missing_ok=True)\n", "            pass\n",
+             "test_files.py::test_a_failed_write_leaves_the_target_as_it_was"),
+    Mutation("the files of a checkpoint are on the disk before it has its name", "training/checkpoint.py",
+             "            flush(path)\n", "            pass\n",
+             "training/test_checkpoint.py::test_the_files_of_a_checkpoint_are_on_disk_before_it_has_its_name"),
+    Mutation("config.toml is written as a whole", "training/run_folder.py",
+             "    atomic_write_text(path, to_toml(config))\n", "    path.write_text(to_toml(config))\n",
+             DISK + "test_the_config_is_replaced_as_a_whole"),
+    Mutation("training goes on while the disk refuses", "training/resume.py",
+             "            if required:\n", "            if True:\n",
+             DISK + "test_training_goes_on_without_a_checkpoint_until_there_is_space"),
+    Mutation("lines of metrics wait for space", "training/metrics.py",
+             "                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n", "                break\n",
+             DISK + "test_lines_of_metrics_wait_for_space"),
+    Mutation("an error of the safetensors library is one of the system", "weights/tensor_file.py",
+             "    except SafetensorError as error:\n", "    except ZeroDivisionError as error:\n",
+             DISK + "test_an_error_of_the_safetensors_library_is_one_of_the_system"),
+    Mutation("pointers are mended at the start", "training/resume.py",
+             "    _mend(folder, saved.step, best)\n", "",
+             DISK + "test_pointers_and_leftovers_are_mended_at_the_next_start"),
+    Mutation("the model of a finished run changes only as a whole", "training/run_folder.py",
+             "        save_pretrained(trained, work, card=card)\n",
+             "        return save_pretrained(trained, folder, card=card)\n",
+             DISK + "test_the_model_of_a_finished_run_is_never_a_mixture"),
+    # not finite
+    Mutation("tensors that are not finite are not saved", "training/resume.py",
+             "if wrong := checkpoint.not_finite(tensors):", "if wrong := []:",
+             DISK + "test_tensors_that_are_not_finite_are_not_saved"),
+    Mutation("stored tensors that are not finite are passed over", "training/checkpoint.py",
+             "    if wrong := not_finite(tensors):\n", "    if wrong := []:\n",
+             DISK + "test_a_checkpoint_with_values_that_are_not_finite_is_passed_over"),
+    # run folder
+    Mutation("damage of a checkpoint is noticed", "training/checkpoint.py",
+             " and sha256_of(file) == digest", "",
+             "training/test_checkpoint.py::test_no_flipped_bit_of_the_tensors_goes_unnoticed"),
+    Mutation("a renamed checkpoint is not read as another step", "training/checkpoint.py",
+             "    if path.name != name_of(step):", "    if False:",
+             "training/test_checkpoint.py::test_a_renamed_checkpoint_is_not_read_as_another_step"),
+    Mutation("damaged metrics are noticed", "training/metrics.py",
+             "bool(expected) and self.state() != expected", "False",
+             FOLDER + "test_damaged_metrics_are_noticed_and_cost_neither_the_run_nor_the_plot"),
+    Mutation("an edited config does not continue as another run", "training/resume.py",
+             '        require_same(out, saved.state.get("config", {}), identity["config"])\n', "",
+             FOLDER + "test_an_edited_config_does_not_continue_as_another_run"),
+    Mutation("a run does not continue on other data", "training/resume.py",
+             '            require_same_data(out, saved.state["data"], identity["data"])\n', "            pass\n",
+             FOLDER + "test_a_run_does_not_continue_on_other_data"),
+    Mutation("one process at a time trains in a folder", "training/run_folder.py",
+             "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "            pass\n",
+             FOLDER + "test_one_process_at_a_time_trains_in_a_run_folder"),
+    Mutation("only regular files are read", "files.py",
+             "            if not stat.S_ISREG(about.st_mode):\n", "            if False:\n",
+             "test_files.py::test_every_reader_refuses_hostile_files_at_once_in_one_line"),
+    Mutation("TOML has a limit of dots", "files.py",
+             "    if any(line.count(\".\") > _DOTS for line in text.splitlines()):\n", "    if False:\n",
+             "test_files.py::test_toml_that_is_nested_deeply_is_refused_at_once"),
+    # model folder
+    Mutation("a model folder is compared with its checksums", "pretrained.py",
+             '    verify(folder, "config.json")\n', "",
+             "test_pretrained.py::test_a_flipped_bit_anywhere_in_a_model_folder_is_noticed"),
+    Mutation("a config reaches only fields of a variant", "pretrained.py",
+             "            if foreign := sorted(arguments.keys() - _FIELDS):\n", "            if foreign := []:\n",
+             "test_pretrained.py::test_a_config_reaches_no_argument_that_is_no_field_of_a_variant"),
+    # names
+    Mutation("class names that cannot be kept are refused", "data/source.py",
+             "def require_class_names(", "def require_class_names(*_, **__):\n    return\n\n\ndef _unused(",
+             FOLDER + "test_a_class_that_cannot_be_kept_is_refused_before_the_first_step"),
+    Mutation("a model card shows names as text", "training/run_folder.py",
+             '    return re.sub(r"[^\\w\\s.,;:/+-]", lambda match: f"&#{ord(match[0])};", name)\n', "    return name\n",
+             FOLDER + "test_the_card_shows_class_names_as_text"),
+    Mutation("a CSV has no formulas", "files.py",
+             '    return f"\'{text}" if text', '    return text if text',
+             "test_files.py::test_the_examples_run"),
+    # limits
+    Mutation("an image has a limit of bytes", "data/transforms/decode.py",
+             "        if about.st_size > MAX_BYTES:", "        if False:",
+             "data/transforms/test_decode.py::test_a_sparse_file_of_40_gigabytes_is_refused_without_reading_it"),
+    Mutation("an image has a limit of pixels", "data/transforms/decode.py",
+             "            if image.width * image.height > max_pixels:\n", "            if False:\n",
+             "data/transforms/test_decode.py::test_a_bomb_is_refused_by_its_header"),
+    Mutation("formats that start an interpreter are not read", "data/transforms/decode.py",
+             "Image.open(io.BytesIO(data), formats=allowed)", "Image.open(io.BytesIO(data))",
+             "data/transforms/test_decode.py::test_formats_that_start_an_interpreter_are_refused"),
+    # server
+    Mutation("the server checks the Host", "serve/origin.py",
+             "        if host and not self._allows(f\"http://{host}\"):\n", "        if False:\n",
+             HOSTILE + "test_hosts_and_origins_of_other_sites_are_refused"),
+    Mutation("the server checks the Origin", "serve/origin.py",
+             "        if origin is not None and urlsplit(origin)", "        if False and urlsplit(origin)",
+             HOSTILE + "test_hosts_and_origins_of_other_sites_are_refused"),
+    Mutation("an endless body is cut off", "serve/upload.py",
+             "        if size + new > limits.max_bytes:\n", "        if False:\n",
+             HOSTILE + "test_an_endless_body_is_cut_off"),
+)  # fmt: skip
+
+
+def cases(count: int) -> Iterator[Case]:
+    """Return `count` of the mutations."""
+    for index in spread(len(MUTATIONS), count):
+        yield Case(CHECK, MUTATIONS[index].name, partial(noticed, MUTATIONS[index]))
+
+
+def noticed(mutation: Mutation) -> Result:
+    """Check that the test of a protection passes with it and fails without it."""
+    if not passes(mutation.test):
+        return Result(1, 0, f"{mutation.test} fails with the protection")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_tree(Path(folder) / "tree")
+        apply(mutation, tree)
+        code, output = run_test(mutation.test, tree)
+    wrong = {0: f"{mutation.test} passes without it"}.get(code, f"pytest ended with {code}: {output[-300:]}")
+    return Result(1, 1) if code == 1 else Result(1, 0, wrong)
+
+
+def apply(mutation: Mutation, tree: Path) -> None:
+    """Take the protection out of a copy of the repository.
+
+    Raises:
+        AssertionError: the line does not occur exactly once.
+    """
+    file = tree / "normfree" / mutation.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(mutation.line) == 1, (
+        f"{text.count(mutation.line)} times in {mutation.file}: {mutation.line!r}"
+    )
+    file.write_text(text.replace(mutation.line, mutation.replacement), encoding="utf-8")
+
+
+def copy_tree(target: Path) -> Path:
+    """Copy the files that git knows, as they are now, and the compiled kernels; return the copy."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                            check=True, capture_output=True, text=True).stdout  # fmt: skip
+    compiled = [str(path.relative_to(ROOT)) for path in ROOT.glob("normfree/native/_compiled*")]
+    for name in [*filter(None, listed.split("\0")), *compiled]:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+@cache
+def passes(test: str) -> bool:
+    """Return True if a test passes in the repository as it is."""
+    return run_test(test, ROOT)[0] == 0
+
+
+def run_test(test: str, tree: Path) -> tuple[int, str]:
+    """Run a test in a copy of the repository; return pytest's exit code and output."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "",
+        f"tests/{test}",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    return process.returncode, process.stdout
