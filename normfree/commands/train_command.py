@@ -41,8 +41,8 @@ RESUME_OPTIONS = (
     "device",
     "input.workers",
     "log.every",
-    "log.profile",
     "log.to",
+    "on_divergence",
     "parallel",
 )
 
@@ -239,8 +239,8 @@ def _train(config: Config, folder: Path) -> int:
     """Train; return 0, 3 if the run diverged, or the exit code of a stopped run."""
     from normfree.training.allocator import keep_freed_memory
     from normfree.training.distributed.world import ElsewhereError
+    from normfree.training.divergence import DivergedError
     from normfree.training.loop import train as run
-    from normfree.training.trainer import DivergedError
 
     if config.device in ("auto", "cpu"):
         keep_freed_memory()  # has no effect on a GPU

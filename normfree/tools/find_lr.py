@@ -27,8 +27,9 @@ from normfree.suggest import problem
 from normfree.training import class_weights
 from normfree.training.config import Config
 from normfree.training.console import RunLog
+from normfree.training.divergence import DivergedError
 from normfree.training.resolve import open_data, resolve
-from normfree.training.trainer import DivergedError, Trainer
+from normfree.training.trainer import Trainer
 
 LOW, HIGH, PER_DECADE = 1e-5, 10.0, 20
 STEPS = 1 + PER_DECADE * round(math.log10(HIGH / LOW))  # 121

@@ -50,6 +50,8 @@ SCHEDULES: Choices = {"warmup_cosine": {"final": 0.0}, "warmup_linear": {"final"
 # What `optim.body`, everything except the classifier, can be. lr: factor on the learning rate. layer_decay: further
 # factor for each layer below the classifier. freeze: parts that do not train.
 BODIES: Choices = {"train": {"lr": 1.0, "layer_decay": 1.0, "freeze": ""}, "freeze": {}}
+# What `on_divergence` can be. lr: factor on the learning rate at each return; times: the most returns.
+DIVERGENCES: Choices = {"stop": {}, "rollback": {"lr": 0.3, "times": 3}}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from normfree.suggest import did_you_mean
-from normfree.training.choices import BODIES, CLIPS, OBJECTIVES, OPTIMIZERS, SCHEDULES, Choices, parse_choice
+from normfree.training.choices import (
+    BODIES,
+    CLIPS,
+    DIVERGENCES,
+    OBJECTIVES,
+    OPTIMIZERS,
+    SCHEDULES,
+    Choices,
+    parse_choice,
+)
 
 Auto = Literal["auto"]
 
@@ -50,6 +59,7 @@ _LENGTH = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ep|st)")
 # auto, HEIGHTxWIDTH or CHANNELSxHEIGHTxWIDTH. Images are decoded to RGB; networks see that or gray.
 _SIZE = re.compile(r"auto|(?:([13])x)?([1-9]\d{0,5})x([1-9]\d{0,5})")
 LOGGERS = ("tensorboard", "wandb")
+_PROFILE = re.compile(r"profile=([1-9]\d{0,5})")
 # A config may come from others. These are far above what machines have, and far below what stops one.
 MAX_WORKERS, MAX_BATCH = 256, 1_000_000
 
@@ -97,9 +107,9 @@ def _check_rate(value: float | str) -> float | str:
 
 def _check_loggers(value: str) -> str:
     for name in value.split(",") if value else ():
-        if name.strip() not in LOGGERS:
-            hint = did_you_mean(name.strip(), LOGGERS)
-            raise ValueError(f"tensorboard, wandb, or both separated by a comma.{hint}")
+        if name.strip() not in LOGGERS and not _PROFILE.fullmatch(name.strip()):
+            hint = did_you_mean(name.strip(), (*LOGGERS, "profile=20"))
+            raise ValueError(f"tensorboard, wandb, profile=STEPS, or several separated by commas.{hint}")
     return value
 
 
@@ -112,6 +122,13 @@ def _check_peak(value: float | str) -> float | str:
 def _check_decay(value: float | str) -> float | str:
     if isinstance(value, float) and not value >= 0.0:
         raise ValueError("0 or more, or 'auto'")
+    return value
+
+
+def _check_divergence(value: str) -> str:
+    options = parse_choice(value, DIVERGENCES).options
+    if options and not (0.0 < options["lr"] < 1.0 and options["times"] > 0):
+        raise ValueError("lr above 0 and below 1, and times of 1 or more")
     return value
 
 
@@ -133,6 +150,16 @@ def loggers_in(to: str) -> tuple[str, ...]:
     """
     named = [name.strip() for name in to.split(",")]
     return tuple(logger for logger in LOGGERS if logger in named)
+
+
+def profile_steps(to: str) -> int:
+    """Return the number of steps to record in a value of `log.to`; 0 if it asks for no profile.
+
+    >>> profile_steps("tensorboard,profile=20"), profile_steps("")
+    (20, 0)
+    """
+    matches = [match for name in to.split(",") if (match := _PROFILE.fullmatch(name.strip()))]
+    return int(matches[-1][1]) if matches else 0
 
 
 def size_of(size: int | str) -> int | tuple[int, int]:
@@ -315,9 +342,8 @@ class LogConfig(ConfigSection):
     checkpoint_every: str = "5ep"
     """Epochs (5ep) or steps (500st) between checkpoints. One is also written at the end and when the run is stopped."""
     to: str = ""
-    """Loggers in addition to metrics.jsonl: tensorboard, wandb, or both separated by a comma. Empty: none."""
-    profile: int = Field(default=0, ge=0)
-    """Steps to record with PyTorch's profiler, after a few steps of warm-up; 0: no profile."""
+    """What is written in addition to metrics.jsonl, separated by commas: tensorboard, wandb, and profile=20, which
+    records 20 steps with PyTorch's profiler, after a few steps of warm-up. Empty: nothing."""
 
     _length = field_validator("evaluate_every", "checkpoint_every")(_check_length)
     _loggers = field_validator("to")(_check_loggers)
@@ -355,6 +381,9 @@ class Config(ConfigSection):
     patience: int = Field(default=0, ge=0)
     """Early stopping: end the run after this many evaluations in which the averaged weights do not improve, and keep
     the best ones. 0: never."""
+    on_divergence: str = "stop"
+    """What happens when a gradient is not finite. stop: the run ends. rollback:lr=0.3,times=3: it goes back to its last
+    checkpoint and on with its learning rate multiplied by 0.3, at most 3 times."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initial weights, sample order, augmentation and dropout."""
     device: str = "auto"
@@ -374,3 +403,4 @@ class Config(ConfigSection):
 
     _length = field_validator("length")(_check_length)
     _objective = field_validator("objective")(_chooses(OBJECTIVES))
+    _divergence = field_validator("on_divergence")(_check_divergence)

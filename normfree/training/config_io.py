@@ -200,6 +200,8 @@ def _upgrade(tree: dict[str, Any]) -> None:
     optim, log = tree.get("optim"), tree.get("log")
     if isinstance(log, dict):
         log.pop("keep", None)
+        if steps := log.pop("profile", 0):
+            log["to"] = ",".join(filter(None, (str(log.get("to", "")), f"profile={steps}")))
     if not isinstance(optim, dict):
         return
     for old, key, name, option, default in MOVED:

@@ -16,7 +16,7 @@ from normfree.training.config import Config
 FREE = frozenset(
     (
         "compile", "data", "device", "input.bad_images", "input.workers", "length", "log.checkpoint_every", "log.every",
-        "log.keep", "log.profile", "log.to",
+        "log.keep", "log.to", "on_divergence",
     )
 )  # fmt: skip
 

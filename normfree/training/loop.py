@@ -11,21 +11,18 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor, nn
 
-from normfree.data.loader import Batch, train_batches
 from normfree.data.source import Source, Split
-from normfree.data.supervision import LoaderError, LoadingStopped, never
-from normfree.data.transforms.decode import ImageError
+from normfree.data.supervision import LoadingStopped, never
 from normfree.inference import evaluate
 from normfree.scores import Evaluation
-from normfree.suggest import problem
 from normfree.training import checkpoint, run_folder
 from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.class_weights import class_weights
@@ -33,22 +30,22 @@ from normfree.training.config import Config, steps_of
 from normfree.training.console import ProgressLine, RunLog
 from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import World, start_world
+from normfree.training.divergence import DivergedError, Rollbacks
 from normfree.training.early_stopping import Best
 from normfree.training.embedding_scores import recalls, score_embeddings, score_name, write_body
 from normfree.training.identity import identity_of
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.multilabel_run import check_labels, deciding_score, logged_scores, scores_text
-from normfree.training.profile import profiled
 from normfree.training.resolve import OpenedData, Resolved, open_data, preprocessing, resolve
 from normfree.training.resume import Checkpoints, restore_newest
-from normfree.training.stop import Stop, StoppedBySignal, stop_signals, stop_with_launcher
+from normfree.training.run_batches import FAILED, fetch, leave, run_batches, tell_replaced
+from normfree.training.stop import Stop, stop_signals, stop_with_launcher
 from normfree.training.trainer import Trainer
 
 # Validation sets below this number of images are evaluated faster without starting worker processes.
 IN_PROCESS = 2000
 Scores = tuple[Evaluation, Evaluation]  # of the weights, and of their average
-_FAILED = 1000  # a process cannot continue; larger than the number of any signal
 
 
 class _Agreed(Exception):
@@ -70,7 +67,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
 
     Raises:
         ValueError: data, model or folder cannot be used; raised before the first step.
-        DivergedError: a gradient was not finite.
+        DivergedError: a gradient was not finite, and `on_divergence` does not go back, or no longer.
         StoppedBySignal: SIGTERM, SIGINT, SIGHUP or SIGUSR1 arrived; a checkpoint was written first.
 
     Examples:
@@ -87,9 +84,29 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
         (2, 4)
     """
     start, out = time.monotonic(), Path(out)
-    with stop_signals() as stop, start_world(config.device) as world, contextlib.ExitStack() as stack:
+    with stop_signals() as stop, start_world(config.device) as world:
         stop_with_launcher()
         run_log = RunLog(console or Console() if world.is_main else Console(quiet=True))
+        rollbacks = Rollbacks(config.on_divergence)
+        while True:
+            try:
+                return _run(config, out, world, run_log, stop, rollbacks=rollbacks, start=start)
+            except DivergedError as error:
+                run_log.info(rollbacks.again(error))
+
+
+def _run(
+    config: Config,
+    out: Path,
+    world: World,
+    run_log: RunLog,
+    stop: Stop,
+    *,
+    rollbacks: Rollbacks,
+    start: float,
+) -> run_folder.TrainResult:
+    """Start or continue the run in `out` and train it to its end; see `train`."""
+    with contextlib.ExitStack() as stack:
         # How training starts, in order of precedence:
         # 1. Resume: `out` has checkpoints, of a run that was stopped, was killed, or is finished. The newest sound
         #    checkpoint decides everything; `config.weights` is not read. If none is sound, the run is refused.
@@ -122,6 +139,8 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
             else:
                 run_log.attach_file(Path(os.devnull))
         at = world.all_gather(at)[0]
+        rollbacks.resume(at.rollbacks)
+        at.rollbacks, trainer.lr_factor = rollbacks.count, rollbacks.lr_factor
         trainer.state.restore_(saved)
         meter, saved = Meter(saved.state.get("meter") if saved else None), None
         checkpoints = Checkpoints(trainer, out / "checkpoints", run_log, identity=identity, metrics=metrics)
@@ -147,7 +166,9 @@ def _open_run(
     saved, best = restore_newest(trainer, out, run_log, identity=identity)
     run_folder.begin(out, trainer.config, data, trainer.net, trainer.total_steps, run_log)
     state = saved.state if saved else {}
-    at = Progress(saved.step if saved else 0, best, bool(state.get("evaluated", True)))
+    at = Progress(
+        saved.step if saved else 0, best, bool(state.get("evaluated", True)), state.get("rollbacks", 0)
+    )
     if at.step == trainer.total_steps and at.evaluated:
         return saved, at, NullMetricsWriter()
     expected = state.get("metrics")
@@ -192,11 +213,13 @@ class Progress:
         step: number of steps taken.
         best: the best averaged score so far.
         evaluated: False if an evaluation is due after `step` steps and was not made yet, because a signal arrived.
+        rollbacks: how often the run has gone back to its last checkpoint, each time to a lower learning rate.
     """
 
     step: int = 0
     best: Best = field(default_factory=Best)
     evaluated: bool = True
+    rollbacks: int = 0
 
 
 def _steps(
@@ -229,7 +252,7 @@ def _steps(
         return at.step == total or at.step % every == 0
 
     with (
-        contextlib.closing(_batches(trainer, split, out, run_log, stop, start_step=at.step)) as batches,
+        contextlib.closing(run_batches(trainer, split, out, run_log, stop, start_step=at.step)) as batches,
         ProgressLine(run_log, step=at.step, total_steps=total) as line,
         stop.deferred(),
     ):
@@ -240,22 +263,22 @@ def _steps(
                 _record(at, scores, trainer, metrics, run_log, samples=samples)
                 unsaved, improved = True, at.best.step == at.step
             ended = at.evaluated and (at.step == total or at.best.plateau(config.patience))
-            batch, failure = (None, None) if ended else _fetch(batches)
-            reason = 0 if ended else world.largest(_FAILED if failure else stop.number)
+            batch, failure = (None, None) if ended else fetch(batches)
+            reason = 0 if ended else world.largest(FAILED if failure else stop.number)
             # 2. Save.
             if unsaved and (improved or reason or ended or due(config.log.checkpoint_every)
                             or checkpoints.retry(at.step)):  # fmt: skip
                 state = {"best": at.best.state(), "evaluated": at.evaluated, "seed": config.seed,
-                         "total_steps": total, "meter": meter.state()}  # fmt: skip
+                         "total_steps": total, "meter": meter.state(), "rollbacks": at.rollbacks}  # fmt: skip
                 required = bool(reason or ended)
                 unsaved = not checkpoints.save(at.step, state, best=at.best, required=required)
             if ended:
                 return scores
             if reason:
-                _leave(at.step, reason, failure, world, run_log)
+                leave(at.step, reason, failure, world, run_log)
             # 3. Take a step.
             assert batch is not None
-            _tell_replaced(batch, replaced, run_log)
+            tell_replaced(batch, replaced, run_log)
             loss, correct, report = trainer.step(batch, at.step)
             at.step, unsaved, scores = at.step + 1, True, None
             at.evaluated = not due(config.log.evaluate_every)
@@ -291,40 +314,6 @@ def _record(
     at.best, at.evaluated = at.best.after(score, average.loss, at.step), True
 
 
-def _tell_replaced(batch: Batch, known: set[str], run_log: RunLog) -> None:
-    """Print the images that have gone bad since the last batch, and add them to `known`."""
-    for name, reason in batch.bad:
-        text = f"{name}: {reason}"
-        if text not in known:
-            known.add(text)
-            run_log.info(f"from step {batch.step + 1} on, another image replaces {text}")
-
-
-def _fetch(batches: Iterator[Batch]) -> tuple[Batch | None, ValueError | None]:
-    """Return the next batch, or the reason why there is none; neither if a signal has arrived."""
-    try:
-        return next(batches), None
-    except LoadingStopped:
-        return None, None
-    except (ImageError, LoaderError) as error:
-        return None, error
-
-
-def _leave(step: int, reason: int, failure: ValueError | None, world: World, run_log: RunLog) -> NoReturn:
-    """Raise why the run ends after `step` steps, which are saved: a signal, or `failure` in one of the processes."""
-    if reason == _FAILED:
-        run_log.info(f"stopped after step {step}; everything is saved")
-        with world.all_or_none():
-            if isinstance(failure, ImageError):
-                fix = "restore the image and resume"
-                if failure.reason != "no such file":  # the list of images would no longer be that of the run
-                    fix += ", or resume with --input.bad_images skip"
-                raise ValueError(problem(str(failure), fix=fix))
-            if failure is not None:
-                raise failure
-    raise StoppedBySignal(step, reason)
-
-
 def _finish(
     trainer: Trainer,
     split: Split,
@@ -353,7 +342,7 @@ def _finish(
     weights, average = scores
     seconds = time.monotonic() - start
     test = score_test(trainer, split)
-    result = run_folder.TrainResult(out, at.step, scored_step, weights, average, seconds, test)
+    result = run_folder.TrainResult(out, at.step, scored_step, weights, average, seconds, test, at.rollbacks)
     averaged = trainer.state.whole(trainer.ema.module)
     with world.all_or_none():
         if world.is_main and trainer.embeds:
@@ -361,23 +350,6 @@ def _finish(
         elif world.is_main:
             run_folder.finish(trainer.config, split, averaged, result, run_log)
     return result
-
-
-def _batches(
-    trainer: Trainer, split: Split, out: Path, run_log: RunLog, stop: Stop, *, start_step: int
-) -> Generator[Batch, None, None]:
-    """Return the training batches from `start_step` on, under the profiler if the config asks for it."""
-    config, world = trainer.config, trainer.world
-    batches = train_batches(
-        split.train, trainer.transform, batch_size=config.input.batch_size, seed=config.seed,
-        start_step=start_step, num_steps=trainer.total_steps, workers=config.input.workers,
-        pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs, rank=world.rank, world_size=world.size,
-        repeats=config.augment.repeats, stopped=stop.requested,
-    )  # fmt: skip
-    return profiled(
-        batches, steps=config.log.profile if world.is_main else 0, net=trainer.net, folder=out / "profile",
-        compiled=config.compile, log=run_log.info,
-    )  # fmt: skip
 
 
 def score(trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bool = False) -> Scores | None:

@@ -10,11 +10,12 @@ from typing import Any
 from normfree.suggest import problem, some_names
 from normfree.training import checkpoint
 from normfree.training.console import RunLog
+from normfree.training.divergence import DivergedError
 from normfree.training.early_stopping import Best
 from normfree.training.identity import require_same, require_same_data
 from normfree.training.loggers import Logs
 from normfree.training.metrics import NullMetricsWriter
-from normfree.training.trainer import DivergedError, Trainer
+from normfree.training.trainer import Trainer
 
 # Steps after which a checkpoint that the disk did not take is tried again.
 RETRY_STEPS = 100
@@ -64,12 +65,12 @@ class Checkpoints:
         world = self._trainer.world
         self._trainer.state.align_()
         tensors = self._trainer.state.tensors()
+        if wrong := world.all_gather(checkpoint.not_finite(tensors) if world.is_main else [])[0]:
+            given = f"step {step}: {len(wrong)} tensors are not finite: {some_names(wrong)}"
+            raise DivergedError(problem(given, fix="resume: the last checkpoint is unchanged"))
         refused = ""
         with world.all_or_none():  # no process exits or trains on before the checkpoint is on disk
             if world.is_main:
-                if wrong := checkpoint.not_finite(tensors):
-                    given = f"step {step}: {len(wrong)} tensors are not finite: {some_names(wrong)}"
-                    raise DivergedError(problem(given, fix="resume: the last checkpoint is unchanged"))
                 try:
                     self._metrics.flush()
                     whole = {**self._identity, **state, "metrics": self._metrics.state()}

@@ -54,6 +54,7 @@ class TrainResult:
         average: evaluation of their exponential moving average, which is the saved model.
         seconds: wall time of this call.
         test: evaluation of the average on the test images, None if the data have none.
+        rollbacks: how often the run went back to its last checkpoint, because a gradient was not finite.
 
     Examples:
         >>> from pathlib import Path
@@ -73,6 +74,7 @@ class TrainResult:
     average: Evaluation
     seconds: float
     test: Evaluation | None = None
+    rollbacks: int = 0
 
 
 def check_folder(out: Path) -> None:
@@ -178,6 +180,8 @@ def finish(
               "steps": result.steps, "step": result.step}  # fmt: skip
     if result.test is not None:
         scores["test"] = _scores(result.test)
+    if result.rollbacks:
+        scores["rollbacks"] = result.rollbacks
     atomic_write_text(out / "results.json", json.dumps(scores, indent=2) + "\n")
     trained = _trained(config, split, average)
     write_model(trained, out / "model", card=_card(config, split, result))
@@ -288,6 +292,8 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
         if result.test
         else ""
     )
+    if result.rollbacks:
+        note += f"\nA gradient was not finite {result.rollbacks} times; the learning rate was lowered each time.\n"
     if split.left_out:
         note += f"\n{len(split.left_out)} images could not be read and were left out.\n"
     return f"""---

@@ -16,6 +16,7 @@ _NAMES = {
     "--input.val_fraction 0.1": "val_split validation_split val_pct valid_pct split",
     "--input.workers 4": "num_workers j dataloader_num_workers nw",
     "--input.eval_crop letterbox": "rect letterbox crop_mode",
+    "--log.to profile=20": "profile profiler",
     "--optim.lr 0.05": "lr0 learning_rate base_lr max_lr blr lr_base",
     "--optim.schedule warmup_cosine:final=0.01": "lrf min_lr final_lr eta_min cos_lr sched lr_scheduler",
     "--optim.warmup 5ep": "warmup_epochs warmup_steps warmup_ratio",

@@ -32,7 +32,6 @@ from normfree.optim.sam import SAM, STRIDE
 from normfree.optim.schedule import schedule_multiplier
 from normfree.optim.sgd import SGD
 from normfree.optim.torch_optimizers import TorchOptimizer, make_optimizer
-from normfree.suggest import some_names
 from normfree.training import micro_batch
 from normfree.training.batch import BatchPreparer, fresh_pairs, image_transform
 from normfree.training.body import freeze_, lr_multipliers
@@ -49,6 +48,7 @@ from normfree.training.config import OptimConfig, channels_of, size_of, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
+from normfree.training.divergence import not_finite_step, suspects
 from normfree.training.embedding_gradient import EmbeddingGradient
 from normfree.training.gradient import BatchGradient
 from normfree.training.memory import require_images_fit
@@ -59,10 +59,6 @@ from normfree.training.state import TrainingState
 from normfree.training.update import Update
 
 SAMPLE_RATIOS = 10  # lines of metrics.jsonl between two samples of the ratios of gradients to weights
-
-
-class DivergedError(ValueError):
-    """A gradient was not finite. Weights and the last checkpoint are unchanged; the message names the parameters."""
 
 
 class Trainer:
@@ -112,6 +108,7 @@ class Trainer:
         self.warmup = min(1.0, warmup_steps / self.total_steps)
         assert config.optim.lr != "auto"
         self.lr = self.current_lr = config.optim.lr  # the peak, and that of the last step
+        self.lr_factor = 1.0  # below 1 after the run has gone back, see `divergence.py`
         self.schedule = parse_choice(config.optim.schedule, SCHEDULES)
         self.eps = parse_choice(config.optim.clip, CLIPS).options.get("eps", 1e-3)
         torch.manual_seed(key(config.seed, "init"))
@@ -178,8 +175,10 @@ class Trainer:
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step."""
         progress = step / self.total_steps
-        return self.lr * schedule_multiplier(
-            self.schedule.name, progress, warmup=self.warmup, **self.schedule.options
+        return (
+            self.lr
+            * self.lr_factor
+            * schedule_multiplier(self.schedule.name, progress, warmup=self.warmup, **self.schedule.options)
         )
 
     def step(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, ClipReport]:
@@ -207,12 +206,14 @@ class Trainer:
                 self.ratios = ratio_quantiles(self.optimizer.param_groups, eps=self.eps)
             return loss, correct, self.update.step(step)
         except NonFiniteGradientError as error:
-            count = f"{len(error.names)} of {error.total}"
-            raise DivergedError(
-                f"step {step}: {count} gradients are not finite: {some_names(error.names)}. "
-                f"The last checkpoint is unchanged. Images of the step begin with {batch.names[0]!r}. "
-                f"Try --optim.lr {float(config.optim.lr) / 3:.2g}."
-            ) from None
+            named = suspects(
+                self.net, images, batch.names, world=self.world, micro_batch=self.gradients.micro_batch,
+                half=config.precision == "bfloat16",
+            )  # fmt: skip
+            raise not_finite_step(
+                step, error.names, error.total, images=named, lr=self.lr,
+                may_return=config.on_divergence != "stop",
+            ) from None  # fmt: skip
 
     def _perturbed(
         self, images: Tensor, targets: Tensor, step: int

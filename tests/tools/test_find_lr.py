@@ -13,8 +13,8 @@ from normfree.cli import main
 from normfree.optim.sgd import SGD
 from normfree.tools.find_lr import STEPS, find_lr, judge, lines, range_test, sweep_rates
 from normfree.training.config_io import with_overrides
+from normfree.training.divergence import DivergedError
 from normfree.training.recipes import RECIPES
-from normfree.training.trainer import DivergedError
 
 FLAGS = shlex.split(
     "--data synthetic:classes=3,size=16,train=48,val=12 --model nf_resnet_nano --input.image_size 16 "

@@ -47,7 +47,7 @@ KEYS = [
         "optim.clip",
     ),
     *("optim.clipping", "optim.class_balance", "optim.warmup", "optim.schedule", "optim.sam_rho"),
-    *("optim.ema_decay", "log.every", "log.evaluate_every", "log.checkpoint_every", "log.to", "log.profile"),
+    *("optim.ema_decay", "log.every", "log.evaluate_every", "log.checkpoint_every", "log.to"),
 ]
 
 SIZES = "1 pixel or more, 128x313 (height x width), 1x128x313 (with 1 or 3 channels), or 'auto'."
@@ -206,17 +206,26 @@ def test_files_of_earlier_versions_can_be_read(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(
         '[optim]\nmomentum = 0.8\nclipping_eps = 0.01\nunclipped = "stem.*,head.weight"\nfinal_lr = 0.5\nlr = 0.3\n'
-        "[log]\nkeep = 3\n"
+        '[log]\nkeep = 3\nto = "wandb"\nprofile = 4\n'
     )
+    assert load_config(path).log.to == "wandb,profile=4"
     optim = load_config(path).optim
     assert optim.optimizer == "sgd:momentum=0.8"
     assert optim.clip == "agc:eps=0.01,unclipped=stem.*,head.weight"
     assert parse_choice(optim.clip, CLIPS).options == {"eps": 0.01, "unclipped": "stem.*,head.weight"}
     assert (optim.schedule, optim.lr) == ("warmup_cosine:final=0.5", 0.3)
     path.write_text(
-        '[optim]\nmomentum = 0.9\nclipping_eps = 0.001\nunclipped = "head.weight"\nfinal_lr = 0.0\n'
+        '[optim]\nmomentum = 0.9\nclipping_eps = 0.001\nunclipped = "head.weight"\nfinal_lr = 0.0\n[log]\nprofile = 0\n'
     )
     assert load_config(path) == Config()
+
+
+@pytest.mark.parametrize("value", ["rollback:lr=1.0", "rollback:lr=0", "rollback:times=0"])
+def test_a_return_to_the_last_checkpoint_lowers_the_rate(value):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), ["--on-divergence", value])
+    allowed = "lr above 0 and below 1, and times of 1 or more."
+    assert error.value.problems == (f"on_divergence={value!r}. Allowed: {allowed}",)
 
 
 def test_a_config_is_immutable():

@@ -17,8 +17,9 @@ from normfree.diagnose.metrics_file import read_metrics
 from normfree.training import checkpoint, loop, metrics, resume, run_folder
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
+from normfree.training.divergence import DivergedError
 from normfree.training.metrics import MetricsWriter
-from normfree.training.trainer import DivergedError, Trainer
+from normfree.training.trainer import Trainer
 from normfree.weights import tensor_file
 
 FLAGS = shlex.split(

@@ -264,7 +264,8 @@ def test_the_names_in_log_to():
     with pytest.raises(ConfigError) as error:
         with_overrides(Config(), ["--log.to", "tensorboard,wanda"])
     assert str(error.value) == (
-        "log.to='tensorboard,wanda'. Allowed: tensorboard, wandb, or both separated by a comma. Did you mean 'wandb'?"
+        "log.to='tensorboard,wanda'. Allowed: tensorboard, wandb, profile=STEPS, or several separated by commas. "
+        "Did you mean 'wandb'?"
     )
 
 

@@ -23,10 +23,11 @@ from normfree.data.transforms.train import train_transform
 from normfree.training import checkpoint, loop, run_folder
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
+from normfree.training.divergence import DivergedError
 from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
-from normfree.training.trainer import DivergedError, Trainer
+from normfree.training.trainer import Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
@@ -340,7 +341,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(tmp_pat
     text = str(error.value)
     assert text.startswith("step 7: 1 of ")
     assert "stages.1.0.conv1.weight" in text
-    assert text.endswith("Try --optim.lr 0.017.")
+    assert text.endswith(
+        "Fix: resume with --on-divergence rollback, or start another run with --optim.lr 0.017."
+    )
     kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in kept.values())
 

@@ -27,11 +27,12 @@ from normfree.training.cached_gradient import cached_backward
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
 from normfree.training.distributed.world import World
+from normfree.training.divergence import DivergedError
 from normfree.training.gradient import BatchGradient
 from normfree.training.objectives import nt_xent
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
-from normfree.training.trainer import DivergedError, Trainer
+from normfree.training.trainer import Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=13"
 Found = dict[Any, Any]
