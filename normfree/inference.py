@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _COLUMNS = 5  # of `_scores` for images with one class
 
 
+class NotFiniteLogitsError(ValueError):
+    """The logits of an image are not finite, as after a training that diverged."""
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -75,7 +79,7 @@ def evaluate(
         Accuracy, loss, and the prediction for each image.
 
     Raises:
-        ValueError: the logits are not finite, or their number is not the number of classes.
+        ValueError: the logits are not finite (NotFiniteLogitsError), or their number is not the number of classes.
 
     Examples:
         >>> import numpy as np
@@ -103,7 +107,7 @@ def evaluate(
             images, labels = batch.images.to(target), batch.labels.to(target)
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
             if logits.shape[-1] != len(source.classes):
-                raise _invalid_logits(f"have {logits.shape[-1]} columns", batch.names[0], source)
+                raise ValueError(_invalid_logits(f"have {logits.shape[-1]} columns", batch.names[0], source))
             targets = None if batch.targets is None else batch.targets.to(target)
             parts.append(_scores(logits, labels, targets, sigmoid=sigmoid))
     finally:
@@ -111,7 +115,7 @@ def evaluate(
     scores = gather(torch.cat(parts))
     wrong = torch.isnan(scores[:, 3]).nonzero()
     if len(wrong):
-        raise _invalid_logits("are not finite", source.name(int(wrong[0])), source)
+        raise NotFiniteLogitsError(_invalid_logits("are not finite", source.name(int(wrong[0])), source))
     return _evaluation(scores, tuple(source.classes))
 
 
@@ -150,14 +154,10 @@ def _scores(logits: Tensor, labels: Tensor, targets: Tensor | None, *, sigmoid: 
     return torch.cat([columns, *(t.cpu().double() for t in more)], dim=1)
 
 
-def _invalid_logits(what: str, name: str, source: Source) -> ValueError:
-    """Return the error for logits that cannot be scored."""
-    classes = len(source.classes)
-    return ValueError(
-        problem(
-            f"logits {what} for {name!r} and other images", allowed=f"{classes} finite logits, one per class"
-        )
-    )
+def _invalid_logits(what: str, name: str, source: Source) -> str:
+    """Return the error message for logits that cannot be scored."""
+    allowed = f"{len(source.classes)} finite logits, one per class"
+    return problem(f"logits {what} for {name!r} and other images", allowed=allowed)
 
 
 def sample_images(images: Source | Sequence[Path], *, count: int, preprocessing: Preprocessing) -> Tensor:

@@ -68,6 +68,7 @@ GOALS = {
     "resume": Goal(2, "A run resumes at every step with the same bits", full=38),
     "signals": Goal(6, "A signal, or the end of another process, loses nothing and leaves nothing", full=100),
     "disk": Goal(7, "A disk that refuses costs no checkpoint", full=40),
+    "finite": Goal(8, "NaN and Inf never reach what is stored", full=108),
     "mutations": Goal(0, "The tests of the protections", full=100),
 }
 

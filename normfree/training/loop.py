@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from normfree.data.source import Source, Split
 from normfree.data.supervision import LoadingStopped, never
-from normfree.inference import evaluate
+from normfree.inference import NotFiniteLogitsError, evaluate
 from normfree.scores import Evaluation
 from normfree.training import checkpoint, run_folder
 from normfree.training.choices import learns_embeddings, uses_sigmoid
@@ -404,10 +404,17 @@ def _evaluated(
     gather: Callable[[Tensor], Tensor],
     stopped: Callable[[], bool],
 ) -> Evaluation:
-    """Return the evaluation of the run's network, or of its average, on labeled images."""
+    """Return the evaluation of the run's network, or of its average, on labeled images.
+
+    Raises:
+        DivergedError: logits are not finite.
+    """
     config, world = trainer.config, trainer.world
-    return evaluate(
-        trainer.state.whole(net), source, preprocessing=preprocessing(config),
-        workers=0 if len(source) < IN_PROCESS else config.input.workers, device=trainer.device, rank=world.rank,
-        world_size=world.size, gather=gather, sigmoid=uses_sigmoid(config.objective), stopped=stopped,
-    )  # fmt: skip
+    try:
+        return evaluate(
+            trainer.state.whole(net), source, preprocessing=preprocessing(config),
+            workers=0 if len(source) < IN_PROCESS else config.input.workers, device=trainer.device, rank=world.rank,
+            world_size=world.size, gather=gather, sigmoid=uses_sigmoid(config.objective), stopped=stopped,
+        )  # fmt: skip
+    except NotFiniteLogitsError as error:
+        raise DivergedError(str(error)) from None

@@ -88,20 +88,21 @@ def test_the_number_of_returns_has_a_limit(tmp_path, monkeypatch):
 def test_a_run_that_was_killed_after_it_went_back_takes_the_same_steps(tmp_path, monkeypatch):
     diverge(monkeypatch, step=4, above=0.09)
     train(tmp_path / "whole", *ROLLBACK)
-    out, stepping, calls = tmp_path / "run", Trainer.step, []
+    out, stepping, calls, fatal = tmp_path / "run", Trainer.step, [], []
 
     class Killed(BaseException):
         pass
 
     def killed(self, batch, index):
         calls.append(index)
-        if (calls.count(4), index) == fatal:
+        if [calls.count(4), index] == fatal:
             raise Killed
         return stepping(self, batch, index)
 
     monkeypatch.setattr(Trainer, "step", killed)
-    for fatal in ((2, 4), (2, 8)):  # before and after the first checkpoint with the lower rate
+    for moment in ((2, 4), (2, 8)):  # before and after the first checkpoint with the lower rate
         calls.clear()
+        fatal[:] = moment
         with pytest.raises(Killed):
             train(out, *ROLLBACK)
     monkeypatch.setattr(Trainer, "step", stepping)
