@@ -69,6 +69,7 @@ GOALS = {
     "signals": Goal(6, "A signal, or the end of another process, loses nothing and leaves nothing", full=100),
     "disk": Goal(7, "A disk that refuses costs no checkpoint", full=40),
     "finite": Goal(8, "NaN and Inf never reach what is stored", full=108),
+    "memory": Goal(9, "Nothing grows", full=2),
     "mutations": Goal(0, "The tests of the protections", full=100),
 }
 
