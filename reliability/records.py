@@ -54,7 +54,7 @@ def run_goal(
                     "detail": result.detail, "seconds": round(time.monotonic() - start, 2),
                     "commit": commit()}  # fmt: skip
             with file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(f"\n{json.dumps(line)}\n")  # a kill may have cut the line before
             verdict = f"{result.passed}/{result.wanted}"
             say(f"{name}  {verdict}  {case.check}: {case.name}  {result.detail}".rstrip())
     finally:  # also when it is interrupted
@@ -72,7 +72,7 @@ def run_case(case: Case) -> Result:
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the last record of each case; a line that was cut by a kill is left out."""
+    """Return the last record of each case; lines that were cut by a kill are left out."""
     found = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

@@ -19,6 +19,7 @@ KEYS = [
         "objective",
         "length",
         "patience",
+        "on_divergence",
         "seed",
         "device",
         "precision",
