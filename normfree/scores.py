@@ -5,14 +5,19 @@ Shapes: K classes, N images. All rates are percent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from normfree.multilabel_scores import MultiLabelScores
+from normfree.uncertainty import Interval, accuracy_digits, accuracy_text, wilson_interval
 
+# Top-5 accuracy is shown above this number of classes; chance is then below one half.
+TOP5_ABOVE = 10
 # Bins of the calibration error: Guo et al. 2017 (arXiv 1706.04599), section 5.
 BINS = 15
 
@@ -34,6 +39,15 @@ class ClassScores:
     precision: float | None
     recall: float | None
     f1: float | None
+
+
+def shown_top1(scores: Mapping[str, Any]) -> str:
+    """Return the text of top-1 and its interval for scores of a results.json, which has `top1` and `images`.
+
+    >>> shown_top1({"top1": 75.0, "images": 100})
+    '75.0 (65.7 to 82.5)'
+    """
+    return accuracy_text(round(scores["top1"] / 100 * scores["images"]), scores["images"])
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,29 @@ class Evaluation:
             f1 = 200.0 * right / (images + predicted) if images else None
             found[name] = ClassScores(images, predicted, precision, recall, f1)
         return found
+
+    @property
+    def hits(self) -> int:
+        """The number of images whose most probable class is correct."""
+        return round(self.top1 / 100 * self.count)
+
+    @property
+    def top1_interval(self) -> Interval:
+        """The 95 % Wilson interval of `top1`, in percent."""
+        return Interval(*(100 * end for end in wilson_interval(self.hits, self.count)))
+
+    def top1_text(self) -> str:
+        """Return top-1 in percent with its interval, in as many digits as the number of images supports."""
+        return accuracy_text(self.hits, self.count)
+
+    def top5_text(self) -> str:
+        """Return top-5 in percent; "" if there are too few classes for it to mean something."""
+        return f"{self.top5:.{accuracy_digits(self.count)}f}" if len(self.classes) > TOP5_ABOVE else ""
+
+    @property
+    def majority(self) -> float:
+        """The percentage of images of the largest class: the top-1 of a network that always answers it."""
+        return 100.0 * int(torch.bincount(self.labels).max()) / self.count
 
     @property
     def balanced_top1(self) -> float:

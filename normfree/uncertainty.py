@@ -59,14 +59,22 @@ def wilson_interval(hits: int, count: int, *, confidence: float = 0.95) -> Inter
     return Interval(max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale))
 
 
-def accuracy_text(hits: int, count: int) -> str:
-    """Return an accuracy in percent with its 95 % interval, with one digit more for 10,000 images and above.
+def accuracy_digits(count: int) -> int:
+    """Return how many decimals an accuracy in percent of so many images deserves: 0 below 100, 2 from 10,000 on.
 
-    >>> accuracy_text(270, 374)
-    '72.2 (67.4 to 76.5)'
+    One image more or less then changes the last digit.
+    """
+    return 0 if count < 100 else 1 if count < 10_000 else 2
+
+
+def accuracy_text(hits: int, count: int) -> str:
+    """Return an accuracy in percent with its 95 % interval, with the decimals of `accuracy_digits`.
+
+    >>> accuracy_text(270, 374), accuracy_text(4, 4)
+    ('72.2 (67.4 to 76.5)', '100 (51 to 100)')
     """
     low, high = wilson_interval(hits, count)
-    digits = 2 if count >= 10_000 else 1
+    digits = accuracy_digits(count)
     return f"{100 * hits / count:.{digits}f} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
 
 

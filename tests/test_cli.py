@@ -27,6 +27,7 @@ from normfree.commands.usage import UsageError
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel, save_pretrained
+from normfree.scores import shown_top1
 from normfree.training.config_io import keys
 from normfree.training.gradient import BatchGradient
 
@@ -73,8 +74,12 @@ def test_a_run_folder_contains_the_documented_files(trained):
     assert config["pretrained_cfg"]["input_size"] == [3, 16, 16]
     scores = json.loads((trained / "results.json").read_text())
     card = (trained / "model" / "README.md").read_text()
-    assert f"| averaged weights | 2 test | {scores['test']['top1']:.2f} |" in card
-    assert f"| averaged weights | 2 validation | {scores['average']['top1']:.2f} |" in card
+    assert f"| averaged weights | 2 test | {shown_top1(scores['test'])} |" in card
+    assert f"| averaged weights | 2 validation | {shown_top1(scores['average'])} |" in card
+    assert "top-5" not in card  # of two classes
+    low, high = scores["test"]["top1_interval"]
+    assert 0 <= low < scores["test"]["top1"] < high <= 100 or scores["test"]["top1"] in (low, high)
+    assert scores["test"]["majority"] == 50.0
     assert [x for x in (trained / "config.toml").read_text().splitlines() if '"auto"' in x] == [
         'device = "auto"'
     ]

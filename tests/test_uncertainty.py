@@ -99,7 +99,7 @@ def test_the_bootstrap_keeps_columns_paired():
 
 
 def test_the_text_of_an_accuracy_has_as_many_digits_as_the_images_allow():
-    assert accuracy_text(4, 4) == "100.0 (51.0 to 100.0)"
+    assert accuracy_text(4, 4) == "100 (51 to 100)"
     assert accuracy_text(38210, 50000) == "76.42 (76.05 to 76.79)"
 
 

@@ -179,9 +179,10 @@ def _as_json(score: Evaluation) -> dict[str, object]:
     """Return the scores as an object for JSON."""
     classes = {name: vars(value) for name, value in score.class_scores().items()}
     return {
-        "top1": score.top1, "top5": score.top5, "loss": score.loss, "images": score.count,
-        "balanced_top1": score.balanced_top1, "macro_f1": score.macro_f1,
-        "calibration_error": score.calibration_error(), "per_class_top1": score.per_class(), "classes": classes,
+        "top1": score.top1, "top1_interval": list(score.top1_interval), "top5": score.top5, "loss": score.loss,
+        "images": score.count, "majority": score.majority, "balanced_top1": score.balanced_top1,
+        "macro_f1": score.macro_f1, "calibration_error": score.calibration_error(), "per_class_top1": score.per_class(),
+        "classes": classes,
         **(vars(score.several) if score.several else {}),
     }  # fmt: skip
 
@@ -219,8 +220,7 @@ def _print_table(score: Evaluation) -> None:
     else:
         console.print(
             f"mean over classes: recall {score.balanced_top1:.2f} %, F1 {score.macro_f1:.2f} %; calibration error "
-            f"{score.calibration_error():.2f} %"
+            f"{score.calibration_error():.2f} %; the largest class has {score.majority:.1f} % of the images"
         )
-    # Of five classes or fewer, the five most probable are all.
-    top5 = f", top-5 {score.top5:.2f} %" if len(score.classes) > 5 else ""
-    console.print(f"top-1 {score.top1:.2f} %{top5}, loss {score.loss:.4f} on {score.count} images")
+    top5 = f", top-5 {score.top5_text()} %" if score.top5_text() else ""
+    console.print(f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {score.count} images")

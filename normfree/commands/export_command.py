@@ -150,12 +150,11 @@ def _quantize(report: ExportReport, model: TrainedModel, images: _Images) -> Non
         print("  accuracy not measured, because the images have no labels. Fix: --images FOLDER with one subfolder for "
               "each of the model's classes")  # fmt: skip
     else:
-        before, after = (
-            evaluate(net, images.labeled, preprocessing=model.preprocessing, device="cpu").top1
-            for net in nets
+        float_, int8 = (
+            evaluate(net, images.labeled, preprocessing=model.preprocessing, device="cpu") for net in nets
         )
-        print(f"  top-1 on {len(images.labeled)} labeled images: float {before:.2f} %, int8 {after:.2f} %, "
-              f"{after - before:+.2f} points")  # fmt: skip
+        print(f"  top-1 on {len(images.labeled)} labeled images: float {float_.top1_text()} %, int8 "
+              f"{int8.top1_text()} %, {int8.top1 - float_.top1:+.2f} points")  # fmt: skip
     for size in (1, BATCH):
         before, after = images_per_second(nets, batches[0][torch.arange(size) % len(batches[0])])
         print(f"  images/s at batch {size}: float {before:.0f}, int8 {after:.0f} ({after / before:.2f}x)")

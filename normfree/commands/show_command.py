@@ -50,6 +50,7 @@ def _show_recipe(name: str) -> None:
 def _show_run(folder: Path) -> None:
     """Print the config of a run and, if it is finished, its scores."""
     from normfree.files import read_json
+    from normfree.scores import shown_top1
     from normfree.training.config_io import load_config, to_toml
 
     print(f"# run {folder}\n{to_toml(load_config(folder / 'config.toml'))}", end="")
@@ -59,8 +60,8 @@ def _show_run(folder: Path) -> None:
         name = (
             "nearest neighbors" if "knn_top1" in scores else "two views" if "view_top1" in scores else "top-1"
         )
-        print(f"\n# {name} {scores['weights']['top1']:.2f} %, averaged {scores['average']['top1']:.2f} %, "
-              f"after {scores['steps']} steps")  # fmt: skip
+        last, average = (shown_top1(scores[kind]) for kind in ("weights", "average"))
+        print(f"\n# {name} {last} %, averaged {average} %, after {scores['steps']} steps")
 
 
 def _show_model(name: str) -> None:

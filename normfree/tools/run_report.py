@@ -26,6 +26,7 @@ from normfree.files import atomic_write_text, read_json, read_text
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
+from normfree.scores import TOP5_ABOVE, shown_top1
 from normfree.training.config import Config
 from normfree.training.config_io import load_config
 from normfree.training.run_data import open_run_data
@@ -134,8 +135,9 @@ def _facts(course: Course) -> Iterator[tuple[str, str]]:
         if key in results:
             scores = results[key]
             kind = top1_name(scores)
-            yield f"{kind}, {which}", f"{scores['top1']:.2f} %"
-            yield f"top-5, {which}", f"{scores['top5']:.2f} %"
+            yield f"{kind}, {which}", f"{shown_top1(scores)} %"
+            if len(scores["per_class_top1"]) > TOP5_ABOVE:
+                yield f"top-5, {which}", f"{scores['top5']:.2f} %"
             yield f"loss, {which}", f"{scores['loss']:.4f}"
     if results:
         yield "validation images", f"{results['average']['images']:,}"

@@ -185,20 +185,20 @@ def finish(
     atomic_write_text(out / "results.json", json.dumps(scores, indent=2) + "\n")
     trained = _trained(config, split, average)
     write_model(trained, out / "model", card=_card(config, split, result))
-    largest = int(torch.bincount(result.weights.labels).max()) / result.weights.count
+    largest = result.weights.majority
     if result.step != result.steps:
         run_log.info(f"the model is that of step {result.step}, which scored best")
     run_log.info(
-        f"top-1 on {result.weights.count} {_scored(split)} images: {result.weights.top1:.2f} % (weights), "
-        f"{result.average.top1:.2f} % (averaged weights); the largest class has {100 * largest:.1f} %",
+        f"top-1 on {result.weights.count} {_scored(split)} images, with 95 % intervals: {result.weights.top1_text()} % "
+        f"(weights), {result.average.top1_text()} % (averaged weights); the largest class has {largest:.1f} %",
     )  # fmt: skip
     if result.test is not None:
-        tested = f"top-1 on {result.test.count} test images, scored once: {result.test.top1:.2f} %"
+        tested = f"top-1 on {result.test.count} test images, scored once: {result.test.top1_text()} %"
         run_log.info(f"{tested} (averaged weights)")
     if text := scores_text(result.average):
         run_log.info(f"averaged weights: {text}")
     # Classes so unequal that top-1 hides the rare ones.
-    if largest > 2 / len(split.classes) and not text:
+    if largest > 200 / len(split.classes) and not text:
         mean = fmean(result.average.per_class().values())
         run_log.info(
             f"mean over classes: {mean:.2f} % (averaged weights); for rare classes see --optim.class_balance"
@@ -256,7 +256,8 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
     """Return the scores of one evaluation for results.json."""
     per_class = evaluation.per_class()
     return {
-        "top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "images": evaluation.count,
+        "top1": evaluation.top1, "top1_interval": list(evaluation.top1_interval), "top5": evaluation.top5,
+        "loss": evaluation.loss, "images": evaluation.count, "majority": evaluation.majority,
         "balanced_top1": fmean(per_class.values()), "per_class_top1": per_class,
         "confusion": evaluation.confusion().tolist(), **saved_scores(evaluation),
     }  # fmt: skip
@@ -283,9 +284,22 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
     lines = [("averaged weights", scored, result.average), ("weights", scored, result.weights)]
     if result.test is not None:
         lines.insert(0, ("averaged weights", "test", result.test))
+    with_top5 = bool(final.top5_text())
     table = "\n".join(
-        f"| {name} | {e.count} {part} | {e.top1:.2f} | {e.top5:.2f} | {e.loss:.4f} |"
+        f"| {name} | {e.count} {part} | {e.top1_text()} | {e.balanced_top1:.1f} | "
+        + (f"{e.top5_text()} | " if with_top5 else "")
+        + f"{e.loss:.4f} |"
         for name, part, e in lines
+    )
+    head = (
+        "| measured | images | top-1 % (95 % interval) | mean over classes % | "
+        + "top-5 % | " * with_top5
+        + "loss |"
+    )
+    note_on_majority = (
+        ""
+        if final.several
+        else f"\nThe largest class has {final.majority:.1f} % of the {lines[0][1]} images.\n"
     )
     note = (
         "\nThe test images were scored once, after training; nothing was chosen by them.\n"
@@ -305,10 +319,10 @@ tags: [image-classification, normalizer-free]
 {len(split.classes)} classes, {config.input.eval_size} px, {result.step} steps of {config.input.batch_size} images,
 {best}trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
 
-| measured | images | top-1 % | top-5 % | loss |
-|---|---|---|---|---|
+{head}
+{"|---" * (head.count("|") - 1)}|
 {table}
-
+{note_on_majority}
 {scores_text(final)}
 {note}
 | class | {measure} on the {"test" if result.test else scored} images |

@@ -21,6 +21,7 @@ from normfree.onnx_net import open_onnx
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
+from normfree.uncertainty import accuracy_text
 
 # model, folder of files, training images, validation images, validation labels
 Trained = tuple[TrainedModel, Path, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -238,7 +239,10 @@ def test_the_command_prints_the_accuracy_of_both_files(
     after = 100 * float(
         (open_onnx(folder / "run" / "model.int8.onnx")[0](val).argmax(1) == truth).float().mean()
     )
-    wanted = f"top-1 on 96 labeled images: float {before:.2f} %, int8 {after:.2f} %, {after - before:+.2f} points\n"
+    shown = [accuracy_text(round(0.96 * top1), 96) for top1 in (before, after)]
+    wanted = (
+        f"top-1 on 96 labeled images: float {shown[0]} %, int8 {shown[1]} %, {after - before:+.2f} points\n"
+    )
     assert wanted in printed.out
     assert "against the float file on the 256 training images that set its ranges: " in printed.out
     assert printed.out.count("images/s at batch ") == 2

@@ -278,10 +278,10 @@ def test_the_model_folder_holds_the_average_and_reproduces_the_reported_scores(f
     last = [row for row in read_metrics(finished.out / "metrics.jsonl") if "top1" in row][-1]
     assert (last["ema_top1"], last["ema_val_loss"]) == (written["top1"], pytest.approx(written["loss"]))
     card = (finished.out / "model" / "README.md").read_text()
-    assert (
-        f"| averaged weights | 9 validation | {score.top1:.2f} | {score.top5:.2f} | {score.loss:.4f} |"
-        in card
-    )
+    shown = f"| averaged weights | 9 validation | {score.top1_text()} | {score.balanced_top1:.1f} | {score.loss:.4f} |"
+    assert shown in card
+    assert written["top1_interval"] == list(score.top1_interval)
+    assert f"The largest class has {score.majority:.1f} % of the validation images." in card
 
 
 def test_metrics_hold_what_the_plot_of_the_curves_needs(finished):
