@@ -21,6 +21,7 @@ from normfree.pretrained import TrainedModel, from_pretrained, save_pretrained
 TINY = {"widths": (32, 64, 96, 96), "depths": (1, 1, 1, 1), "group_width": 8}
 
 
+@pytest.mark.works("timm", "normfree.timm")
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_is_registered_and_no_name_of_timm_is_changed(name: str) -> None:
     ours = name_in_timm(name)

@@ -8,7 +8,7 @@
 
 /* The loader picks the variants for wider registers if the processor has them. Tests define NARROW to compare both. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(NARROW)
-#define WIDE __attribute__((target_clones("avx2", "default")))
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDE
 #endif

@@ -58,6 +58,7 @@ def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+@pytest.mark.works("ONNX Runtime", "export")
 def test_a_module_with_one_channel_a_wide_input_and_two_outputs(model: nn.Module, exported: Path) -> None:
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     assert [(v.name, v.shape) for v in session.get_inputs()] == [("images", ["batch", 1, 32, 75])]
@@ -79,6 +80,7 @@ def test_the_command_refuses_a_file_without_classes(
     assert error.count("\n") == 1
 
 
+@pytest.mark.works("ONNX Runtime", "quantize")
 def test_quantization_of_a_file_and_of_the_module_agree(
     model: nn.Module, exported: Path, tmp_path: Path
 ) -> None:

@@ -272,6 +272,7 @@ def test_batch_norm_is_folded_where_the_graph_allows_it(model, left):
         assert not any("Norm" in type(m).__name__ for m in folded.modules())
 
 
+@pytest.mark.works("torchvision", "fold")
 def test_networks_of_timm_and_torchvision_lose_all_norms_after_convolutions():
     for name in ("resnet10t", "efficientnet_b0", "mobilenetv3_small_050"):
         model = shaken(timm.create_model(name))

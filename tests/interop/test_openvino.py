@@ -95,7 +95,8 @@ def test_the_server_runs_the_file(model: TrainedModel, exported: Path) -> None:
 
     stream = io.BytesIO()
     Image.fromarray(example_pixels()[0].numpy()).save(stream, "PNG")
-    with testclient.TestClient(create_app(from_pretrained(exported), name="m", device="cpu")) as client:
+    app = create_app(from_pretrained(exported), name="m", device="cpu")
+    with testclient.TestClient(app, base_url="http://127.0.0.1") as client:
         answer = client.post(
             "/predict?top=3", content=stream.getvalue(), headers={"Content-Type": "image/png"}
         )

@@ -46,6 +46,7 @@ def test_no_network_of_timm_is_missing():
     assert tags == TAGS
 
 
+@pytest.mark.works("timm", "timm_ variants, weights both ways")
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_same_function_and_same_weights_both_ways(name):
     theirs = changed_timm(name)
@@ -75,6 +76,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.works("timm", "features_only of timm_ variants")
 @pytest.mark.parametrize(
     "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )

@@ -51,6 +51,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(p, q), name
 
 
+@pytest.mark.works("PyTorch", "attach_agc")
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, "muon"])
 def test_steps_are_those_of_a_loop_that_clips(kind, closure):

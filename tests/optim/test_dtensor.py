@@ -77,6 +77,7 @@ def test_three_steps_of_training_are_those_of_one_process(found, size):
         assert_close(state, momentum, 1e-10)
 
 
+@pytest.mark.works("PyTorch FSDP2", "attach_agc")
 @pytest.mark.parametrize("size", WORLDS)
 @pytest.mark.parametrize("unit", ["filter", "tensor"])
 def test_attached_to_an_optimizer_of_pytorch_it_clips_as_one_process_does(found, size, unit):

@@ -188,6 +188,7 @@ def check_timm(name: str) -> set[str]:
     return only_timm
 
 
+@pytest.mark.works("timm", "parameter_groups")
 @pytest.mark.parametrize("name", TIMM)
 def test_timms_networks(name: str) -> None:
     check_timm(name)
@@ -232,6 +233,7 @@ def one_of_each_family(names: list[str]) -> list[Any]:
     return chosen
 
 
+@pytest.mark.works("torchvision", "parameter_groups")
 @pytest.mark.parametrize("name", one_of_each_family(CLASSIFICATION))
 def test_torchvisions_classifiers_are_found(name: str) -> None:
     """The classifier is the layer with as many outputs as there are classes."""

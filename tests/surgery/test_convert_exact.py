@@ -48,6 +48,8 @@ NETWORKS = {
 }
 
 
+@pytest.mark.works("timm", "convert_batchnorm")
+@pytest.mark.works("torchvision", "convert_batchnorm")
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_outputs_stay_the_same_without_batch_norm(
