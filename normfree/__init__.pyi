@@ -7,10 +7,10 @@ from .deploy.fold import fold as fold
 from .deploy.fold import fold_with_report as fold_with_report
 from .deploy.quantize import quantize as quantize
 from .diagnose.dependence import batch_dependence as batch_dependence
+from .diagnose.grad_cam import grad_cam as grad_cam
 from .diagnose.gradients import gradient_report as gradient_report
 from .diagnose.propagation import signal_propagation as signal_propagation
 from .inference import evaluate as evaluate
-from .inference import predict as predict
 from .models.activations import gain_of as gain_of
 from .models.activations import scaled_activation as scaled_activation
 from .models.layers import WSConv2d as WSConv2d
@@ -29,6 +29,7 @@ from .optim.per_example import per_example_gradients as per_example_gradients
 from .optim.sam import SAM as SAM
 from .optim.schedule import warmup_cosine as warmup_cosine
 from .optim.sgd import SGD as SGD
+from .prediction import predict as predict
 from .pretrained import from_pretrained as from_pretrained
 from .pretrained import push_to_hub as push_to_hub
 from .pretrained import save_pretrained as save_pretrained

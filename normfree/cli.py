@@ -25,11 +25,11 @@ from normfree.suggest import printable, unknown
 HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options)
 
   list [models|recipes] [PATTERN]   list networks with size and cost, or recipes
-  show NAME|RECIPE|RUN              show everything about one of them
+  show NAME|RECIPE|RUN|MODEL        show everything about one of them
   train [RECIPE|RUN|FILE.toml] [--key value ...]
                                     train; alone: the demo; a run folder: resume
   eval RUN|MODEL DATA               measure top-1 and top-5 on labeled images
-  predict RUN|MODEL PATH...         predict classes of image files and folders
+  predict RUN|MODEL PATH...         predict classes of files, folders, URLs, videos
   diagnose NAME|RUN|MODEL [DATA]    measure signals, gradients, batch dependence
   convert FILE|MODEL FOLDER         convert weights to a model folder;
                                     timm:NAME FILE: remove batch norm

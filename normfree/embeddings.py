@@ -6,8 +6,7 @@ images of the bank that neighbors are taken from.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfree.data.image_inputs import image_inputs
 from normfree.data.loader import eval_batches
 from normfree.data.source import Source
-from normfree.data.transforms.decode import load_image
 from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
 from normfree.files import atomic_write
-from normfree.inference import find_images
 from normfree.models.net import Net
+from normfree.prediction import input_batches
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
 from normfree.suggest import problem
@@ -189,12 +188,12 @@ def linear_probe(
 
 @dataclass(frozen=True)
 class FileEmbeddings:
-    """Embeddings of image files.
+    """Embeddings of images.
 
     Attributes:
-        paths: the files that could be read, N.
+        paths: the names of the images that could be read, N.
         values: their embeddings, float32 N D.
-        errors: for each other file, why it cannot be read.
+        errors: for each other image, why it cannot be read.
     """
 
     paths: tuple[str, ...]
@@ -205,43 +204,31 @@ class FileEmbeddings:
 @torch.no_grad()
 def embed_files(
     model: TrainedModel,
-    paths: Sequence[str | Path],
+    images: Any,
     *,
+    every: int = 1,
     batch_size: int = 64,
     device: str | torch.device = "auto",
 ) -> FileEmbeddings:
-    """Compute the embeddings of image files, or of all images in folders.
+    """Compute the embeddings of images, which are named as for `predict`.
 
     Raises:
-        ValueError: a path does not exist, `batch_size` is below 1, or the model was read from an ONNX file.
+        ValueError: a path does not exist, `batch_size` or `every` is below 1, or the model was read from an exported
+            file.
+        ModuleNotFoundError: there is a video, and PyAV is not installed.
     """
-    if batch_size < 1:
-        raise ValueError(problem(f"batch_size is {batch_size}", allowed="1 or more"))
     target = run_device(device) if isinstance(device, str) else device
-    pre, net = model.preprocessing, model.net.eval().to(target)
-    transform = pre.transform()
+    inputs = image_inputs(images, every=every)
+    batches = input_batches(model.preprocessing, inputs, batch_size=batch_size, device=target)
+    net = model.net.eval().to(target)
     read: list[str] = []
     errors: dict[str, str] = {}
     found: list[Tensor] = []
-    waiting: list[Tensor] = []
-
-    def flush() -> None:
-        if waiting:
-            images = normalize(torch.stack(waiting).to(target), mean=pre.mean, std=pre.std)
-            found.append(features(net, images).cpu())
-            waiting.clear()
-
-    for path in find_images(paths):
-        try:
-            pixels = transform(load_image(path))
-        except ValueError as error:
-            errors[os.fspath(path)] = str(error)
-            continue
-        read.append(os.fspath(path))
-        waiting.append(pixels)
-        if len(waiting) == batch_size:
-            flush()
-    flush()
+    for batch in batches:
+        errors |= {image.name: image.error for image in batch.images if image.error}
+        read += [image.name for image in batch.images if not image.error]
+        if len(batch.inputs):
+            found.append(features(net, batch.inputs).cpu())
     values = torch.cat(found).numpy() if found else np.empty((0, 0), np.float32)
     return FileEmbeddings(tuple(read), values, errors)
 

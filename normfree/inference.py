@@ -1,17 +1,13 @@
-"""Evaluation of a trained network on labeled images, and prediction of image files.
+"""Evaluation of a trained network on labeled images, and samples of its inputs.
 
 Shapes: B batch, S image size, K classes, N images. `top1` and `top5` are percent.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,19 +17,13 @@ from normfree.data.multilabel import as_multilabel
 from normfree.data.source import Source
 from normfree.data.subset import spread_indices
 from normfree.data.supervision import never
-from normfree.data.transforms.decode import load_image, suffixes, to_rgb
+from normfree.data.transforms.decode import load_image
 from normfree.data.transforms.normalize import normalize
-from normfree.data.walk import unreadable_images, walk_images
 from normfree.device import run_device
 from normfree.multilabel_scores import multilabel_scores
 from normfree.preprocessing import Preprocessing
-from normfree.pretrained import TrainedModel
 from normfree.scores import Evaluation
 from normfree.suggest import problem
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 _COLUMNS = 5  # of `_scores` for images with one class
 
@@ -190,176 +180,3 @@ def sample(source: Source, *, count: int, preprocessing: Preprocessing) -> tuple
     """Return the images of `sample_images`, B 3 S S, and their labels, int64 B."""
     labels = torch.tensor([source.label(i) for i in spread_indices(len(source), count)])
     return sample_images(source, count=count, preprocessing=preprocessing), labels
-
-
-# --- prediction of files ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The prediction for one image file.
-
-    Attributes:
-        path: the file.
-        classes: names of the most probable classes, the most probable first; empty if there is an error.
-        probabilities: their probabilities, from 0 to 1.
-        error: why the file cannot be read, or "".
-    """
-
-    path: str
-    classes: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    error: str = ""
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the given files, and for each folder all images in it and its subfolders, sorted by path.
-
-    Raises:
-        ValueError: a path does not exist, or a folder contains no image.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside, others = walk_images(path)
-            if not inside:
-                given = f"{str(path)!r} contains no images"
-                allowed = f"files {', '.join(sorted(suffixes()))}"
-                raise ValueError(problem(given, allowed=allowed, fix=unreadable_images(others)))
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise ValueError(
-                problem(f"{str(path)!r} does not exist", allowed="image files and folders of images")
-            )
-    return found
-
-
-def _items(images: Any) -> list[Any]:
-    """Return files and images in memory, in order; folders become their images.
-
-    Raises:
-        ValueError: a path does not exist, or an item is no image.
-    """
-    single = isinstance(images, str | os.PathLike | bytes | np.ndarray) or hasattr(images, "convert")
-    found: list[Any] = []
-    for item in [images] if single else images:
-        if isinstance(item, str | os.PathLike):
-            found += find_images([Path(item)])
-        elif (
-            isinstance(item, bytes)
-            or hasattr(item, "convert")
-            or (
-                isinstance(item, np.ndarray)
-                and item.dtype == np.uint8
-                and item.ndim == 3
-                and item.shape[2] == 3
-            )
-        ):
-            found.append(item)
-        else:
-            what = (
-                f"an array {item.dtype} of shape {item.shape}" if isinstance(item, np.ndarray) else repr(item)
-            )
-            allowed = "paths, encoded bytes, PIL images, and arrays uint8 H x W x 3"
-            raise ValueError(problem(f"{what} is no image", allowed=allowed))
-    return found
-
-
-def predict(
-    model: TrainedModel,
-    images: str | Path | bytes | Image | np.ndarray | Iterable[str | Path | bytes | Image | np.ndarray],
-    *,
-    top: int = 5,
-    batch_size: int = 64,
-    device: str | torch.device = "auto",
-) -> Iterator[Prediction]:
-    """Predict the most probable classes of images.
-
-    Args:
-        model: a trained model, as `from_pretrained` returns it. Its network is moved to `device`.
-        images: one or several of: an image file, a folder that is searched for images, encoded bytes, a PIL image, or
-            an array uint8 H W 3 in the order red, green, blue.
-        top: number of classes per image.
-        batch_size: number of images per forward pass.
-        device: a device or its name; "auto" is a GPU if there is one, else the CPU.
-
-    Yields:
-        A `Prediction` for each image, in order. An image in memory has the path "image 0" with its index. A file that
-        cannot be read gives a `Prediction` with an `error`.
-
-    Raises:
-        ValueError: a path does not exist, `top` or `batch_size` is below 1, or the model has no classes. Raised by the
-            call itself, before the first prediction.
-
-    Examples:
-        >>> import tempfile
-        >>> import normfree
-        >>> from PIL import Image
-        >>> from normfree.preprocessing import Preprocessing
-        >>> from normfree.pretrained import TrainedModel
-        >>> net = normfree.create_model("nf_resnet_nano", num_classes=2)
-        >>> model = TrainedModel(net, Preprocessing(image_size=16), ("cat", "dog"))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Image.new("RGB", (20, 20)).save(f"{folder}/image.png")
-        ...     (prediction,) = normfree.predict(model, [folder], top=1, device="cpu")
-        >>> len(prediction.classes), len(prediction.probabilities), prediction.error
-        (1, 1, '')
-    """
-    for name, value in (("top", top), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(problem(f"{name} is {value}", allowed="1 or more"))
-    model.require_classes()
-    target = run_device(device) if isinstance(device, str) else device
-    return _predictions(model, _items(images), top, batch_size, target)
-
-
-@torch.no_grad()
-def _predictions(
-    model: TrainedModel, files: list[Any], top: int, batch_size: int, device: torch.device
-) -> Iterator[Prediction]:
-    """Yield the predictions of `predict`, batch by batch."""
-    pre = model.preprocessing
-    transform = pre.transform()
-    net = model.net.eval().to(device)
-    for start in range(0, len(files), batch_size):
-        part = files[start : start + batch_size]
-        shown = [_shown(item, start + i) for i, item in enumerate(part)]
-        images_or_errors = [
-            _open(item, name, pre.pixel_range) for item, name in zip(part, shown, strict=True)
-        ]
-        pixels = [transform(image) for image in images_or_errors if not isinstance(image, str)]
-        outputs: Iterable[Tensor] = ()
-        if pixels:
-            inputs = normalize(torch.stack(pixels).to(device), mean=pre.mean, std=pre.std)
-            outputs = model.probabilities(net(inputs)).cpu()
-        remaining = iter(outputs)
-        for path, image in zip(shown, images_or_errors, strict=True):
-            if isinstance(image, str):
-                yield Prediction(path, error=image)
-                continue
-            probabilities, indices = next(remaining).topk(min(top, len(model.classes)))
-            names = tuple(model.classes[i] for i in indices.tolist())
-            yield Prediction(path, names, tuple(probabilities.tolist()))
-
-
-def _shown(item: Any, index: int) -> str:
-    """Return the path of a file, or the name of an image in memory."""
-    return os.fspath(item) if isinstance(item, Path) else f"image {index}"
-
-
-def _open(item: Any, name: str, pixel_range: int) -> Image | str:
-    """Return the image of a file or of an image in memory, or the reason why it cannot be read."""
-    from PIL import Image
-
-    try:
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item)
-        if isinstance(item, bytes | Path):
-            return load_image(item, name=name, pixel_range=pixel_range)
-        # The other modes of PIL, such as transparency and 16 bits, become RGB as those of files do.
-        image: Image.Image = item if item.mode == "RGB" else to_rgb(item, pixel_range=pixel_range)
-        return image
-    except ValueError as error:
-        return str(error)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import Any
 
 from normfree.data.transforms.decode import FULL_RANGE
-from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, eval_transform
+from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, EvalTransform, eval_transform
 from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD, height_and_width
 from normfree.models.net import Net
 from normfree.suggest import unknown
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # crop_pct of timm's variants: 1 for the light NFNets (L0 to L2), these values, and 0.9 for all others.
 # Source: default_cfgs of models/nfnet.py, timm 1.0.31.
@@ -55,7 +50,7 @@ class Preprocessing:
         """Channels, height and width of the inputs of the network."""
         return len(self.mean), *height_and_width(self.image_size)
 
-    def transform(self) -> Callable[[Image], Tensor]:
+    def transform(self) -> EvalTransform:
         """Return a function from an RGB image to 3 H W values from 0 to 255, uint8 if antialiased.
 
         Apply `normalize` with `mean` and `std` to its result; it converts to gray if they have one number.

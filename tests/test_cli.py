@@ -163,7 +163,7 @@ def test_predict_writes_table_csv_and_json_lines(trained, photos, tmp_path, caps
     assert [("error" in e) for e in entries] == [False] * 6 + [True]
     assert main(["predict", str(trained), str(photos), "--out", "x.txt"]) == 2
     assert (
-        "--out is 'x.txt'. Allowed: a name that ends in .csv or .jsonl. Fix: --out x.csv."
+        "--out is 'x.txt'. Allowed: a name that ends in .csv or .jsonl or .json or .html. Fix: --out x.csv."
         in capsys.readouterr().err
     )
 
@@ -292,7 +292,7 @@ def test_traceback_raises_the_error():
         ("eval a b --bach-size=3", "unknown option '--bach-size'. Did you mean '--batch-size'? "
                                    "All options: normfree eval --help"),
         ("show a b", "unexpected argument 'b'. Allowed: normfree show NAME."),
-        ("predict m p --format xml", "--format is 'xml'. Allowed: table, csv, jsonl."),
+        ("predict m p --format xml", "--format is 'xml'. Allowed: table, csv, jsonl, json."),
         ("export m --format onx", "--format is 'onx'. Did you mean 'onnx'? Allowed: onnx, openvino, pt2."),
         ("eval a b --json=maybe", "--json is 'maybe'. Allowed: true or false."),
         ("bench --threads 3", "unknown option '--threads'. All options: normfree bench --help"),
@@ -411,6 +411,7 @@ def test_a_file_name_need_not_be_utf8(model, photos, tmp_path, capsys):
         text = out.read_text(encoding="utf-8")
         assert "z.png" in text
         assert "udcff.png" in text
+    capsys.readouterr()
     assert main(["predict", str(model), str(folder)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
 

@@ -19,14 +19,14 @@ LEVELS = {
     "device": 1, "multilabel_scores": 1, "scores": 2, "ops": 1, "weights": 1, "data": 1,
     "optim": 2, "models": 2,
     "exported_net": 1, "onnx_net": 3, "openvino_net": 3, "opacus": 3, "diagnose": 3, "preprocessing": 3,
-    "pretrained": 4, "timm": 4, "surgery": 5, "inference": 5, "embeddings": 6, "deploy": 6, "training": 7, "serve": 7,
-    "tools": 8, "commands": 9, "cli": 10,
+    "pretrained": 4, "timm": 4, "surgery": 5, "inference": 5, "prediction": 5, "embeddings": 6, "deploy": 6,
+    "training": 7, "serve": 7, "tools": 8, "commands": 9, "cli": 10,
 }  # fmt: skip
 PUBLIC = {
     "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SAM", "SGD", "VARIANTS", "WSConv2d", "__version__",
     "adaptive_clip_grad_", "attach_agc", "batch_dependence", "cached_backward", "clip_grad_", "contrastive_loss",
     "convert_batchnorm", "create_model", "evaluate", "export", "fold",
-    "fold_with_report", "from_pretrained", "gain_of", "gradient_report",
+    "fold_with_report", "from_pretrained", "gain_of", "grad_cam", "gradient_report",
     "list_models", "load_weights", "nt_xent", "open_source", "parameter_groups", "per_example_gradients",
     "predict", "push_to_hub", "quantize", "save_pretrained", "scaled_activation", "signal_propagation",
     "standardize", "train", "triplet_loss", "warmup_cosine",

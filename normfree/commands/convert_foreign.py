@@ -25,7 +25,8 @@ def convert_foreign(source: str, target: Path, *, how: How, weights: str, images
     """Create the network, load its weights, convert it, write the converted state dict; return the text to print."""
     from safetensors.torch import save_file
 
-    from normfree.inference import find_images, sample_images
+    from normfree.data.walk import find_images
+    from normfree.inference import sample_images
     from normfree.surgery.convert import convert_batchnorm
 
     _check(source, target, how=how, weights=weights, images=images)

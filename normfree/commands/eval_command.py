@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError, tell, with_classes
+from normfree.commands.usage import UsageError, check_target, tell, with_classes
 from normfree.suggest import problem
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class EvalArguments:
 
 def eval_(arguments: EvalArguments) -> int:
     """Evaluate the model and print its scores; return 0."""
-    from normfree.commands.eval_output import check_target, write_answers, write_confusion
+    from normfree.commands.eval_output import write_answers, write_confusion
     from normfree.data.multilabel import as_multilabel
     from normfree.inference import evaluate
     from normfree.pretrained import from_pretrained

@@ -9,34 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normfree.commands.usage import UsageError
 from normfree.files import atomic_write, atomic_write_text
-from normfree.suggest import problem
 
 if TYPE_CHECKING:
     from normfree.scores import Evaluation
-
-
-def check_target(name: str, kinds: Sequence[str], option: str) -> str:
-    """Return the suffix of a file to write, without the dot.
-
-    Raises:
-        UsageError: the suffix is not one of `kinds`, or the folder does not exist.
-    """
-    path = Path(name)
-    suffix = path.suffix.removeprefix(".")
-    if suffix not in kinds:
-        allowed = f"a name that ends in {' or '.join(f'.{kind}' for kind in kinds)}"
-        raise UsageError(
-            problem(f"{option} is {name!r}", allowed=allowed, fix=f"{option} {path.stem}.{kinds[0]}")
-        )
-    if not path.parent.is_dir():
-        raise UsageError(
-            problem(
-                f"{option} is {name!r}", allowed="a file in an existing folder", fix=f"mkdir {path.parent}"
-            )
-        )
-    return suffix
 
 
 def write_answers(score: Evaluation, names: Sequence[str], path: Path) -> None:

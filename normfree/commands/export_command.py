@@ -200,7 +200,8 @@ def _images_of_paths(paths: tuple[str, ...], model: TrainedModel) -> _Images:
     """Return the images in files and folders."""
     from normfree.data.subset import spread_indices
     from normfree.data.transforms.decode import load_image
-    from normfree.inference import find_images, sample_images
+    from normfree.data.walk import find_images
+    from normfree.inference import sample_images
 
     files = find_images(paths)
 

@@ -1,42 +1,51 @@
-"""`normfree predict`: the most probable classes of image files."""
+"""`normfree predict`: the most probable classes of images."""
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError, check_given, tell
-from normfree.files import spreadsheet_cell
+from normfree.commands.usage import UsageError, check_given, check_target, tell
 from normfree.suggest import printable, problem
 
 if TYPE_CHECKING:
-    from normfree.inference import Prediction
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+    from typing import IO
+
+    from normfree.prediction import Answer
+    from normfree.pretrained import TrainedModel
 
 
 @dataclass
 class PredictArguments:
-    """Predict the classes of image files, or of all images in folders and their subfolders."""
+    """Predict the classes of images: files, all images in folders and their subfolders, URLs, videos and cameras."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder."""
     paths: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH...")]
-    """Image files and folders."""
+    """Image files, folders, patterns such as 'photos/*.jpg', http and https URLs, video files, and camera:0 for the
+    first camera. Videos and cameras need normfree[video]."""
     top: int = 5
     """Number of classes to print for each image."""
     out: str = ""
-    """Write to this file instead; its name ends in .csv or .jsonl."""
+    """Write to this file instead; its name ends in .csv, .jsonl, .json or .html (a page with the images)."""
+    wide: bool = False
+    """For CSV: one line for each image, with a column for the probability of each class."""
+    heatmap: str = ""
+    """Write the images to this folder with Grad-CAM heat maps of what the most probable class is seen in."""
+    every: int = 1
+    """Use every N-th frame of videos and cameras."""
     embeddings: str = ""
     """Write the embeddings (the features before the classifier) to this .npz file, with arrays paths and embeddings,
     instead of predicting classes."""
-    format: Literal["table", "csv", "jsonl"] = "table"
+    format: Literal["table", "csv", "jsonl", "json"] = "table"
     """What to print without --out."""
     batch_size: int = 64
     """Images per forward pass."""
@@ -45,9 +54,8 @@ class PredictArguments:
 
 
 def predict_(arguments: PredictArguments) -> int:
-    """Print or write the predictions; return 0, or 2 if a file cannot be read."""
+    """Print or write the predictions; return 0, or 2 if an image cannot be read."""
     from normfree.data.walk import left_out, walk_images
-    from normfree.inference import predict
     from normfree.pretrained import from_pretrained
 
     check_given(arguments.paths, "path")
@@ -56,29 +64,59 @@ def predict_(arguments: PredictArguments) -> int:
     format = _format(arguments)
     model = from_pretrained(arguments.model)
     tell(model.note)
-    predictions = predict(model, arguments.paths, top=arguments.top,
-                          batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
-    failed = 0
-    file = open(arguments.out, "w", encoding="utf-8", newline="") if arguments.out else sys.stdout  # noqa: SIM115
-    try:
-        writer = csv.writer(file)
-        if format == "csv":
-            writer.writerow(["path", "rank", "class", "probability", "error"])
-        for prediction in predictions:
-            failed += bool(prediction.error)
-            _write(prediction, format, file, writer)
-    finally:
-        if arguments.out:
-            file.close()
+    failed = _write_answers(arguments, format, model, _answers(arguments, format, model))
     others = sum((walk_images(Path(p))[1] for p in arguments.paths if Path(p).is_dir()), Counter[str]())
     tell("".join(left_out(others)))
     if failed:
-        tell(f"files that could not be read: {failed}; the output states the reason for each")
+        tell(f"images that could not be read: {failed}; the output states the reason for each")
     return 2 if failed else 0
 
 
+def _answers(arguments: PredictArguments, format: str, model: TrainedModel) -> Iterator[Answer]:
+    """Return the predictions, with copies of the images if they are shown or written."""
+    from normfree.commands.predict_output import HEATMAP, THUMBNAIL
+    from normfree.prediction import answers
+
+    view = HEATMAP if arguments.heatmap else THUMBNAIL if format == "html" else None
+    top = max(arguments.top, len(model.classes)) if arguments.wide else arguments.top
+    return answers(model, arguments.paths, top=top, every=arguments.every, batch_size=arguments.batch_size,
+                   device=arguments.device, view=view, heat=bool(arguments.heatmap))  # fmt: skip
+
+
+def _write_answers(
+    arguments: PredictArguments, format: str, model: TrainedModel, answers: Iterator[Answer]
+) -> int:
+    """Write the predictions and the heat maps; return the number of images that cannot be read."""
+    from normfree.commands.predict_output import HeatmapFolder, writer_of
+
+    maps = HeatmapFolder(Path(arguments.heatmap)) if arguments.heatmap else None
+    count = failed = 0
+    with _output(arguments.out) as file:
+        title = f"Predictions of {arguments.model}"
+        writer = writer_of(format, file, classes=model.classes, wide=arguments.wide, title=title)
+        try:
+            for answer in answers:
+                count += 1
+                failed += bool(answer.prediction.error)
+                writer.write(answer, maps.save(answer) if maps else "")
+        finally:  # a camera is ended by Ctrl-C
+            writer.close()
+    if arguments.out:
+        print(f"{arguments.out}: {count} images")
+    if maps and (arguments.out or format == "table"):
+        print(f"{arguments.heatmap}: {maps.count} heat maps")
+    return failed
+
+
+def _output(out: str) -> AbstractContextManager[IO[str]]:
+    """Return the file to write, or the standard output, which stays open."""
+    from contextlib import nullcontext
+
+    return open(out, "w", encoding="utf-8", newline="") if out else nullcontext(sys.stdout)
+
+
 def _embed(arguments: PredictArguments) -> int:
-    """Write the embeddings; return 0, or 2 if a file cannot be read."""
+    """Write the embeddings; return 0, or 2 if an image cannot be read."""
     from normfree.embeddings import embed_files, save_embeddings
     from normfree.pretrained import from_pretrained
 
@@ -87,8 +125,8 @@ def _embed(arguments: PredictArguments) -> int:
         given = "--embeddings with --out" if arguments.out else f"--embeddings is {arguments.embeddings!r}"
         fix = f"--embeddings {out.with_suffix('.npz')} alone"
         raise UsageError(problem(given, allowed="a name that ends in .npz, without --out", fix=fix))
-    found = embed_files(from_pretrained(arguments.model), arguments.paths, batch_size=arguments.batch_size,
-                        device=arguments.device)  # fmt: skip
+    found = embed_files(from_pretrained(arguments.model), arguments.paths, every=arguments.every,
+                        batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
     save_embeddings(found, out)
     print(f"{arguments.embeddings}: {found.values.shape[0]} embeddings of {found.values.shape[1]} numbers")
     for path, error in found.errors.items():
@@ -98,37 +136,10 @@ def _embed(arguments: PredictArguments) -> int:
 
 def _format(arguments: PredictArguments) -> str:
     """Return the format of the output: that of --out by its suffix, else --format."""
-    if not arguments.out:
-        return arguments.format
-    suffix = Path(arguments.out).suffix.removeprefix(".")
-    if suffix not in ("csv", "jsonl"):
-        raise UsageError(
-            problem(f"--out is {arguments.out!r}", allowed="a name that ends in .csv or .jsonl",
-                    fix=f"--out {Path(arguments.out).stem}.csv")
-        )  # fmt: skip
-    folder = Path(arguments.out).parent
-    if not folder.is_dir():
-        raise UsageError(
-            problem(
-                f"--out is {arguments.out!r}", allowed="a file in an existing folder", fix=f"mkdir {folder}"
-            )
-        )
-    return suffix
-
-
-def _write(prediction: Prediction, format: str, file: IO[str], writer: Any) -> None:
-    """Write one prediction in the given format."""
-    # The name of a file need not be valid UTF-8.
-    path, error = printable(prediction.path), printable(prediction.error)
-    pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
-    if format == "jsonl":
-        top = [{"class": c, "probability": round(p, 6)} for c, p in pairs]
-        entry = {"path": path, "error": error} if error else {"path": path, "top": top}
-        print(json.dumps(entry, ensure_ascii=False), file=file)
-    elif format == "csv":
-        rows = [[path, i, c, f"{p:.6f}", ""] for i, (c, p) in enumerate(pairs, start=1)]
-        rows = rows or [[path, "", "", "", error]]
-        writer.writerows([[spreadsheet_cell(str(cell)) for cell in row] for row in rows])
-    else:
-        text = error or "   ".join(f"{c} {100 * p:.1f} %" for c, p in pairs)
-        print(f"{path}   {text}", file=file)
+    format: str = arguments.format
+    if arguments.out:
+        format = check_target(arguments.out, ("csv", "jsonl", "json", "html"), "--out")
+    if arguments.wide and format != "csv":
+        given = f"--wide with --out {arguments.out}" if arguments.out else f"--wide with --format {format}"
+        raise UsageError(problem(given, allowed="--wide with CSV", fix="--wide --out predictions.csv"))
+    return format

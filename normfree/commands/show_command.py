@@ -1,4 +1,4 @@
-"""`normfree show`: everything about a network, a recipe or a run."""
+"""`normfree show`: everything about a network, a recipe, a run or a saved model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
+from normfree.suggest import printable
 
 
 @dataclass
 class ShowArguments:
-    """Show everything about a network, a recipe or a run."""
+    """Show everything about a network, a recipe, a run or a saved model."""
 
     name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")]
-    """A model name, a recipe name, or a run folder."""
+    """A model name, a recipe name, a run folder, a model folder, an exported file, or hf-hub:OWNER/NAME."""
 
 
 def show(arguments: ShowArguments) -> int:
-    """Print the fields of a variant or the config of a recipe or run; return 0."""
+    """Print the fields of a variant, the config of a recipe or run, or what a saved model holds; return 0."""
+    from normfree.models.variants import VARIANTS
     from normfree.training.recipes import RECIPES
+    from normfree.weights.hub import PREFIX
 
     name = arguments.name
     if name in RECIPES:
         _show_recipe(name)
     elif (Path(name) / "config.toml").is_file():
         _show_run(Path(name))
+    elif name not in VARIANTS and (name.startswith(PREFIX) or Path(name).exists()):
+        _show_saved(name)
     else:
         _show_model(name)
     return 0
@@ -64,6 +69,37 @@ def _show_run(folder: Path) -> None:
         print(f"\n# {name} {last} %, averaged {average} %, after {scores['steps']} steps")
 
 
+def _show_saved(name: str) -> None:
+    """Print the network, the classes, the preprocessing and the files of a saved model, after loading it."""
+    from dataclasses import fields
+
+    from normfree.models.net import Net
+    from normfree.pretrained import from_pretrained, model_args
+
+    model = from_pretrained(name)
+    net = model.net
+    shape = " x ".join(map(str, model.preprocessing.shape))
+    if isinstance(net, Net):
+        size = sum(parameter.numel() for parameter in net.parameters())
+        print(f"# {printable(name)}: {net.name}, {size:,} parameters, images of {shape}")
+        for key, value in model_args(net).items():
+            print(f"{key} = {value!r}")
+    else:
+        print(f"# {printable(name)}: exported from {net.name}, images of {shape}")
+    print(f"# {len(model.classes)} classes, {'independent of each other' if model.sigmoid else 'one for each image'}"
+          if model.classes else "# no classes, only embeddings")  # fmt: skip
+    for number, label in enumerate(model.classes):
+        print(f"{number} = {printable(label)!r}")
+    print("# preprocessing")
+    for field in fields(model.preprocessing):
+        print(f"{field.name} = {getattr(model.preprocessing, field.name)!r}")
+    folder = Path(name)
+    if folder.is_dir():
+        print("# files")
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            print(f"{printable(file.name)}: {file.stat().st_size:,} bytes")
+
+
 def _show_model(name: str) -> None:
     """Print the size, the fields and the parameter groups of a variant."""
     from dataclasses import fields
@@ -79,7 +115,7 @@ def _show_model(name: str) -> None:
     try:
         variant = variant_of(name)
     except ValueError as error:
-        others = f"a recipe ({', '.join(RECIPES)}) or a run folder, which contains config.toml"
+        others = f"a recipe ({', '.join(RECIPES)}), a run folder, or a model folder"
         raise UsageError(f"{str(error).rstrip('.')}. Also allowed: {others}.") from None
     cost = count(variant)
     print(f"# {name}: {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} G multiply-accumulates at "

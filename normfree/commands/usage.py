@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normfree.suggest import problem, some_names
@@ -20,6 +21,28 @@ def check_given(values: Sequence[str], kind: str) -> None:
     """Raise UsageError if no value of a repeated positional argument was given."""
     if not values:
         raise UsageError(problem(f"no {kind} was given", allowed="one or more", fix=f"add a {kind}"))
+
+
+def check_target(name: str, kinds: Sequence[str], option: str) -> str:
+    """Return the suffix of a file to write, without the dot.
+
+    Raises:
+        UsageError: the suffix is not one of `kinds`, or the folder does not exist.
+    """
+    path = Path(name)
+    suffix = path.suffix.removeprefix(".")
+    if suffix not in kinds:
+        allowed = f"a name that ends in {' or '.join(f'.{kind}' for kind in kinds)}"
+        raise UsageError(
+            problem(f"{option} is {name!r}", allowed=allowed, fix=f"{option} {path.stem}.{kinds[0]}")
+        )
+    if not path.parent.is_dir():
+        raise UsageError(
+            problem(
+                f"{option} is {name!r}", allowed="a file in an existing folder", fix=f"mkdir {path.parent}"
+            )
+        )
+    return suffix
 
 
 def with_classes(data: str, source: Source, known: Sequence[str]) -> Source:

@@ -5,6 +5,7 @@ Training, evaluation, prediction and export all list folders with these function
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normfree.data.transforms.decode import suffixes
+from normfree.suggest import problem
 
 # Files and folders of file managers, archives, notebooks and network drives, besides all names that begin with a dot.
 _LITTER = frozenset(
@@ -78,6 +80,52 @@ def walk_images(root: Path) -> tuple[list[Path], Counter[str]]:
 
     visit(root, frozenset({os.path.realpath(root)}))
     return sorted(images), others
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the given files, and for each folder all images in it and its subfolders, sorted by path.
+
+    A pattern such as `photos/*.jpg` or `photos/**/*.png` gives the files and folders that it matches.
+
+    Raises:
+        ValueError: a path does not exist, a pattern matches nothing, or a folder contains no image.
+    """
+    found: list[Path] = []
+    for path in (match for given in paths for match in expanded(given)):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside, others = walk_images(path)
+        if not inside:
+            given = f"{str(path)!r} contains no images"
+            allowed = f"files {', '.join(sorted(suffixes()))}"
+            raise ValueError(problem(given, allowed=allowed, fix=unreadable_images(others)))
+        found += inside
+    return found
+
+
+def expanded(path: str | Path) -> list[Path]:
+    """Return the files and folders that a pattern with *, ? or [ matches, sorted; any other path as it is.
+
+    A pattern reaches us if it is quoted, if the shell is that of Windows, or if Python code gives it. A file whose name
+    looks like a pattern is the file. `~` is the home folder.
+
+    Raises:
+        ValueError: the path does not exist, or the pattern matches nothing.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise ValueError(
+            problem(f"{str(path)!r} does not exist", allowed="image files, folders of images, and patterns")
+        )
+    found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise ValueError(
+            problem(f"the pattern {str(path)!r} matches nothing", allowed="files and folders that exist")
+        )
+    return found
 
 
 def left_out(others: Counter[str], *, outside: int = 0) -> tuple[str, ...]:

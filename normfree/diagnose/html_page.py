@@ -9,9 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Colors of a figure -> CSS variables of the page, which have other values in dark mode. Black, white and #b0b0b0 are
 # matplotlib's colors for text, background and grid.
@@ -101,15 +104,24 @@ def image_cards(shown: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
     """Return the HTML of a grid of images.
 
     Args:
-        shown: (PNG, alternative text, lines of plain text below the image, the first of them bold) of each image.
+        shown: (PNG or JPEG, alternative text, lines of plain text below the image, the first of them bold) of each
+            image.
     """
     cards = []
-    for png, alt, lines in shown:
-        source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    for data, alt, lines in shown:
+        kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+        source = f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
         first, *others = (html.escape(line) for line in lines)
         text = "".join(f"<span>{line}</span>" for line in others)
         cards.append(f'<li><img src="{source}" alt="{html.escape(alt)}"><strong>{first}</strong>{text}</li>')
     return f'<ul class="images">{"".join(cards)}</ul>'
+
+
+def jpeg(image: Image) -> bytes:
+    """Return an image as JPEG, for `image_cards`."""
+    out = io.BytesIO()
+    image.save(out, format="JPEG", quality=90)
+    return out.getvalue()
 
 
 def folded(summary: str, text: str) -> str:

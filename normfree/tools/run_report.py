@@ -1,7 +1,7 @@
 """report.html: a page about one run or several runs side by side, and its figures as PNG in a folder next to it.
 
-Scores and curves are read from the run folder (config.toml, metrics.jsonl, results.json). The worst mistakes, signal
-propagation and gradient norms are computed from the saved model and the data.
+Scores and curves are read from the run folder (config.toml, metrics.jsonl, results.json). The worst mistakes, heat
+maps, signal propagation and gradient norms are computed from the saved model and the data.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from normfree.data.source import Source
+from normfree.data.subset import spread_indices
+from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
 from normfree.diagnose import html_page, network_figures, run_figures
+from normfree.diagnose.grad_cam import grad_cam
 from normfree.diagnose.gradients import gradient_report
+from normfree.diagnose.heat_overlay import fitted, overlay
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.propagation import signal_propagation
 from normfree.files import atomic_write_text, read_json, read_text
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
-from normfree.scores import TOP5_ABOVE, shown_top1
+from normfree.scores import TOP5_ABOVE, Evaluation, shown_top1
 from normfree.training.config import Config
 from normfree.training.config_io import load_config
 from normfree.training.run_data import open_run_data
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 
 # Images with the worst mistakes that are shown for each run.
 MISTAKES = 12
+# Images with wrong answers, and as many with right ones, whose heat maps are shown.
+HEAT_MAPS = 6
 # Validation images that are used for signal propagation and gradients.
 IMAGES = 16
 # Longest side of shown images in px; larger ones are scaled down.
@@ -241,7 +247,11 @@ def _inside(
         )
         return
     if model.classes:  # a run that learns embeddings has none
-        yield _mistakes(model, source, device, whose)
+        scores = evaluate(
+            model.net, source, preprocessing=model.preprocessing, device=device, sigmoid=model.sigmoid
+        )
+        yield _mistakes(scores, source, whose)
+        yield _heat_maps(model, scores, source, device, whose)
     images, labels = sample(source, count=min(IMAGES, len(source)), preprocessing=model.preprocessing)
     images, labels = images.to(device), labels.to(device)
     net = model.net.to(device)
@@ -281,23 +291,50 @@ def _inside(
     )
 
 
-def _mistakes(model: TrainedModel, source: Source, device: torch.device, whose: str) -> html_page.PageSection:
-    scores = evaluate(
-        model.net, source, preprocessing=model.preprocessing, device=device, sigmoid=model.sigmoid
-    )
-    wrong = (scores.predictions != scores.labels).nonzero().flatten()
-    worst = wrong[scores.losses[wrong].argsort(descending=True)][:MISTAKES].tolist()
+def _mistakes(scores: Evaluation, source: Source, whose: str) -> html_page.PageSection:
+    """Show the images with the largest losses among those with a wrong answer."""
+    worst = _worst(scores)
     title = f"Worst mistakes{whose}"
     if not worst:
         return html_page.PageSection(title, "", f"None: all {scores.count} answers are right.")
     cards = []
-    for i in worst:
+    for i in worst[:MISTAKES]:
         truth, answer = (scores.classes[int(part[i])] for part in (scores.labels, scores.predictions))
         share = 100 * float(torch.exp(-scores.losses[i]))
         lines = (f"{answer}", f"is {truth}, given {share:.2g} %", Path(source.name(i)).name)
         cards.append((_png(source.image(i)), f"{truth}, taken for {answer}", lines))
-    note = f"{len(wrong)} of {scores.count} answers are wrong; here those that found the true class least probable."
+    note = f"{len(worst)} of {scores.count} answers are wrong; here those that found the true class least probable."
     return html_page.PageSection(title, html_page.image_cards(cards), note)
+
+
+def _heat_maps(
+    model: TrainedModel, scores: Evaluation, source: Source, device: torch.device, whose: str
+) -> html_page.PageSection:
+    """Show where the answers to some images come from: the worst mistakes, and right answers spread over the source."""
+    right = (scores.predictions == scores.labels).nonzero().flatten().tolist()
+    shown = _worst(scores)[:HEAT_MAPS] + [right[i] for i in spread_indices(len(right), HEAT_MAPS)]
+    pre, images = model.preprocessing, [source.image(i) for i in shown]
+    transform = pre.transform()
+    pixels = torch.stack([transform(image) for image in images]).to(device)
+    answers = scores.predictions[shown]
+    maps = grad_cam(model.net, normalize(pixels, mean=pre.mean, std=pre.std), classes=answers)
+    cards = []
+    for i, image, heat in zip(shown, images, maps, strict=True):
+        truth, answer = (scores.classes[int(part[i])] for part in (scores.labels, scores.predictions))
+        small, box = fitted(image, transform.box(*image.size), smallest=THUMBNAIL, largest=THUMBNAIL)
+        state = "right" if truth == answer else f"wrong, is {truth}"
+        drawn = html_page.jpeg(overlay(small, heat, box))
+        cards.append((drawn, f"heat map of {answer}, {state}", (answer, state, Path(source.name(i)).name)))
+    note = "Grad-CAM of the answer at the last feature map: what makes the answer more probable is bright. The first "
+    note += "images are the worst mistakes, the others are right."
+    return html_page.PageSection(f"Heat maps{whose}", html_page.image_cards(cards), note)
+
+
+def _worst(scores: Evaluation) -> list[int]:
+    """Return the images with wrong answers, those with the largest loss first."""
+    wrong = (scores.predictions != scores.labels).nonzero().flatten()
+    worst: list[int] = wrong[scores.losses[wrong].argsort(descending=True)].tolist()
+    return worst
 
 
 def _png(image: Image) -> bytes:

@@ -130,3 +130,41 @@ def test_relevance_is_propagated_through_a_whole_network(name):
         assert torch.isfinite(relevance).all()
         maps.append(relevance)
     assert not torch.allclose(maps[0], maps[1])
+
+
+@pytest.mark.works("Captum", "grad_cam")
+@every_family
+def test_grad_cam_is_captums(name):
+    attr = pytest.importorskip("captum.attr")
+    net, x = network(name), images()
+    for layer in (net.stages[0], net.stages[-1]):
+        wanted = attr.LayerGradCam(net, layer).attribute(x, target=1, relu_attributions=True)[:, 0]
+        torch.testing.assert_close(
+            normfree.grad_cam(net, x, classes=1, layer=layer), wanted, rtol=1e-4, atol=1e-7
+        )
+    body, head = Part(net.forward_features), Part(net.forward_head)
+    wanted = attr.LayerGradCam(nn.Sequential(body, head), body).attribute(x, target=1, relu_attributions=True)
+    torch.testing.assert_close(normfree.grad_cam(net, x, classes=1), wanted[:, 0], rtol=1e-4, atol=1e-7)
+
+
+class Part(nn.Module):
+    """A function as a module, so that Captum can hook it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.works("timm", "grad_cam")
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100", "dm_nfnet_f0", "convnext_femto"])
+def test_grad_cam_of_timms_networks_is_captums(name):
+    attr = pytest.importorskip("captum.attr")
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net, x = timm.create_model(name, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    body, head = Part(net.forward_features), Part(net.forward_head)
+    wanted = attr.LayerGradCam(nn.Sequential(body, head), body).attribute(x, target=1, relu_attributions=True)
+    torch.testing.assert_close(normfree.grad_cam(net, x, classes=1), wanted[:, 0], rtol=1e-4, atol=1e-8)

@@ -29,14 +29,25 @@ def test_one_run_on_one_page_with_its_figures_beside_it(runs, capsys, monkeypatc
     assert "report: slow/report.html" in capsys.readouterr().out
     page = (runs / "slow" / "report.html").read_text()
     titles = re.findall(r"<h2>([^<]+)", page)
-    assert titles == ["Scores", "Course", "Answers", "Worst mistakes", "Signal propagation",
+    assert titles == ["Scores", "Course", "Answers", "Worst mistakes", "Heat maps", "Signal propagation",
                       "Gradients against weights", "Settings"]  # fmt: skip
+    wrong, right = (min(6, int(n)) for n in _wrong_and_right(page))
+    assert page.count('alt="heat map of ') == wrong + right
+    assert len(re.findall(r'alt="heat map of \w+, right"', page)) == right
     images = {path.name for path in (runs / "slow" / "report").iterdir()}
     assert len(images) == page.count("<svg") >= 10
     assert {"loss-nats-over-epochs.png", "confusion-of-slow.png", "gradients-against-weights.png"} <= images
     for name in images:
         Image.open(runs / "slow" / "report" / name).verify()
     assert main(["predict", "slow", str(runs / "slow" / "report")]) == 0  # a run with a report is still a run
+
+
+def _wrong_and_right(page: str) -> tuple[int, int]:
+    """Return the numbers of wrong and right answers on the page."""
+    if (none := re.search(r"None: all (\d+) answers are right", page)) is not None:
+        return 0, int(none[1])
+    wrong, count = map(int, re.search(r"(\d+) of (\d+) answers are wrong", page).groups())
+    return wrong, count - wrong
 
 
 def test_two_runs_side_by_side_tell_what_differs(runs, capsys, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,10 +60,25 @@ class EvalTransform:
                 image = image.resize((width, height), filter_).crop((left, top, left + w, top + h))
             else:
                 # An image one pixel high would become gigabytes. Resizing only the crop rounds a pixel or two.
-                across, down = image.width / width, image.height / height
-                box = (left * across, top * down, (left + w) * across, (top + h) * down)
-                image = image.resize((w, h), filter_, box=box)
+                image = image.resize((w, h), filter_, box=self.box(*image.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return (left, top, right, bottom) of what the result shows of an image, in pixels of the image.
+
+        The bars of "letterbox" are outside of the image, so left and top may be negative.
+        """
+        w, h = self.width, self.height
+        if self.crop == "crop_resize":
+            return self._center_box(width, height)
+        if self.crop == "letterbox":
+            wide, tall = self._inside(width, height)
+            left, top = -((w - wide) // 2), -((h - tall) // 2)
+        else:
+            wide, tall = self._resized(width, height)
+            left, top = round((wide - w) / 2), round((tall - h) / 2)
+        across, down = width / wide, height / tall
+        return left * across, top * down, (left + w) * across, (top + h) * down
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height) to which the crops that cut afterwards resize an image."""
@@ -82,11 +96,15 @@ class EvalTransform:
         """Return the whole image in its aspect, in the middle of a gray one."""
         from PIL import Image as pillow
 
-        scale = min(self.width / image.width, self.height / image.height)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        size = self._inside(*image.size)
         canvas = pillow.new("RGB", (self.width, self.height), BAR)
         canvas.paste(image.resize(size, filter_), ((self.width - size[0]) // 2, (self.height - size[1]) // 2))
         return canvas
+
+    def _inside(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height) to which "letterbox" resizes an image."""
+        scale = min(self.width / width, self.height / height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
 
     def _center_box(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Return (left, top, right, bottom) of the part that "crop_resize" keeps."""
@@ -119,7 +137,7 @@ def eval_transform(
     crop_pct: float = 1.0,
     interpolation: str = "bicubic",
     antialias: bool = True,
-) -> Callable[[Image], Tensor]:
+) -> EvalTransform:
     """Return a map from an RGB image to a uint8 tensor, 3 H W, without randomness.
 
     It needs only Pillow, so prediction works without torchvision.

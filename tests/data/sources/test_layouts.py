@@ -13,8 +13,7 @@ from normfree.data.sources.folders import part_of
 from normfree.data.sources.listed import read_lines
 from normfree.data.sources.open import image_limits, open_labeled, open_source
 from normfree.data.subset import Joined, Relabeled, Subset
-from normfree.data.walk import left_out, walk_images
-from normfree.inference import find_images
+from normfree.data.walk import find_images, left_out, walk_images
 
 
 def image(path: Path, red: int = 0) -> None:
