@@ -47,7 +47,7 @@ def grad_cam(
         >>> net = normfree.create_model("nf_resnet_nano", num_classes=2)
         >>> heat = normfree.grad_cam(net, torch.randn(3, 3, 32, 32), classes=1)
         >>> heat.shape, bool((heat >= 0).all())
-        (torch.Size([3, 4, 4]), True)
+        (torch.Size([3, 8, 8]), True)
 
     Source: Selvaraju et al. 2017 (arXiv 1610.02391), equations 1 and 2.
     """
