@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from normfree.data.transforms.decode import formats
-from normfree.inference import predict
 from normfree.models.zoo import create_model
+from normfree.prediction import predict
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
 from normfree.serve.limits import Limits
