@@ -29,7 +29,7 @@ HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options
   train [RECIPE|RUN|FILE.toml] [--key value ...]
                                     train; alone: the demo; a run folder: resume
   eval RUN|MODEL DATA               measure top-1 and top-5 on labeled images
-  predict RUN|MODEL PATH...         predict classes of files, folders, URLs, videos
+  predict RUN|MODEL PATH...         predict classes of files, folders, URLs...
   diagnose NAME|RUN|MODEL [DATA]    measure signals, gradients, batch dependence
   convert FILE|MODEL FOLDER         convert weights to a model folder;
                                     timm:NAME FILE: remove batch norm
