@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--traceback"]
     try:
         return _dispatch(args)
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ImportError) as error:
         if traceback:
             raise
         for line in str(error).splitlines():

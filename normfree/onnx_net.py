@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normfree.exported_net import METADATA_KEY, ExportedNet, Shape, check_metadata, first_line
 from normfree.files import read_bytes
-from normfree.suggest import problem
+from normfree.suggest import needs, problem
 
 if TYPE_CHECKING:
     import onnx
@@ -116,12 +116,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         ValueError: the file cannot be read, contains no graph, or refers to weights outside its folder.
         ModuleNotFoundError: onnx is not installed.
     """
-    try:
+    with needs("an ONNX file", install="normfree[onnx]"):
         import onnx
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            problem("ONNX files need onnx", fix="pip install 'normfree[onnx]'")
-        ) from None
     if not path.is_file():
         raise ValueError(
             problem(f"{str(path)!r} does not exist", allowed="an ONNX file that `normfree export` wrote")
@@ -182,12 +178,8 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
 
 def _runtime(device: str) -> tuple[Any, str]:
     """Import onnxruntime; return it and its provider for a device."""
-    try:
+    with needs("an ONNX file", install="normfree[onnx]"):
         import onnxruntime
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            problem("ONNX files need onnxruntime", fix="pip install 'normfree[onnx]'")
-        ) from None
     provider = PROVIDERS.get(device, "")
     available = onnxruntime.get_available_providers()
     if provider not in available:

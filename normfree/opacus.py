@@ -20,16 +20,12 @@ from normfree.ops.example_gradients import (
     conv2d_example_gradients,
     standardized_example_gradients,
 )
-from normfree.suggest import problem
+from normfree.suggest import needs, problem
 
-try:
+with needs("normfree.opacus", install="opacus>=1.6"):
     from opacus.grad_sample import register_grad_sampler
     from opacus.validators import register_module_fixer, register_module_validator
     from opacus.validators.errors import UnsupportedModuleError
-except ImportError as error:
-    raise ImportError(
-        problem("Opacus is not installed", allowed="opacus>=1.6", fix="pip install opacus")
-    ) from error
 
 # Gradients of single examples by parameter.
 Samples = dict[Tensor, Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from normfree.exported_net import METADATA_KEY, ExportedNet, Shape, check_metadata, first_line
-from normfree.suggest import problem, unknown
+from normfree.suggest import needs, problem, unknown
 
 # Types of the computation on a CPU. OpenVINO itself would choose bfloat16 on CPUs with instructions for it, which
 # changes logits by 1 %.
@@ -65,12 +65,8 @@ def openvino() -> Any:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
+    with needs("an OpenVINO file", install="normfree[openvino]"):
         import openvino as module
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            problem("OpenVINO files need openvino", fix="pip install 'normfree[openvino]'")
-        ) from None
     return module
 
 

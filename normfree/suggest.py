@@ -1,11 +1,12 @@
-"""Suggestions for misspelled names, and error messages of three parts: what was given, what is allowed, the fix."""
+"""Error messages of three parts: what was given, what is allowed, the fix; similar names, and missing packages."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-_HARMLESS = "\n\t\u200c\u200d"  # not printable for Python
+_JOINERS = "\u200c\u200d"  # not printable for Python
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -39,19 +40,21 @@ def some_names(names: Iterable[str], *, limit: int = 5) -> str:
     return f"{text} and {len(listed) - limit} more" if len(listed) > limit else text
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, one_line: bool = False) -> str:
     r"""Return `text` with characters that could control a terminal, or are no valid Unicode, as escapes.
 
-    Line breaks, tabs and the joiners of emoji and Indic scripts stay. Names of files may hold any character.
+    The joiners of emoji and Indic scripts stay, and so do line breaks and tabs unless `one_line` is set. Names of files
+    may hold any character.
 
     >>> print(printable("a\x1b[31mb\udcff"))
     a\x1b[31mb\udcff
+    >>> print(printable("two\nlines", one_line=True))
+    two\nlines
     """
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape").decode() for c in text
-    )
+    kept = _JOINERS if one_line else _JOINERS + "\n\t"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def problem(given: str, *, allowed: str = "", fix: str = "") -> str:
@@ -77,3 +80,51 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """
     listed = list(known)
     return f"unknown {kind} {name!r}.{did_you_mean(name, listed)} Allowed: {', '.join(map(repr, listed))}."
+
+
+@contextlib.contextmanager
+def needs(what: str, *, install: str) -> Iterator[None]:
+    """Return a context for imports: if a package is missing, the error names the command that installs it.
+
+    Args:
+        what: what the packages are needed for, as the subject of the message.
+        install: what to give to pip, usually this package with one of its extras.
+
+    Raises:
+        ModuleNotFoundError: a package is not installed.
+        ImportError: it is installed and cannot be imported; the message has the reason.
+
+    >>> with needs("a table", install="normfree[tables]"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    ModuleNotFoundError: a table needs no_such_package, which is not installed. Fix: pip install "normfree[tables]".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise not_installed(what, (error.name or install).partition(".")[0], install=install) from None
+    except ImportError as error:
+        package = (error.name or install).partition(".")[0]
+        given = f"{what} needs {package}, which cannot be imported: {error}"
+        raise ImportError(
+            problem(given, fix=f'pip install --upgrade "{install}"'), name=error.name
+        ) from error
+
+
+def not_installed(what: str, package: str, *, install: str, otherwise: str = "") -> ModuleNotFoundError:
+    """Return the error for a missing `package`, as `needs` raises it.
+
+    Args:
+        what: what the package is needed for, as the subject of the message.
+        package: the name of the package.
+        install: what to give to pip.
+        otherwise: what else would help.
+
+    >>> not_installed("--log.to wandb", "wandb", install="normfree[wandb]", otherwise='--log.to ""').args[0]
+    '--log.to wandb needs wandb, which is not installed. Fix: pip install "normfree[wandb]", or --log.to "".'
+    """
+    # Double quotes are those that every shell removes, also that of Windows.
+    fix = f'pip install "{install}"' + (f", or {otherwise}" if otherwise else "")
+    return ModuleNotFoundError(
+        problem(f"{what} needs {package}, which is not installed", fix=fix), name=package
+    )

@@ -22,10 +22,11 @@ from normfree.models.variant import Variant
 from normfree.models.variants import VARIANTS, name_in_timm
 from normfree.models.zoo import create_model
 from normfree.preprocessing import SQUASH_UP_TO, published_preprocessing
+from normfree.suggest import needs
 from normfree.weights.hub import TAGS
 from normfree.weights.names import to_our_names
 
-try:
+with needs("normfree.timm", install="timm"):
     from timm.models import (
         PretrainedCfg,
         build_model_with_cfg,
@@ -34,10 +35,6 @@ try:
         is_model,
         register_model,
     )
-except ModuleNotFoundError as error:
-    if not (error.name or "").startswith("timm"):
-        raise
-    raise ModuleNotFoundError("normfree.timm needs timm: pip install timm", name="timm") from None
 
 
 def _configs(name: str, variant: Variant) -> dict[str, PretrainedCfg]:

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -162,18 +161,8 @@ def torchrun() -> Callable[..., subprocess.Popen[str]]:
     """`torchrun(size, *arguments)` starts `normfree train` in several processes."""
 
     def start(size: int, *arguments: str) -> subprocess.Popen[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        run = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(size),
-            "--master-port",
-            port,
-        ]
+        # --standalone: torchrun chooses a free port
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
         command = [*run, "-m", "normfree", "train", *arguments]
         return subprocess.Popen(
             command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

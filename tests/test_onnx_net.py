@@ -223,7 +223,8 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["predict", str(path), "x.png"]) == 2
     assert (
-        capsys.readouterr().err == f"normfree: ONNX files need {module}. Fix: pip install 'normfree[onnx]'.\n"
+        capsys.readouterr().err
+        == f'normfree: an ONNX file needs {module}, which is not installed. Fix: pip install "normfree[onnx]".\n'
     )
 
 

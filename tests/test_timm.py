@@ -54,7 +54,7 @@ def test_without_timm_the_error_names_the_fix() -> None:
     code = "import sys; sys.modules['timm'] = None\nimport normfree.timm"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.splitlines()[-1] == (
-        "ModuleNotFoundError: normfree.timm needs timm: pip install timm"
+        'ModuleNotFoundError: normfree.timm needs timm, which is not installed. Fix: pip install "timm".'
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from normfree.commands.usage import UsageError
-from normfree.suggest import did_you_mean, problem
+from normfree.suggest import did_you_mean, needs, problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,8 @@ def create_network(source: str, *, num_classes: int | None = None) -> nn.Module:
         num_classes: number of outputs; None means the library's default.
 
     Raises:
-        UsageError: the library is not installed or has no network of this name.
+        UsageError: the library has no network of this name.
+        ModuleNotFoundError: the library is not installed.
     """
     library, _, name = source.partition(":")
     create, names = _open_library(library, source)
@@ -46,10 +47,8 @@ _ALLOWED = {
 def _open_library(library: str, source: str) -> tuple[Callable[..., Any], list[str]]:
     """Return the function of a library that creates a network, and the names that it knows."""
     if library == "timm":
-        try:
+        with needs(source, install="timm"):
             import timm
-        except ModuleNotFoundError:
-            raise UsageError(problem(f"{source} needs timm", fix="pip install timm")) from None
         return timm.create_model, timm.list_models()
     from normfree.data.torchvision_import import torchvision_module
 

@@ -127,7 +127,7 @@ def require_class_names(classes: Sequence[str], *, source: str) -> None:
         ValueError: one is not; the message names it and `source`.
     """
     for name in classes:
-        if not isinstance(name, str) or not name or printable(name) != name or set("\n\t") & set(name):
+        if not isinstance(name, str) or not name or printable(name, one_line=True) != name:
             raise ValueError(
                 problem(f"{printable(source)!r} has a class named {name!r}",
                         allowed="printable text in UTF-8, without line breaks", fix="rename the class")

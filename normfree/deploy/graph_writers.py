@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.exported_net import INPUT, METADATA_KEY, OUTPUT, PT2_METADATA, first_line
-from normfree.suggest import problem
+from normfree.suggest import needs, problem
 
 if TYPE_CHECKING:
     import onnx
@@ -94,15 +94,9 @@ def _named_failure(job: ExportJob) -> Iterator[None]:
 def write_onnx(net: nn.Module, path: Path, job: ExportJob, *, opset: int) -> tuple[Counter[str], int]:
     """Write `net`, which computes what `job.net` does; return its census and the number of nodes that compute on
     weights alone."""
-    try:
+    with needs("export to ONNX", install="normfree[onnx]"):
         import onnx
-
-        # PyTorch's exporter needs onnxscript; its own error message is long.
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            problem(f"export to ONNX needs {error.name}", fix="pip install 'normfree[onnx]'")
-        ) from None
+        import onnxscript  # noqa: F401  PyTorch's exporter needs it; its own error message is long
     with silence(), _named_failure(job):
         program = torch.onnx.export(
             net, (job.example,), dynamo=True, dynamic_shapes=job.dynamic_shapes, input_names=[job.inputs],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfree.suggest import problem
+from normfree.suggest import needs
 
 # Okabe and Ito's palette, which color-blind readers can distinguish ("Color Universal Design", 2008).
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -16,13 +16,9 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
+    with needs("a figure", install="normfree[demo]"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            problem("figures need matplotlib, which is not installed", fix='pip install "normfree[demo]"')
-        ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -18,7 +18,9 @@ from typing import Annotated, Any, TypeVar
 import torch
 from torch import Tensor
 
-try:
+from normfree.suggest import needs, problem
+
+with needs("normfree serve", install="normfree[serve]"):
     import prometheus_client  # noqa: F401  for request_metrics.py
     import python_multipart  # noqa: F401  for forms in starlette
     import uvicorn  # noqa: F401  for server.py
@@ -26,9 +28,6 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
-except ModuleNotFoundError as missing:
-    message = f"normfree serve needs {missing.name}. Fix: pip install 'normfree[serve]'."
-    raise ModuleNotFoundError(message) from None
 
 from normfree._version import __version__
 from normfree.data.transforms.decode import ImageError, load_image
@@ -41,7 +40,6 @@ from normfree.serve.limits import Budget, Limits, RequestError, client_of
 from normfree.serve.origin import HostGuard
 from normfree.serve.request_metrics import RequestMetrics, RequestMonitor, log
 from normfree.serve.upload import CLIENT_LEFT, uploads
-from normfree.suggest import problem
 
 Result = TypeVar("Result")
 

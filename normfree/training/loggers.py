@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from normfree.diagnose.metrics_file import read_metrics
-from normfree.suggest import problem
+from normfree.suggest import not_installed, problem
 from normfree.training.config import Config, loggers_in
 from normfree.training.console import RunLog
 from normfree.training.metrics import MetricsWriter
@@ -142,10 +142,7 @@ def require(to: str) -> None:
     for name in loggers_in(to):
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # no origin: a folder called wandb
-            raise ModuleNotFoundError(
-                f"log.to={to!r} needs the package {name}, which is not installed. Fix: pip install "
-                f"'normfree[{name}]', or --log.to \"\"."
-            )
+            raise not_installed(f"log.to={to!r}", name, install=f"normfree[{name}]", otherwise='--log.to ""')
 
 
 def open_logs(

@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from types import ModuleType
 
-from normfree.suggest import did_you_mean, problem, unknown
+from normfree.suggest import did_you_mean, needs, problem, unknown
 from normfree.weights.checksums import SUMS_FILE
 
 PREFIX = "hf-hub:"
@@ -112,10 +112,6 @@ def upload(folder: Path, repository: str, *, private: bool = False) -> str:
 
 
 def _hub() -> ModuleType:
-    try:
+    with needs("the Hugging Face hub", install="normfree[hub]"):
         import huggingface_hub
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the Hugging Face hub needs huggingface_hub: pip install 'normfree[hub]'"
-        ) from None
     return huggingface_hub

@@ -172,4 +172,6 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert main(["predict", str(exported), "x.png"]) == 2
     error = capsys.readouterr().err
-    assert error == "normfree: OpenVINO files need openvino. Fix: pip install 'normfree[openvino]'.\n"
+    assert error == (
+        'normfree: an OpenVINO file needs openvino, which is not installed. Fix: pip install "normfree[openvino]".\n'
+    )

@@ -226,8 +226,8 @@ def test_a_missing_package_is_one_line_before_the_data(tmp_path, monkeypatch, ca
     args = ["train", *FLAGS, "--log.to", name, "--out", str(tmp_path / "run")]
     assert main(args) == 2
     assert capsys.readouterr().err == (
-        f"normfree: log.to='{name}' needs the package {name}, which is not installed. Fix: pip install "
-        f"'normfree[{name}]', or --log.to \"\".\n"
+        f"normfree: log.to='{name}' needs {name}, which is not installed. "
+        f'Fix: pip install "normfree[{name}]", or --log.to "".\n'
     )
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +236,7 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()  # W&B makes one where it works
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="needs the package wandb"):
+    with pytest.raises(ModuleNotFoundError, match="needs wandb, which"):
         require("wandb")
 
 

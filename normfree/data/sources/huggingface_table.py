@@ -11,7 +11,7 @@ from typing import Any
 from normfree.data.encoded import MAX_CLASSES, number_classes
 from normfree.data.sources.huggingface_stream import BUFFER, labels_of
 from normfree.data.spec import is_yes
-from normfree.suggest import did_you_mean, problem
+from normfree.suggest import did_you_mean, needs, problem
 
 # Usual names of the columns, in order of preference.
 _IMAGES = ("image", "img", "jpg", "picture")  # language: a name of others
@@ -79,10 +79,8 @@ def open_splits(target: str, options: Mapping[str, str], *, download: bool) -> d
                 fix="download=yes, or check the path",
             )
         )
-    try:
+    with needs("hf:", install="normfree[datasets]"):
         import datasets
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("hf: needs datasets: pip install 'normfree[datasets]'") from None
     saved = local and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file())
     if saved and stream:
         raise ValueError(

@@ -15,7 +15,7 @@ from normfree.data.subset import make_split
 from normfree.data.transforms.decode import suffixes
 from normfree.data.walk import is_litter, list_folder
 from normfree.files import read_bytes, read_csv, read_text
-from normfree.suggest import problem
+from normfree.suggest import needs, problem
 
 VAL_NAMES = ("val", "validation", "valid")
 _WNID = r"n\d{8}"
@@ -222,10 +222,8 @@ def _from_text(path: Path) -> dict[str, str]:
 
 def _from_mat(path: Path) -> dict[str, str]:
     """Return class folder by number, from the devkit's meta.mat."""
-    try:
+    with needs(str(path), install="normfree[imagenet]"):
         from scipy.io import loadmat
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"{path} needs SciPy: pip install 'normfree[imagenet]'") from None
     try:
         rows: Any = loadmat(io.BytesIO(read_bytes(path, limit=_MAT_BYTES)), squeeze_me=True)["synsets"]
         return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in rows}

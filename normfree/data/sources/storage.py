@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from normfree.suggest import problem
+from normfree.suggest import needs, problem
 
 MAX_FILES = 100_000  # files that one pattern may name; more is a typing error
 _RETRIES = (
@@ -128,18 +128,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     fsspec caches one instance per process and drops it after a fork, so this is cheap and safe to call each time.
     """
-    try:
+    scheme = f"{url.partition('://')[0]}://"
+    with needs(scheme, install="normfree[remote]"):
         import fsspec
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{url.partition('://')[0]}:// needs fsspec: pip install 'normfree[remote]'"
-        ) from None
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:  # the driver of the store is missing; fsspec names its package
-        raise ModuleNotFoundError(
-            f"{url.partition('://')[0]}:// needs a driver for fsspec: {error}"
-        ) from None
+        raise ModuleNotFoundError(f"{scheme} needs a driver for fsspec: {error}") from None
     except ValueError as error:  # an unknown scheme
         raise OSError(str(error)) from None
     return system, str(path)

@@ -22,7 +22,7 @@ from normfree.data.encoded import MAX_CLASSES
 from normfree.data.sources.storage import StoredFile
 from normfree.data.transforms.decode import MAX_BYTES, suffixes
 from normfree.files import atomic_write
-from normfree.suggest import problem
+from normfree.suggest import printable, problem
 
 INDEX_VERSION = 1  # a cached index of another version is not used
 MAX_HEADER = 1 << 20  # bytes of a label or of a long name; a header may claim gigabytes
@@ -140,7 +140,7 @@ def index_tar(file: BinaryIO, *, name: str, size: int) -> TarIndex:
                 "unpack it to a plain tar",
             )
     for member, reader in _members(file, name, size):
-        shown = _printable(member.name)
+        shown = printable(member.name, one_line=True)
         parts = member.name.rsplit("/", 1)
         stem, dot, suffix = parts[-1].partition(".")
         if re.match(r"__[^/]*__($|/)", member.name) or not stem or not dot:
@@ -173,7 +173,11 @@ def index_tar(file: BinaryIO, *, name: str, size: int) -> TarIndex:
         )
     orphan = next((key for key in labels if key not in images), None)
     if orphan is not None:
-        _refuse(name, f"has a label but no image for {_printable(orphan)!r}", "keep both in one shard")
+        _refuse(
+            name,
+            f"has a label but no image for {printable(orphan, one_line=True)!r}",
+            "keep both in one shard",
+        )
     if not images:
         _refuse(name, "holds no images", "check the pattern")
     return TarIndex(
@@ -197,7 +201,11 @@ def _members(file: BinaryIO, name: str, size: int) -> Any:
             last = member.offset
             if not member.isdir():
                 if not member.isreg() or member.issparse():
-                    _refuse(name, f"has {_printable(member.name)!r}, {_kind(member)}", "plain files only")
+                    _refuse(
+                        name,
+                        f"has {printable(member.name, one_line=True)!r}, {_kind(member)}",
+                        "plain files only",
+                    )
                 yield member, capped
     except (_Refused, OSError):
         raise
@@ -275,8 +283,3 @@ def _kind(member: tarfile.TarInfo) -> str:
     if member.islnk() or member.issym():
         return "a link"
     return "a sparse file" if member.issparse() else "no regular file"
-
-
-def _printable(text: str) -> str:
-    """Return `text` with unprintable characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

