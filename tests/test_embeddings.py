@@ -145,6 +145,16 @@ def test_the_command_writes_the_embeddings_of_every_readable_file(body, photos, 
     assert "bad.png" in capsys.readouterr().err
 
 
+def test_images_of_twelve_bits_have_the_embeddings_of_eight(tmp_path):
+    pre = Preprocessing(image_size=16, crop="squash", pixel_range=4095)
+    model = TrainedModel(create_model("nf_resnet_nano", num_classes=0), pre, ())
+    levels = np.random.default_rng(0).integers(0, 256, (20, 24)).astype(np.uint16)
+    Image.fromarray(np.rint(levels * 4095.0 / 255).astype(np.uint16)).save(tmp_path / "twelve.png")
+    found = embed_files(model, [tmp_path / "twelve.png", levels.astype(np.uint8)], device="cpu")
+    assert found.paths == (str(tmp_path / "twelve.png"), "image 1")
+    np.testing.assert_array_equal(found.values[0], found.values[1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

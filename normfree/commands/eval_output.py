@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normfree.files import atomic_write, atomic_write_text
+from normfree.files import atomic_write, atomic_write_text, spreadsheet_cell
+from normfree.suggest import printable
 
 if TYPE_CHECKING:
     from normfree.scores import Evaluation
@@ -23,7 +24,7 @@ def write_answers(score: Evaluation, names: Sequence[str], path: Path) -> None:
         label, predicted = int(score.labels[index]), int(score.predictions[index])
         rows.append(
             {
-                "path": name.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+                "path": printable(name),
                 "class": score.classes[label], "predicted": score.classes[predicted], "right": label == predicted,
                 "confidence": round(float(score.confidences[index]), 6), "loss": round(float(score.losses[index]), 6),
             }
@@ -34,7 +35,7 @@ def write_answers(score: Evaluation, names: Sequence[str], path: Path) -> None:
     else:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     atomic_write_text(path, text.getvalue())
 
 
@@ -50,6 +51,12 @@ def write_confusion(score: Evaluation, path: Path) -> None:
         return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", *score.classes])
-    writer.writerows([name, *row] for name, row in zip(score.classes, counts, strict=True))
+    names = [_cell(name) for name in score.classes]
+    writer.writerow(["class", *names])
+    writer.writerows([name, *row] for name, row in zip(names, counts, strict=True))
     atomic_write_text(path, text.getvalue())
+
+
+def _cell(value: object) -> object:
+    """Return a value for a CSV file; a text is made safe for spreadsheets."""
+    return spreadsheet_cell(value) if isinstance(value, str) else value

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from normfree.data.transforms.decode import suffixes
 from normfree.diagnose.html_page import PageSection, image_cards, jpeg, page, table
 from normfree.files import spreadsheet_cell
 from normfree.suggest import printable
@@ -58,8 +59,8 @@ class _TableWriter:
 
     def write(self, answer: Answer, heatmap: str) -> None:
         found = answer.prediction
-        text = printable(found.error) or "   ".join(_shown(c, p) for c, p in _pairs(found))
-        print(f"{printable(found.path)}   {text}", file=self.file, flush=True)
+        text = printable(found.error, one_line=True) or "   ".join(_shown(c, p) for c, p in _pairs(found))
+        print(f"{printable(found.path, one_line=True)}   {text}", file=self.file, flush=True)
 
     def close(self) -> None:
         pass
@@ -175,7 +176,8 @@ class HeatmapFolder:
         """Write the heat map of an answer and return its path, or return "" if it has none."""
         if answer.heat is None:
             return ""
-        name = re.sub(r"[^\w.=-]+", "_", Path(answer.prediction.path).name) or "image"
+        name = Path(answer.prediction.path).name
+        name = re.sub(r"[^\w.=-]+", "_", Path(name).stem if Path(name).suffix.lower() in suffixes() else name)
         self.names[name] += 1
         number = f"-{self.names[name]}" if self.names[name] > 1 else ""
         path = self.folder / f"{name}{number}.jpg"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfree.data.transforms.decode import ImageError
-from normfree.suggest import problem
+from normfree.suggest import needs, problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,13 +45,10 @@ def require_video(source: str) -> ModuleType:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
+    with needs(f"reading {source}", install="normfree[video]"):
         import av
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            problem(f"{source} is a video, which needs PyAV", fix='pip install "normfree[video]"')
-        ) from None
-    return av
+    module: ModuleType = av
+    return module
 
 
 def video_frames(source: str, *, every: int = 1) -> Iterator[Frame]:

@@ -89,7 +89,7 @@ def test_heat_maps_are_named_after_the_images(model, photos, tmp_path, capsys):
     assert run(model, photos, "--heatmap", folder, "--out", out) == 2
     assert capsys.readouterr().out == f"{out}: 6 images\n{folder}: 5 heat maps\n"
     assert {path.name for path in folder.iterdir()} == {
-        "_i_c_d.png.jpg", "a.png.jpg", "a.png-2.jpg", "b.png.jpg", "e.png.jpg",
+        "_i_c_d.jpg", "a.jpg", "a-2.jpg", "b.jpg", "e.jpg",
     }  # fmt: skip
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert [Path(e["path"]).name for e in entries if "heatmap" not in e] == ["bad.png"]
@@ -185,6 +185,27 @@ def test_show_prints_what_an_exported_file_holds(model, tmp_path, capsys):
 def _image(folder: Path) -> str:
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     return str(folder / "red.png")
+
+
+def test_files_of_eval_name_classes_as_text(model, tmp_path):
+    """A class that looks like a formula, and one without images."""
+    for name in ("=green", "blue"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), name.lstrip("=")).save(tmp_path / "test" / name / "0.png")
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["label_names"][0] = "red"  # the name of a folder has no slash
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "SHA256SUMS").unlink()
+    answers, table = tmp_path / "answers.csv", tmp_path / "confusion.csv"
+    args = ["eval", str(folder), str(tmp_path / "test"), "--out", str(answers), "--confusion", str(table)]
+    assert main(args) == 0
+    rows = list(csv.DictReader(answers.read_text().splitlines()))
+    assert {row["class"] for row in rows} == {"'=green", "blue"}
+    lines = list(csv.reader(table.read_text().splitlines()))
+    assert lines[0] == ["class", "red", "'=green", "blue"]
+    assert [sum(map(int, line[1:])) for line in lines[1:]] == [0, 1, 1]
 
 
 @pytest.mark.browser

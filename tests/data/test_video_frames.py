@@ -82,7 +82,10 @@ def test_the_extra_is_named_if_it_is_missing(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "clip.mp4").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "av", None)
     for given in (str(tmp_path / "clip.mp4"), "camera:0", f"{tmp_path}/*"):
-        with pytest.raises(ModuleNotFoundError, match=r'needs PyAV\. Fix: pip install "normfree\[video\]"\.'):
+        with pytest.raises(
+            ModuleNotFoundError,
+            match=r'needs av, which is not installed\. Fix: pip install "normfree\[video\]"\.',
+        ):
             image_inputs([given])
     with pytest.raises(ValueError, match=r"every is 0\. Allowed: 1 or more\."):
         image_inputs([], every=0)
