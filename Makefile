@@ -5,7 +5,7 @@ SOURCES := pyproject.toml setup.py $(wildcard normfree/native/*.[ch])
 # Two test processes, since tests use one thread each.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo lint test test-all slow browser interop reliability docs bench format clean
+.PHONY: help demo lint test test-all slow browser interop reliability docs bench reproduce format clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -55,6 +55,11 @@ docs: .venv/.docs  ## build the documentation site in site/
 
 bench: .venv/.bench ## CPU speed against timm and others, under 20 minutes; writes benchmarks/results/ and docs/results.md
 	$(BIN)/python -m benchmarks.run --device cpu
+
+DATA ?= cifar10
+OPTIONS ?=
+reproduce: .venv/.demo ## the papers' experiments, about four hours on two cores: make reproduce DATA=FOLDER OPTIONS="--only depth"
+	$(BIN)/python -m experiments.run --data $(DATA) $(OPTIONS)
 
 format: .venv/.dev ## reformat the code
 	$(BIN)/ruff format .

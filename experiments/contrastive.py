@@ -1,74 +1,72 @@
 """What batch statistics leak in contrastive learning: SimCLR on virtual devices, with batch norm and without.
 
-    python -m experiments.contrastive [--preset cpu|gpu] [--data DATA] [--seeds N] [--jobs N]
-    python -m experiments.contrastive --probe        # the runs that determine the rates
+    python -m experiments.run --only contrastive --data cifar10/
 
-A batch of 256 images is spread over 32 virtual devices; both views of an image are on one device. A network with batch
-norm and statistics per device can recognize the other view by the statistics that they share, instead of by its
-content. Arms: `nf`, the normalizer-free network with AGC; `bn_device`, its batch-norm twin with statistics per device;
-`bn_shuffled`, the same with the second views distributed over the devices at random (the remedy of MoCo, arXiv
-1911.05722, section 3.3); `bn_global`, with statistics of the whole batch (synchronized batch norm).
+A batch of 256 images is spread over 32 virtual devices; both views of an image are on one device. A network with
+batch norm and statistics per device can recognize the other view by the statistics that they share, instead of by its
+content. Arms: `nf`, the normalizer-free network with AGC; `bn_device`, its batch-norm twin with statistics per
+device; `bn_shuffled`, the same with the second views distributed over the devices at random (the remedy of MoCo,
+arXiv 1911.05722, section 3.3); `bn_global`, with statistics of the whole batch (synchronized batch norm).
 
-Every arm trains on T images with its own learning rate, chosen on V other training images with a seed of its own, and
-is scored on test images that chose nothing. A cell is one arm, rate and seed; its result is a file in
-runs/contrastive/, so an interrupted experiment continues. `--rate R` gives all arms one rate instead. Writes
-experiments/results/contrastive.md and .json.
+Each arm has its own learning rate, chosen by the linear probe on V. The report scores the networks on the test
+images.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import platform
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.batch_size import EXTRA_VARIANTS, BalancedSubset
-from normfree import SGD, VARIANTS, clip_grad_, create_model, nt_xent, open_source, parameter_groups
-from normfree.data.loader import train_batches
+from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.networks import build, on_devices_, variant_for
+from experiments.pages import command_of, machine, markdown
+from experiments.parts import open_part, packed_parts
+from experiments.verdicts import FAILS, HOLDS, MARGIN, UNDECIDED, Finding, both, comparison_text, spread
+from normfree import SGD, clip_grad_, nt_xent, parameter_groups
+from normfree.data.loader import Batch, train_batches
 from normfree.data.seeds import key, permutation
 from normfree.data.source import Source
-from normfree.data.subset import Subset
 from normfree.data.transforms.normalize import normalize
 from normfree.data.transforms.train import train_transform
 from normfree.device import run_device
 from normfree.embeddings import embed_source, knn_probabilities, linear_probe
-from normfree.files import atomic_write_text
+from normfree.files import atomic_write, atomic_write_text
 from normfree.models.net import Net
-from normfree.optim.schedule import schedule_multiplier
+from normfree.optim.schedule import warmup_cosine
 from normfree.preprocessing import Preprocessing
 from normfree.training.allocator import keep_freed_memory
 from normfree.training.projection import project_
 from normfree.uncertainty import PairedComparison, compare_paired, mean_interval
 
-RUNS, RESULTS = Path("runs/contrastive"), Path(__file__).parent / "results"
 ARMS = ("nf", "bn_device", "bn_shuffled", "bn_global")
-PROBE_SEED = 100  # chooses rates, and is in no table
-MARGIN = 1.0  # points of linear probe that do not matter, fixed before the runs
 LEAK = 0.1  # nats; a smaller leak is not called one
+NUMBERS = (
+    "train_loss",
+    "loss",
+    "loss_shuffled",
+    "leak",
+    "knn",
+    "probe",
+)  # of a cell, in the order of the table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
-    """One size of the experiment. `rates` are tried; `chosen` are those of the arms, in the order of ARMS."""
+class Size:
+    """One size of the experiment. `rates` are tried for each arm."""
 
-    data: str = "cifar10"
-    model: str = "nf_resnet_thin"
+    base: str = "thin"
     image_size: int = 32
-    train_images: int = 8_000
-    choice_images: int = 2_000
-    test_images: int = 5_000
+    train: int = 8_000
+    choice: int = 2_000
+    test: int = 5_000
     batch: int = 256
     devices: int = 32
     epochs: float = 8
@@ -77,60 +75,39 @@ class Preset:
     clipping: float = 0.08
     rates: tuple[float, ...] = (0.1, 0.3, 0.9)
     seeds: int = 3
-    workers: int = 0
 
 
-PRESETS = {
-    "cpu": Preset(),
-    "gpu": Preset(
-        model="nf_resnet_mini", train_images=45_000, choice_images=5_000, test_images=10_000, batch=1024, devices=32,
-        epochs=200, dim=128, seeds=5, workers=12,
+SIZES = {
+    "cpu": Size(),
+    "gpu": Size(
+        base="mini", train=45_000, choice=5_000, test=10_000, batch=1024, epochs=200, dim=128, seeds=5
     ),
-    "tiny": Preset(
-        data="synthetic:classes=3,size=16,train=48,val=24", image_size=16, train_images=32, choice_images=16,
-        test_images=24, batch=8, devices=4, epochs=1, rates=(0.1,), seeds=1,
+    "tiny": Size(
+        base="tiny",
+        image_size=16,
+        train=40,
+        choice=10,
+        test=20,
+        batch=8,
+        devices=4,
+        epochs=1,
+        rates=(0.1,),
+        seeds=1,
     ),
-}  # fmt: skip
+}
 
 
-class VirtualBatchNorm(nn.Module):
-    """Batch norm with the statistics of each of `devices` equal, consecutive parts of the batch.
-
-    In evaluation it uses running statistics, averaged over the devices, as distributed training does.
-    """
-
-    def __init__(self, norm: nn.BatchNorm2d, devices: int) -> None:
-        super().__init__()
-        self.norm, self.devices = norm, devices
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, getattr(norm, name).repeat(devices))
-
-    def forward(self, x: Tensor) -> Tensor:
-        g, (count, channels, height, width) = self.devices, x.shape
-        if not self.training:
-            mean, var = (b.view(g, channels).mean(dim=0) for b in (self.running_mean, self.running_var))
-            return F.batch_norm(x, mean, var, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-        parts = x.reshape(g, count // g, channels, height, width).transpose(0, 1)
-        normed = F.batch_norm(
-            parts.reshape(count // g, g * channels, height, width), self.running_mean, self.running_var,
-            self.norm.weight.repeat(g), self.norm.bias.repeat(g), training=True, momentum=0.1, eps=self.norm.eps,
-        )  # fmt: skip
-        return normed.view(count // g, g, channels, height, width).transpose(0, 1).reshape(x.shape)
+def method_of(arm: str) -> str:
+    """Return the method of an arm's network."""
+    return "nf" if arm == "nf" else "batch"
 
 
-def network(preset: Preset, arm: str, seed: int) -> Net:
+def network(size: Size, arm: str, seed: int) -> Net:
     """Return the network of an arm with its projection; equal seeds give all arms the same convolutions."""
-    VARIANTS.update(EXTRA_VARIANTS)  # type: ignore[attr-defined]
-    torch.manual_seed(key(seed, "init"))
-    name = preset.model if arm == "nf" else preset.model.removeprefix("nf_")
-    net = create_model(name, num_classes=0, skip_gain=1.0, stochdepth_rate=0.0, drop_rate=0.0)
-    assert isinstance(net, Net)
-    project_(net, preset.dim)
-    devices = 1 if arm == "bn_global" else preset.devices
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, VirtualBatchNorm(child, devices))
+    net = build(size.base, method_of(arm), classes=0, seed=seed)
+    project_(net, size.dim)
+    if arm in ("bn_device", "bn_shuffled"):
+        on_devices_(net, size.devices)
     return net
 
 
@@ -150,93 +127,179 @@ def loss_of(net: nn.Module, views: Tensor, *, temperature: float, shuffle: int |
     return nt_xent(embeddings[0::2], embeddings[1::2][back], temperature=temperature)
 
 
-def parts(preset: Preset, data: str) -> dict[str, Source]:
-    """Return the sources T ("train"), V ("choice") and the test images."""
-    split = open_source(data)
-    both = BalancedSubset(split.train, preset.train_images + preset.choice_images)
-    order = permutation(len(both), 0, "contrastive", 0)
-    return {
-        "train": Subset(both, sorted(order[: preset.train_images])),
-        "choice": Subset(both, sorted(order[preset.train_images :])),
-        "test": BalancedSubset(split.val, preset.test_images),
-    }
-
-
-def views_of(preset: Preset, source: Source, *, seed: int, steps: int) -> Any:
+def views_of(size: Size, source: Source, *, seed: int, steps: int, workers: int = 0) -> Iterator[Batch]:
     """Return batches of views: random crops, flips and SimCLR's colors for small images."""
-    transform = train_transform(image_size=preset.image_size, crop_min=0.2, randaugment="simclr:0.5")
+    transform = train_transform(image_size=size.image_size, crop_min=0.2, randaugment="simclr:0.5")
     return train_batches(
-        source, transform, batch_size=2 * preset.batch, seed=seed, num_steps=steps, workers=preset.workers, repeats=2
-    )  # fmt: skip
+        source, transform, batch_size=2 * size.batch, seed=seed, num_steps=steps, workers=workers, repeats=2
+    )
 
 
 def train(
-    preset: Preset, arm: str, *, rate: float, seed: int, source: Source, device: torch.device
+    size: Size, arm: str, *, rate: float, seed: int, source: Source, device: torch.device, workers: int = 0
 ) -> tuple[Net, float]:
-    """Train a network; return it and the mean loss of its last tenth of steps."""
-    net = network(preset, arm, seed).to(device).to(memory_format=torch.channels_last).train()
-    groups = parameter_groups(net, weight_decay=1e-4, clipping=preset.clipping)
-    optimizer = SGD(groups, rate, momentum=0.9)
-    steps = max(2, round(preset.epochs * len(source) / preset.batch))
+    """Train a network; return it and the mean loss of its last tenth of steps, which is not finite if it diverged."""
+    net = network(size, arm, seed).to(device).to(memory_format=torch.channels_last).train()
+    optimizer = SGD(parameter_groups(net, weight_decay=1e-4, clipping=size.clipping), rate, momentum=0.9)
+    steps = max(2, round(size.epochs * len(source) / size.batch))
     losses: list[float] = []
-    for batch in views_of(preset, source, seed=seed, steps=steps):
-        optimizer.set_lr(
-            rate * schedule_multiplier("warmup_cosine", batch.step / steps, warmup=0.1, final=0.0)
-        )
+    for batch in views_of(size, source, seed=seed, steps=steps, workers=workers):
+        optimizer.set_lr(rate * warmup_cosine(batch.step / steps, warmup=0.1))
         shuffle = key(seed, "devices", batch.step) if arm == "bn_shuffled" else None
-        loss = loss_of(
-            net, normalize(batch.images.to(device)), temperature=preset.temperature, shuffle=shuffle
-        )
+        loss = loss_of(net, normalize(batch.images.to(device)), temperature=size.temperature, shuffle=shuffle)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             break
         loss.backward()
-        clip_grad_(optimizer.param_groups, mode="agc" if arm == "nf" else "off", clipping=preset.clipping)
+        clip_grad_(optimizer.param_groups, mode="agc" if arm == "nf" else "off", clipping=size.clipping)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return net, fmean(losses[-max(1, steps // 10) :])
 
 
 @torch.no_grad()
-def losses_on(net: nn.Module, preset: Preset, source: Source, *, device: torch.device) -> dict[str, float]:
+def losses_on(net: nn.Module, size: Size, source: Source, *, device: torch.device) -> dict[str, float]:
     """Return the losses with batch statistics on unseen images: views on one device, and second views shuffled."""
     state = {name: value.clone() for name, value in net.state_dict().items()}
     found: dict[str, list[float]] = {"own": [], "shuffled": []}
     net.train()
-    for batch in views_of(preset, source, seed=7, steps=max(1, len(source) // preset.batch)):
+    for batch in views_of(size, source, seed=7, steps=max(1, len(source) // size.batch)):
         views = normalize(batch.images.to(device))
         for name, shuffle in (("own", None), ("shuffled", key(7, "devices", batch.step))):
-            loss = loss_of(net, views, temperature=preset.temperature, shuffle=shuffle)
-            found[name].append(float(loss))
+            found[name].append(float(loss_of(net, views, temperature=size.temperature, shuffle=shuffle)))
     net.load_state_dict(state)  # the running statistics
     return {name: fmean(values) for name, values in found.items()}
 
 
-def run(
-    preset: Preset, arm: str, *, rate: float, seed: int, data: str, scored: str, device: str
-) -> dict[str, Any]:
-    """Train one cell and return its scores on the part `scored`."""
-    begun, target, sources = time.process_time(), run_device(device), parts(preset, data)
-    net, last = train(preset, arm, rate=rate, seed=seed, source=sources["train"], device=target)
-    cell: dict[str, Any] = {
-        "arm": arm,
-        "rate": rate,
-        "seed": seed,
-        "train_loss": last,
-        "diverged": not math.isfinite(last),
+def scores(net: Net, size: Size, source: Source, bank: Source, *, device: torch.device) -> dict[str, float]:
+    """Return losses, leak, accuracy of nearest neighbors and of a linear probe on the features, in percent."""
+    held = losses_on(net, size, source, device=device)
+    pre = Preprocessing(image_size=size.image_size, crop="squash")
+    x, y = embed_source(net, bank, preprocessing=pre, device=device, batch_size=512)
+    queries, truth = embed_source(net, source, preprocessing=pre, device=device, batch_size=512)
+    knn = knn_probabilities(queries, x, y, classes=len(bank.classes)).argmax(dim=1)
+    probe = linear_probe((x, y), queries, classes=len(bank.classes)).argmax(dim=1)
+    return {
+        "loss": held["own"],
+        "loss_shuffled": held["shuffled"],
+        "leak": held["shuffled"] - held["own"],
+        "knn": 100 * float((knn == truth).double().mean()),
+        "probe": 100 * float((probe == truth).double().mean()),
     }
-    if not cell["diverged"]:
-        held = losses_on(net, preset, sources[scored], device=target)
-        pre = Preprocessing(image_size=preset.image_size, crop="squash")
-        x, y = embed_source(net, sources["train"], preprocessing=pre, device=target, batch_size=512)
-        queries, truth = embed_source(net, sources[scored], preprocessing=pre, device=target, batch_size=512)
-        classes = len(sources["train"].classes)
-        knn = knn_probabilities(queries, x, y, classes=classes).argmax(dim=1)
-        probe = linear_probe((x, y), queries, classes=classes).argmax(dim=1)
-        cell |= {"loss": held["own"], "loss_shuffled": held["shuffled"], "leak": held["shuffled"] - held["own"],
-                 "knn": 100 * float((knn == truth).double().mean()),
-                 "probe": 100 * float((probe == truth).double().mean())}  # fmt: skip
-    return {**cell, "cpu_seconds": time.process_time() - begun}
+
+
+class Contrastive:
+    """The experiment; see `experiments.cells.Experiment`."""
+
+    name, title, alone = "contrastive", "What batch statistics leak in contrastive learning", False
+
+    def __init__(self, preset: str) -> None:
+        self.size = SIZES[preset]
+
+    def cell(self, arm: str, rate: float, seed: int) -> Cell:
+        """Return a cell."""
+        network = asdict(
+            variant_for(self.size.base, method_of(arm), {})
+        )  # so that its change makes other cells
+        return Cell.of(
+            self.name, arm, seed=seed, settings={**asdict(self.size), "rate": rate, "network": network}
+        )
+
+    def _choosing(self, arm: str) -> list[Cell]:
+        rates = self.size.rates
+        return [self.cell(arm, rate, CHOICE_SEED) for rate in rates] if len(rates) > 1 else []
+
+    def cells(self, done: Results) -> list[Cell]:
+        """Return the cells that choose the rates, and for each arm with a rate those of the table."""
+        found = [cell for arm in ARMS for cell in self._choosing(arm)]
+        for seed in range(self.size.seeds):
+            for arm in ARMS:
+                tried = self._choosing(arm)
+                if all(cell in done for cell in tried):
+                    best = (
+                        max(tried, key=lambda c: done[c].get("probe", -1.0)).options["rate"]
+                        if tried
+                        else self.size.rates[0]
+                    )
+                    found.append(self.cell(arm, best, seed))
+        return found
+
+    def all_cells(self) -> list[Cell]:
+        """Return as many cells as there will be."""
+        rate = self.size.rates[len(self.size.rates) // 2]
+        table = [self.cell(arm, rate, seed) for seed in range(self.size.seeds) for arm in ARMS]
+        return [cell for arm in ARMS for cell in self._choosing(arm)] + table
+
+    def minutes(self, cell: Cell) -> float:
+        """Return an estimate, from the CPU seconds of an epoch of 8,000 images at 32 px on an AMD EPYC."""
+        seconds = {"nf": 12, "bn_device": 27, "bn_shuffled": 29, "bn_global": 14}[cell.arm]
+        return seconds * self.size.epochs * self.size.train / 8_000 / 60
+
+    def _sources(self, setup: Setup) -> dict[str, Path]:
+        size = self.size
+        return packed_parts(setup, train=size.train, choice=size.choice, test=size.test, size=size.image_size)
+
+    def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
+        """Train; a cell that chooses is scored on V, the others keep their weights for the report."""
+        keep_freed_memory()
+        files, device = self._sources(setup), run_device(setup.device)
+        bank = open_part(files, "train")
+        net, last = train(
+            self.size,
+            cell.arm,
+            rate=cell.options["rate"],
+            seed=cell.seed,
+            source=bank,
+            device=device,
+            workers=setup.workers,
+        )
+        if not math.isfinite(last):
+            return {"status": "diverged"}
+        found: Result = {"status": "done", "train_loss": last}
+        if cell.chooses:
+            return {**found, **scores(net, self.size, open_part(files, "choice"), bank, device=device)}
+        atomic_write(folder / "weights.pt", lambda path: torch.save(net.state_dict(), path))
+        return found
+
+    def report(self, done: Results, setup: Setup, results: Path) -> str:
+        """Score the networks on the test images, unless that was done, and write page and JSON."""
+        table = {cell: result for cell, result in done.items() if not cell.chooses}
+        if len(table) < self.size.seeds * len(ARMS):
+            return f"{self.title}: {len(done)} cells are finished; the test images were not opened.\n"
+        files, device = self._sources(setup), run_device(setup.device)
+        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+        for cell, result in table.items():
+            path = setup.folder_of(cell) / "test.json"
+            if result["status"] == "done" and not path.exists():
+                net = network(self.size, cell.arm, 0)
+                net.load_state_dict(
+                    torch.load(path.with_name("weights.pt"), map_location="cpu", weights_only=True)
+                )
+                scored = scores(
+                    net.to(device),
+                    self.size,
+                    open_part(files, "test"),
+                    open_part(files, "train"),
+                    device=device,
+                )
+                atomic_write_text(path, json.dumps(scored, indent=1) + "\n")
+            scored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            rows[cell.arm].append({"seed": cell.seed, "rate": cell.options["rate"], **result, **scored})
+        minutes = sum(result["cpu_seconds"] for result in done.values()) / 60
+        found = {
+            "size": asdict(self.size),
+            "cells": rows,
+            "command": command_of(self.name, setup),
+            "machine": machine(),
+            "torch": str(torch.__version__),
+            "cpu_minutes": round(minutes, 1),
+            "seeds": self.size.seeds,
+            "findings": [finding.as_json() for finding in findings(rows)],
+        }
+        text, stem = page(self.size, found), setup.stem(self.name)
+        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
+        atomic_write_text(results / f"{stem}.md", text)
+        return text
 
 
 # --- the verdict, fixed before the runs -------------------------------------------------------------------
@@ -245,14 +308,14 @@ def run(
 def verdict(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Apply the rule.
 
-    "Leaks": the 95 % interval of the leak over seeds lies above 0.1 nats. "Does not leak": the mean leak is below 0.001
-    nats. "Harmed" by the leak: the linear probe is behind that of `nf`, paired by seed, with a 95 % interval that
-    excludes 0; "not harmed": equal within 1 point; else undecided. NF needs no exchange if it does not leak and is
-    ahead of or equal to `bn_global` within 1 point.
+    "Leaks": the 95 % interval of the leak over seeds lies above 0.1 nats. "Does not leak": the mean leak is below
+    0.001 nats. "Harmed" by the leak: the linear probe is behind that of `nf`, paired by seed, with a 95 % interval
+    that excludes 0; "not harmed": equal within 1 point; else undecided. NF needs no exchange if it does not leak and
+    is ahead of or equal to `bn_global` within 1 point.
     """
     found: dict[str, Any] = {}
     for arm, own in cells.items():
-        leaks = [cell["leak"] for cell in own if not cell["diverged"]]
+        leaks = [cell["leak"] for cell in own if cell["status"] == "done"]
         interval = mean_interval(leaks) if len(leaks) > 1 else None
         leaking = interval is not None and interval.low > LEAK
         quiet = bool(leaks) and abs(fmean(leaks)) < 1e-3
@@ -268,137 +331,88 @@ def verdict(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 def _against_nf(own: Sequence[Mapping[str, Any]], nf: Sequence[Mapping[str, Any]]) -> PairedComparison | None:
     """Compare the linear probes of an arm with those of `nf`; None if that needs more seeds, or a run diverged."""
-    if len(own) < 2 or any(cell["diverged"] for cell in (*own, *nf)):
+    if len(own) < 2 or any(cell["status"] != "done" for cell in (*own, *nf)):
         return None
     return compare_paired([c["probe"] for c in own], [c["probe"] for c in nf], margin=MARGIN)
 
 
-def page(preset: Preset, cells: Mapping[str, Sequence[Mapping[str, Any]]], *, command: str) -> str:
-    """Return the page of results."""
-    rule = " ".join((verdict.__doc__ or "").split()[3:])
-    found, chance = verdict(cells), math.log(2 * preset.batch - 1)
-    lines = [
-        "# What batch statistics leak in contrastive learning", "",
-        f"`{command}`: {preset.model} and its batch-norm twin, {preset.train_images} training images, batches of "
-        f"{preset.batch} images on {preset.devices} virtual devices, {preset.epochs:g} epochs, temperature "
-        f"{preset.temperature:g}, scored on {preset.test_images} test images. A loss of {chance:.3f} nats is chance; "
-        f"{math.log(2 * preset.batch / preset.devices - 1):.3f} is that of a network that recognizes the device alone. "
-        "The leak is the loss with second views shuffled over the devices minus the loss without, of the same network "
-        f"with batch statistics. Mean ± standard deviation of {len(cells['nf'])} seeds.", "",
-        f"The rule, fixed before the runs: {rule}", "",
-        "| arm | rate | training loss | test loss | shuffled | leak, nats | neighbors % | linear probe % | verdict |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]  # fmt: skip
-    for arm, own in cells.items():
-        good = [cell for cell in own if not cell["diverged"]]
-        names = ("train_loss", "loss", "loss_shuffled", "leak", "knn", "probe")
-        values = [
-            _spread([cell[name] for cell in good], 1 if name in ("knn", "probe") else 3) for name in names
-        ]
-        judged = found[arm]["leak"]
-        probe = found[arm].get("probe")
-        if probe is not None:
-            low, high = probe.interval
-            judged += f"; probe {probe.verdict} ({probe.difference:+.1f}, {low:+.1f} to {high:+.1f})"
-        judged += f"; {found[arm]['exchange']}" if "exchange" in found[arm] else ""
-        if len(good) < len(own):
-            judged += f"; {len(own) - len(good)} of {len(own)} diverged"
-        lines.append(f"| {arm} | {own[0]['rate']:g} | " + " | ".join(values) + f" | {judged} |")
-    seconds = sum(cell["cpu_seconds"] for own in cells.values() for cell in own)
-    lines += ["", f"{seconds / 60:.0f} minutes of CPU time on {platform.processor() or platform.machine()}; "
-              f"torch {torch.__version__}."]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    """Return mean ± standard deviation."""
-    if not values:
-        return "–"
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{spread}"
-
-
-# --- cells ------------------------------------------------------------------------------------------------
-
-
-def cell_of(task: tuple[Preset, str, float, int, str, str, str, str]) -> dict[str, Any]:
-    """Return the result of a cell from its file, or run it and write the file."""
-    preset, arm, rate, seed, data, scored, device, folder = task
-    path = Path(folder) / f"{arm}-{rate:g}-s{seed}-{scored}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    keep_freed_memory()
-    cell = run(preset, arm, rate=rate, seed=seed, data=data, scored=scored, device=device)
-    atomic_write_text(path, json.dumps(cell, indent=1) + "\n")
-    print(json.dumps(cell), flush=True)
-    return cell
-
-
-def everything(
-    preset: Preset, *, data: str, folder: Path, device: str, jobs: int, probe: bool, rate: float
-) -> dict[str, list[Any]]:
-    """Run all cells: those that choose the rates, and unless `probe`, those of the table. Return the latter by arm.
-
-    With `rate`, all arms have this rate, and none is chosen.
-    """
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        several = pool.map if jobs > 1 else map
-
-        def cells(wanted: Sequence[tuple[str, float, int]], scored: str) -> list[dict[str, Any]]:
-            tasks = [
-                (preset, arm, rate, seed, data, scored, device, str(folder)) for arm, rate, seed in wanted
-            ]
-            return list(several(cell_of, tasks))
-
-        rates = dict.fromkeys(ARMS, rate)
-        if not rate:
-            tried = cells([(arm, r, PROBE_SEED) for arm in ARMS for r in preset.rates], "choice")
-            for arm in ARMS:
-                rates[arm] = max((c.get("probe", 0.0), c["rate"]) for c in tried if c["arm"] == arm)[1]
-        if probe:
-            return {}
-        wanted = [(arm, rates[arm], seed) for seed in range(preset.seeds) for arm in ARMS]
-        found = cells(wanted, "test")
-    return {arm: [cell for cell in found if cell["arm"] == arm] for arm in ARMS}
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the experiment and write the page."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--data", help="any value of normfree's --data; its validation part is the test part")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seeds", type=int, help="in place of the preset's")
-    parser.add_argument("--epochs", type=float, help="in place of the preset's")
-    parser.add_argument("--rate", type=float, default=0.0, help="for all arms, in place of one for each")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the cells")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--probe", action="store_true", help="only choose the rates")
-    given = parser.parse_args(args)
-    preset = PRESETS[given.preset]
-    changes = {k: v for k, v in (("seeds", given.seeds), ("epochs", given.epochs)) if v}
-    shown = changes | ({"rate": given.rate} if given.rate else {})
-    preset = replace(preset, **changes)
-    folder = given.runs / f"{given.preset}-{preset.epochs:g}ep"
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = everything(preset, data=given.data or preset.data, folder=folder, device=given.device, jobs=given.jobs,
-                       probe=given.probe, rate=given.rate)  # fmt: skip
-    if not cells:
-        return
-    name = "contrastive" if given.preset == "cpu" else f"contrastive_{given.preset}"
-    command = "python -m experiments.contrastive" + (
-        f" --preset {given.preset}" if given.preset != "cpu" else ""
+def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
+    """Return what the scores say about the claims of docs/claims.md."""
+    found = verdict(cells)
+    state = {arm: found[arm]["leak"] for arm in ARMS}
+    leaks = {"leaks": HOLDS, "does not leak": FAILS}.get(state["bn_device"], UNDECIDED)
+    quiet = {"does not leak": HOLDS, "leaks": FAILS}.get(state["nf"], UNDECIDED)
+    device, whole = found["bn_device"]["probe"], found["bn_global"]["probe"]
+    harmed = (
+        UNDECIDED
+        if device is None or device.verdict == "undecided"
+        else HOLDS
+        if device.verdict == "behind"
+        else FAILS
     )
-    command += "".join(f" --{k} {v:g}" for k, v in shown.items())
-    text = page(preset, cells, command=command)
-    given.results.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(given.results / f"{name}.md", text)
-    summary = {"preset": asdict(preset), "cells": cells}
-    atomic_write_text(given.results / f"{name}.json", json.dumps(summary, indent=1) + "\n")
-    print(text)
+    exchange = found["nf"].get("exchange") == "needs no exchange"
+    free = HOLDS if exchange else UNDECIDED if whole is None or whole.verdict == "undecided" else FAILS
+    numbers = ", ".join(
+        f"{arm} {spread([c['leak'] for c in own if 'leak' in c], digits=3)}" for arm, own in cells.items()
+    )
+    return [
+        Finding("contrastive-leak", both(leaks, quiet), f"leak in nats: {numbers}"),
+        Finding("contrastive-harm", harmed, f"linear probe, bn_device against nf: {comparison_text(device)}"),
+        Finding(
+            "contrastive-exchange", free, f"linear probe, bn_global against nf: {comparison_text(whole)}"
+        ),
+    ]
 
 
-if __name__ == "__main__":
-    main()
+def page(size: Size, found: Mapping[str, Any]) -> str:
+    """Return the page of results, from what the JSON holds."""
+    cells = found["cells"]
+    rule, judged, chance = (
+        " ".join((verdict.__doc__ or "").split()[3:]),
+        verdict(cells),
+        math.log(2 * size.batch - 1),
+    )
+    rows = []
+    for arm, own in cells.items():
+        good = [cell for cell in own if cell["status"] == "done"]
+        values = [
+            spread([cell[name] for cell in good], digits=1 if name in ("knn", "probe") else 3)
+            for name in NUMBERS
+        ]
+        shown = judged[arm]["leak"]
+        if judged[arm].get("probe") is not None:
+            shown += f"; probe against nf: {comparison_text(judged[arm]['probe'])}"
+        shown += f"; {judged[arm]['exchange']}" if "exchange" in judged[arm] else ""
+        shown += f"; {len(own) - len(good)} of {len(own)} diverged" if len(good) < len(own) else ""
+        rows.append([arm, f"{own[0]['rate']:g}", *values, shown])
+    head = [
+        "arm",
+        "rate",
+        "training loss",
+        "test loss",
+        "shuffled",
+        "leak, nats",
+        "neighbors %",
+        "linear probe %",
+        "verdict",
+    ]
+    return "\n".join(
+        [
+            "# What batch statistics leak in contrastive learning",
+            "",
+            f"`{found['command']}`: a small network and its batch-norm twin, {size.train} training images, batches of "
+            f"{size.batch} images on {size.devices} virtual devices, {size.epochs:g} epochs, temperature "
+            f"{size.temperature:g}, scored on {size.test} test images. A loss of {chance:.3f} nats is chance; "
+            f"{math.log(2 * size.batch / size.devices - 1):.3f} is that of a network that recognizes the device alone. "
+            "The leak is the loss with second views shuffled over the devices minus the loss without, of "
+            "the same network "
+            f"with batch statistics. Mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
+            "",
+            f"The rule, fixed before the runs: {rule}",
+            "",
+            *markdown(head, rows),
+            "",
+            f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
+            "",
+        ]
+    )

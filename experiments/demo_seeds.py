@@ -1,82 +1,117 @@
-"""The demo's network against its batch-norm twin under the same recipe, three seeds each.
+"""The demo's network against its batch-norm twin, three seeds each.
 
-    python -m experiments.demo_seeds [--jobs 2] [--seeds 3]
+    python -m experiments.run --only demo_seeds
 
-Runs `normfree train demo --model M --seed S` for both variants, two at a time on one core each, in runs/demo-seeds/.
-Finished runs are kept, and interrupted runs continue. Writes experiments/results/demo_seeds.md.
+Each arm is trained by the recipe `demo`; the twin without AGC, as everywhere. The images are the emoji of the recipe,
+whatever `--data` is, and the score is that of the averaged weights on the recipe's own test part. It is no claim of a
+paper, so it is not part of `make reproduce`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
+from experiments.cells import Cell, Result, Results, Setup
+from experiments.pages import command_of, machine, markdown
+from experiments.verdicts import RULE, Scores, comparison_text
+from normfree import train
+from normfree.files import atomic_write_text
+from normfree.training.config_io import with_overrides
+from normfree.training.divergence import DivergedError
 from normfree.training.recipes import demo
 
-RUNS = Path("runs/demo-seeds")
-RESULT = Path(__file__).parent / "results" / "demo_seeds.md"
+SEEDS = 3
+TINY = [
+    "--data=synthetic:classes=3,size=16,train=16,val=16",
+    "--length=2st",
+    "--optim.warmup=1st",
+    "--input.batch_size=4",
+    "--input.image_size=16",
+    "--input.eval_size=16",
+    "--log.evaluate_every=2st",
+]
 
 
-def run(model: str, seed: int, threads: int) -> dict[str, Any]:
-    """Run one training in its own process; return its results.json."""
-    out = RUNS / f"{model}-{seed}"
-    if not (out / "results.json").exists():
-        if (out / "config.toml").exists():
-            args = [str(out)]
-        else:
-            args = ["demo", "--model", model, "--seed", str(seed), "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run([sys.executable, "-m", "normfree", "train", *args], check=True, env=environment,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
-    return json.loads((out / "results.json").read_text())
+class DemoSeeds:
+    """The experiment; see `experiments.cells.Experiment`."""
 
+    name, title, alone = "demo_seeds", "The demo's network and its batch-norm twin", False
 
-def main() -> None:
-    """Run all seeds and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    network = demo().model
-    models = [network, network.removeprefix("nf_")]
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = {(m, s): pool.submit(run, m, s, threads) for s in range(arguments.seeds) for m in models}
-        results = {cell: future.result() for cell, future in futures.items()}
-    lines = [
-        "# The demo's network and its batch-norm twin",
-        "",
-        f"`python -m experiments.demo_seeds --seeds {arguments.seeds}`: `normfree train demo` with only the model "
-        "changed. Top-1 in percent on the validation emoji: mean ± standard deviation over seeds, and each seed.",
-        "",
-        "| model | averaged weights | seeds | last weights | seeds |",
-        "|---|---|---|---|---|",
-    ]
-    for model in models:
-        cells = [model]
-        for kind in ("average", "weights"):
-            top1 = [results[model, seed][kind]["top1"] for seed in range(arguments.seeds)]
-            spread = statistics.stdev(top1) if len(top1) > 1 else 0.0
-            cells += [f"{statistics.mean(top1):.1f} ± {spread:.1f}", ", ".join(f"{x:.1f}" for x in top1)]
-        lines.append("| " + " | ".join(cells) + " |")
-    images = results[models[0], 0]["average"]["images"]
-    error = 100 * (0.2 / images) ** 0.5
-    lines += [
-        "",
-        f"{images} validation images, so the binomial standard error of one figure is about {error:.1f} points. "
-        f"{platform.machine()}, CPU, {threads} thread(s) per run.",
-    ]
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    def __init__(self, preset: str) -> None:
+        self.seeds, self.changes = (2, TINY) if preset == "tiny" else (SEEDS, [])
 
+    def cells(self, done: Results) -> list[Cell]:
+        """Return all cells; nothing is chosen."""
+        return self.all_cells()
 
-if __name__ == "__main__":
-    main()
+    def all_cells(self) -> list[Cell]:
+        """Return a cell for each network and seed."""
+        own = demo().model
+        arms = {own: [], own.removeprefix("nf_"): ["--optim.clip=off"]}
+        return [
+            Cell.of(self.name, arm, seed=seed, settings={"flags": [*self.changes, *flags]})
+            for seed in range(self.seeds)
+            for arm, flags in arms.items()
+        ]
+
+    def minutes(self, cell: Cell) -> float:
+        """Return an estimate: the demo takes about 300 s on two cores."""
+        return 9.0
+
+    def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
+        """Train by the recipe, or continue the run in the folder."""
+        torch.set_num_threads(1)
+        flags = [
+            f"--model={cell.arm}",
+            f"--seed={cell.seed}",
+            f"--device={setup.device}",
+            *cell.options["flags"],
+        ]
+        try:
+            result = train(with_overrides(demo(), flags), folder / "run", console=Console(quiet=True))
+        except DivergedError:
+            return {"status": "diverged"}
+        assert result.test is not None
+        return {
+            "status": "done",
+            "top1": result.test.top1,
+            "images": result.test.count,
+            "last_top1": result.weights.top1,
+        }
+
+    def report(self, done: Results, setup: Setup, results: Path) -> str:
+        """Write page and JSON."""
+        rows: list[dict[str, Any]] = [
+            {"arm": cell.arm, "point": "", "seed": cell.seed, **result} for cell, result in done.items()
+        ]
+        scores, (nf, bn) = Scores(rows), list(dict.fromkeys(cell.arm for cell in self.all_cells()))
+        images = next((row["images"] for row in rows if row["status"] == "done"), 0)
+        table = markdown(
+            ["network", "averaged weights, test %", "each seed"],
+            [[arm, scores.text(arm), ", ".join(f"{x:.1f}" for x in scores.good(arm))] for arm in (nf, bn)],
+        )
+        text = "\n".join(
+            [
+                f"# {self.title}",
+                "",
+                f"`{command_of(self.name, setup)}`: recipe `demo`, scored on the {images} test emoji, which "
+                f"chose nothing. "
+                f"{len(rows)} of {len(self.all_cells())} runs are finished.",
+                "",
+                *table,
+                "",
+                f"{nf} against {bn}: {comparison_text(scores.compare((nf, ''), (bn, '')))}. {RULE}",
+                "",
+                f"On {machine()}, one thread for each run; torch {torch.__version__}.",
+                "",
+            ]
+        )
+        stem = setup.stem(self.name)
+        atomic_write_text(results / f"{stem}.json", json.dumps({"cells": rows}, indent=1) + "\n")
+        atomic_write_text(results / f"{stem}.md", text)
+        return text

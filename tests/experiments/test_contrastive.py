@@ -1,49 +1,21 @@
-"""The smallest setting of the experiment on the leak, the virtual batch norm that it uses, and its verdict."""
+"""The smallest setting of the experiment on the leak, and its verdict."""
 
 import json
 
-import pytest
 import torch
-from torch import nn
 
 from experiments import contrastive
-from experiments.contrastive import PRESETS, VirtualBatchNorm, losses_on, main, network, parts, verdict
-from normfree import VARIANTS
+from experiments.claim_list import CLAIMS
+from experiments.contrastive import SIZES, losses_on, network, verdict
+from normfree import open_source
 
-TINY, CPU = PRESETS["tiny"], torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def unchanged_variants():
-    before = dict(VARIANTS)
-    yield
-    VARIANTS.clear()
-    VARIANTS.update(before)
-
-
-def test_a_virtual_device_normalizes_like_a_device_of_its_own():
-    torch.manual_seed(0)
-    x = torch.randn(12, 5, 4, 4, dtype=torch.float64) * 3 + 1
-    norm = nn.BatchNorm2d(5).double()
-    nn.init.uniform_(norm.weight)
-    nn.init.normal_(norm.bias)
-    virtual = VirtualBatchNorm(norm, 3)
-    alone = [nn.BatchNorm2d(5).double() for _ in range(3)]
-    for each in alone:
-        each.load_state_dict(norm.state_dict())
-    expected = torch.cat([each(part) for each, part in zip(alone, x.split(4), strict=True)])
-    torch.testing.assert_close(virtual(x), expected)
-    virtual.eval()
-    means = torch.stack([each.running_mean for each in alone]).mean(dim=0)
-    variances = torch.stack([each.running_var for each in alone]).mean(dim=0)
-    shape = (1, 5, 1, 1)
-    by_hand = (x - means.view(shape)) / (variances.view(shape) + norm.eps).sqrt()
-    torch.testing.assert_close(virtual(x), by_hand * norm.weight.view(shape) + norm.bias.view(shape))
+TINY, CPU = SIZES["tiny"], torch.device("cpu")
+SOURCE = open_source("synthetic:classes=3,size=16,train=24,val=4").train
 
 
 def test_only_statistics_per_device_notice_that_views_were_moved():
     """The law behind the experiment: without batch statistics, and with those of the whole batch, nothing leaks."""
-    source = parts(TINY, TINY.data)["test"]
+    source = SOURCE
     leak = {}
     for arm in contrastive.ARMS:
         found = losses_on(network(TINY, arm, seed=0), TINY, source, device=CPU)
@@ -58,33 +30,28 @@ def test_all_arms_start_with_the_same_convolutions_and_scoring_changes_nothing()
     weights = [net.stem.conv0.weight for net in nets.values()]
     assert all(torch.equal(weight, weights[1]) for weight in weights[2:])
     before = {name: value.clone() for name, value in nets["bn_device"].state_dict().items()}
-    losses_on(nets["bn_device"], TINY, parts(TINY, TINY.data)["test"], device=CPU)
+    losses_on(nets["bn_device"], TINY, SOURCE, device=CPU)
     assert all(torch.equal(value, before[name]) for name, value in nets["bn_device"].state_dict().items())
 
 
-def test_training_choice_and_test_images_are_different_images():
-    own = parts(TINY, TINY.data)
-    names = {name: {source.name(i) for i in range(len(source))} for name, source in own.items()}
-    assert {name: len(found) for name, found in names.items()} == {"train": 32, "choice": 16, "test": 24}
-    assert not names["train"] & names["choice"]
-    assert not (names["train"] | names["choice"]) & names["test"]
-
-
-def test_the_smallest_setting_runs_writes_a_page_and_continues(tmp_path, capsys):
-    args = ["--preset", "tiny", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    main(args)
-    page = (tmp_path / "results" / "contrastive_tiny.md").read_text()
-    found = json.loads((tmp_path / "results" / "contrastive_tiny.json").read_text())["cells"]
+def test_the_smallest_setting_runs_writes_a_page_and_continues(reported):
+    one, done, page, folder = reported("contrastive")
+    found = json.loads((folder / "contrastive_tiny.json").read_text())
     assert [f"| {arm} | 0.1 |" in page for arm in contrastive.ARMS] == [True] * 4
-    assert abs(found["nf"][0]["leak"]) < 1e-5
+    assert abs(found["cells"]["nf"][0]["leak"]) < 1e-5
     assert "| does not leak |" in page
-    capsys.readouterr()
-    main(args)
-    assert '"arm"' not in capsys.readouterr().out  # no cell ran again
+    claims = {
+        claim.key for section in CLAIMS.values() for claim in section if claim.experiment == "contrastive"
+    }
+    assert {finding["claim"] for finding in found["findings"]} == claims
+    assert len(done) == len(one.all_cells())
 
 
 def cells(leaks, probes, diverged=False):
-    return [{"leak": a, "probe": b, "diverged": diverged} for a, b in zip(leaks, probes, strict=True)]
+    return [
+        {"leak": a, "probe": b, "status": "diverged" if diverged else "done"}
+        for a, b in zip(leaks, probes, strict=True)
+    ]
 
 
 def test_the_verdict_follows_the_rule():

@@ -1,0 +1,186 @@
+"""The claims of the two papers and of the literature on batch norm, with our verdicts: writes docs/claims.md.
+
+    python -m experiments.claims
+
+A verdict comes from the results that are committed in experiments/results/: from the findings of an experiment that
+has been run, else from a page of an earlier program or of a test, quoted here. A claim without either is "not run
+yet". `python -m experiments.run` writes the page after its experiments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
+from experiments.pages import markdown
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, comparison_text, expect
+from normfree.files import atomic_write_text
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "claims.md"
+
+
+def findings(results: Path) -> dict[tuple[str, str], Evidence]:
+    """Return what the committed results of experiments say, by (experiment, claim)."""
+    found: dict[tuple[str, str], Evidence] = {}
+    for path in sorted(results.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for finding in content.get("findings", ()):
+            evidence = Evidence(
+                finding["verdict"],
+                finding["numbers"],
+                content["command"],
+                str(content["seeds"]),
+                content["machine"],
+                f"experiments/results/{path.stem}.md",
+            )
+            found.setdefault((path.stem, finding["claim"]), evidence)
+    return found | _shared_rate(results) | _finetune(results)
+
+
+def _shared_rate(results: Path) -> dict[tuple[str, str], Evidence]:
+    """Return what the earlier experiment on the batch size, with one rate for all arms, says by today's rule."""
+    content = _read(results / "batch_size_shared_rate.json")
+    if not content:
+        return {}
+    scores = Scores({**cell, "point": str(cell["batch"])} for cell in content["cells"])
+    about = Evidence(
+        "", "", "an earlier program", "3", content["machine"], "experiments/results/batch_size_shared_rate.md"
+    )
+    large = scores.compare(("nf_agc", "512"), ("bn", "512"))
+    small = scores.compare(("nf", "32"), ("bn", "32"))
+    note = "rates and λ were chosen on the reported images"
+    return {
+        ("batch_size_shared_rate", "agc-large-batch-shared"): replace(
+            about,
+            verdict=expect(large, "ahead", "equal"),
+            numbers=f"batch 512, NF + AGC against BN: {comparison_text(large)}; NF diverged in "
+            f"{scores.diverged('nf', '512')} of 3; {note}",
+        ),
+        ("batch_size_shared_rate", "nf-competitive-shared"): replace(
+            about,
+            verdict=expect(small, "ahead", "equal"),
+            numbers=f"batch 32, NF against BN: {comparison_text(small)}; {note}",
+        ),
+    }
+
+
+def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
+    """Return what the fine-tuning on photographs of solar cells says."""
+    content = _read(results / "finetune.json")
+    if not content:
+        return {}
+    rows: list[dict[str, Any]] = []
+    for cell in content["cells"]:
+        own = cell["cell"]
+        if own == {**own, "batch_size": 8, "balance": 0.0, "pretrained": True, "length": "4ep", "few": False}:
+            name = f"{'nf_' if own['arm'].startswith('NF') else ''}resnet_nano_64-b8-s{own['seed']}"
+            row = {"arm": own["arm"], "point": "", "seed": own["seed"], "status": "done"}
+            rows.append({**row, "top1": cell["average"]["top1"], "twice": content["sizes"][name]["128"]})
+    about = Evidence(
+        "",
+        "",
+        "python -m experiments.finetune --elpv WHEEL",
+        "3",
+        "x86_64, one thread",
+        "experiments/results/finetune.md",
+    )
+    pair, note = (("NF + AGC", ""), ("BN twin", "")), "rates were chosen on the reported images"
+    same, far = (Scores(rows, key=key).compare(*pair) for key in ("top1", "twice"))
+    return {
+        ("finetune", "nf-transfer-elpv"): replace(
+            about,
+            verdict=expect(same, "ahead"),
+            numbers=f"NF + AGC against BN: {comparison_text(same)}; {note}; the mean over classes is not better",
+        ),
+        ("finetune", "test-resolution-elpv"): replace(
+            about,
+            verdict=expect(far, "ahead", "equal"),
+            numbers=f"trained at 64, tested at 128 px, NF + AGC against BN: {comparison_text(far)}",
+        ),
+    }
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Return the content of a JSON file, empty if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def evidence_for(claim: Claim, found: Mapping[tuple[str, str], Evidence]) -> Evidence:
+    """Return our result on a claim."""
+    own = found.get((claim.experiment, claim.key)) or claim.known
+    if own is not None:
+        return own
+    from experiments.catalog import NAMES
+
+    command = f"python -m experiments.run --only {claim.experiment}" if claim.experiment in NAMES else ""
+    return Evidence(command=command)
+
+
+def table(results: Path = RESULTS) -> str:
+    """Return the text of docs/claims.md."""
+    found = findings(results)
+    each = {
+        section: [(claim, evidence_for(claim, found)) for claim in claims]
+        for section, claims in CLAIMS.items()
+    }
+    counts = {
+        verdict: sum(e.verdict == verdict for own in each.values() for _, e in own)
+        for verdict in (HOLDS, FAILS, UNDECIDED, NOT_RUN)
+    }
+    lines = [
+        "# The claims of the papers, and what we found",
+        "",
+        "[A] is arXiv 2101.08692, [B] is arXiv 2102.06171. Written by `python -m experiments.claims` from "
+        "the committed results. Networks "
+        "and data are small (CIFAR-10 at 32 px unless stated), so a claim that does not hold here may hold "
+        "on ImageNet, and the "
+        "other way round. The rules of the verdicts were fixed before the runs and are on the pages of the "
+        "experiments; "
+        "`make reproduce DATA=FOLDER` runs those that are missing.",
+        "",
+        ", ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + ".",
+        "",
+    ]
+    head = ["claim", "published", "verdict", "ours", "command", "seeds", "hardware"]
+    for section, own in each.items():
+        rows = []
+        for claim, evidence in own:
+            where = (
+                f"; [all](../{evidence.page})"
+                if evidence.page.startswith("experiments")
+                else f"; [page]({Path(evidence.page).name})"
+                if evidence.page
+                else ""
+            )
+            command = (
+                f"`{evidence.command}`"
+                if evidence.command.startswith(("python", "pytest"))
+                else evidence.command or "–"
+            )
+            rows.append(
+                [
+                    claim.text,
+                    claim.published,
+                    f"**{evidence.verdict}**" if evidence.verdict != NOT_RUN else NOT_RUN,
+                    evidence.numbers,
+                    command + where,
+                    evidence.seeds,
+                    evidence.hardware,
+                ]
+            )
+        lines += [f"## {section}", "", *markdown(head, rows), ""]
+    return "\n".join(lines)
+
+
+def write(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Write docs/claims.md."""
+    atomic_write_text(page, table(results))
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,243 @@
+"""The page of a sweep: a table of our numbers next to the paper's, the comparisons, the plot, and how it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from experiments.cells import Results, Setup
+from experiments.verdicts import RULE, Scores, comparison_text, spread
+from normfree.uncertainty import wilson_interval
+
+if TYPE_CHECKING:
+    from experiments.sweep import Sweep
+
+
+def machine() -> str:
+    """Return the number of cores and the name of the CPU, or the name of the GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
+
+
+def command_of(name: str, setup: Setup) -> str:
+    """Return the command that runs an experiment; a local path is FOLDER, since it means nothing on other machines."""
+    shown = "FOLDER" if Path(setup.data).exists() else setup.data
+    preset = "" if setup.preset == "cpu" else f" --preset {setup.preset}"
+    return f"python -m experiments.run --only {name}{preset} --data {shown}"
+
+
+def facts(sweep: Sweep, setup: Setup, done: Results) -> dict[str, Any]:
+    """Return how the results of a sweep were made."""
+    return {
+        "name": sweep.name,
+        "title": sweep.title,
+        "command": command_of(sweep.name, setup),
+        "preset": setup.preset,
+        "stem": setup.stem(sweep.name),
+        "machine": machine(),
+        "torch": str(torch.__version__),
+        "seeds": sweep.seeds,
+        "finished": len(done),
+        "expected": sweep.expected(),
+        "images": vars(sweep.images),
+        "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
+    }
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def page(sweep: Sweep, found: Mapping[str, Any]) -> str:
+    """Return the page, from what the JSON holds."""
+    images, rows = found["images"], found["cells"]
+    seconds = [row["cpu_seconds"] for row in rows]
+    lines = [f"# {found['title']}", "", sweep.about, ""]
+    if not found["complete"]:
+        lines += [
+            f"**{found['finished']} of {found['expected']} cells are finished; the test images were not opened.**",
+            "",
+        ]
+    else:
+        lines += [f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]]
+        lines += ["", f"![Our scores]({found['stem']}.png)", "", *_table(sweep, rows), ""]
+    if sweep.source:
+        lines += [f"The paper's numbers: {sweep.source}.", ""]
+    lines += [
+        "The rule, fixed before the runs: " + " ".join((sweep.decide.__doc__ or "").split()) + f" {RULE}",
+        "",
+        f"{images['train']:,} training images, {images['choice']:,} other training images that chose rates and λ (V), "
+        f"{images['test']:,} test images that chose nothing, {images['size']} px. Mean ± standard deviation of "
+        f"{found['seeds']} seeds. {_image_note(rows)}",
+        "",
+    ]
+    if found["chosen"]:
+        lines += ["## Candidates, top-1 on V in percent", "", *_candidates(found["chosen"], sweep), ""]
+    each = f", {fmean(seconds):.0f} s for each cell of the table" if seconds else ""
+    lines += [
+        f"`{found['command']}`: {found['finished']} cells, {found['cpu_minutes']:.0f} minutes of CPU time{each}, one "
+        f"thread each, on {found['machine']}; torch {found['torch']}."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _image_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return how uncertain one accuracy is because of the number of test images."""
+    scores = [(row["top1"], row["test_images"]) for row in rows if "top1" in row]
+    if not scores:
+        return ""
+    top1, count = scores[0]
+    low, high = wilson_interval(round(top1 * count / 100), count)
+    return (
+        f"The level of a single accuracy is uncertain by ±{50 * (high - low):.1f} points (95 %) because of the number "
+        "of test images; arms are scored on the same images, so differences are more certain."
+    )
+
+
+def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the main table: a line for each arm and point."""
+    scores, pairs = Scores(rows), dict(sweep.pairs)
+    sizes = (
+        sorted({key for row in rows for key in row if "@" in key})
+        if sweep.base.sizes or any("average_top1" in row for row in rows)
+        else []
+    )
+    with_paper, with_axis = bool(sweep.paper), bool(sweep.axis)
+    head = [
+        "arm",
+        *([sweep.axis] if with_axis else []),
+        "rate at 256",
+        "λ",
+        "top-1 %",
+        *sizes,
+        *(["paper"] if with_paper else []),
+        "against",
+        "difference in points (95 %)",
+        "on trained images %",
+        "clipped units %",
+        "CPU ms per step",
+    ]
+    lines = []
+    for point in sweep.points:
+        for arm in sweep.arms:
+            own = [row for row in rows if (row["arm"], row["point"]) == (arm, point)]
+            if not own:
+                continue
+            good = [row for row in own if row["status"] == "done"]
+            baseline = pairs.get(arm, "")
+            compared = scores.compare((arm, point), (baseline, point)) if baseline else None
+            paper = sweep.paper.get((arm, point), "–")
+            lines.append(
+                [
+                    arm,
+                    *([point] if with_axis else []),
+                    f"{own[0]['rate']:g}",
+                    f"{own[0]['clipping']:g}" if own[0]["clipping"] else "–",
+                    scores.text(arm, point),
+                    *(spread([row[key] for row in good if key in row]) for key in sizes),
+                    *([str(paper)] if with_paper else []),
+                    baseline or "–",
+                    comparison_text(compared),
+                    spread([row["trained_top1"] for row in good]),
+                    f"{100 * fmean(row['clipped'] for row in own):.1f}",
+                    spread([row["step_ms"] for row in good]),
+                ]
+            )
+    return markdown(head, lines)
+
+
+def _candidates(chosen: Sequence[Mapping[str, Any]], sweep: Sweep) -> list[str]:
+    """Return the table of candidates, with the chosen one in bold."""
+    lines = []
+    seen = set()
+    for entry in chosen:
+        point = sweep.choose_at if sweep.choose_at is not None else entry["point"]
+        if (entry["arm"], point) in seen:
+            continue
+        seen.add((entry["arm"], point))
+        shown = []
+        for one in entry["tried"]:
+            name = ", ".join(
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in one["changes"].items()
+            )
+            score = "diverged" if one["top1"] is None else f"{one['top1']:.1f}"
+            text = f"{name}: {score}"
+            shown.append(f"**{text}**" if one["changes"] == entry["best"] else text)
+        lines.append([entry["arm"], point or "–", "; ".join(shown)])
+    return markdown(["arm", sweep.axis or "point", "candidates"], lines)
+
+
+def draw(sweep: Sweep, found: Mapping[str, Any], path: Path) -> None:
+    """Draw our scores, and those of the paper where it has numbers, over the points of the axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    paper = {key: value for key, value in sweep.paper.items() if isinstance(value, int | float)}
+    figure = Figure(figsize=(9 if paper else 6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if paper else 1, squeeze=False)[0]
+    scores = Scores(found["cells"])
+    ours = {(arm, point): scores.good(arm, point) for arm in sweep.arms for point in sweep.points}
+    _panel(
+        axes[0],
+        sweep,
+        ours,
+        {key: scores.diverged(*key) for key in ours},
+        title=f"ours, {found['seeds']} seeds",
+    )
+    if paper:
+        _panel(axes[1], sweep, {key: [float(value)] for key, value in paper.items()}, {}, title="the paper")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def _panel(
+    axis: Any,
+    sweep: Sweep,
+    scores: Mapping[tuple[str, str], Sequence[float]],
+    diverged: Mapping[tuple[str, str], int],
+    *,
+    title: str,
+) -> None:
+    """Draw mean and standard deviation of each arm; a cross at the bottom is a point at which runs diverged."""
+    labels, single = list(sweep.points), len(sweep.points) == 1
+    for number, arm in enumerate(sweep.arms):
+        at, means, errors = [], [], []
+        for position, point in enumerate(labels):
+            own = scores.get((arm, point), [])
+            x = float(number if single else position)
+            if own:
+                at.append(x)
+                means.append(fmean(own))
+                errors.append(stdev(own) if len(own) > 1 else 0.0)
+            if diverged.get((arm, point)):
+                axis.plot(
+                    [x],
+                    [0.02],
+                    marker="X",
+                    color=f"C{number % 10}",
+                    transform=axis.get_xaxis_transform(),
+                    ls="none",
+                )
+        axis.errorbar(at, means, yerr=errors, marker="o", capsize=3, color=f"C{number % 10}", label=arm)
+    names = list(sweep.arms) if single else labels
+    axis.set_xticks(
+        range(len(names)), names, rotation=30 if single else 0, ha="right" if single else "center", fontsize=8
+    )
+    axis.set_xlabel("" if single else sweep.axis)
+    axis.set_ylabel("top-1, %")
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)

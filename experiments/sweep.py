@@ -1,0 +1,356 @@
+"""`Sweep`: an experiment that is a table of arms. Most experiments of this folder are one, see `catalog`.
+
+Each arm is trained at each point of an axis with several seeds. Rates and λ are chosen first, on V, training images
+that are not trained on, with a seed that is in no table. The report then scores all networks on the test images,
+once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import classify, pages
+from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.classify import Settings
+from experiments.networks import variant_for
+from experiments.parts import balanced, of_classes, open_part, packed_parts
+from experiments.verdicts import Finding, Scores
+from normfree.data.source import Source
+from normfree.files import atomic_write_text
+from normfree.models.cost import count
+
+# CPU time of a training on one core of an AMD EPYC with AVX-512, from short measured steps: seconds for each step, for
+# each image (loading, and layers whose time is not that of multiply-accumulates), and for each multiply-accumulate of
+# the forward pass of an image.
+STEP_S, BLOCK_S, IMAGE_S, MAC_S = 1.5e-3, 0.35e-3, 0.25e-3, 9e-11
+SCORING_S = 3.0  # start of the process, choice or test
+
+Changes = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the things compared: changes of the settings, and the candidates of which the best on V is used."""
+
+    changes: Changes = field(default_factory=dict)
+    candidates: Sequence[Changes] = ({},)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """How many images the data must have, and their size in pixels."""
+
+    train: int
+    choice: int
+    test: int
+    size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A training on other classes before the cell's own.
+
+    Attributes:
+        changes: of the settings of the cell.
+        classes: numbers of the classes; the cell itself trains on all others.
+    """
+
+    changes: Changes
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """An experiment as a table of arms; see the functions of `catalog`.
+
+    Attributes:
+        name: of the files of results.
+        title: of the page.
+        about: what is compared, in one paragraph.
+        base: settings of all cells.
+        images: the data.
+        arms: by name.
+        axis: what the points are, such as "batch".
+        points: changes of the settings by label.
+        choose_at: the point at which an arm's candidates are tried; None: at each point by itself.
+        pairs: (arm, baseline) that are compared at each point.
+        decide: the rule: scores to findings; its docstring is on the page.
+        seeds: of each cell of the table.
+        paper: numbers of a paper by (arm, point), in percent or as text.
+        source: of these numbers.
+        pretraining: None: from random weights.
+        alone: see `Experiment`.
+    """
+
+    name: str
+    title: str
+    about: str
+    base: Settings
+    images: Images
+    arms: Mapping[str, Arm]
+    decide: Callable[[Table], list[Finding]]
+    axis: str = ""
+    points: Mapping[str, Changes] = field(default_factory=lambda: {"": {}})
+    choose_at: str | None = None
+    pairs: Sequence[tuple[str, str]] = ()
+    seeds: int = 3
+    paper: Mapping[tuple[str, str], float | str] = field(default_factory=dict)
+    source: str = ""
+    pretraining: Pretraining | None = None
+    alone: bool = False
+
+    # --- cells ---
+
+    def settings(self, arm: str, point: str, candidate: Changes) -> Settings:
+        """Return the settings of a cell."""
+        own = self.arms[arm]
+        return self.base.changed(own.changes).changed(self.points[point]).changed(candidate)
+
+    def cell(self, arm: str, point: str, candidate: Changes, seed: int) -> Cell:
+        """Return a cell."""
+        training = self.settings(arm, point, candidate)
+        network = variant_for(
+            training.base, training.method, training.fields
+        )  # so that its change makes other cells
+        settings = {"training": asdict(training), "images": asdict(self.images), "network": asdict(network)}
+        if self.pretraining is not None:
+            settings["pretraining"] = asdict(self.pretraining)
+        return Cell.of(self.name, arm, point=point, seed=seed, settings=settings)
+
+    def tried(self, arm: str, point: str) -> list[tuple[Changes, Cell]]:
+        """Return the candidates of an arm with the cells that score them for a point; empty if there is no choice."""
+        candidates, at = self.arms[arm].candidates, point if self.choose_at is None else self.choose_at
+        if len(candidates) < 2:
+            return []
+        return [(changes, self.cell(arm, at, changes, CHOICE_SEED)) for changes in candidates]
+
+    def chosen(self, arm: str, point: str, done: Results) -> Changes | None:
+        """Return the candidate with the best score on V, the first of equals; None if some are not finished."""
+        tried = self.tried(arm, point)
+        if not tried:
+            return self.arms[arm].candidates[0]
+        if any(cell not in done for _, cell in tried):
+            return None
+        scores = [done[cell].get("choice_top1", -1.0) for _, cell in tried]
+        return tried[scores.index(max(scores))][0]
+
+    def cells(self, done: Results) -> list[Cell]:
+        """Return the cells that choose, and for each choice that is made those of the table."""
+        order = [(arm, point) for point in self.points for arm in self.arms]
+        found = dict.fromkeys(cell for arm, point in order for _, cell in self.tried(arm, point))
+        for seed in range(self.seeds):
+            for arm, point in order:
+                if (candidate := self.chosen(arm, point, done)) is not None:
+                    found[self.cell(arm, point, candidate, seed)] = None
+        return list(found)
+
+    def expected(self) -> int:
+        """Return the number of all cells, also of those that are not known yet."""
+        choosing = {cell for arm in self.arms for point in self.points for _, cell in self.tried(arm, point)}
+        return len(choosing) + self.seeds * len(self.arms) * len(self.points)
+
+    def all_cells(self) -> list[Cell]:
+        """Return as many cells as there will be, with the middle candidate in place of an unknown choice."""
+        found = dict.fromkeys(
+            cell for arm in self.arms for point in self.points for _, cell in self.tried(arm, point)
+        )
+        for arm, own in self.arms.items():
+            middle = own.candidates[len(own.candidates) // 2]
+            found |= dict.fromkeys(
+                self.cell(arm, point, middle, seed) for point in self.points for seed in range(self.seeds)
+            )
+        return list(found)
+
+    # --- one cell ---
+
+    def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
+        """Train; a cell that chooses is scored on V, and the others keep their weights for the report."""
+        torch.set_num_threads(torch.get_num_threads() if self.alone else 1)
+        settings = Settings().changed(cell.options["training"])
+        files = packed_parts(setup, **asdict(self.images))
+        source = self.own_classes(open_part(files, "train"))
+        source = balanced(source, min(settings.images, len(source)))
+        weights = self._pretrained(settings, files, cell, setup) if self.pretraining else None
+        net, found = classify.train(
+            settings, source, seed=cell.seed, folder=folder, setup=setup, weights=weights
+        )
+        if found["status"] == "diverged":
+            return found
+        if cell.chooses:
+            part = self.own_classes(open_part(files, "choice"))
+            scored = classify.hits_of(
+                net, part, size=(settings.sizes or (settings.size,))[0], device=setup.device
+            )
+            return {**found, "choice_top1": 100 * scored["hits"] / scored["count"]}
+        found["trained_top1"] = classify.accuracy_on_trained(net, source, settings, setup.device)
+        classify.save_weights(net, folder / "weights.pt")
+        return found
+
+    def own_classes(self, source: Source) -> Source:
+        """Return the images that a cell itself uses: with a pretraining, those of the other classes."""
+        if self.pretraining is None:
+            return source
+        numbers = [n for n in range(len(source.classes)) if n not in self.pretraining.classes]
+        return of_classes(source, numbers)
+
+    def _pretrained(
+        self, settings: Settings, files: dict[str, Path], cell: Cell, setup: Setup
+    ) -> dict[str, torch.Tensor]:
+        """Return the weights after the pretraining, which cells of equal network and seed share."""
+        assert self.pretraining is not None
+        first = Settings(
+            base=settings.base,
+            method=settings.method,
+            fields=settings.fields,
+            clip=settings.clip,
+            clipping=settings.clipping,
+        ).changed(self.pretraining.changes)
+        shared = Cell.of(
+            self.name, "pretraining", point=settings.method, seed=cell.seed, settings=asdict(first)
+        )
+        folder = setup.folder_of(shared)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the cells that need the same weights wait for the first one
+            if not (folder / "weights.pt").exists():
+                source = of_classes(open_part(files, "train"), self.pretraining.classes)
+                source = balanced(source, min(first.images, len(source)))
+                net, _ = classify.train(first, source, seed=cell.seed, folder=folder, setup=setup)
+                classify.save_weights(net, folder / "weights.pt")
+        state: dict[str, torch.Tensor] = torch.load(
+            folder / "weights.pt", map_location="cpu", weights_only=True
+        )
+        return state
+
+    def minutes(self, cell: Cell) -> float:
+        """Return an estimate from the multiply-accumulates of the network."""
+        settings = Settings().changed(cell.options["training"])
+        seconds = training_seconds(settings)
+        if self.pretraining is not None and settings.size == self.base.size:
+            seconds += training_seconds(settings.changed(self.pretraining.changes))
+        return (seconds + SCORING_S) / 60
+
+    # --- report ---
+
+    def report(self, done: Results, setup: Setup, results: Path) -> str:
+        """Score the networks on the test images, unless that was done, and write page, plot and JSON."""
+        complete = len(done) == self.expected()
+        if complete:
+            self._score(done, setup)
+        found = {
+            **pages.facts(self, setup, done),
+            "complete": complete,
+            "cells": [self._row(cell, result, setup) for cell, result in done.items() if not cell.chooses],
+            "chosen": [
+                self._tried_row(arm, point, done)
+                for point in self.points
+                for arm in self.arms
+                if self.tried(arm, point)
+            ],
+        }
+        table = Table(self, found["cells"], tried=found["chosen"])
+        found["findings"] = [finding.as_json() for finding in self.decide(table)] if complete else []
+        text, stem = pages.page(self, found), found["stem"]
+        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
+        atomic_write_text(results / f"{stem}.md", text)
+        if complete:
+            pages.draw(self, found, results / f"{stem}.png")
+        return text
+
+    def _score(self, done: Results, setup: Setup) -> None:
+        """Write test.json into each folder of a finished network that has none."""
+        left = [
+            c
+            for c, r in done.items()
+            if not c.chooses and r["status"] == "done" and not (setup.folder_of(c) / "test.json").exists()
+        ]
+        if not left:
+            return
+        print(f"{self.name}: scoring {len(left)} networks on the test images", flush=True)
+        source = self.own_classes(open_part(packed_parts(setup, **asdict(self.images)), "test"))
+        for cell in left:
+            folder, settings = setup.folder_of(cell), Settings().changed(cell.options["training"])
+            found = {}
+            for name in ("weights", "average"):
+                if not (folder / f"{name}.pt").exists():
+                    continue
+                net = classify.load_network(settings, folder / f"{name}.pt", classes=len(source.classes))
+                for size in settings.sizes or (settings.size,):
+                    found[f"{name}@{size}"] = classify.hits_of(net, source, size=size, device=setup.device)
+            atomic_write_text(folder / "test.json", json.dumps(found, indent=1) + "\n")
+
+    def _row(self, cell: Cell, result: Result, setup: Setup) -> dict[str, Any]:
+        """Return what the JSON holds of a cell of the table."""
+        training = cell.options["training"]
+        row = {
+            "arm": cell.arm,
+            "point": cell.point,
+            "seed": cell.seed,
+            "rate": training["rate"],
+            "clipping": training["clipping"] if training["clip"] != "off" else 0.0,
+            **{k: v for k, v in result.items() if k != "ratios"},
+        }
+        path = setup.folder_of(cell) / "test.json"
+        if path.exists():
+            scores = json.loads(path.read_text(encoding="utf-8"))
+            row["test_images"] = next(iter(scores.values()))["count"]
+            for name, found in scores.items():
+                kind, _, size = name.partition("@")
+                top1 = 100 * found["hits"] / found["count"]
+                row.setdefault("top1" if kind == "weights" else "average_top1", top1)
+                row[f"{'top1' if kind == 'weights' else 'average_top1'}@{size}"] = top1
+        return row
+
+    def _tried_row(self, arm: str, point: str, done: Results) -> dict[str, Any]:
+        """Return what the JSON holds of the candidates of an arm at a point."""
+        tried = [
+            {"changes": dict(changes), "status": done[cell]["status"], "top1": done[cell].get("choice_top1")}
+            for changes, cell in self.tried(arm, point)
+            if cell in done
+        ]
+        best = self.chosen(arm, point, done)
+        return {"arm": arm, "point": point, "tried": tried, "best": None if best is None else dict(best)}
+
+
+class Table(Scores):
+    """The scores of a sweep, for its rule.
+
+    Args:
+        sweep: the experiment.
+        rows: cells of the table, as in its JSON.
+        key: the number that is compared.
+        tried: candidates of the arms, as in its JSON.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        key: str = "top1",
+        tried: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__(rows, key=key)
+        self.sweep, self.rows, self.tried = sweep, rows, tried
+        self.points = list(sweep.points)
+
+    def other(self, key: str) -> Table:
+        """Return the table of another number of the cells, such as step_ms."""
+        return Table(self.sweep, self.rows, key=key)
+
+
+def training_seconds(settings: Settings) -> float:
+    """Return an estimate of the CPU time of a training."""
+    variant = variant_for(settings.base, settings.method, settings.fields)
+    blocks = sum(variant.depths)
+    macs = count(variant, image_size=settings.size, num_classes=10).macs
+    passes = 1.2 if settings.sam else 1.0
+    each = STEP_S + BLOCK_S * blocks + settings.batch * (IMAGE_S + MAC_S * macs)
+    return settings.steps * passes * each

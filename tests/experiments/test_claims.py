@@ -1,0 +1,55 @@
+"""docs/claims.md: written from committed results, and every quoted number is in the file that it names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.catalog import experiment
+from experiments.claim_list import CLAIMS, NOT_RUN
+from experiments.claims import PAGE, evidence_for, findings, table
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED
+
+ROOT = Path(__file__).parents[2]
+ALL = [claim for claims in CLAIMS.values() for claim in claims]
+
+
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == table()
+
+
+@pytest.mark.parametrize("claim", [c for c in ALL if c.known], ids=lambda c: c.key)
+def test_quotes_are_in_the_committed_file(claim):
+    text = (ROOT / claim.known.page).read_text(encoding="utf-8")
+    assert claim.known.quotes
+    assert all(quote in text for quote in claim.known.quotes)
+
+
+def test_a_finished_experiment_fills_its_claims_and_the_others_are_not_run(tmp_path):
+    assert findings(tmp_path) == {}
+    content = {
+        "findings": [{"claim": "sam", "verdict": FAILS, "numbers": "-1.0"}],
+        "command": "python -m x",
+        "seeds": 3,
+        "machine": "m",
+    }
+    (tmp_path / "optimizers.json").write_text(json.dumps(content))
+    text = table(tmp_path)
+    assert "| SAM helps with AGC | [B] table 3 | **does not hold** | -1.0 | `python -m x`" in text
+    other = next(claim for claim in ALL if claim.key == "muon-agc")
+    assert evidence_for(other, findings(tmp_path)).verdict == NOT_RUN
+    assert len({claim.key for claim in ALL}) == len(ALL)
+    assert {evidence_for(claim, findings(tmp_path)).verdict for claim in ALL} <= {
+        HOLDS,
+        FAILS,
+        UNDECIDED,
+        NOT_RUN,
+    }
+
+
+def test_the_earlier_figure_is_judged_by_todays_rule():
+    found = findings(ROOT / "experiments" / "results")
+    shared = found["batch_size_shared_rate", "agc-large-batch-shared"]
+    assert shared.verdict == FAILS
+    assert "-1.5 (-2.3 to -0.7)" in shared.numbers
+    assert experiment("batch_size", "cpu").seeds == 5
