@@ -118,6 +118,8 @@ def _no_image(item: Any) -> ValueError:
     fix = ""
     if str(dtype).startswith(("float", "torch.float")):
         fix = "scale to 0 to 255 and convert: (255 * array).astype(np.uint8)"
+    elif len(shape) == 4:
+        fix = "pass a list of images: list(array)"
     elif len(shape) == 3 and shape[0] in (1, 3):
         fix = "put the channels last: array.transpose(1, 2, 0)"
     given = f"an array {dtype} of shape {tuple(shape)} is no image"

@@ -122,6 +122,10 @@ def test_gray_arrays(tmp_path: Path) -> None:
     [
         (np.zeros((3, 20, 20), np.uint8), r"uint8 of shape \(3, 20, 20\) is no image.*channels last"),
         (np.zeros((4, 4, 3)), r"float64 of shape \(4, 4, 3\) is no image.*255 \* array"),
+        (
+            np.zeros((2, 4, 4, 3), np.uint8),
+            r"no image\. Allowed: .*Fix: pass a list of images: list\(array\)\.",
+        ),
         (np.zeros((0, 4, 3), np.uint8), r"uint8 of shape \(0, 4, 3\) is no image"),
         (7, r"'7' \(int\) is no image\. Allowed: paths, patterns, http and https URLs, encoded bytes"),
         ("gone.png", r"'gone\.png' does not exist\. Allowed: image files, folders of images, and patterns"),
