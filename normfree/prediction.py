@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from normfree.suggest import problem
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    Images = str | Path | bytes | Image | np.ndarray
+    Images = str | Path | bytes | BinaryIO | Image | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def predict(
     Args:
         model: a trained model, as `from_pretrained` returns it. Its network is moved to `device`.
         images: one or several of: an image file, a folder that is searched for images, a pattern such as
-            "photos/*.jpg", an http or https URL, a video file, "camera:0", encoded bytes, a PIL image, or an array
-            uint8 H W 3 in the order red, green, blue, or H W (gray). Videos and cameras need `normfree[video]`.
+            "photos/*.jpg", an http or https URL, a video file, "camera:0", encoded bytes, a file open in binary mode, a
+            PIL image, or an array uint8 H W 3 in the order red, green, blue, or H W (gray). Videos and cameras need
+            `normfree[video]`.
         top: number of classes per image.
         every: use every `every`-th frame of videos and cameras.
         batch_size: number of images per forward pass. Frames of a camera are predicted one by one.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfree.data.remote_image import download, is_url, require_online, suffix_of
-from normfree.data.transforms.decode import ImageError, load_image, to_rgb
+from normfree.data.transforms.decode import MAX_BYTES, ImageError, load_image, to_rgb
 from normfree.data.video_frames import CAMERA, VIDEO_SUFFIXES, Frame, require_video, video_frames
 from normfree.data.walk import expanded, find_images
 from normfree.suggest import problem
@@ -21,7 +21,10 @@ from normfree.suggest import problem
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ALLOWED = "paths, patterns, http and https URLs, encoded bytes, PIL images, and arrays uint8 H x W x 3 or H x W (gray)"
+ALLOWED = (
+    "paths, patterns, http and https URLs, camera:0, encoded bytes, files open in binary mode, PIL images, and arrays "
+    "uint8 H x W x 3 or H x W (gray)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ def image_inputs(images: Any, *, every: int = 1) -> Iterator[ImageInput]:
     """Return an iterator over images, which are read one at a time.
 
     Args:
-        images: one or several of: a path of an image or a video, a folder, a pattern, a URL, "camera:N", bytes, a PIL
-            image, or an array. Folders become their images; videos and cameras become frames.
+        images: one or several of: a path of an image or a video, a folder, a pattern, a URL, "camera:N", bytes, a file
+            open in binary mode, a PIL image, or an array. Folders become their images, videos and cameras their frames.
         every: use every `every`-th frame of videos and cameras.
 
     Raises:
@@ -55,7 +58,11 @@ def image_inputs(images: Any, *, every: int = 1) -> Iterator[ImageInput]:
     """
     if every < 1:
         raise ValueError(problem(f"every is {every}", allowed="1 or more"))
-    single = isinstance(images, str | os.PathLike | bytes | np.ndarray) or hasattr(images, "convert")
+    named = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview)
+    # An array, a PIL image and an open file are iterable too, over something else than images.
+    single = named or any(hasattr(images, name) for name in ("shape", "convert", "read"))
+    if not single and not isinstance(images, Iterable):
+        raise _no_image(images)
     found = [_inputs(item, index, every) for index, item in enumerate([images] if single else images)]
     return chain.from_iterable(found)
 
@@ -65,8 +72,10 @@ def _inputs(item: Any, index: int, every: int) -> Iterable[ImageInput]:
     if isinstance(item, str | os.PathLike):
         return _named(os.fspath(item), every)
     name = f"image {index}"
-    if isinstance(item, bytes):
-        return [ImageInput(name, partial(_decoded, item, name))]
+    if hasattr(item, "read") and not hasattr(item, "convert"):
+        item = item.read(MAX_BYTES)
+    if isinstance(item, bytes | bytearray | memoryview):
+        return [ImageInput(name, partial(_decoded, bytes(item), name))]
     if hasattr(item, "convert"):
         return [ImageInput(name, partial(_converted, item))]
     if isinstance(item, np.ndarray) and item.size and _is_image(item):
@@ -120,6 +129,8 @@ def _no_image(item: Any) -> ValueError:
         fix = "scale to 0 to 255 and convert: (255 * array).astype(np.uint8)"
     elif len(shape) == 4:
         fix = "pass a list of images: list(array)"
+    elif str(dtype).startswith("torch."):
+        fix = "pass a NumPy array: tensor.permute(1, 2, 0).numpy()"
     elif len(shape) == 3 and shape[0] in (1, 3):
         fix = "put the channels last: array.transpose(1, 2, 0)"
     given = f"an array {dtype} of shape {tuple(shape)} is no image"

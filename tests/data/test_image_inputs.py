@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from normfree.data.image_inputs import image_inputs
@@ -94,6 +95,7 @@ def test_every_form_of_an_image_gives_its_pixels(server: str, tmp_path: Path) ->
     file = tmp_path / "in" / "a.png"
     file.write_bytes(encoded())
     forms = [file, str(file), tmp_path / "in", f"{tmp_path}/*/*.png", f"{tmp_path}/**/a.p?g", encoded(),
+             bytearray(encoded()), memoryview(encoded()),
              Image.fromarray(PIXELS), PIXELS, np.dstack([PIXELS, np.full((9, 7), 255, np.uint8)]),
              f"{server}/image.png", f"{server}/moved?size=1"]  # fmt: skip
     for form in forms:
@@ -105,6 +107,9 @@ def test_every_form_of_an_image_gives_its_pixels(server: str, tmp_path: Path) ->
         str(file),
         "image 2",
     ]
+    np.testing.assert_array_equal(read(io.BytesIO(encoded()))[0], PIXELS)
+    with file.open("rb") as one, file.open("rb") as other:
+        assert len(read([one, other])) == 2
     assert read([]) == []
 
 
@@ -127,7 +132,15 @@ def test_gray_arrays(tmp_path: Path) -> None:
             r"no image\. Allowed: .*Fix: pass a list of images: list\(array\)\.",
         ),
         (np.zeros((0, 4, 3), np.uint8), r"uint8 of shape \(0, 4, 3\) is no image"),
-        (7, r"'7' \(int\) is no image\. Allowed: paths, patterns, http and https URLs, encoded bytes"),
+        (
+            7,
+            r"'7' \(int\) is no image\. Allowed: paths, patterns, http and https URLs, camera:0, encoded bytes",
+        ),
+        (io.StringIO("text"), r"\(str\) is no image"),
+        (
+            torch.zeros(3, 4, 4, dtype=torch.uint8),
+            r"uint8 of shape \(3, 4, 4\) is no image.*tensor\.permute\(1, 2, 0\)",
+        ),
         ("gone.png", r"'gone\.png' does not exist\. Allowed: image files, folders of images, and patterns"),
         ("gone/*.png", r"the pattern 'gone/\*\.png' matches nothing"),
         ("s3://bucket/a.png", r"does not exist"),
@@ -138,8 +151,9 @@ def test_gray_arrays(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_image_is_refused_at_the_call(item: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        image_inputs([item])
+    for given in ([item], item):
+        with pytest.raises(ValueError, match=message):
+            image_inputs(given)
 
 
 def test_a_name_that_looks_like_a_pattern_is_a_file(tmp_path: Path) -> None:
