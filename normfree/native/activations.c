@@ -3,9 +3,9 @@
  * One pass over memory, without branches, so that the compiler vectorizes it. Both gates g are the logistic function,
  * computed from exp of a number that is at most 0, so the relative error is small in both tails. */
 
-#include <string.h>
-
 #include "share.h"
+
+#include <string.h>
 
 enum { CHUNK = 1 << 14 }; /* elements at a time */
 
@@ -67,11 +67,11 @@ INLINE Pair gelu(float x) {
         for (int64_t i = start; i < stop; i++) out[i] = up[i] * name(x[i]).slope; \
     } \
     /* out = x g(x). */ \
-    void name##_forward(const float *x, float *out, int64_t elements, int threads) { \
+    EXPORT void name##_forward(const float *x, float *out, int64_t elements, int threads) { \
         share(name##_forward_between, &(Work){x, 0, out}, elements, CHUNK, threads); \
     } \
     /* out = up (x g(x))'. */ \
-    void name##_backward(const float *x, const float *up, float *out, int64_t elements, int threads) { \
+    EXPORT void name##_backward(const float *x, const float *up, float *out, int64_t elements, int threads) { \
         share(name##_backward_between, &(Work){x, up, out}, elements, CHUNK, threads); \
     }
 

@@ -2,8 +2,9 @@
  * order, and no product is fused with an addition (-ffp-contract=off), except in the matrix products of winograd.c, so
  * results have the same bits on every machine and for every number of threads. */
 
+#include "parallel.h"
+
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 
 /* The loader picks the variants for wider registers if the processor has them. Tests define NARROW to compare both. */
@@ -12,21 +13,42 @@
 #else
 #define WIDE
 #endif
-#define INLINE static inline __attribute__((always_inline))
+
+/* What Python calls. */
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT
+#endif
 
 typedef void Kernel(const void *work, int64_t start, int64_t stop);
 
-/* Run `kernel` on items 0 to `count`, `chunk` at a time. PyTorch has already loaded an OpenMP library of the name that
- * this file is linked to, so its threads are used. A second pool of threads would compete with them for the cores,
- * because idle OpenMP threads keep spinning. */
-static inline void share(Kernel *kernel, const void *work, int64_t count, int64_t chunk, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t start = 0; start < count; start += chunk)
-        kernel(work, start, start + chunk < count ? start + chunk : count);
-}
+typedef struct {
+    Kernel *kernel;
+    const void *work;
+    int64_t count, chunk;
+    Counter next, threads; /* first item that no thread has taken; threads that have begun */
+} Shared;
+
+static THREAD_LOCAL int own_thread = 0;
 
 /* Index of the current thread among those that `share` uses. */
-INLINE int thread(void) { return omp_get_thread_num(); }
+INLINE int thread(void) { return own_thread; }
+
+/* Process chunks until none is left. Each of the threads runs this. */
+static void take_chunks(void *given) {
+    Shared *k = given;
+    own_thread = (int)fetch_add(&k->threads, 1);
+    for (int64_t start; (start = fetch_add(&k->next, k->chunk)) < k->count;)
+        k->kernel(k->work, start, start + k->chunk < k->count ? start + k->chunk : k->count);
+    own_thread = 0;
+}
+
+/* Run `kernel` on items 0 to `count`, `chunk` at a time, by at most so many threads. */
+static inline void share(Kernel *kernel, const void *work, int64_t count, int64_t chunk, int threads) {
+    Shared shared = {kernel, work, count, chunk, 0, 0};
+    run_in_threads(take_chunks, &shared, threads);
+}
 
 INLINE float *at(int64_t address, int64_t offset) { return (float *)(intptr_t)address + offset; }
 

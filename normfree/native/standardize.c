@@ -76,13 +76,13 @@ WIDE void standardize_backward_between(const void *given, int64_t start, int64_t
 }
 
 /* Write the standardized weights. */
-void standardize_forward(
+EXPORT void standardize_forward(
     const Row *table, const int32_t *owner, const float *numbers, float floor, int64_t filters, int threads) {
     share(standardize_forward_between, &(Work){table, owner, numbers, floor}, filters, CHUNK, threads);
 }
 
 /* Write the gradients of weights and gains from those of the standardized weights. */
-void standardize_backward(
+EXPORT void standardize_backward(
     const Row *table, const int32_t *owner, const float *numbers, float floor, int64_t filters, int threads) {
     share(standardize_backward_between, &(Work){table, owner, numbers, floor}, filters, CHUNK, threads);
 }

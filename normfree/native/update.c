@@ -4,7 +4,7 @@
 #include "share.h"
 
 /* VERSION of normfree.native.library: increase both with any change of a signature in this folder. */
-const int native_version = 3;
+EXPORT const int native_version = 3;
 
 enum { CHUNK = 32 };  /* units at a time: about 100 KB */
 #define FLOOR 1e-6f   /* GRADIENT_FLOOR of normfree.optim.agc */
@@ -95,19 +95,28 @@ WIDE void update_between(const void *given, int64_t start, int64_t stop) {
 }
 
 /* squares[unit] = sum of g² over the unit */
-void unit_squares(const Row *table, const int32_t *owner, float *squares, int64_t units, int threads) {
+EXPORT void unit_squares(const Row *table, const int32_t *owner, float *squares, int64_t units, int threads) {
     share(squares_between, &(Work){.table = table, .owner = owner, .values = squares}, units, CHUNK, threads);
 }
 
 /* g *= factors[unit] over the unit; units with a factor of 1 are not accessed */
-void scale_units(const Row *table, const int32_t *owner, float *factors, int64_t units, int threads) {
+EXPORT void scale_units(const Row *table, const int32_t *owner, float *factors, int64_t units, int threads) {
     share(scale_between, &(Work){.table = table, .owner = owner, .values = factors}, units, CHUNK, threads);
 }
 
 /* Clipping, decay, momentum, step and average; clipped[unit] = 1 if the unit was clipped. Gradients are only read. */
-void update(
+EXPORT void update(
     const Row *table, const int32_t *owner, const float *numbers, float *squares, int8_t *clipped, float eps,
     int average, int64_t units, int threads) {
     Work work = {table, owner, numbers, squares, clipped, eps, average};
     share(update_between, &work, units, CHUNK, threads);
+}
+
+static void nothing(const void *work, int64_t start, int64_t stop) { (void)work, (void)start, (void)stop; }
+
+/* Number of threads that share work, of `threads`: 1 if PyTorch's OpenMP library was not found. */
+EXPORT int native_threads(int threads) {
+    Shared shared = {nothing, 0, 0, 1, 0, 0};
+    run_in_threads(take_chunks, &shared, threads);
+    return (int)shared.threads;
 }

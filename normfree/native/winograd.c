@@ -7,9 +7,9 @@
  * Transforms are written for a `side` that is a constant where they are inlined. Each applies one of the matrices of
  * Lavin and Gray (2015) to the columns of a tile, and then to the rows of the result. */
 
-#include <string.h>
-
 #include "share.h"
+
+#include <string.h>
 
 enum { PANEL = 16, ROWS = 12, HALF = ROWS / 2 }; /* columns and rows of a small product */
 enum { PAD = 16 }; /* numbers between planes: a distance of a power of two would map all to one set of the cache */
@@ -18,16 +18,19 @@ enum { PAD = 16 }; /* numbers between planes: a distance of a power of two would
 
 typedef float Numbers[PANEL]; /* one number for each of PANEL channels */
 
-/* Only matrix products are fused with additions: on x86 with AVX2, not elsewhere. Every number of a product is one sum
- * in the order of k, so registers of any width give the same bits. */
-#if defined(__x86_64__)
+/* Only matrix products are fused with additions. Every number of a product is one sum in the order of k, so registers of
+ * any width give the same bits. Python calls these kernels only if the processor has AVX2. Tests define PLAIN to compare
+ * the code for other processors, and for the compiler of Visual Studio, which does not define __x86_64__. */
+#if defined(__x86_64__) && !defined(PLAIN)
 #include <immintrin.h>
 #define WITH_256 __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define WITH_512 __attribute__((target("avx512f")))
+#else
 #define WITH_512 __attribute__((target("avx512f,prefer-vector-width=512")))
-#define TIMES_PLUS(a, b, c) _mm256_fmadd_ps(a, b, c)
+#endif
 #else
 #define WITH_256
-#define TIMES_PLUS(a, b, c) ((a) * (b) + (c))
 #endif
 
 /* A map, and the planes of some of its tiles and channels. */
@@ -67,7 +70,7 @@ INLINE float *on_plane(const Maps *k, int64_t tile, int64_t channel, int side) {
 #define TO(i) to[(i) * stride + l]
 
 /* Bᵀ d: side + 2 numbers to as many. */
-INLINE void input_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+INLINE void input_line(Numbers *d, int step, float *restrict to, int64_t stride, int side) {
     if (side == 2) EACH(l) {
         TO(0) = D(0) - D(2);
         TO(1) = D(1) + D(2);
@@ -86,7 +89,7 @@ INLINE void input_line(const Numbers *d, int step, float *restrict to, int64_t s
 }
 
 /* Aᵀ d: side + 2 numbers to `side`. */
-INLINE void output_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+INLINE void output_line(Numbers *d, int step, float *restrict to, int64_t stride, int side) {
     if (side == 2) EACH(l) {
         TO(0) = D(0) + D(1) + D(2);
         TO(1) = D(1) - D(2) - D(3);
@@ -101,7 +104,7 @@ INLINE void output_line(const Numbers *d, int step, float *restrict to, int64_t 
 }
 
 /* A d: `side` numbers to side + 2. */
-INLINE void gradient_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+INLINE void gradient_line(Numbers *d, int step, float *restrict to, int64_t stride, int side) {
     if (side == 2) EACH(l) {
         TO(0) = D(0);
         TO(1) = D(0) + D(1);
@@ -122,7 +125,7 @@ INLINE void gradient_line(const Numbers *d, int step, float *restrict to, int64_
 #define SIXTH (1 / 6.0f)
 
 /* G d: 3 numbers to side + 2. */
-INLINE void filter_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+INLINE void filter_line(Numbers *d, int step, float *restrict to, int64_t stride, int side) {
     if (side == 2) EACH(l) {
         float a = 0.5f * (D(0) + D(2)), b = 0.5f * D(1);
         TO(0) = D(0);
@@ -142,7 +145,7 @@ INLINE void filter_line(const Numbers *d, int step, float *restrict to, int64_t 
 }
 
 /* Gᵀ d: side + 2 numbers to 3. */
-INLINE void filter_gradient_line(const Numbers *d, int step, float *restrict to, int64_t stride, int side) {
+INLINE void filter_gradient_line(Numbers *d, int step, float *restrict to, int64_t stride, int side) {
     if (side == 2) EACH(l) {
         float a = 0.5f * (D(1) + D(2));
         TO(0) = D(0) + a;
@@ -230,7 +233,7 @@ INLINE void filter_planes(const float *f, int64_t inputs, float *restrict out, i
     for (int x = 0; x < 3; x++) {
         for (int y = 0; y < 3; y++) {
             int tap = rotated ? 8 - (y * 3 + x) : y * 3 + x;
-            __builtin_prefetch(f + tap * inputs + PANEL); /* for the next call: lines are far apart */
+            PREFETCH(f + tap * inputs + PANEL); /* for the next call: lines are far apart */
             EACH(l) d[y][l] = f[tap * inputs + l];
         }
         filter_line(d, 1, e[x], 3 * PANEL, side);
@@ -269,7 +272,7 @@ WIDE void winograd_filters_between(const void *given, int64_t start, int64_t sto
 }
 
 /* Compute the planes of panels·PANEL filters with `inputs` channels each; a group has `each` filters. */
-void winograd_filters(
+EXPORT void winograd_filters(
     float *filters, float *planes, int64_t inputs, int64_t each, int64_t plane, int rotated, int side, int64_t panels,
     int threads) {
     share(winograd_filters_between, &(Filters){filters, planes, inputs, each, plane, rotated, side}, panels, 1, threads);
@@ -280,6 +283,7 @@ void winograd_filters(
 typedef void Product(
     const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more);
 
+#if defined(WITH_512)
 typedef float Lanes __attribute__((vector_size(32), aligned(4)));
 enum { EIGHT = 8 };
 
@@ -297,8 +301,8 @@ WITH_256 static void product_256(
             for (int row = 0; row < HALF; row++) {
                 float one = a[row * next_row + k * next];
                 Lanes same = {one, one, one, one, one, one, one, one};
-                sums[row][0] = TIMES_PLUS(same, left, sums[row][0]);
-                sums[row][1] = TIMES_PLUS(same, right, sums[row][1]);
+                sums[row][0] = _mm256_fmadd_ps(same, left, sums[row][0]);
+                sums[row][1] = _mm256_fmadd_ps(same, right, sums[row][1]);
             }
         }
 #pragma GCC unroll 6
@@ -311,7 +315,7 @@ WITH_256 static void product_256(
     }
 }
 
-#if defined(WITH_512)
+#if !defined(NARROW)
 /* For 32 registers of sixteen numbers. */
 WITH_512 static void product_512(
     const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
@@ -329,6 +333,16 @@ WITH_512 static void product_512(
     for (int row = 0; row < ROWS; row++) {
         if (more) sums[row] = _mm512_add_ps(sums[row], _mm512_loadu_ps(c + row * width));
         _mm512_storeu_ps(c + row * width, sums[row]);
+    }
+}
+#endif
+#else
+static void product_256(
+    const float *a, int64_t next_row, int64_t next, const float *b, float *c, int64_t depth, int64_t width, int more) {
+    for (int row = 0; row < ROWS; row++) {
+        float sums[PANEL] = {0};
+        for (int64_t k = 0; k < depth; k++) EACH(l) sums[l] = fmaf(a[row * next_row + k * next], b[k * PANEL + l], sums[l]);
+        EACH(l) c[row * width + l] = more ? sums[l] + c[row * width + l] : sums[l];
     }
 }
 #endif
@@ -433,28 +447,20 @@ INLINE void weight_gradient_between(
     }
 KERNEL(convolve, Convolution, 256, WITH_256, product_256)
 KERNEL(weight_gradient, WeightGradient, 256, WITH_256, product_256)
-#if defined(WITH_512)
+#if defined(WITH_512) && !defined(NARROW)
 KERNEL(convolve, Convolution, 512, WITH_512, product_512)
 KERNEL(weight_gradient, WeightGradient, 512, WITH_512, product_512)
 #endif
 
-static int has_512(void) {
 #if defined(WITH_512) && !defined(NARROW)
-    return __builtin_cpu_supports("avx512f");
-#else
-    return 0;
-#endif
-}
-
-#if defined(WITH_512)
-#define WIDEST(body) (has_512() ? body##_512 : body##_256)
+#define WIDEST(body) (__builtin_cpu_supports("avx512f") ? body##_512 : body##_256)
 #else
 #define WIDEST(body) body##_256
 #endif
 
 /* y = conv(x) + bias. `filters`: their planes, `plane` numbers apart. `block`: tiles at a time, a multiple of ROWS.
  * `scratch`: for each thread T² x (block x channels of a group + PAD) numbers of both maps. */
-void winograd_convolve(
+EXPORT void winograd_convolve(
     float *x, float *y, const float *filters, const float *zeros, const float *bias, float *scratch, int64_t height,
     int64_t width, int64_t inputs, int64_t outputs, int64_t groups, int64_t plane, int64_t tiles, int64_t block,
     int side, int64_t items, int threads) {
@@ -467,7 +473,7 @@ void winograd_convolve(
  * T² x (rows x own + PAD) sums, where rows is the number of filters of a part rounded up to ROWS and own the number of
  * inputs of a group; T² x own x (block + 1) for planes of the input; and T² x (block x filters of a part + PAD) + ROWS
  * for planes of the outputs' gradients. */
-void winograd_weight_gradient(
+EXPORT void winograd_weight_gradient(
     float *x, float *grad, float *filters, const float *zeros, float *scratch, int64_t height, int64_t width,
     int64_t inputs, int64_t outputs, int64_t groups, int64_t parts, int64_t tiles, int64_t block, int side,
     int64_t items, int threads) {

@@ -1,4 +1,4 @@
-"""The compiled kernels are found if they were compiled, and give the same bits on every x86 processor."""
+"""The compiled kernels are found if they were compiled, and give the same bits on every processor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 
+ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(
     library() is None, reason="no C compiler was found when the package was installed"
 )
@@ -92,28 +94,52 @@ def all_results() -> list[Tensor]:
     return [t.detach().clone() for t in found]
 
 
+def compile_again(compiler: str, flags: list[str], to: Path) -> None:
+    """Compile the sources with the flags of setup.py and these."""
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign)
+    }
+    sources = sorted((ROOT / "normfree" / "native").glob("*.c"))
+    command = [compiler, *values["FLAGS"]["unix"], *flags, "-shared", "-fPIC", "-o", str(to)]
+    subprocess.run([*command, *sources, *values["LIBRARIES"]["unix"]], check=True)
+
+
 @compiled
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_bits_do_not_depend_on_the_width_of_registers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, searched_again: None
+@pytest.mark.parametrize(
+    ("compiler", "flags"),
+    [("gcc", ["-DNARROW"]), ("gcc", ["-DNARROW", "-DPLAIN", "-std=c11", "-pedantic-errors"]), ("clang", [])],
+    ids=["narrow", "plain", "clang"],
+)
+def test_bits_do_not_depend_on_registers_and_compilers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, searched_again: None, compiler: str, flags: list[str]
 ) -> None:
-    """The same sources are compiled with the same flags, but only for the narrowest registers."""
-    wide = all_results()
-    root = Path(library_file.__file__).parents[2]
-    calls = [
-        node for node in ast.walk(ast.parse((root / "setup.py").read_text())) if isinstance(node, ast.Call)
-    ]
-    (extension,) = [call for call in calls if getattr(call.func, "id", "") == "Extension"]
-    module = {keyword.arg: ast.literal_eval(keyword.value) for keyword in extension.keywords}
+    """The same sources with the same flags: for the narrowest registers, in standard C, and by another compiler."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    expected = all_results()
     other = tmp_path / "other.so"
-    flags = [*module["extra_compile_args"], "-DNARROW", "-shared", "-fPIC", "-o", str(other)]
-    subprocess.run(["gcc", *flags, *(root / source for source in module["sources"])], check=True)
+    compile_again(compiler, flags, other)
     with monkeypatch.context() as patch:
         patch.setattr(
             library_file.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(other))
         )
         library.cache_clear()
         assert library()._name == str(other)
-        narrow = all_results()
-    assert len(wide) == len(narrow) > 30
-    assert all(map(torch.equal, wide, narrow))
+        found = all_results()
+    assert len(expected) == len(found) > 30
+    assert all(map(torch.equal, expected, found))
+
+
+@compiled
+def test_kernels_use_the_threads_of_pytorch() -> None:
+    assert torch.backends.openmp.is_available()
+    assert [library().native_threads(n) for n in (1, 2, 3)] == [1, 2, 3]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+def test_without_an_openmp_library_one_thread_does_the_work(tmp_path: Path) -> None:
+    compile_again("gcc", ["-O0"], tmp_path / "alone.so")
+    code = f"import ctypes; assert ctypes.CDLL({str(tmp_path / 'alone.so')!r}).native_threads(4) == 1"
+    subprocess.run([sys.executable, "-c", code], check=True)
