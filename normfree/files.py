@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 import stat
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 _DOTS = 200  # in one line of TOML
+_PAUSES = (0.01, 0.05, 0.2, 1.0)  # seconds; scanners for viruses open new files, and close them soon
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
 
 
@@ -50,7 +52,7 @@ def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
             flush(temporary)  # else a power failure could leave an empty file under the name
         if temporary.is_dir() and target.is_dir():
             target.rmdir()
-        temporary.replace(target)
+        _replace(temporary, target)
         flush(target.parent)
     finally:
         if temporary.is_dir():
@@ -60,9 +62,25 @@ def atomic_write(target: Path, write: Callable[[Path], Any]) -> Path:
     return target
 
 
+def _replace(temporary: Path, target: Path) -> None:
+    """Rename `temporary` to `target`, on Windows once more after a while if another program has opened it."""
+    for pause in _PAUSES if os.name == "nt" else ():
+        try:
+            temporary.replace(target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    temporary.replace(target)
+
+
 def atomic_write_text(target: Path, text: str) -> Path:
     """Write `text` in UTF-8 with `atomic_write`; return `target`."""
-    return atomic_write(target, lambda path: path.write_text(text, encoding="utf-8"))
+    return atomic_write(target, lambda path: write_text(path, text))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8 with the line breaks that it has, so that every system writes the same bytes."""
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def flush(path: Path) -> None:

@@ -71,7 +71,7 @@ def bench(arguments: BenchArguments) -> int:
         rates = [f"{speed.batch_size / s:.2f}" for s in (speed.train_s, speed.predict_s, speed.folded_s)]
         table.add_row(name, str(speed.image_size), str(speed.batch_size), rates[0], f"{100 * train_share:.0f} %",
                       rates[1], rates[2], f"{100 * folded_share:.0f} %",
-                      f"{speed.peak_bytes / 2**30:.2f} GiB")  # fmt: skip
+                      f"{speed.peak_bytes / 2**30:.2f} GiB" if speed.peak_bytes else "unknown")  # fmt: skip
     if not arguments.json:
         console = Console(width=130, highlight=False)
         console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -39,8 +40,10 @@ def listen(host: str, port: int) -> socket.socket:
         reason = error.strerror or error
         raise ValueError(problem(f"host {host!r}: {reason}", fix="--host 127.0.0.1")) from None
     try:
-        # A port that another process has just closed can be used at once.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # A port that another process has just closed can be used at once. On Windows that is so without the option,
+        # which would let two processes use one port.
+        if os.name != "nt":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(1024)
     except OSError as error:

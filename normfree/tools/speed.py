@@ -6,7 +6,6 @@ loading is not included.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -41,7 +40,7 @@ class Speed:
         predict_s: Median seconds of one prediction of a batch.
         folded_s: The same for the folded network.
         flops: Floating-point operations per second of a large matrix product in the same precision.
-        peak_bytes: Largest memory use of a step (on a CPU: of the process since its start).
+        peak_bytes: Largest memory use of a step (on a CPU: of the process since its start; 0 on Windows).
     """
 
     name: str
@@ -162,8 +161,12 @@ def _wait(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Return the largest memory use in bytes."""
+    """Return the largest memory use in bytes, or 0 if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

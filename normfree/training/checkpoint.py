@@ -29,6 +29,7 @@ from normfree.files import (
     read_json,
     read_text,
     sha256_of,
+    write_text,
 )
 from normfree.suggest import some_names
 from normfree.weights.run_weights import MANIFEST, MANIFEST_BYTES
@@ -84,9 +85,9 @@ def save(
         for name, values in tensors.items():
             plain = {k: v.detach().cpu().contiguous() for k, v in values.items()}
             write_tensors(work / f"{name}.safetensors", plain)
-        (work / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+        write_text(work / "state.json", json.dumps(dict(state), indent=1))
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+        write_text(work / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
         for path in work.iterdir():
             flush(path)
         flush(work)

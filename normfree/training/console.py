@@ -47,7 +47,7 @@ class RunLog:
 
     def _append(self, text: str) -> None:
         assert self._file is not None
-        with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._file.open("a", encoding="utf-8", newline="\n") as file:
             file.write(text)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from normfree.diagnose.metrics_file import read_metrics
+from normfree.files import write_text
 from normfree.suggest import not_installed, problem
 from normfree.training.config import Config, loggers_in
 from normfree.training.console import RunLog
@@ -75,7 +76,7 @@ class WandB:
         name = out / "wandb" / "id"
         if not name.exists():
             name.parent.mkdir(parents=True, exist_ok=True)
-            name.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+            write_text(name, secrets.token_hex(4) + "\n")
         self._run = wandb.init(
             dir=out, id=name.read_text(encoding="utf-8").strip(), resume="allow",
             mode=mode,

@@ -7,6 +7,7 @@ does not include workspaces of convolutions or what the allocator rounds up; the
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import weakref
@@ -176,13 +177,22 @@ def free_bytes(device: torch.device) -> int:
     return int(USABLE_FRACTIONS.get(device.type, USABLE_FRACTION) * free)
 
 
+def _main_memory() -> int:
+    """Return the bytes of main memory of a system that is not Linux."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kibibytes = ctypes.c_ulonglong()
+    ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kibibytes))  # type: ignore[attr-defined]
+    return 1024 * kibibytes.value
+
+
 def free_memory(root: Path = Path("/")) -> int:
     """Return the bytes of main memory that are available, limited by what this container may still use."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(1024 * int(f[1]) for f in map(str.split, lines) if f[0] == "MemAvailable:")
     except (OSError, StopIteration):  # not Linux: assume that half is free
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = _main_memory() // 2
     try:
         group = root / "sys/fs/cgroup"
         limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max" if there is no limit

@@ -18,6 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from normfree.data.loader import Batch
+from normfree.files import write_text
 from normfree.models.layers import WSConv2d
 
 BEFORE = 3  # steps before the profile: first calls select kernels, start threads and allocate the momentum
@@ -81,7 +82,7 @@ def profiled(
                 return
             folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(folder / "trace.json"))
-            (folder / "table.txt").write_text(table(profiler, recorded), encoding="utf-8")
+            write_text(folder / "table.txt", table(profiler, recorded))
             log(f"profile of {recorded} steps: {folder}/table.txt, and {folder}/trace.json for Perfetto")
         yield from batches
 

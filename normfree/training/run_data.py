@@ -30,6 +30,8 @@ def located(config: Config, run: Path) -> Config:
     """
     data = config.data
     scheme, colon, _ = data.partition(":")
+    if Path(data).drive:  # C:\photos
+        scheme = colon = ""
     if scheme in NAMES or (colon and scheme not in _PATHS):
         return config
     target = (

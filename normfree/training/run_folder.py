@@ -101,13 +101,13 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock.
     """
-    import fcntl
+    from filelock import FileLock, Timeout
 
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(FileLock(out / ".lock", timeout=0))
+        except Timeout:
             given = f"{str(out)!r} is being trained by another process"
             raise ValueError(problem(given, fix="wait for it or stop it")) from None
         for folder in (out, out / "model"):

@@ -86,7 +86,7 @@ def _limit(size: int) -> None:
     try:
         import resource
 
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        mapped = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return
     # Twice the file: the tensors, and a copy while they are written.

@@ -246,7 +246,7 @@ def _spec(text: str) -> str:
         return text
     if scheme == "pipe" and colon:
         return f"shards:{text}"
-    misspelled = re.match(r"\w+:(?!//)", text) and not Path(text).exists()  # "shard:x.tar"
+    misspelled = re.match(r"\w\w+:(?!//)", text) and not Path(text).exists()  # "shard:x.tar", not C:
     if re.search(r"\.tar(,val=|$)", text) and not misspelled:
         return f"shards:{text}"
     path = Path(text).expanduser()
