@@ -15,12 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.catalog import DEFAULT, NAMES, experiment
 from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
 from experiments.pages import markdown
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, comparison_text, expect
 from normfree.files import atomic_write_text
 
 ROOT = Path(__file__).parents[1]
+CORES = 2  # of the machine that the estimates are for
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "claims.md"
 
 
@@ -115,8 +117,6 @@ def evidence_for(claim: Claim, found: Mapping[tuple[str, str], Evidence]) -> Evi
     own = found.get((claim.experiment, claim.key)) or claim.known
     if own is not None:
         return own
-    from experiments.catalog import NAMES
-
     command = f"python -m experiments.run --only {claim.experiment}" if claim.experiment in NAMES else ""
     return Evidence(command=command)
 
@@ -174,7 +174,31 @@ def table(results: Path = RESULTS) -> str:
                 ]
             )
         lines += [f"## {section}", "", *markdown(head, rows), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_experiments(results)]) + "\n"
+
+
+def _experiments(results: Path) -> list[str]:
+    """Return the section on the experiments: cells, and estimated minutes on two cores."""
+    rows, total = [], 0.0
+    for name in DEFAULT:
+        one = experiment(name, "cpu")
+        cells = one.all_cells()
+        minutes = sum(map(one.minutes, cells)) / (1 if one.alone else CORES)
+        total += minutes
+        done = (
+            f"[results](../experiments/results/{name}.md)" if (results / f"{name}.md").exists() else NOT_RUN
+        )
+        rows.append([f"`{name}`", one.title, str(len(cells)), f"{minutes:.0f}", done])
+    return [
+        "## The experiments",
+        "",
+        f"`make reproduce DATA=FOLDER` runs all, about {total / 60:.1f} hours on {CORES} cores, and continues after an "
+        'interruption; `OPTIONS="--only NAME"` runs one, `OPTIONS=--dry-run` prints its cells. The minutes are '
+        "estimates from short measured steps. FOLDER has the images of CIFAR-10 in train/ and test/; the name "
+        "`cifar10` uses those in data/.",
+        "",
+        *markdown(["name", "title", "cells", "minutes", "state"], rows),
+    ]
 
 
 def write(results: Path = RESULTS, page: Path = PAGE) -> None:

@@ -48,7 +48,7 @@ def facts(sweep: Sweep, setup: Setup, done: Results) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "seeds": sweep.seeds,
         "finished": len(done),
-        "expected": sweep.expected(),
+        "expected": len(sweep.all_cells()),
         "images": vars(sweep.images),
         "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
     }
@@ -108,11 +108,11 @@ def _image_note(rows: Sequence[Mapping[str, Any]]) -> str:
 def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the main table: a line for each arm and point."""
     scores, pairs = Scores(rows), dict(sweep.pairs)
-    sizes = (
-        sorted({key for row in rows for key in row if "@" in key})
-        if sweep.base.sizes or any("average_top1" in row for row in rows)
-        else []
-    )
+    several = [row for row in rows if sum(key.startswith("top1@") for key in row) > 1]
+    sizes = sorted({int(key[5:]) for row in several for key in row if key.startswith("top1@")})
+    more = {f"top1@{size}": f"at {size} px" for size in sizes}
+    if any("average_top1" in row for row in rows):
+        more["average_top1"] = "averaged weights"
     with_paper, with_axis = bool(sweep.paper), bool(sweep.axis)
     head = [
         "arm",
@@ -120,7 +120,7 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "rate at 256",
         "λ",
         "top-1 %",
-        *sizes,
+        *more.values(),
         *(["paper"] if with_paper else []),
         "against",
         "difference in points (95 %)",
@@ -145,7 +145,7 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
                     f"{own[0]['rate']:g}",
                     f"{own[0]['clipping']:g}" if own[0]["clipping"] else "–",
                     scores.text(arm, point),
-                    *(spread([row[key] for row in good if key in row]) for key in sizes),
+                    *(spread([row[key] for row in good if key in row]) for key in more),
                     *([str(paper)] if with_paper else []),
                     baseline or "–",
                     comparison_text(compared),

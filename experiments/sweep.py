@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,10 +26,11 @@ from normfree.data.source import Source
 from normfree.files import atomic_write_text
 from normfree.models.cost import count
 
-# CPU time of a training on one core of an AMD EPYC with AVX-512, from short measured steps: seconds for each step, for
-# each image (loading, and layers whose time is not that of multiply-accumulates), and for each multiply-accumulate of
-# the forward pass of an image.
-STEP_S, BLOCK_S, IMAGE_S, MAC_S = 1.5e-3, 0.35e-3, 0.25e-3, 9e-11
+# CPU time of a training on one core of an AMD EPYC: seconds for each step, for each block in a step, for each image
+# (loading, elementwise operations), and for each multiply-accumulate of the forward pass of an image. From a dozen
+# measured steps of each of 13 networks and batches on a busy machine, scaled so that the 45 trainings of
+# results/batch_size_shared_rate.md take the 44 minutes that they took.
+STEP_S, BLOCK_S, IMAGE_S, MAC_S = 5e-3, 1e-3, 0.28e-3, 1.3e-10
 SCORING_S = 3.0  # start of the process, choice or test
 
 Changes = Mapping[str, Any]
@@ -86,7 +87,6 @@ class Sweep:
         paper: numbers of a paper by (arm, point), in percent or as text.
         source: of these numbers.
         pretraining: None: from random weights.
-        alone: see `Experiment`.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Sweep:
     paper: Mapping[tuple[str, str], float | str] = field(default_factory=dict)
     source: str = ""
     pretraining: Pretraining | None = None
-    alone: bool = False
+    alone: ClassVar[bool] = False
 
     # --- cells ---
 
@@ -151,11 +151,6 @@ class Sweep:
                     found[self.cell(arm, point, candidate, seed)] = None
         return list(found)
 
-    def expected(self) -> int:
-        """Return the number of all cells, also of those that are not known yet."""
-        choosing = {cell for arm in self.arms for point in self.points for _, cell in self.tried(arm, point)}
-        return len(choosing) + self.seeds * len(self.arms) * len(self.points)
-
     def all_cells(self) -> list[Cell]:
         """Return as many cells as there will be, with the middle candidate in place of an unknown choice."""
         found = dict.fromkeys(
@@ -172,7 +167,7 @@ class Sweep:
 
     def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
         """Train; a cell that chooses is scored on V, and the others keep their weights for the report."""
-        torch.set_num_threads(torch.get_num_threads() if self.alone else 1)
+        torch.set_num_threads(1)
         settings = Settings().changed(cell.options["training"])
         files = packed_parts(setup, **asdict(self.images))
         source = self.own_classes(open_part(files, "train"))
@@ -241,7 +236,7 @@ class Sweep:
 
     def report(self, done: Results, setup: Setup, results: Path) -> str:
         """Score the networks on the test images, unless that was done, and write page, plot and JSON."""
-        complete = len(done) == self.expected()
+        complete = len(done) == len(self.all_cells())
         if complete:
             self._score(done, setup)
         found = {

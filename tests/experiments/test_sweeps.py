@@ -15,7 +15,7 @@ from experiments.verdicts import FAILS, HOLDS, MARGIN, UNDECIDED, Scores, compar
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_smallest_setting_runs_and_its_page_is_made_from_its_json(name, reported, setup):
     sweep, done, page, folder = reported(name)
-    assert len(done) == sweep.expected() == len(sweep.all_cells())
+    assert len(done) == len(sweep.all_cells())
     found = json.loads((folder / f"{name}_tiny.json").read_text())
     assert found["complete"]
     claims = {claim.key for section in CLAIMS.values() for claim in section if claim.experiment == name}
@@ -35,11 +35,19 @@ def test_the_smallest_setting_runs_and_its_page_is_made_from_its_json(name, repo
     assert [path.stat().st_mtime_ns for path in tests] == before
 
 
+def test_other_test_sizes_and_averaged_weights_have_columns(reported):
+    assert "| at 16 px | at 20 px | at 24 px | at 32 px |" in reported("transfer")[2]
+    assert "| averaged weights |" in reported("optimizers")[2]
+
+
 def test_the_test_images_stay_closed_until_all_cells_are_finished(reported, setup, tmp_path):
     sweep, done, _, _ = reported("skip_gain")
     sweep = replace(sweep, seeds=sweep.seeds + 1)
     page = sweep.report(done, setup, tmp_path)
-    assert f"{len(done)} of {sweep.expected()} cells are finished; the test images were not opened." in page
+    assert (
+        f"{len(done)} of {len(sweep.all_cells())} cells are finished; the test images were not opened."
+        in page
+    )
     assert json.loads((tmp_path / "skip_gain_tiny.json").read_text())["findings"] == []
 
 
