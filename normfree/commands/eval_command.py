@@ -66,6 +66,9 @@ def eval_(arguments: EvalArguments) -> int:
     if as_multilabel(source) is not None and not model.sigmoid:
         given = f"the images of {arguments.data} have several classes, and {arguments.model} learned one for each image"
         raise UsageError(problem(given, fix="evaluate a model that was trained with --objective bce"))
+    if as_multilabel(source) is not None and arguments.confusion:
+        given = f"--confusion, and the images of {arguments.data or 'the run'} have several classes"
+        raise UsageError(problem(given, allowed="images with one class each", fix="leave it out"))
     score = evaluate(model.net, source, preprocessing=model.preprocessing, batch_size=arguments.batch_size,
                      workers=arguments.workers, device=arguments.device, sigmoid=model.sigmoid)  # fmt: skip
     if arguments.out:

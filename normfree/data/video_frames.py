@@ -99,7 +99,8 @@ def _opened(av: ModuleType, source: str) -> Any:
     number = source.removeprefix(CAMERA)
     if not number.isdecimal() or int(number) >= len(cameras):
         known = ", ".join(f"{CAMERA}{i} ({device.description})" for i, device in enumerate(cameras))
-        raise ImageError(source, problem("there is no such camera", allowed=known or "no camera was found"))
+        given = "there is no such camera" if cameras else "no camera was found"
+        raise ImageError(source, problem(given, allowed=known))
     prefix = "video=" if format == "dshow" else ""
     return av.open(prefix + cameras[int(number)].name, mode="r", format=format)
 

@@ -208,6 +208,20 @@ def test_files_of_eval_name_classes_as_text(model, tmp_path):
     assert [sum(map(int, line[1:])) for line in lines[1:]] == [0, 1, 1]
 
 
+def test_images_with_several_classes_have_no_confusion_matrix(tmp_path, capsys):
+    names = ("outdoor", "round")
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "data" / name / "0.png")
+    net = create_model("nf_resnet_nano", num_classes=2)
+    model = TrainedModel(net.eval(), Preprocessing(image_size=16), names, sigmoid=True)
+    args = ["eval", str(save_pretrained(model, tmp_path / "model")), f"nested:{tmp_path / 'data'}"]
+    assert main([*args, "--confusion", str(tmp_path / "c.png")]) == 2
+    assert "have several classes. Allowed: images with one class each." in capsys.readouterr().err
+    assert main([*args, "--out", str(tmp_path / "a.csv")]) == 0
+    assert "average precision" in capsys.readouterr().out
+
+
 @pytest.mark.browser
 def test_the_page_in_a_browser_loads_nothing_and_fits_a_phone(model, photos, tmp_path):
     from playwright.sync_api import sync_playwright

@@ -76,6 +76,10 @@ def test_a_camera(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r"camera:3: there is no such camera\. Allowed: camera:0 \(a pattern\)\."
     ):
         missing.read(65535)
+    monkeypatch.setattr(av, "enumerate_input_devices", lambda format: [])
+    (missing,) = image_inputs("camera:0")
+    with pytest.raises(ValueError, match=r"^camera:0: no camera was found\.$"):
+        missing.read(65535)
 
 
 def test_the_extra_is_named_if_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
