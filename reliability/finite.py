@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from normfree.optim.attach import attach_agc
 from normfree.training.trainer import Trainer
 from normfree.weights.tensor_file import read_tensors
 from reliability.goals import Case, Result, spread
-from reliability.runs import FLAGS, differences, finish, train, uninterrupted
+from reliability.runs import FLAGS, differences, finish, scratch, train, uninterrupted
 
-STEP = 7  # the step that is spoiled, counted from 0; the last checkpoint before it is that of step 6
+STEP = 5  # the step that is spoiled, counted from 0; the last checkpoint before it is that of step 4
 VALUES = (float("nan"), float("inf"), float("-inf"))
 KINDS = ("loss", "gradient", "pixel", "weights", "average", "momentum")
 PRECISIONS = ("float32", "bfloat16")
@@ -117,7 +116,7 @@ def spoiled(kind: str, value: float, precision: str, rank: int | None) -> Result
     ranks = 1 if rank is None else 2
     flags = (*FLAGS, "--precision", precision)
     whole, _ = uninterrupted(flags, ranks=ranks)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         out = Path(folder) / "run"
         job = train(out, flags=flags, ranks=ranks, prepare=Spoil(kind, value, rank))
         codes, printed = job.wait(), job.printed()
@@ -150,7 +149,7 @@ def rolled_back(seed: int) -> Result:
     flags, above = (*FLAGS, "--on-divergence", "rollback"), 0.02
     kind, value = KINDS[seed % len(KINDS)], VALUES[seed % len(VALUES)]
     options: dict[str, Any] = {"flags": flags, "prepare": Spoil(kind, value, None, above)}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         whole, out = Path(folder) / "whole", Path(folder) / "run"
         start = time.monotonic()
         finish(whole, **options)

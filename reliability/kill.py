@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from reliability.goals import Case, Result
-from reliability.runs import differences, finish, train, uninterrupted
+from reliability.runs import differences, finish, scratch, train, uninterrupted
 
 KILLS = 3  # of each run
 # Every sixth run has two processes, and one of its processes dies a little earlier than the other.
@@ -31,7 +30,7 @@ def killed_run(seed: int, ranks: int) -> Result:
     """Kill a run `KILLS` times at instants that are uniform over its time, then let it end, and compare it."""
     rng = random.Random(seed)
     whole, seconds = uninterrupted(ranks=ranks)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         out, kills = Path(folder) / "run", 0
         while kills < KILLS:
             job = train(out, ranks=ranks)

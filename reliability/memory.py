@@ -14,7 +14,7 @@ import numpy as np
 
 from normfree.training.trainer import Trainer
 from reliability.goals import Case, Result
-from reliability.runs import FLAGS, train
+from reliability.runs import FLAGS, scratch, train
 
 STEPS = 2000
 SLOPE = 1.0  # MB per 1,000 steps
@@ -68,7 +68,7 @@ def used() -> tuple[int, int, int, int]:
 
 def flat(workers: int, steps: int = STEPS) -> Result:
     """Train for so many steps and check that nothing grows."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         file, temporary = Path(folder) / "used", Path(folder) / "tmp"
         temporary.mkdir()
         shared = set(SHARED.iterdir()) if SHARED.exists() else set()

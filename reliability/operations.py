@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from reliability.faults import Fault, counted, new_counter
 from reliability.goals import Case, Result
-from reliability.runs import FLAGS, differences, finish, train, uninterrupted
+from reliability.runs import FLAGS, differences, finish, scratch, train, uninterrupted
 
 # Short, with two evaluations, a best checkpoint, a rotation and an end.
 FULL = 400  # more than it has operations
-SHORT = (*FLAGS, "--length", "6st")
+SHORT = (*FLAGS, "--length", "4st", "--log.evaluate_every", "2st", "--log.checkpoint_every", "1st")
 CHECKS = {"is killed": "kill -9 at each file operation: run ends identical",
           "fails": "each file operation fails once: one line or none, run ends identical"}  # fmt: skip
 
@@ -31,7 +30,7 @@ def cases(count: int) -> Iterator[Case]:
 @functools.cache
 def operations_of_run() -> int:
     """Return how many file operations an uninterrupted run makes."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         counter, out = new_counter(Path(folder)), Path(folder) / "run"
         finish(out, flags=SHORT, prepare=Fault(out, counter))
         return counted(counter)
@@ -47,7 +46,7 @@ def fault_at(at: int, what: str, *, lasting: bool = False) -> Result:
     if at >= operations_of_run():
         return Result(0, 0)
     whole, _ = uninterrupted(SHORT)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         counter, out = new_counter(Path(folder)), Path(folder) / "run"
         job = train(out, flags=SHORT, prepare=Fault(out, counter, at, what, lasting))
         code, printed = job.wait()[0], job.printed()
@@ -55,7 +54,7 @@ def fault_at(at: int, what: str, *, lasting: bool = False) -> Result:
             bring_back(out)
         wrong = complaints(code, printed, killed=what == "is killed")
         finish(out, flags=SHORT)
-        wrong += differences(whole, out)
+        wrong += differences(whole, out, older_checkpoints=what == "is killed")
         if counted(counter) <= at:
             wrong.append("the operation was not reached")
     return Result(1, int(not wrong), "; ".join(wrong))

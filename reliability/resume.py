@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 from normfree.training.trainer import Trainer
 from normfree.weights.tensor_file import read_tensors
 from reliability.goals import Case, Result, spread
-from reliability.runs import FLAGS, differences, finish, train, uninterrupted
+from reliability.runs import FLAGS, differences, finish, scratch, train, uninterrupted
 
 # Two epochs of 157 images in batches of 8; the end of the first is within a batch.
 STEPS = 39
@@ -61,7 +60,7 @@ class StopAfter:
 def stopped_after(step: int, workers: int) -> Result:
     """Stop a run after a step, continue it, and compare it."""
     whole, _ = uninterrupted(flags_of(workers))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         out = Path(folder) / "run"
         job = train(out, flags=flags_of(workers), prepare=StopAfter(step))
         code = job.wait()[0]

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -23,6 +22,7 @@ from reliability.runs import (
     differences,
     finish,
     free_port,
+    scratch,
     train,
     uninterrupted,
 )
@@ -53,7 +53,7 @@ def signaled(number: int, seed: int) -> Result:
     """Send a signal to a run at a random moment after it began to handle signals, then resume it."""
     rng = random.Random(seed)
     whole, seconds = uninterrupted(WORKERS)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         out = Path(folder) / "run"
         while True:  # until the run still lives at the moment
             job = train(out, flags=WORKERS)
@@ -88,7 +88,7 @@ def launched(seed: int, *, kills: str) -> Result:
     """Kill a rank or the launcher of a run of two processes after a random step, then resume the run."""
     rng = random.Random(seed)
     whole, _ = uninterrupted(LONG, ranks=2)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         out, mark = Path(folder) / "run", f"{os.getpid()}-{kills}-{seed}"
         with (Path(folder) / "output.txt").open("wb") as output:
             launcher = subprocess.Popen(
@@ -118,7 +118,7 @@ def without_worker(seed: int) -> Result:
     """Kill a process that loads images at a random moment, then resume the run."""
     rng = random.Random(seed)
     whole, seconds = uninterrupted(WORKERS)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         out = Path(folder) / "run"
         while True:
             job = train(out, flags=WORKERS)
