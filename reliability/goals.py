@@ -70,6 +70,7 @@ GOALS = {
     "disk": Goal(7, "A disk that refuses costs no checkpoint", full=40),
     "finite": Goal(8, "NaN and Inf never reach what is stored", full=108),
     "memory": Goal(9, "Nothing grows", full=2),
+    "golden": Goal(11, "Known losses, earlier formats, equal runs, no network", full=3),
     "mutations": Goal(0, "The tests of the protections", full=100),
 }
 

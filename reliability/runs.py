@@ -38,7 +38,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Files that differ between two equal runs: times, and checksums of files with times.
 _TIMED = ("log.txt", ".lock", "MANIFEST.json", "curves.png")
 # Seconds after which a process that should have ended by itself counts as one that hangs.
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

@@ -172,9 +172,9 @@ def gradients(
     """Return the gradients of input, weight and bias by `backend`; None for those that `needs` excludes.
 
     PyTorch's own gradient is used in place of `backend` for a convolution under autocast, whose result has another
-    dtype than its input, and where something observes the backward pass that `backend` would bypass.
+    dtype than its input or its weight, and where something observes the backward pass that `backend` would bypass.
     """
-    if grad.dtype != x.dtype:
+    if not grad.dtype == x.dtype == weight.dtype:
         backend, x, weight = TORCH, x.to(grad.dtype), weight.to(grad.dtype)
     elif backend.bypasses_dispatcher and not (type(grad) is Tensor and can_bypass_dispatcher()):
         backend = TORCH

@@ -161,3 +161,17 @@ def test_backends_have_the_gradients_of_autograd(backend):
         assert got is not None
         assert float((got - exactly).norm() / exactly.norm()) < 2e-6
     assert backend.weight_gradient(grad, x, weight, geometry, needs=(False, False)) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_under_autocast_are_those_of_float32_to_its_precision(dtype):
+    """Under autocast the input of a convolution is of `dtype`, but its weight is float32."""
+    net = create_model("nf_resnet_nano", num_classes=3)
+    x, found = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for half in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=half):
+            loss = net.eval()(x).float().square().mean()
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    assert F.cosine_similarity(*found, dim=0) > 0.99
