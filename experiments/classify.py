@@ -10,6 +10,7 @@ and dropout are functions of seed and step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.cells import Result, Setup
+from experiments.checkpoint import StateFile
 from experiments.clipping_rules import Lars, clip_layers_
 from experiments.networks import build, on_devices_
 from normfree import (
@@ -54,10 +56,9 @@ from normfree.optim.torch_optimizers import TorchOptimizer, make_optimizer
 from normfree.preprocessing import Preprocessing
 from normfree.suggest import unknown
 from normfree.training.allocator import keep_freed_memory
-from normfree.training.stop import Stop, StoppedBySignal, stop_signals
+from normfree.training.stop import stop_signals
 
 CLIPS = ("off", "agc", "tensor", "layer", "norm")
-SAVE_EVERY = 60.0  # seconds between two checkpoints
 TIMED = 3  # steps whose CPU time is measured after the training
 NOISE = 16  # images of Gaussian noise for signal propagation
 
@@ -278,32 +279,26 @@ def train(
     keep_freed_memory()
     device = run_device(setup.device)
     training = Training(settings, classes=len(source.classes), seed=seed, device=device, weights=weights)
-    path, begun, done, spent = folder / "state.pt", time.process_time(), 0, 0.0
     found: Result = {"status": "done"}
     if settings.signal:
         found["signal_before"] = signal(training.net, settings, device)
-    if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=True)
-        training.restore(saved["training"])
-        done, spent = saved["step"], saved["cpu_seconds"]
-
-    def save(step: int) -> None:
-        state = {
-            "training": training.state(),
-            "step": step,
-            "cpu_seconds": spent + time.process_time() - begun,
-        }
-        atomic_write(path, lambda target: torch.save(state, target))
-
-    with stop_signals() as stop, stop.deferred():
+    saved = StateFile(folder, device)
+    if saved.state is not None:
+        training.restore(saved.state)
+    transform = train_transform(image_size=settings.size, crop_min=0.5, randaugment=settings.randaugment)
+    batches = train_batches(source, transform, batch_size=settings.batch, seed=seed, num_steps=settings.steps,
+                            start_step=saved.step, workers=setup.workers)  # fmt: skip
+    with stop_signals() as stop, stop.deferred(), contextlib.closing(batches):
         try:
-            _steps(training, source, save=save, stop=stop, done=done, workers=setup.workers)
+            for batch in batches:
+                saved.keep(batch.step, training, stop)
+                training.step(batch)
         except NonFiniteGradientError:
             found["status"] = "diverged"
     last = training.losses[-max(1, settings.steps // 10) :]
     found |= {"steps": len(training.losses), "train_loss": fmean(last) if last else math.nan,
               "clipped": fmean(training.clipped) if training.clipped else 0.0,
-              "cpu_seconds": round(spent + time.process_time() - begun, 3)}  # fmt: skip
+              "cpu_seconds": saved.cpu_seconds}  # fmt: skip
     if training.ratios:
         found["ratios"] = training.ratios
     if found["status"] == "done":
@@ -313,23 +308,8 @@ def train(
         if settings.signal:
             found["signal_after"] = signal(training.net, settings, device)
         found["step_ms"] = step_ms(training, source)
-    path.unlink(missing_ok=True)
+    saved.remove()
     return training.net, found
-
-
-def _steps(training: Training, source: Source, *, save: Any, stop: Stop, done: int, workers: int) -> None:
-    """Take the remaining steps; save now and then, and when a signal arrives."""
-    s = training.settings
-    transform = train_transform(image_size=s.size, crop_min=0.5, randaugment=s.randaugment)
-    saved_at = time.monotonic()
-    for batch in train_batches(source, transform, batch_size=s.batch, seed=training.seed, num_steps=s.steps,
-                               start_step=done, workers=workers):  # fmt: skip
-        if stop.number or time.monotonic() - saved_at > SAVE_EVERY:
-            save(batch.step)
-            saved_at = time.monotonic()
-        if stop.number:
-            raise StoppedBySignal(batch.step, stop.number)
-        training.step(batch)
 
 
 def step_ms(training: Training, source: Source) -> float:

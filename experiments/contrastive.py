@@ -14,9 +14,10 @@ images.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.checkpoint import StateFile
 from experiments.networks import build, on_devices_, variant_for
 from experiments.pages import command_of, machine, markdown
 from experiments.parts import open_part, packed_parts
 from experiments.verdicts import FAILS, HOLDS, MARGIN, UNDECIDED, Finding, both, comparison_text, spread
-from normfree import SGD, clip_grad_, nt_xent, parameter_groups
+from normfree import SGD, NonFiniteGradientError, clip_grad_, nt_xent, parameter_groups
 from normfree.data.loader import Batch, train_batches
 from normfree.data.seeds import key, permutation
 from normfree.data.source import Source
@@ -44,6 +46,7 @@ from normfree.optim.schedule import warmup_cosine
 from normfree.preprocessing import Preprocessing
 from normfree.training.allocator import keep_freed_memory
 from normfree.training.projection import project_
+from normfree.training.stop import stop_signals
 from normfree.uncertainty import PairedComparison, compare_paired, mean_interval
 
 ARMS = ("nf", "bn_device", "bn_shuffled", "bn_global")
@@ -127,34 +130,99 @@ def loss_of(net: nn.Module, views: Tensor, *, temperature: float, shuffle: int |
     return nt_xent(embeddings[0::2], embeddings[1::2][back], temperature=temperature)
 
 
-def views_of(size: Size, source: Source, *, seed: int, steps: int, workers: int = 0) -> Iterator[Batch]:
+def views_of(
+    size: Size, source: Source, *, seed: int, steps: int, start: int = 0, workers: int = 0
+) -> Generator[Batch, None, None]:
     """Return batches of views: random crops, flips and SimCLR's colors for small images."""
     transform = train_transform(image_size=size.image_size, crop_min=0.2, randaugment="simclr:0.5")
     return train_batches(
-        source, transform, batch_size=2 * size.batch, seed=seed, num_steps=steps, workers=workers, repeats=2
+        source,
+        transform,
+        batch_size=2 * size.batch,
+        seed=seed,
+        num_steps=steps,
+        start_step=start,
+        workers=workers,
+        repeats=2,
     )
 
 
+class SimCLR:
+    """Network and optimizer of a training, and what one step does to them."""
+
+    def __init__(
+        self, size: Size, arm: str, *, rate: float, seed: int, steps: int, device: torch.device
+    ) -> None:
+        self.size, self.arm, self.rate, self.seed, self.steps, self.device = (
+            size,
+            arm,
+            rate,
+            seed,
+            steps,
+            device,
+        )
+        self.net = network(size, arm, seed).to(device).to(memory_format=torch.channels_last).train()
+        groups = parameter_groups(self.net, weight_decay=1e-4, clipping=size.clipping)
+        self.optimizer = SGD(groups, rate, momentum=0.9)
+        self.losses: list[float] = []
+
+    def step(self, batch: Batch) -> None:
+        """Take one step; if the loss is not finite, leave the weights as they are."""
+        size, views = self.size, normalize(batch.images.to(self.device))
+        self.optimizer.set_lr(self.rate * warmup_cosine(batch.step / self.steps, warmup=0.1))
+        shuffle = key(self.seed, "devices", batch.step) if self.arm == "bn_shuffled" else None
+        loss = loss_of(self.net, views, temperature=size.temperature, shuffle=shuffle)
+        self.losses.append(float(loss.detach()))
+        if math.isfinite(self.losses[-1]):
+            loss.backward()
+            mode = "agc" if self.arm == "nf" else "off"
+            clip_grad_(self.optimizer.param_groups, mode=mode, clipping=size.clipping)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.named_state(),
+            "losses": self.losses,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_named_state(state["optimizer"])
+        self.losses = list(state["losses"])
+
+
 def train(
-    size: Size, arm: str, *, rate: float, seed: int, source: Source, device: torch.device, workers: int = 0
-) -> tuple[Net, float]:
-    """Train a network; return it and the mean loss of its last tenth of steps, which is not finite if it diverged."""
-    net = network(size, arm, seed).to(device).to(memory_format=torch.channels_last).train()
-    optimizer = SGD(parameter_groups(net, weight_decay=1e-4, clipping=size.clipping), rate, momentum=0.9)
-    steps = max(2, round(size.epochs * len(source) / size.batch))
-    losses: list[float] = []
-    for batch in views_of(size, source, seed=seed, steps=steps, workers=workers):
-        optimizer.set_lr(rate * warmup_cosine(batch.step / steps, warmup=0.1))
-        shuffle = key(seed, "devices", batch.step) if arm == "bn_shuffled" else None
-        loss = loss_of(net, normalize(batch.images.to(device)), temperature=size.temperature, shuffle=shuffle)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            break
-        loss.backward()
-        clip_grad_(optimizer.param_groups, mode="agc" if arm == "nf" else "off", clipping=size.clipping)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return net, fmean(losses[-max(1, steps // 10) :])
+    size: Size, arm: str, *, rate: float, seed: int, source: Source, folder: Path, setup: Setup
+) -> tuple[Net, Result]:
+    """Train a network, or continue in `folder`; return it with the mean loss of its last tenth of steps.
+
+    Raises:
+        StoppedBySignal: a signal arrived; the state was saved.
+    """
+    device, steps = run_device(setup.device), max(2, round(size.epochs * len(source) / size.batch))
+    training = SimCLR(size, arm, rate=rate, seed=seed, steps=steps, device=device)
+    saved = StateFile(folder, device)
+    if saved.state is not None:
+        training.restore(saved.state)
+    batches = views_of(size, source, seed=seed, steps=steps, start=saved.step, workers=setup.workers)
+    status = "done"
+    with stop_signals() as stop, stop.deferred(), contextlib.closing(batches):
+        try:
+            for batch in batches:
+                saved.keep(batch.step, training, stop)
+                training.step(batch)
+                if not math.isfinite(training.losses[-1]):
+                    status = "diverged"
+                    break
+        except NonFiniteGradientError:
+            status = "diverged"
+    saved.remove()
+    last = fmean(training.losses[-max(1, steps // 10) :])
+    return training.net, {"status": status, "train_loss": last, "cpu_seconds": saved.cpu_seconds}
 
 
 @torch.no_grad()
@@ -242,23 +310,16 @@ class Contrastive:
     def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
         """Train; a cell that chooses is scored on V, the others keep their weights for the report."""
         keep_freed_memory()
-        files, device = self._sources(setup), run_device(setup.device)
+        files, rate = self._sources(setup), cell.options["rate"]
         bank = open_part(files, "train")
-        net, last = train(
-            self.size,
-            cell.arm,
-            rate=cell.options["rate"],
-            seed=cell.seed,
-            source=bank,
-            device=device,
-            workers=setup.workers,
+        net, found = train(
+            self.size, cell.arm, rate=rate, seed=cell.seed, source=bank, folder=folder, setup=setup
         )
-        if not math.isfinite(last):
-            return {"status": "diverged"}
-        found: Result = {"status": "done", "train_loss": last}
-        if cell.chooses:
-            return {**found, **scores(net, self.size, open_part(files, "choice"), bank, device=device)}
-        atomic_write(folder / "weights.pt", lambda path: torch.save(net.state_dict(), path))
+        if found["status"] == "done" and cell.chooses:
+            device, choice = run_device(setup.device), open_part(files, "choice")
+            return {**found, **scores(net, self.size, choice, bank, device=device)}
+        if found["status"] == "done":
+            atomic_write(folder / "weights.pt", lambda path: torch.save(net.state_dict(), path))
         return found
 
     def report(self, done: Results, setup: Setup, results: Path) -> str:

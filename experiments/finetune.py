@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from experiments.pages import markdown
 from normfree import Config, evaluate, from_pretrained, open_source, train
 from normfree.data.sources.packed import pack
 from normfree.data.subset import Subset
@@ -192,11 +193,6 @@ def spread(values: list[float]) -> str:
     )
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return ["| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows]]
-
-
 def stopped(course: list[tuple[float, float]], patience: int) -> tuple[int, float]:
     """Return (evaluations used, best score) of a run with that patience, from its averaged (top-1, loss) values.
 
@@ -247,7 +243,7 @@ def page(found: dict[str, Any], seeds: int) -> str:
         f"Learning rate at batch size 32: {rates}; scaled linearly at other batch sizes, as is the averaging window. "
         f"Both arms tried the same rates at batch size {PLAIN} for {PROBE_LENGTH} with seed {PROBE_SEED}, on the same "
         f"validation images; top-1 %: {tried}.", "",
-        *table(
+        *markdown(
             ["network", "batch", "top-1 %", "mean over classes %", "clipped units %", "CPU s per run"],
             [
                 [arm, str(batch), *pair(arm, batch),
@@ -258,31 +254,31 @@ def page(found: dict[str, Any], seeds: int) -> str:
         ), "",
         f"The standard error of one validation figure is about {found['error']:.1f} points; all cells use the same "
         "images, so differences are more certain than that.", "", f"## Class balance, batch size {PLAIN}", "",
-        *table(
+        *markdown(
             ["network", "class_balance", "top-1 %", "mean over classes %"],
             [[arm, f"{b:g}", *pair(arm, PLAIN, balance=b)] for arm in ARMS for b in POWERS],
         ), "", "## Few images, batch size 32", "",
         f"The first {FEW} training images of each class, {FEW * found['classes']} in total; the validation images "
         "are the same.", "",
-        *table(
+        *markdown(
             ["network", "length", "top-1 %", "mean over classes %"],
             [["NF + AGC", n, *pair("NF + AGC", 32, length=n, few=True)] for n in FEW_LENGTHS],
         ), "", f"## Effect of patience, batch size 32, {WHOLE}", "",
         f"Computed from complete runs with one evaluation per epoch. Averaged top-1 after the last step: "
         f"{pair('NF + AGC', 32, length=WHOLE)[0]} %. The best score is chosen on the images on "
         "which it is measured.", "",
-        *table(
+        *markdown(
             ["patience", "epochs used", "best averaged top-1 %", "most points lost"],
             patience_rows([c["course"] for c in of("NF + AGC", 32, length=WHOLE)]),
         ), "", f"## Pretrained and random weights, batch size {PLAIN}", "",
-        *table(
+        *markdown(
             ["network", "start", "top-1 %", "mean over classes %"],
             [
                 ["NF + AGC", start, *pair("NF + AGC", PLAIN, pretrained=p)]
                 for start, p in (("emoji", True), ("random", False))
             ],
         ), "", f"## Test resolution, batch size {PLAIN}, top-1 %", "",
-        *table(
+        *markdown(
             ["network, trained at 64 px", *(f"{size} px" for size in SIZES)],
             [
                 [arm, *(spread([x[str(size)] for x in scores if x]) for size in SIZES)]

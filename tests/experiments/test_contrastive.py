@@ -1,13 +1,18 @@
 """The smallest setting of the experiment on the leak, and its verdict."""
 
 import json
+import os
+import signal
 
+import pytest
 import torch
 
 from experiments import contrastive
+from experiments.cells import Setup
 from experiments.claim_list import CLAIMS
 from experiments.contrastive import SIZES, losses_on, network, verdict
 from normfree import open_source
+from normfree.training.stop import StoppedBySignal
 
 TINY, CPU = SIZES["tiny"], torch.device("cpu")
 SOURCE = open_source("synthetic:classes=3,size=16,train=24,val=4").train
@@ -45,6 +50,33 @@ def test_the_smallest_setting_runs_writes_a_page_and_continues(reported):
     }
     assert {finding["claim"] for finding in found["findings"]} == claims
     assert len(done) == len(one.all_cells())
+
+
+def test_a_stopped_training_continues_with_the_same_bits(tmp_path, monkeypatch):
+    setup, folders = Setup(preset="tiny", runs=tmp_path), [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        folder.mkdir()
+
+    def trained(folder):
+        return contrastive.train(
+            TINY, "bn_shuffled", rate=0.1, seed=0, source=SOURCE, folder=folder, setup=setup
+        )
+
+    whole, found = trained(folders[0])
+    step = contrastive.SimCLR.step
+
+    def stop_after_the_first(self, batch):
+        step(self, batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(contrastive.SimCLR, "step", stop_after_the_first)
+    with pytest.raises(StoppedBySignal):
+        trained(folders[1])
+    monkeypatch.setattr(contrastive.SimCLR, "step", step)
+    again, facts = trained(folders[1])
+    assert facts["train_loss"] == found["train_loss"]
+    pairs = zip(whole.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def cells(leaks, probes, diverged=False):
