@@ -1,6 +1,6 @@
 """The compiled kernels: loops over float32 tensors on a CPU for which PyTorch has no single operation.
 
-pip compiles them if it finds a C compiler with OpenMP. Without them, and for other dtypes, devices or under tracing, we
+pip compiles them if it finds a C compiler. Without them, and for other dtypes, devices or under tracing, we
 fall back to equivalent PyTorch ops, which make more passes over memory.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,12 +50,15 @@ def library() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("normfree.native._compiled")
     if spec is None or spec.origin is None:
         return None
+    if sys.platform == "darwin":  # parallel.h finds global functions only, and PyTorch loads these for itself
+        for openmp in Path(torch.__file__).parent.glob("lib/libomp.*"):
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
     found = ctypes.CDLL(spec.origin)
     version = ctypes.c_int.in_dll(found, "native_version").value
     if version != VERSION:
         raise ImportError(
             f"{spec.origin} was compiled from version {version} of its source. Allowed: version {VERSION}. "
-            "Fix: install the package again, in a checkout with: pip install --editable ."
+            "Fix: delete this file and install the package again, in a checkout with: pip install --editable ."
         )
     for name, types in _SIGNATURES.items():
         function = getattr(found, name)

@@ -72,8 +72,13 @@ LIMITS = {
 
 
 def limits() -> TileLimits | None:
-    """Return the limits of this processor, or None if it has no AVX2 or the kernels are not installed."""
-    return LIMITS.get(torch.backends.cpu.get_cpu_capability()) if library() is not None else None
+    """Return the limits of this processor, or None if it has no AVX2 or the kernels are not installed.
+
+    On Windows they are compiled without AVX2.
+    """
+    if library() is None or sys.platform == "win32":
+        return None
+    return LIMITS.get(torch.backends.cpu.get_cpu_capability())
 
 
 def output_side(x: Tensor, weight: Tensor, *, groups: int, packed: bool = False) -> int:

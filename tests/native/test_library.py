@@ -53,7 +53,7 @@ def test_a_library_of_another_version_is_an_error(
 ) -> None:
     message = f"was compiled from version {library_file.VERSION} of its source. Allowed: version 99. "
     monkeypatch.setattr(library_file, "VERSION", 99)
-    message += "Fix: install the package again"
+    message += "Fix: delete this file and install the package again"
     with pytest.raises(ImportError, match=re.escape(message)):
         library()
 
