@@ -36,6 +36,7 @@ from .pretrained import save_pretrained as save_pretrained
 from .surgery.convert import convert_batchnorm as convert_batchnorm
 from .training.cached_gradient import cached_backward as cached_backward
 from .training.config import Config as Config
+from .training.folds import train_folds as train_folds
 from .training.loop import train as train
 from .training.objectives import contrastive_loss as contrastive_loss
 from .training.objectives import nt_xent as nt_xent

@@ -16,7 +16,7 @@ from normfree.data.loader import eval_batches
 from normfree.data.multilabel import as_multilabel
 from normfree.data.source import Source
 from normfree.data.subset import spread_indices
-from normfree.data.supervision import never
+from normfree.data.supervision import DEADLINE, never
 from normfree.data.transforms.decode import load_image
 from normfree.data.transforms.normalize import normalize
 from normfree.device import run_device
@@ -46,6 +46,7 @@ def evaluate(
     gather: Callable[[Tensor], Tensor] = lambda scores: scores,
     sigmoid: bool = False,
     stopped: Callable[[], bool] = never,
+    deadline: float = DEADLINE,
 ) -> Evaluation:
     """Evaluate a network once on every image of a source, in evaluation mode and in float32.
 
@@ -63,7 +64,7 @@ def evaluate(
         gather: function that concatenates the tensors N_r x 5 (float64, on the CPU) of all processes in the order of
             their ranks. Every process then returns the scores of all images.
         sigmoid: the loss is the binary cross entropy, averaged over the classes, instead of the cross entropy.
-        stopped: called before each batch, and every second while one is awaited; True raises LoadingStopped.
+        stopped, deadline: see `eval_batches`.
 
     Returns:
         Accuracy, loss, and the prediction for each image.
@@ -93,7 +94,7 @@ def evaluate(
     parts = [torch.empty(0, _COLUMNS + 2 * len(source.classes) * several, dtype=torch.float64)]
     try:
         for batch in eval_batches(source, transform, batch_size=batch_size, workers=workers, rank=rank,
-                                  world_size=world_size, stopped=stopped):  # fmt: skip
+                                  world_size=world_size, stopped=stopped, deadline=deadline):  # fmt: skip
             images, labels = batch.images.to(target), batch.labels.to(target)
             logits = model(normalize(images, mean=preprocessing.mean, std=preprocessing.std)).float()
             if logits.shape[-1] != len(source.classes):

@@ -259,7 +259,10 @@ def test_list_and_show(trained, capsys):
             "train --data synthetic --precision float16",
             "precision='float16'. Allowed: 'float32' or 'bfloat16'.",
         ),
-        ("train --input.val_fraction 2", "input.val_fraction='2'. Allowed: a number from 0 to below 1."),
+        (
+            "train --input.val_fraction 2",
+            "input.val_fraction='2'. Allowed: a number from 0 to below 1, or fold:2/5,",
+        ),
         ("train --data synthetic --augment.repeats 7", "augment.repeats=7 with input.batch_size="),
     ],
 )
@@ -511,14 +514,15 @@ def test_help_and_version(capsys):
 
 
 def test_the_arguments_of_train():
-    assert parse([]) == TrainArguments("", "", find_lr=False, overrides=())
+    assert parse([]) == TrainArguments("", "", find_lr=False, folds=0, overrides=())
     args = ["demo", "--optim.lr", "1", "--out", "x", "--exact", "--find-lr"]
     parsed = parse(args)
     assert parsed == TrainArguments(
-        "demo", "x", find_lr=True, overrides=("--optim.lr", "1", "--parallel", "exact")
+        "demo", "x", find_lr=True, folds=0, overrides=("--optim.lr", "1", "--parallel", "exact")
     )
     assert parsed.keys == ["optim.lr", "parallel"]
-    assert parse(["--out=x", "--data=photos"]) == TrainArguments("", "x", False, ("--data=photos",))
+    assert parse(["--out=x", "--data=photos"]) == TrainArguments("", "x", False, 0, ("--data=photos",))
+    assert parse(["--folds=5"]).folds == parse(["--folds", "5"]).folds == 5
 
 
 def test_names_of_files_are_printed_escaped_and_no_formula_reaches_a_table(

@@ -47,7 +47,7 @@ def _show_recipe(name: str) -> None:
 
     recipe = RECIPES[name]
     config = recipe()
-    if config.model != "auto":
+    if config.model not in ("auto", "fit"):
         config = resolve(config, starts=False).config
     print(f"# recipe {name}: {recipe.__doc__}\n{to_toml(config)}", end="")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from normfree.commands.usage import UsageError
 from normfree.suggest import did_you_mean, problem
+from normfree.training.config_values import MAX_FOLDS
 from normfree.training.stop import StoppedBySignal, stop_signals
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ TRAIN_HELP = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--k
                  with --data, with the same images in another folder
   FILE.toml      run a config file, for example runs/demo-1/config.toml
   --out FOLDER   folder of the new run; default: runs/RECIPE-N
+  --folds K      cross-validation: a run for each of K folds, in --out, and a summary of them;
+                 `normfree train FOLDER` goes on where it was stopped
   --exact        same as --parallel exact: bit-identical for any number of processes
   --find-lr      do not train, but try learning rates: write find_lr.png and find_lr.json
                  to --out or the current folder, and suggest a learning rate
@@ -47,6 +50,10 @@ RESUME_OPTIONS = (
 )
 
 
+# How options with a value are written.
+_VALUES = {"--out": "--out FOLDER", "--folds": "--folds 5"}
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     """The arguments of `normfree train`.
@@ -55,12 +62,14 @@ class TrainArguments:
         source: a recipe, a run folder or a .toml file; "" if none is given.
         out: the value of --out; "" if it is not given.
         find_lr: True if --find-lr is given.
+        folds: the value of --folds; 0 if it is not given.
         overrides: the remaining arguments, which set config keys.
     """
 
     source: str
     out: str
     find_lr: bool
+    folds: int
     overrides: tuple[str, ...]
 
     @property
@@ -74,15 +83,20 @@ class TrainArguments:
         path = Path(self.source) / "config.toml"
         return path if self.source and path.is_file() else None
 
+    @property
+    def has_folds(self) -> bool:
+        """True if `source` is the folder of a cross-validation."""
+        return bool(self.source) and (Path(self.source) / "folds.json").is_file()
+
 
 def parse(args: Sequence[str]) -> TrainArguments:
     """Separate the options of the command from those that set config keys.
 
     Raises:
-        UsageError: --out has no value.
+        UsageError: --out or --folds has no value, or a wrong one.
     """
     rest: list[str] = []
-    out, find_lr = "", False
+    out, find_lr, folds = "", False, 0
     remaining = list(args)
     while remaining:
         arg = remaining.pop(0)
@@ -90,16 +104,27 @@ def parse(args: Sequence[str]) -> TrainArguments:
             rest += ["--parallel", "exact"]
         elif arg == "--find-lr":
             find_lr = True
-        elif arg.startswith("--out="):
-            out = arg.removeprefix("--out=")
-        elif arg == "--out":
-            if not remaining or remaining[0].startswith("--"):
-                raise UsageError(problem("--out has no value", fix="--out FOLDER"))
-            out = remaining.pop(0)
+        elif arg.partition("=")[0] in ("--out", "--folds"):
+            name, equals, value = arg.partition("=")
+            if not equals:
+                if not remaining or remaining[0].startswith("--"):
+                    raise UsageError(problem(f"{name} has no value", fix=_VALUES[name]))
+                value = remaining.pop(0)
+            if name == "--out":
+                out = value
+            else:
+                folds = _number_of_folds(value)
         else:
             rest.append(arg)
     source = rest.pop(0) if rest and not rest[0].startswith("--") else ""
-    return TrainArguments(source, out, find_lr, tuple(rest))
+    return TrainArguments(source, out, find_lr, folds, tuple(rest))
+
+
+def _number_of_folds(text: str) -> int:
+    """Return the value of --folds."""
+    if not text.isdecimal() or not 2 <= int(text) <= MAX_FOLDS:
+        raise UsageError(problem(f"--folds is {text!r}", allowed=f"2 to {MAX_FOLDS}", fix=_VALUES["--folds"]))
+    return int(text)
 
 
 def train(args: Sequence[str]) -> int:
@@ -112,6 +137,10 @@ def train(args: Sequence[str]) -> int:
             arguments = parse(args)
             if arguments.find_lr:
                 return _find_lr(arguments)
+            if arguments.folds or arguments.has_folds:
+                config, folder, folds = _start_folds(arguments)
+                _run_pipes(arguments, config)
+                return _train(config, folder, folds=folds)
             config, folder = _resume(arguments) if arguments.run_config else _start(arguments)
             _run_pipes(arguments, config)
             return _train(config, folder)
@@ -134,11 +163,16 @@ def _print_stopped(stopped: StoppedBySignal, folder: Path | None) -> None:
         text = f"stopped after step {stopped.step}; everything is saved"
     elif folder is not None and (folder / "checkpoints").exists():
         text = "stopped; everything is saved"
-    resume = f" Resume: normfree train {folder}" if folder and (folder / "config.toml").exists() else ""
+    resume = f" Resume: normfree train {folder}" if folder and _is_started(folder) else ""
     try:
         print(f"\n{text}.{resume}", flush=True)
     except OSError:  # the terminal is gone, and Python would fail again when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_started(folder: Path) -> bool:
+    """Return True if a folder holds a run or the runs of a cross-validation."""
+    return any((folder / name).exists() for name in ("config.toml", "folds.json"))
 
 
 # --- config and folder -------------------------------------------------------------------------------
@@ -165,18 +199,51 @@ def _resume(arguments: TrainArguments) -> tuple[Config, Path]:
     from normfree.training.run_data import located
 
     folder = Path(arguments.source)
-    blocked = ["--out"] * bool(arguments.out)
-    blocked += [f"--{key}" for key in arguments.keys if key not in RESUME_OPTIONS]
-    if blocked:
-        raise UsageError(
-            problem(f"{', '.join(blocked)} cannot change when a run is resumed",
-                    allowed=", ".join(f"--{key}" for key in RESUME_OPTIONS),
-                    fix=f"start a new run with `normfree train {folder}/config.toml --key value`")
-        )  # fmt: skip
+    _check_resumable(arguments)
     config = load_config(folder / "config.toml")
     if "data" not in arguments.keys:
         config = located(config, folder)
     return with_overrides(config, arguments.overrides), folder
+
+
+def _check_resumable(arguments: TrainArguments) -> None:
+    """Raise UsageError for options that cannot change when the run or the folds of `source` are resumed."""
+    blocked = ["--out"] * bool(arguments.out)
+    blocked += [f"--{key}" for key in arguments.keys if key not in RESUME_OPTIONS]
+    if blocked:
+        config = Path(arguments.source) / ("folds.toml" if arguments.has_folds else "config.toml")
+        raise UsageError(
+            problem(f"{', '.join(blocked)} cannot change when a run is resumed",
+                    allowed=", ".join(f"--{key}" for key in RESUME_OPTIONS),
+                    fix=f"start a new run with `normfree train {config} --key value`")
+        )  # fmt: skip
+
+
+def _start_folds(arguments: TrainArguments) -> tuple[Config, Path, int]:
+    """Return the config of a cross-validation, its folder and the number of its folds."""
+    from normfree.training.config_io import with_overrides
+    from normfree.training.folds import load_folds, number_of_folds
+
+    if not arguments.has_folds:
+        if arguments.run_config:
+            raise UsageError(
+                problem(f"--folds {arguments.folds} with the run {arguments.source}", allowed="a recipe or .toml file",
+                        fix=f"normfree train {arguments.run_config} --folds {arguments.folds}")
+            )  # fmt: skip
+        config, name = _config(arguments)
+        folder = Path(arguments.out) if arguments.out else _free_folder(f"{name}-folds")
+        return config, folder, arguments.folds
+    folder = Path(arguments.source)
+    _check_resumable(arguments)
+    known = number_of_folds(folder)
+    if arguments.folds not in (0, known):
+        raise UsageError(
+            problem(
+                f"{folder} has {known} folds, and --folds is {arguments.folds}",
+                fix="start again with --out FOLDER",
+            )
+        )
+    return with_overrides(load_folds(folder), arguments.overrides), folder, known
 
 
 def _config(arguments: TrainArguments) -> tuple[Config, str]:
@@ -235,11 +302,12 @@ def _find_lr(arguments: TrainArguments) -> int:
     return 0
 
 
-def _train(config: Config, folder: Path) -> int:
-    """Train; return 0, 3 if the run diverged, or the exit code of a stopped run."""
+def _train(config: Config, folder: Path, *, folds: int = 0) -> int:
+    """Train a run, or those of a cross-validation; return 0, 3 if one diverged, or the exit code of a stopped run."""
     from normfree.training.allocator import keep_freed_memory
     from normfree.training.distributed.world import ElsewhereError
     from normfree.training.divergence import DivergedError
+    from normfree.training.folds import train_folds
     from normfree.training.loop import train as run
 
     if config.device in ("auto", "cpu"):
@@ -247,7 +315,10 @@ def _train(config: Config, folder: Path) -> int:
     # torchrun sets RANK. Only the main process prints.
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        run(config, folder)
+        if folds:
+            train_folds(config, folder, folds=folds)
+        else:
+            run(config, folder)
     except DivergedError as error:
         if is_main:
             print(f"normfree: {error}", file=sys.stderr)

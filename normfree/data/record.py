@@ -11,7 +11,7 @@ from pathlib import Path
 
 from normfree.data.audit import digest_of
 from normfree.data.source import Source, Split
-from normfree.data.subset import AUDIT_LIMIT, encoded_bytes
+from normfree.data.subset import AUDIT_LIMIT, encoded_bytes, shared_folder
 from normfree.data.transforms.decode import ImageError
 from normfree.files import atomic_write_text, read_csv
 from normfree.suggest import problem
@@ -49,7 +49,7 @@ def records_of(split: Split, digests: Mapping[str, Sequence[str]] | None = None)
     if sum(map(len, parts.values())) > AUDIT_LIMIT:
         return []
     names = {part: [source.name(i) for i in range(len(source))] for part, source in parts.items()}
-    shared = len(_shared([name for part in names.values() for name in part]))
+    shared = len(shared_folder([name for part in names.values() for name in part]))
     found = []
     for part, source in parts.items():
         own = (digests or {}).get(part) or [""] * len(source)
@@ -120,12 +120,3 @@ def trained_on(source: Source, records: Sequence[SampleRecord]) -> list[int]:
         if data is not None and digest_of(data) in known:
             found.append(index)
     return found
-
-
-def _shared(names: Sequence[str]) -> str:
-    """Return the folder, with its separator, that all names share."""
-    if len(names) < 2:
-        return ""
-    first, last = min(names), max(names)
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[: first.rfind("/", 0, length) + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import numpy as np
 
 from normfree.data.encoded import EncodedSource
 from normfree.data.seeds import key
-from normfree.data.source import Source, Split, pixels_of
+from normfree.data.source import Source, Split, as_streamed, pixels_of
 from normfree.data.transforms.decode import read_file
 from normfree.suggest import problem
 
@@ -218,6 +219,73 @@ def take_out(
         order = _hashed(own, lambda i, label=label: key(seed, "test", source.classes[label], ident(i)))  # type: ignore[misc]
         out[order[: max(min(1, len(own) - 1), min(round(fraction * len(own)), len(own) - 1))]] = True
     return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
+
+
+def in_folds(split: Split, *, fold: int, count: int, seed: int) -> Split:
+    """Return a split whose validation part is one of `count` folds of all its images except the test part.
+
+    Each image is in exactly one fold. The folds differ in size by at most one image, and so do their parts of each
+    class. They are chosen by a hash of (seed, class, name without the folder that all names share), so they do not
+    depend on the fold, nor on where the data are stored.
+
+    Args:
+        split: Training, validation and possibly test part; the last one stays.
+        fold: Which fold validates, from 1.
+        count: Number of folds, 2 or more.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: There are fewer images than folds, a class has one image, or the source has an order of its own.
+    """
+    pool = Joined([split.train, split.val])
+    if as_streamed(split.train) is not None:
+        raise ValueError(
+            problem(
+                "folds of data that are read in their own order",
+                allowed="images that can be read in any order",
+            )
+        )
+    if not split.held_out:
+        raise ValueError(problem("folds of data without a validation part", fix="--input.val_fraction 0.1"))
+    names = [pool.name(i).replace(os.sep, "/") for i in range(len(pool))]
+    shared = len(shared_folder(names))
+    part = np.zeros(len(pool), dtype=np.int64)
+    given = 0  # images dealt so far: the next class goes on with the next fold
+    for label, own in sorted(_members(pool).items()):
+        if len(own) < 2:
+            raise ValueError(
+                problem(
+                    f"the class {pool.classes[label]!r} has one image outside the test part, which cannot be both "
+                    "trained on and left out",
+                    allowed="two or more in each class",
+                    fix="add images of the class, or remove it",
+                )
+            )
+        order = _hashed(own, lambda i, label=label: key(seed, "fold", pool.classes[label], names[i][shared:]))  # type: ignore[misc]
+        part[order] = (given + np.arange(len(own))) % count
+        given += len(own)
+    if len(pool) < count:
+        raise ValueError(problem(f"{count} folds of {len(pool)} images", allowed=f"2 to {len(pool)} folds"))
+    train, val = (
+        Subset(pool, np.flatnonzero(part != fold - 1)),
+        Subset(pool, np.flatnonzero(part == fold - 1)),
+    )
+    counts = f"validates: {len(val)}, and the others train: {len(train)}"
+    note = f"of the images outside the test part, fold {fold} of {count} {counts}"
+    return replace(split, train=train, val=val, notes=(*split.notes, note))
+
+
+def shared_folder(names: Sequence[str]) -> str:
+    """Return the folder, with its separator, that all names share; "" for fewer than two names.
+
+    >>> shared_folder(["data/photos/cat/1.jpg", "data/photos/dog/1.jpg"])
+    'data/photos/'
+    """
+    if len(names) < 2:
+        return ""
+    first, last = min(names), max(names)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: first.rfind("/", 0, length) + 1]
 
 
 def _members(source: Source) -> dict[int, list[int]]:

@@ -27,7 +27,10 @@ from normfree.suggest import problem
 from normfree.training import class_weights
 from normfree.training.config import Config
 from normfree.training.console import RunLog
+from normfree.training.default_network import with_network
+from normfree.training.distributed.world import start_world
 from normfree.training.divergence import DivergedError
+from normfree.training.loading import loading
 from normfree.training.resolve import open_data, resolve
 from normfree.training.trainer import Trainer
 
@@ -133,7 +136,8 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
             )
         )
     run_log = RunLog(console or Console())
-    resolved = resolve(_constant(config))
+    with start_world(config.device) as world:
+        resolved = resolve(with_network(_constant(config), world, run_log))
     config = resolved.config
     split = open_data(config, run_log).split
     trainer = Trainer(
@@ -143,7 +147,7 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
     )  # fmt: skip
     batches = train_batches(
         split.train, trainer.transform, batch_size=config.input.batch_size, seed=config.seed, num_steps=STEPS,
-        workers=config.input.workers, pairs=trainer.pairs, pin_memory=trainer.device.type == "cuda",
+        workers=loading(config).workers, pairs=trainer.pairs, pin_memory=trainer.device.type == "cuda",
         repeats=config.augment.repeats,
     )  # fmt: skip
 

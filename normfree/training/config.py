@@ -27,6 +27,7 @@ from normfree.training.choices import (
     Choices,
     parse_choice,
 )
+from normfree.training.config_values import VAL_FRACTION, check_val_fraction, check_workers
 
 Auto = Literal["auto"]
 
@@ -60,8 +61,8 @@ _LENGTH = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ep|st)")
 _SIZE = re.compile(r"auto|(?:([13])x)?([1-9]\d{0,5})x([1-9]\d{0,5})")
 LOGGERS = ("tensorboard", "wandb")
 _PROFILE = re.compile(r"profile=([1-9]\d{0,5})")
-# A config may come from others. These are far above what machines have, and far below what stops one.
-MAX_WORKERS, MAX_BATCH = 256, 1_000_000
+# A config may come from others. This is far above what machines can take, and far below what stops one.
+MAX_BATCH = 1_000_000
 
 
 def _check_length(value: str) -> str:
@@ -90,12 +91,6 @@ def _check_eval_size(value: int | str) -> int | str:
 def _check_count(value: int | str) -> int | str:
     if isinstance(value, int) and value < 0:
         raise ValueError("0 or more images, or 'auto'")
-    return value
-
-
-def _check_fraction(value: float) -> float:
-    if not 0.0 <= value < 1.0:
-        raise ValueError("a number from 0 to below 1")
     return value
 
 
@@ -242,11 +237,14 @@ class InputConfig(ConfigSection):
     micro_batch: Auto | int = 0
     """Images per forward and backward pass; smaller values need less memory. 0: the whole batch at once. auto: as
     many as fit in memory."""
-    workers: int = Field(default=1, ge=0, le=MAX_WORKERS)
-    """Number of processes that load images; 0 loads them in the training process. It does not change the batches."""
-    val_fraction: float = 0.1
+    workers: int | str = 1
+    """Number of processes that load images; 0 loads them in the training process. It does not change the batches. auto:
+    4, or as many as there are cores if these are fewer. 4:deadline=600 also ends the run, saved, when no batch arrives
+    for 600 seconds, which is the default."""
+    val_fraction: float | str = VAL_FRACTION
     """Fraction of each class that is held out for validation if the data have no part for it. The validation images
-    choose the best step. 0: all images are trained on, and the scores are those of some of them."""
+    choose the best step. 0: all images are trained on, and the scores are those of some of them. fold:2/5: the second
+    of five folds of all images except the test part, for cross-validation; --folds 5 trains all of them."""
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of each class that is held out for the test if the data have no part for it. The test images are scored
     once, at the end; the model card reports that score. 0: only a test part of the data."""
@@ -256,7 +254,8 @@ class InputConfig(ConfigSection):
 
     _size = field_validator("image_size")(_check_size)
     _eval_size = field_validator("eval_size")(_check_eval_size)
-    _fraction = field_validator("val_fraction")(_check_fraction)
+    _fraction = field_validator("val_fraction")(check_val_fraction)
+    _workers = field_validator("workers")(check_workers)
     _count = field_validator("micro_batch")(_check_count)
 
 
@@ -367,7 +366,8 @@ class Config(ConfigSection):
     """Training data: a folder with one subfolder of images per class, emoji, synthetic,
     cifar10:root=data,download=no, or another source described in docs/data.md."""
     model: str = "nf_resnet_nano"
-    """Name of a variant, see `normfree list`. auto: the variant of the weights."""
+    """Name of a variant, see `normfree list`. auto: the variant of the weights. fit: the same, and without weights one
+    that this machine can train."""
     weights: str = ""
     """Model or run folder to initialize from; the classifier is replaced if the classes differ. Empty: random
     weights."""

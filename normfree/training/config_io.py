@@ -35,12 +35,12 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def _unknown(key: str) -> str:
-    """Return the message for an unknown key, with the most similar key or section."""
+def _unknown(key: str, value: str = "") -> str:
+    """Return the message for an unknown key and its value, with the most similar key or section."""
     known = keys()
     leaf = key.rpartition(".")[2]
     leaves = {k.rpartition(".")[2]: k for k in reversed(known)}
-    use = what_to_use(key)
+    use = what_to_use(key, value)
     if use and leaf not in leaves:
         return f"unknown key {key!r}. Use {use}"
     sections = {k.partition(".")[0] for k in known}
@@ -139,7 +139,7 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
                 continue
             value = args.pop(0)
         if key not in known:
-            problems.append(_unknown(key))
+            problems.append(_unknown(key, value))
             continue
         *sections, leaf = key.split(".")
         section_values = given

@@ -14,6 +14,8 @@ from normfree.suggest import printable
 
 # Seconds between progress lines if the output is not a terminal.
 QUIET_INTERVAL = 10.0
+# The same for lines without scores, which slow steps make necessary, after a first one.
+SLOW_INTERVAL = 60.0
 
 
 class RunLog:
@@ -54,7 +56,8 @@ class RunLog:
 class ProgressLine:
     """Progress of a run: loss, top-1, images per second, fraction of clipped units and remaining time.
 
-    On a terminal it is one line that is updated in each step, elsewhere a new line every QUIET_INTERVAL seconds.
+    On a terminal it is one line that is updated in each step, elsewhere a new line every QUIET_INTERVAL seconds. If
+    scores are rare, lines with the remaining time alone are printed between them: the first one after QUIET_INTERVAL.
     """
 
     def __init__(self, run_log: RunLog, *, step: int, total_steps: int) -> None:
@@ -67,6 +70,7 @@ class ProgressLine:
         )  # fmt: skip
         self._task = self._progress.add_task("starting", total=total_steps, completed=step)
         self._first_step, self._start = step, time.monotonic()
+        self._updated, self._wait = self._start, QUIET_INTERVAL
 
     def __enter__(self) -> ProgressLine:
         self._progress.start()
@@ -77,6 +81,21 @@ class ProgressLine:
     ) -> None:
         self._progress.stop()
 
+    def advance(self, step: int) -> None:
+        """Show that `step` steps were taken."""
+        self._progress.update(self._task, completed=step)
+        now = time.monotonic()
+        if self._quiet and now - max(self._last, self._updated) >= self._wait:
+            self._print(step, now)
+            self._wait = SLOW_INTERVAL
+
+    def _print(self, step: int, now: float, text: str = "") -> None:
+        """Print a line with the remaining time, predicted from the steps taken so far."""
+        pace = (now - self._start) / max(1, step - self._first_step)
+        left = duration(pace * (self._total - step))
+        self._run_log.info("  ".join(filter(None, (f"step {step}/{self._total}", text, f"{left} left"))))
+        self._last = now
+
     def update(self, step: int, **values: float) -> None:
         """Show the values after `step` steps: loss, train_top1 (percent), images_per_s and clipped (fraction)."""
         text = (
@@ -84,8 +103,21 @@ class ProgressLine:
             f"clipped {100 * values['clipped']:.1f} %"
         )
         self._progress.update(self._task, completed=step, description=text)
-        now = time.monotonic()
+        self._updated = now = time.monotonic()
         if self._quiet and now - self._last >= QUIET_INTERVAL:
-            self._last = now
-            pace = (now - self._start) / max(1, step - self._first_step)
-            self._run_log.info(f"step {step}/{self._total}  {text}  {pace * (self._total - step):.0f} s left")
+            self._print(step, now, text)
+
+
+def duration(seconds: float) -> str:
+    """Return a number of seconds as a person would write it.
+
+    >>> duration(50), duration(400), duration(5108), duration(300_000)
+    ('50 s', '7 min', '1 h 25 min', '3 d 11 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

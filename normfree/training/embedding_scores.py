@@ -42,6 +42,7 @@ from normfree.scores import Evaluation
 from normfree.training.config import Config
 from normfree.training.config_io import to_toml
 from normfree.training.console import RunLog
+from normfree.training.loading import loading
 from normfree.training.resolve import preprocessing
 from normfree.training.run_folder import TrainResult, write_model
 from normfree.training.trainer import Trainer
@@ -113,7 +114,7 @@ def _embedded(net: nn.Module, source: Source, trainer: Trainer) -> tuple[Tensor,
     """Return the features and labels of all images of a source."""
     config, world = trainer.config, trainer.world
     return embed_source(
-        net, source, preprocessing=preprocessing(config), workers=config.input.workers if len(source) > 2000 else 0,
+        net, source, preprocessing=preprocessing(config), workers=loading(config).workers if len(source) > 2000 else 0,
         device=trainer.device, rank=world.rank, world_size=world.size, gather=world.gather,
     )  # fmt: skip
 

@@ -37,6 +37,16 @@ def decisive(config: Config) -> dict[str, Any]:
     return values
 
 
+def with_free_keys(before: Config, now: Config) -> Config:
+    """Return the config of a run with those keys of another config that may change when the run continues."""
+    top = {key: getattr(now, key) for key in (*FREE, "parallel") if hasattr(now, key)}
+    for section in ("input", "log"):
+        changed = {k: getattr(getattr(now, section), k) for s, _, k in (key.partition(".") for key in FREE)
+                   if s == section and hasattr(getattr(now, section), k)}  # fmt: skip
+        top[section] = getattr(before, section).model_copy(update=changed)
+    return before.model_copy(update=top)
+
+
 def require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Check that a run continues with the same decisive keys. Keys that only one version has are not compared.
 

@@ -24,16 +24,19 @@ from normfree.data.supervision import LoadingStopped, never
 from normfree.inference import NotFiniteLogitsError, evaluate
 from normfree.scores import Evaluation
 from normfree.training import checkpoint, run_folder
+from normfree.training.advice import RunSize, advice
 from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.class_weights import class_weights
 from normfree.training.config import Config, steps_of
 from normfree.training.console import ProgressLine, RunLog
+from normfree.training.default_network import with_network
 from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import World, start_world
 from normfree.training.divergence import DivergedError, Rollbacks
 from normfree.training.early_stopping import Best
 from normfree.training.embedding_scores import recalls, score_embeddings, score_name, write_body
 from normfree.training.identity import identity_of
+from normfree.training.loading import loading
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.multilabel_run import check_labels, deciding_score, logged_scores, scores_text
@@ -87,6 +90,7 @@ def train(config: Config, out: str | Path, *, console: Console | None = None) ->
     with stop_signals() as stop, start_world(config.device) as world:
         stop_with_launcher()
         run_log = RunLog(console or Console() if world.is_main else Console(quiet=True))
+        config = with_network(config, world, run_log)
         rollbacks = Rollbacks(config.on_divergence)
         while True:
             try:
@@ -171,6 +175,9 @@ def _open_run(
     )
     if at.step == trainer.total_steps and at.evaluated:
         return saved, at, NullMetricsWriter()
+    parameters = sum(p.numel() for p in trainer.net.parameters())
+    for line in advice(trainer.config, RunSize(trainer.samples, trainer.total_steps, parameters)):
+        run_log.info(line)
     expected = state.get("metrics")
     logs = open_logs(out, trainer.config, step=at.step, run_log=run_log, expected=expected)
     return saved, at, stack.enter_context(contextlib.closing(logs))
@@ -289,6 +296,8 @@ def _steps(
                 metrics.write(step=at.step, epoch=round(at.step * batch_size / samples, 4), **values,
                               lr=trainer.current_lr, grad_norm=float(report.grad_norm), **ratios)  # fmt: skip
                 line.update(at.step, **values)
+            else:
+                line.advance(at.step)
 
 
 def _record(
@@ -410,11 +419,13 @@ def _evaluated(
         DivergedError: logits are not finite.
     """
     config, world = trainer.config, trainer.world
+    workers, deadline = loading(config)
     try:
         return evaluate(
             trainer.state.whole(net), source, preprocessing=preprocessing(config),
-            workers=0 if len(source) < IN_PROCESS else config.input.workers, device=trainer.device, rank=world.rank,
+            workers=0 if len(source) < IN_PROCESS else workers, device=trainer.device, rank=world.rank,
             world_size=world.size, gather=gather, sigmoid=uses_sigmoid(config.objective), stopped=stopped,
+            deadline=deadline,
         )  # fmt: skip
     except NotFiniteLogitsError as error:
         raise DivergedError(str(error)) from None

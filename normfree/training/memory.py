@@ -169,12 +169,15 @@ def require_images_fit(count: int, shape: tuple[int, int, int], device: torch.de
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that this process may plan with on `device`: a fraction of its share of the free memory."""
+    return int(USABLE_FRACTIONS.get(device.type, USABLE_FRACTION) * free_on(device))
+
+
+def free_on(device: torch.device) -> int:
+    """Return this process's share of the bytes that are free on `device`."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
-    else:
-        free = free_memory() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return int(USABLE_FRACTIONS.get(device.type, USABLE_FRACTION) * free)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return free_memory() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _main_memory() -> int:

@@ -13,13 +13,14 @@ import torch
 from normfree.data.transforms.normalize import height_and_width
 from normfree.models.net import Net
 from normfree.optim.sgd import SGD
-from normfree.optim.torch_optimizers import TorchOptimizer, state_tensors
+from normfree.optim.torch_optimizers import TorchOptimizer
 from normfree.training import memory
-from normfree.training.choices import OPTIMIZERS, learns_embeddings, parse_choice
+from normfree.training.choices import learns_embeddings
 from normfree.training.config import Config, channels_of, size_of
 from normfree.training.distributed.modes import sizes
 from normfree.training.distributed.world import World
 from normfree.training.gradient import BatchGradient
+from normfree.training.memory_checks import state_bytes
 
 # Takes a test of a size; returns the largest size that is estimated to fit and passes the test.
 Estimate = Callable[[Callable[[int], bool]], int]
@@ -35,9 +36,7 @@ def estimate(net: Net, config: Config, *, world: World, sharded: bool = False) -
     )
     limit = memory.free_bytes(world.device)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    # weights, gradients, average, the state of the optimizer, and with SAM the weights to restore
-    kept = state_tensors(parse_choice(config.optim.optimizer, OPTIMIZERS).name)
-    state = weights * (3 + kept + bool(config.optim.sam_rho)) // (world.size if sharded else 1)
+    state = state_bytes(weights, config) // (world.size if sharded else 1)
     part = config.input.batch_size // world.size
     exact = config.parallel == "exact"
 

@@ -35,24 +35,25 @@ def demo() -> Config:
 def scratch() -> Config:
     """Training on your own folder from random weights: the NFNet recipe of [B] with a batch that fits on one device.
 
-    Image sizes, dropout, stochastic depth and RandAugment come from the model's variant. The clipping threshold λ is
-    above the paper's 0.01 because small batches need a larger one ([B] section 4.1). Skip gains start at 1 because in
-    the few thousand steps of a small folder a skip gain that starts at 0 would hardly change.
+    The network is NFNet-F0 if it fits in the memory of the GPU, else a smaller one, and without a GPU that of the demo;
+    `--model NAME` names another. Image sizes, dropout, stochastic depth and RandAugment come from its variant. The
+    clipping threshold λ is above the paper's 0.01 because small batches need a larger one ([B] section 4.1). Skip gains
+    start at 1 because in the few thousand steps of a small folder a skip gain that starts at 0 would hardly change.
     Command: `normfree train --data photos/`. Not yet run at full size.
     """
     batch_size = 32
     return Config(
-        model="nfnet_f0",
+        model="fit",
         length="90ep",
         net=NetConfig(skip_gain=1.0),
-        input=InputConfig(batch_size=batch_size, workers=4, test_fraction=0.1),
+        input=InputConfig(batch_size=batch_size, workers="auto", test_fraction=0.1),
         augment=AugmentConfig(randaugment="auto", mixup=0.2, cutmix=1.0),
         optim=OptimConfig(lr=0.1 * batch_size / 256, clipping=0.04),
     )
 
 
 def cifar() -> Config:
-    """A small NF-ResNet on CIFAR-10.
+    """A small NF-ResNet on CIFAR-10. A tenth of the training images validates; the published test part is scored once.
 
     Command: `normfree train cifar --data cifar10:download=yes`. Not yet run to the end.
     """
@@ -60,7 +61,7 @@ def cifar() -> Config:
         data="cifar10",
         model="nf_resnet_micro",
         length="30ep",
-        input=InputConfig(image_size=32, batch_size=128, workers=2),
+        input=InputConfig(image_size=32, batch_size=128, workers="auto", test_fraction=0.1),
         augment=AugmentConfig(crop_min=0.5, cutmix=1.0),
         optim=OptimConfig(lr=0.2, weight_decay=5e-4, clipping=0.02, warmup="2ep", ema_decay=0.999),
     )
@@ -82,7 +83,7 @@ def finetune() -> Config:
         model="auto",
         length=f"{epochs}ep",
         patience=epochs // 3,
-        input=InputConfig(batch_size=32, workers=2, test_fraction=0.1),
+        input=InputConfig(batch_size=32, workers="auto", test_fraction=0.1),
         augment=AugmentConfig(crop_min=0.4),
         optim=OptimConfig(lr=0.02, weight_decay=1e-5, clipping=0.04, warmup="1ep", ema_decay=0.99),
     )
@@ -103,7 +104,7 @@ def simclr() -> Config:
         objective="simclr:temperature=0.2,dim=128",
         length="200ep",
         net=NetConfig(drop_rate=0.0, stochdepth_rate=0.0),
-        input=InputConfig(batch_size=batch_size, workers=2),
+        input=InputConfig(batch_size=batch_size, workers="auto"),
         augment=AugmentConfig(repeats=2, randaugment="simclr:0.5"),
         optim=OptimConfig(
             lr=0.15 * batch_size / 256, weight_decay=1e-4, clipping=0.08, warmup="10ep", ema_decay=0.99

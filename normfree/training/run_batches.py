@@ -14,6 +14,7 @@ from normfree.suggest import problem
 from normfree.training.config import profile_steps
 from normfree.training.console import RunLog
 from normfree.training.distributed.world import World
+from normfree.training.loading import loading
 from normfree.training.profile import profiled
 from normfree.training.stop import Stop, StoppedBySignal
 from normfree.training.trainer import Trainer
@@ -27,11 +28,13 @@ def run_batches(
 ) -> Generator[Batch, None, None]:
     """Return the training batches from `start_step` on, under the profiler if the config asks for it."""
     config, world = trainer.config, trainer.world
+    workers, deadline = loading(config)
     batches = train_batches(
         split.train, trainer.transform, batch_size=config.input.batch_size, seed=config.seed,
-        start_step=start_step, num_steps=trainer.total_steps, workers=config.input.workers,
+        start_step=start_step, num_steps=trainer.total_steps, workers=workers,
         pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs, rank=world.rank, world_size=world.size,
         repeats=config.augment.repeats, stopped=stop.requested,
+        deadline=deadline,
     )  # fmt: skip
     return profiled(
         batches, steps=profile_steps(config.log.to) if world.is_main else 0, net=trainer.net, folder=out / "profile",

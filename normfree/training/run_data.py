@@ -7,10 +7,12 @@ from pathlib import Path
 from normfree.data.source import Split
 from normfree.data.sources.open import NAMES, open_source
 from normfree.data.spec import parse_spec
+from normfree.data.subset import in_folds
 from normfree.files import UnreadableFileError, read_text
 from normfree.suggest import problem
 from normfree.training.config import Config
 from normfree.training.config_io import load_config
+from normfree.training.config_values import VAL_FRACTION, fold_in
 
 ENVIRONMENT = "environment.txt"
 _ENVIRONMENT_BYTES = 1_000_000
@@ -68,15 +70,18 @@ def open_run_data(run: Path) -> Split:
 
 def open_config_data(config: Config, *, pipes: bool = False) -> Split:
     """Return the split of the data that a config names, without an audit."""
-    inputs = config.input
-    return open_source(
+    fraction = config.input.val_fraction
+    fold = fold_in(fraction)
+    split = open_source(
         config.data,
-        val_fraction=inputs.val_fraction,
-        test_fraction=inputs.test_fraction,
+        # Folds divide the images that are not in the test part, which is that of a run with the default fraction.
+        val_fraction=VAL_FRACTION if isinstance(fraction, str) else fraction,
+        test_fraction=config.input.test_fraction,
         seed=config.seed,
         pipes=pipes,
         labels=not config.objective.startswith("simclr"),
     )
+    return split if fold is None else in_folds(split, fold=fold[0], count=fold[1], seed=config.seed)
 
 
 def run_of(model: str) -> Path | None:

@@ -275,7 +275,7 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
     measure, mean, each = "top-1 %", fmean(per_class.values()), per_class
     if (several := final.several) is not None:
         measure, mean, each = "average precision %", several.mean_average_precision, several.average_precision
-    rows = "\n".join(f"| {_in_markdown(name)} | {score:.1f} |" for name, score in each.items())
+    rows = "\n".join(f"| {in_markdown(name)} | {score:.1f} |" for name, score in each.items())
     best = (
         f"the best of {result.steps} by the {_scored(split)} images, " if result.step != result.steps else ""
     )
@@ -314,7 +314,7 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
 library_name: normfree
 tags: [image-classification, normalizer-free]
 ---
-# {config.model} on {_in_markdown(Path(config.data).name)}
+# {config.model} on {in_markdown(Path(config.data).name)}
 
 {len(split.classes)} classes, {config.input.eval_size} px, {result.step} steps of {config.input.batch_size} images,
 {best}trained by normfree {__version__} on {len(split.train)} images; these are the averaged weights.
@@ -337,6 +337,6 @@ tags: [image-classification, normalizer-free]
 """
 
 
-def _in_markdown(name: str) -> str:
+def in_markdown(name: str) -> str:
     """Return a name of others as plain text of a Markdown table: no HTML, no links, no further cells."""
     return re.sub(r"[^\w\s.,;:/+-]", lambda match: f"&#{ord(match[0])};", name)

@@ -5,6 +5,8 @@ The names are options of timm's train.py, ultralytics, Keras, fastai, torchvisio
 
 from __future__ import annotations
 
+import re
+
 # What to use -> names, in lower case, with underscores.
 _NAMES = {
     "--length 90ep": "epochs epoch num_epochs n_epochs max_epochs",
@@ -55,14 +57,24 @@ _NAMES = {
     "--patience 10": "early_stopping early_stop",
     "--out FOLDER": "project name output output_dir save_dir exp experiment",
     "normfree train RUN": "resume",
+    "--folds 5": "kfold k_fold kfolds k_folds n_folds num_folds cv cross_validation n_splits",
 }
+# A value that is a number, possibly with the unit of a length.
+_NUMBER = re.compile(r"\d+\.?\d*|\.\d+|\d+(\.\d+)?e-?\d+")
+_NUMBER_LAST = re.compile(r" [\d.]+(ep|st|)$")
 _USES = {name: use for use, names in _NAMES.items() for name in names.split()}
 
 
-def what_to_use(key: str) -> str:
+def what_to_use(key: str, value: str = "") -> str:
     """Return what to write for a key of another program, or "" if it is none.
 
-    >>> what_to_use("drop-path")
-    '--net.stochdepth_rate 0.1'
+    Args:
+        key: the key.
+        value: the value that was given; a number replaces that of the example.
+
+    >>> what_to_use("drop-path"), what_to_use("epochs", "3")
+    ('--net.stochdepth_rate 0.1', '--length 3ep')
     """
-    return _USES.get(key.rpartition(".")[2].lower().replace("-", "_"), "")
+    use = _USES.get(key.rpartition(".")[2].lower().replace("-", "_"), "")
+    example = _NUMBER_LAST.search(use)
+    return f"{use[: example.start()]} {value}{example[1]}" if example and _NUMBER.fullmatch(value) else use

@@ -52,6 +52,12 @@ from normfree.training.divergence import not_finite_step, suspects
 from normfree.training.embedding_gradient import EmbeddingGradient
 from normfree.training.gradient import BatchGradient
 from normfree.training.memory import require_images_fit
+from normfree.training.memory_checks import (
+    full_memory,
+    is_out_of_memory,
+    require_pass_fits,
+    require_state_fits,
+)
 from normfree.training.profile import span
 from normfree.training.projection import project_
 from normfree.training.resolve import Resolved
@@ -96,9 +102,7 @@ class Trainer:
         self.resolved, self.num_classes = resolved, num_classes
         self.world = world or World(device=run_device(config.device))
         self.device = self.world.device
-        size = config.input.image_size
-        shape = (channels_of(size), *height_and_width(size_of(size)))
-        require_images_fit(self.world.part(config.input.batch_size), shape, self.device)
+        self._check_memory()
         check_mode(resolved, world_size=self.world.size)
         exact = config.parallel == "exact"
         sharded = config.parallel == "sharded" and self.world.size > 1  # one process has nothing to shard
@@ -115,6 +119,7 @@ class Trainer:
         net = self._network(weights, head=head)
         freeze_(net, config.optim.body)
         auto = config.input.micro_batch == "auto"
+        require_pass_fits(net, resolved.variant, config, world=self.world)
         # Free memory is measured before anything is on the device.
         estimate = micro_batch.estimate(net, config, world=self.world, sharded=sharded) if auto else None
         if sharded:
@@ -153,6 +158,13 @@ class Trainer:
             net, self.ema, self.optimizer, world=self.world, make_network=self._network, sharded=sharded
         )
 
+    def _check_memory(self) -> None:
+        """Raise ValueError if the images of a step, or the network, do not fit in memory."""
+        config, size = self.resolved.config, self.resolved.config.input.image_size
+        shape = (channels_of(size), *height_and_width(size_of(size)))
+        require_images_fit(self.world.part(config.input.batch_size), shape, self.device)
+        require_state_fits(self.resolved.variant, config, num_classes=self.num_classes, world=self.world)
+
     def _network(self, weights: str = "", *, head: bool = True) -> Net:
         config = self.resolved.config
         fields = {k: v for k, v in config.net.model_dump().items() if v != "auto"}
@@ -189,6 +201,7 @@ class Trainer:
 
         Raises:
             DivergedError: a gradient was not finite; nothing was changed.
+            ValueError: memory is full.
         """
         config = self.config
         self.current_lr = self.rate_at(step)
@@ -214,6 +227,11 @@ class Trainer:
                 step, error.names, error.total, images=named, lr=self.lr,
                 may_return=config.on_divergence != "stop",
             ) from None  # fmt: skip
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self.gradients.micro_batch or self.world.part(config.input.batch_size)
+            raise ValueError(full_memory(config, device=self.device, size=size)) from error
 
     def _perturbed(
         self, images: Tensor, targets: Tensor, step: int

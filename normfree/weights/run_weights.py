@@ -98,6 +98,9 @@ def _no_model(path: Path) -> str:
         given = f"the run {str(path)!r} has no weights yet"
         fix = f"continue it with `normfree train {path}`; it saves weights at its first checkpoint"
         return problem(given, allowed="a run with a checkpoint or a model", fix=fix)
+    if (path / "folds.json").is_file():
+        given = f"{str(path)!r} holds the runs of a cross-validation"
+        return problem(given, allowed=f"one of them, for example {path / 'fold-1'}")
     fix = "give the folder of a run, or one that save_pretrained wrote"
     if path.is_file():
         fix = f"convert the file first: normfree convert {path} FOLDER"

@@ -30,6 +30,7 @@ from normfree.training.config_io import load_config, with_overrides
 from normfree.training.early_stopping import Best
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
+from normfree.training.stop import StoppedBySignal
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
@@ -292,7 +293,7 @@ def test_a_resumed_run_stops_after_the_same_step_as_an_uninterrupted_one(tmp_pat
         return result
 
     monkeypatch.setattr(loop.Trainer, "step", stopping)
-    with pytest.raises(loop.StoppedBySignal):
+    with pytest.raises(StoppedBySignal):
         loop.train(config("--patience", "3"), tmp_path / "run", console=quiet())
     monkeypatch.setattr(loop.Trainer, "step", counted)
     result = loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())

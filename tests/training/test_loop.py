@@ -27,6 +27,7 @@ from normfree.training.divergence import DivergedError
 from normfree.training.gradient import BatchGradient
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
+from normfree.training.stop import StoppedBySignal
 from normfree.training.trainer import Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
@@ -108,7 +109,7 @@ STEPS = [
 @pytest.mark.parametrize("step", STEPS)
 def test_stopped_at_any_step_and_continued_gives_the_same_bits(uninterrupted, tmp_path, monkeypatch, step):
     stop_after(monkeypatch, step)
-    with pytest.raises(loop.StoppedBySignal) as stopped:
+    with pytest.raises(StoppedBySignal) as stopped:
         loop.train(config(), tmp_path / "run", console=quiet())
     assert (stopped.value.step, stopped.value.exit_code) == (step, 143)
     monkeypatch.undo()
@@ -123,7 +124,7 @@ def test_a_run_with_all_random_parts_stops_and_continues_too(tmp_path, monkeypat
     flags = ("--augment.mix_with", "fresh", "--augment.randaugment", "2x3", "--optim.sam_rho", "0.05")
     loop.train(config(*flags), tmp_path / "whole", console=quiet())
     stop_after(monkeypatch, 7)
-    with pytest.raises(loop.StoppedBySignal):
+    with pytest.raises(StoppedBySignal):
         loop.train(config(*flags), tmp_path / "run", console=quiet())
     monkeypatch.undo()
     continued = load_config(tmp_path / "run" / "config.toml")
@@ -138,7 +139,7 @@ def test_a_run_with_an_optimizer_of_torch_stops_and_continues_too(tmp_path, monk
     flags = ("--optim.optimizer", optimizer, "--optim.body", "train:layer_decay=0.8")
     loop.train(config(*flags), tmp_path / "whole", console=quiet())
     stop_after(monkeypatch, 7)
-    with pytest.raises(loop.StoppedBySignal):
+    with pytest.raises(StoppedBySignal):
         loop.train(config(*flags), tmp_path / "run", console=quiet())
     monkeypatch.undo()
     loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run", console=quiet())

@@ -28,6 +28,7 @@ from normfree.training.config_io import keys, load_config, to_toml, with_overrid
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import preprocessing, resolve
 from normfree.training.run_folder import TrainResult
+from normfree.training.stop import StoppedBySignal
 
 DATA = "synthetic:classes=3,size=16,train=24,val=9"
 FLAGS = shlex.split(
@@ -97,7 +98,7 @@ def test_sizes(flags, image_size, eval_size, eval_crop):
 
 def test_given_values_are_kept():
     flags = "--net.alpha 0.5 --net.drop_rate=0.1 --net.activation relu --net.stochdepth_rate=0.0"
-    net = resolve(with_overrides(RECIPES["scratch"](), flags.split())).config.net
+    net = resolve(with_overrides(RECIPES["cifar"](), flags.split())).config.net
     assert (net.alpha, net.drop_rate, net.activation, net.stochdepth_rate) == (0.5, 0.1, "relu", 0.0)
 
 
@@ -343,7 +344,7 @@ def stopped(tmp_path_factory):
             return original(self, batch, step)
 
         patch.setattr(loop.Trainer, "step", stepping)
-        with pytest.raises(loop.StoppedBySignal):
+        with pytest.raises(StoppedBySignal):
             loop.train(config("--data", str(path / "data")), path / "run", console=quiet())
     return path
 

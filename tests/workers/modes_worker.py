@@ -19,6 +19,7 @@ from normfree.training.config_io import load_config, with_overrides
 from normfree.training.distributed.world import World
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
+from normfree.training.stop import StoppedBySignal
 from normfree.training.trainer import Trainer
 
 resume.KEEP = 9  # the tests compare all checkpoints
@@ -53,7 +54,7 @@ def train(
     with patched(Trainer, "step", step):
         try:
             loop.train(config(run, flags, more), run, console=Console(file=io.StringIO()))
-        except loop.StoppedBySignal as stopped:
+        except StoppedBySignal as stopped:
             if stopped.step != stop:
                 raise
 

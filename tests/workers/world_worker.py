@@ -32,6 +32,7 @@ from normfree.training.gradient import BatchGradient
 from normfree.training.objectives import nt_xent
 from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
+from normfree.training.stop import StoppedBySignal
 from normfree.training.trainer import Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=13"
@@ -181,7 +182,7 @@ def runs(world: World, found: Found, flags: list[str], path: Path, console: Cons
         with patched(Trainer, "step", _stopped_by_one_rank(world)):
             try:
                 loop.train(config(flags), path / "stopped", console=console)
-            except loop.StoppedBySignal as stopped:
+            except StoppedBySignal as stopped:
                 found["stopped"] = stopped.step, stopped.exit_code
         if world.is_main:
             shutil.rmtree(path / "stopped" / "checkpoints" / "step-00000002")  # the third is what continues
