@@ -51,7 +51,7 @@ def require_state_fits(variant: Variant, config: Config, *, num_classes: int, wo
 
 
 def require_pass_fits(net: nn.Module, variant: Variant, config: Config, *, world: World) -> None:
-    """Check that a training pass of the network fits in main memory, which the system would else end without a word.
+    """Check that a training pass of the network fits in main memory, which the system would else end without a message.
 
     A GPU is not checked: there, full memory is an error of its own. Micro-batches of "auto" are chosen to fit.
 
