@@ -51,7 +51,7 @@ def with_classes(data: str, source: Source, known: Sequence[str]) -> Source:
     Raises:
         UsageError: `data` has a class that the model does not have.
     """
-    from normfree.data.multilabel import as_multilabel
+    from normfree.data.multilabel import as_multilabel, targets_of
 
     if not known:
         raise UsageError(
@@ -61,11 +61,9 @@ def with_classes(data: str, source: Source, known: Sequence[str]) -> Source:
     if tuple(source.classes) == tuple(known):
         return source
     if as_multilabel(source) is not None:
-        raise UsageError(
-            problem(f"{data} has the classes {some_names(source.classes)}",
-                    allowed=f"the model's classes, {some_names(known)}, in the same order, as images have several")
-        )  # fmt: skip
-    used = {source.label(index) for index in range(len(source))}
+        used = {k for i in range(len(source)) for k in targets_of(source, [i])[0].nonzero()[:, 0].tolist()}
+    else:
+        used = {source.label(index) for index in range(len(source))}
     other = [name for number, name in enumerate(source.classes) if name not in known and number in used]
     if other:
         raise UsageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from normfree.data.source import Split
-from normfree.data.sources.open import NAMES, open_source
+from normfree.data.sources.open import NAMES, SCHEMES, open_source
 from normfree.data.spec import parse_spec
 from normfree.data.subset import in_folds
 from normfree.files import UnreadableFileError, read_text
@@ -36,11 +36,7 @@ def located(config: Config, run: Path) -> Config:
         scheme = colon = ""
     if scheme in NAMES or (colon and scheme not in _PATHS):
         return config
-    target = (
-        parse_spec(data, allowed=("range", "max_pixels", "image", "label", "root", "val", "test"))[0]
-        if colon
-        else data
-    )
+    target = parse_spec(data, allowed=SCHEMES["csv"])[0] if colon else data
     if Path(target).expanduser().exists():
         return config
     for folder in recorded(run, FOLDER):

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from normfree import Config, evaluate, from_pretrained, open_source, predict, train
 from normfree.cli import main
+from normfree.commands.usage import UsageError, with_classes
 from normfree.data.loader import eval_batches, train_batches
 from normfree.data.multilabel import as_multilabel, targets_of
+from normfree.data.sources.open import open_labeled
 from normfree.data.subset import Relabeled
 from normfree.data.transforms.mixing import FreshPairs, mix
 from normfree.data.transforms.train import train_transform
@@ -209,3 +211,48 @@ def test_without_held_out_images_everything_is_trained_on(folder, tmp_path):
     assert "on 3 training images" in out.getvalue()
     assert "two parts" not in out.getvalue()
     assert "3 training" in (tmp_path / "run/model/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "cells", "options"),
+    [
+        ("image,tags", ('"red, stripes"', "blue"), ""),
+        ("image,label", ("red;stripes", "blue"), ""),
+        ("image,label", ("red stripes red", "blue"), ",separator=space"),
+        ("image,label,note", ('"red,stripes"', "blue"), ",separator=comma"),
+    ],
+)
+def test_labels_of_a_cell_are_separated_as_usual_or_as_stated(folder, tmp_path, head, cells, options):
+    table = tmp_path / "table.csv"
+    note = ",x" if head.endswith("note") else ""
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))[:8]]
+    rows = [f"{file},{cells[i % 2]}{note}" for i, file in enumerate(files)]
+    table.write_text("\n".join([head, *rows]) + "\n")
+    split = open_source(f"csv:{table},root={folder}{options}")
+    assert split.classes == ("blue", "red", "stripes")
+    for source in (split.train, split.val):
+        for i, row in enumerate(targets_of(source, range(len(source))).tolist()):
+            number = files.index(Path(source.name(i)).relative_to(folder).as_posix())
+            assert row == ([1, 0, 0] if number % 2 else [0, 1, 1])
+
+
+def test_a_class_whose_name_has_a_comma_stays_whole(folder, tmp_path):
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))[:8]]
+    rows = [f'{file},"{("tench, Tinca tinca", "goldfish")[i % 2]}"' for i, file in enumerate(files)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    assert open_source(f"csv:{tmp_path}/t.csv,root={folder}").classes == ("goldfish", "tench, Tinca tinca")
+
+
+def test_a_table_without_one_of_the_classes_is_scored_by_name(folder, tmp_path):
+    files = sorted(path.relative_to(folder).as_posix() for path in (folder / "red").rglob("*.png"))
+    rows = [f"{file},{'stripes|red' if 'stripes' in file else 'red'}" for file in files]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    source = open_labeled(f"csv:{tmp_path}/t.csv,root={folder}")
+    assert source.classes == ("red", "stripes")
+    known = ("blue", "stripes", "red")
+    same = with_classes("t.csv", source, known)
+    assert as_multilabel(same) is not None
+    for index, row in enumerate(targets_of(same, range(len(same))).tolist()):
+        assert row == [0, float("stripes" in same.name(index)), 1]
+    with pytest.raises(UsageError, match="has the classes 'stripes', which the model does not have"):
+        with_classes("t.csv", source, ("blue", "red"))

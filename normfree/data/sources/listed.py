@@ -46,6 +46,9 @@ _PART = ("split", "part", "subset", "partition", "fold", "set")
 _FOLDERS = ("", "images", "train", "img", "data")
 _BYTES = 1_000_000_000  # of a table; 14 million lines of 70 characters
 _SEVERAL = "|;"  # characters between the labels of one image
+# Columns that may hold several labels: there, commas separate them too. Names of classes may have commas.
+_LABELS = ("labels", "tags", "classes", "categories")
+_SEPARATORS = {"comma": ",", "space": " "}
 TABLES = (".csv", ".tsv", ".txt")
 
 
@@ -65,14 +68,16 @@ def open_listed(
     """Return the split of a table or list of files.
 
     A table (.csv, .tsv) has a column of paths and a column of classes, or a column of 0 and 1 for each class. Usual
-    names of columns are found; the options `image` and `label` name others. A column such as "split" with "train",
-    "val" and "test" states the parts. A list (.txt) has "PATH CLASS" or "PATH" in each line; without a class, it is
-    the name of the folder. Paths are relative to the option `root`, else to the folder of the file or to a usual
-    folder next to it, and may lack the suffix of the image.
+    names of columns are found; the options `image` and `label` name others. Several labels of an image are separated by
+    "|" or ";", in a column such as "labels" or "tags" by commas too, or by the option `separator`. A column such as
+    "split" with "train", "val" and "test" states the parts. A list (.txt) has "PATH CLASS" or "PATH" in each line;
+    without a class, it is the name of the folder. Paths are relative to the option `root`, else to the folder of the
+    file or to a usual folder next to it, and may lack the suffix of the image.
 
     Args:
         path: The file.
-        options: `image`, `label`, `root`, and `val` and `test`, files of the same kind.
+        options: `image`, `label`, `separator` ("comma", "space" or a text), `root`, and `val` and `test`, files of the
+            same kind.
         val_fraction: Fraction of each class for validation, without a part for it.
         test_fraction: Fraction of each class for the test, without a part for it.
         seed: Seed of these choices.
@@ -204,9 +209,14 @@ def _table_lines(path: Path, rows: list[list[str]], options: Mapping[str, str]) 
         raise ValueError(_missing(path, header, "image"))
     part = next((i for i, name in enumerate(header) if name.lower() in _PART and _has_parts(body, i)), None)
     rest = [i for i in range(len(header)) if i not in (image, part)]
-    label = _column(path, header, options, "label", _LABEL)
+    label = _column(path, header, options, "label", (*_LABEL, *_LABELS))
     if label is None and len(rest) == 1:
         label = rest[0]
+    separators = _SEVERAL
+    if "separator" in options:
+        separators = _SEPARATORS.get(options["separator"], options["separator"]) or _SEVERAL
+    elif label is not None and header[label].lower() in _LABELS:
+        separators += ","
     hot = [] if label is not None else [i for i in rest if _is_hot(body, i)]
     if label is None and len(hot) < 2:
         raise ValueError(_missing(path, header, "label"))
@@ -219,7 +229,9 @@ def _table_lines(path: Path, rows: list[list[str]], options: Mapping[str, str]) 
                 )
             )
         labels = (
-            _labels(row[label]) if label is not None else tuple(header[i] for i in hot if float(row[i]) > 0.5)
+            _labels(row[label], separators)
+            if label is not None
+            else tuple(header[i] for i in hot if float(row[i]) > 0.5)
         )
         stated = part_of(row[part]) if part is not None else None
         found.append(ListedImage(row[image].strip(), labels, stated[0] if stated else ""))
@@ -261,11 +273,11 @@ def _is_hot(body: Sequence[Sequence[str]], column: int) -> bool:
     return all(len(row) > column and row[column].strip() in ("0", "1", "0.0", "1.0") for row in body)
 
 
-def _labels(cell: str) -> tuple[str, ...]:
-    """Return the labels in a cell."""
-    for mark in _SEVERAL:
-        cell = cell.replace(mark, _SEVERAL[0])
-    return tuple(part.strip() for part in cell.split(_SEVERAL[0]) if part.strip())
+def _labels(cell: str, separators: str = _SEVERAL) -> tuple[str, ...]:
+    """Return the labels in a cell, each once; each character of `separators` separates them."""
+    for mark in separators:
+        cell = cell.replace(mark, separators[0])
+    return tuple(dict.fromkeys(part.strip() for part in cell.split(separators[0]) if part.strip()))
 
 
 def _is_image(text: str) -> bool:

@@ -23,7 +23,7 @@ NAMES = ("emoji", *TORCHVISION_SETS, "synthetic")
 _DECODING = ("range", "max_pixels")
 SCHEMES = {  # scheme -> its options
     "folder": _DECODING,
-    "csv": ("image", "label", "root", "val", "test", *_DECODING),
+    "csv": ("image", "label", "separator", "root", "val", "test", *_DECODING),
     "shards": ("val", "test"),
     "packed": ("val", "test"),
     "nested": (),
