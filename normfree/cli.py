@@ -9,6 +9,7 @@ from typing import Any
 
 from normfree._version import __version__
 from normfree.commands.arguments import parse_arguments
+from normfree.commands.audit_command import AuditArguments, audit_
 from normfree.commands.bench_command import BenchArguments, bench
 from normfree.commands.convert_command import ConvertArguments, convert
 from normfree.commands.diagnose_command import DiagnoseArguments, diagnose
@@ -28,6 +29,7 @@ HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options
   show NAME|RECIPE|RUN|MODEL        show everything about one of them
   train [RECIPE|RUN|FILE.toml] [--key value ...]
                                     train; alone: the demo; a run folder: resume
+  audit DATA                        open every image; print and save the verdicts
   eval RUN|MODEL DATA               measure top-1 and top-5 on labeled images
   predict RUN|MODEL PATH...         predict classes of files, folders, URLs...
   diagnose NAME|RUN|MODEL [DATA]    measure signals, gradients, batch dependence
@@ -49,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the name of the program; None means `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0 success, 2 an error that the user can fix, 3 a run diverged, 130 interrupted.
+        The exit code: 0 success, 1 `audit` found images that cannot be used, 2 an error that the user can fix, 3 a run
+        diverged, 130 interrupted.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in args
@@ -106,6 +109,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "list": _typed("list", list_, ListArguments),
     "show": _typed("show", show, ShowArguments),
     "train": train,
+    "audit": _typed("audit", audit_, AuditArguments),
     "eval": _typed("eval", eval_, EvalArguments),
     "predict": _typed("predict", predict_, PredictArguments),
     "diagnose": _typed("diagnose", diagnose, DiagnoseArguments),

@@ -57,6 +57,15 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(text: str) -> str:
+    r"""Return `text` as `printable` does, with line breaks and tabs as escapes too.
+
+    >>> print(one_line("a\nb"))
+    a\nb
+    """
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def problem(given: str, *, allowed: str = "", fix: str = "") -> str:
     """Return an error message in three parts. The last two are optional.
 

@@ -19,7 +19,7 @@ from normfree.data.source import Source, Split
 from normfree.data.subset import Subset, encoded_bytes
 from normfree.data.transforms.decode import FULL_RANGE, ImageError, open_header, sixteen_bit_peak
 from normfree.files import atomic_write_text
-from normfree.suggest import problem
+from normfree.suggest import one_line, problem
 
 SHOWN = 40  # bad files that an error message names; a list file names all if there are more
 _CHUNK = 32  # images per task: small enough for a smooth progress bar, large enough for negligible overhead
@@ -32,12 +32,32 @@ _SMALL = (
 _DEEP = (b"\x89PNG", b"II*\0", b"MM\0*", b"P5")  # first bytes of the formats that have 16-bit gray images
 
 
+# What helps, by the beginning of the reason of an `ImageError`.
+_FIXES = {
+    "the file is empty": "copy it again from where it came from, or delete it",
+    "damaged": "copy it again from where it came from, or delete it",
+    "not an image": "save it as JPEG or PNG, or delete it",
+    "a folder": "rename the folder, or move its images",
+    "not a regular file": "delete it",
+    "no such file": "delete the link, or restore the file that it points to",
+    "cannot be read": "change its permissions, or check the disk",
+}
+
+
 @dataclass(frozen=True)
 class BadImage:
     """An image that cannot be decoded, and the reason."""
 
     name: str
     reason: str
+
+    @property
+    def fix(self) -> str:
+        """What helps: what the reason says, or the usual remedy for it."""
+        stated = self.reason.partition("Fix: ")[2]
+        return stated or next(
+            (fix for start, fix in _FIXES.items() if self.reason.startswith(start)), "delete it"
+        )
 
 
 @dataclass(frozen=True)
@@ -145,11 +165,11 @@ def require_clean(*reports: AuditReport, list_file: Path | None = None) -> None:
     bad = [image for report in reports for image in report.bad]
     if not bad:
         return
-    lines = [f"  {image.name}: {image.reason}" for image in bad[:SHOWN]]
+    lines = [f"  {one_line(image.name)}: {one_line(image.reason)}" for image in bad[:SHOWN]]
     if len(bad) > SHOWN:
         where = ""
         if list_file is not None:
-            atomic_write_text(list_file, "".join(f"{image.name}\n" for image in bad))
+            atomic_write_text(list_file, "".join(f"{one_line(image.name)}\n" for image in bad))
             where = f"; {list_file} lists all"
         lines.append(f"  and {len(bad) - SHOWN} more{where}")
     listing = "\n".join(lines)

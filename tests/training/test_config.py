@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from normfree.training.choices import CLIPS, parse_choice
 from normfree.training.config import Config, ConfigError, steps_of
 from normfree.training.config_io import keys, load_config, to_toml, with_overrides
+from normfree.training.memory import require_images_fit
 from normfree.training.recipes import RECIPES
+from normfree.training.resolve import resolve
 from normfree.training.synonyms import _NAMES
 
 KEYS = [
@@ -237,3 +240,35 @@ def test_a_return_to_the_last_checkpoint_lowers_the_rate(value):
 def test_a_config_is_immutable():
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--input.workers 100000", "input.workers='100000'. Allowed: less than or equal to 256."),
+        ("--input.batch_size 2000000", "input.batch_size='2000000'. Allowed: less than or equal to 1000000."),
+        ("--input.image_size 9999999x9999999", f"input.image_size='9999999x9999999'. Allowed: {SIZES}"),
+        (f"--seed {2**63}", f"seed='{2**63}'. Allowed: less than {2**63}."),
+        (f"--length {'9' * 400}ep", f"length='{'9' * 400}ep'. Allowed: a number of epochs or steps, for example '90ep' "
+         "or '5000st'."),
+    ],
+)  # fmt: skip
+def test_numbers_that_would_stop_the_machine_are_refused(flag, problem):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), flag.split())
+    assert error.value.problems == (problem,)
+
+
+def test_a_huge_number_of_repeats_is_refused_at_once():
+    config = with_overrides(Config(), ["--augment.repeats", str(10**18)])
+    with pytest.raises(ValueError, match=r"Fix: --augment\.repeats 64\.$"):
+        resolve(config)
+
+
+def test_images_of_one_step_that_exceed_the_memory_are_refused():
+    cpu = torch.device("cpu")
+    require_images_fit(64, (3, 224, 224), cpu)
+    with pytest.raises(
+        ValueError, match=r"^1,000,000 images of 3 x 30000 x 30000 in each step need 13,500,000\.0 GB\."
+    ):
+        require_images_fit(10**6, (3, 30_000, 30_000), cpu)
