@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     args = [arg for arg in args if arg != "--traceback"]
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # files that it cannot read are named by our errors
     try:
         return _dispatch(args)
     except (ValueError, ImportError) as error:

@@ -66,11 +66,15 @@ GOALS = {
     "kill": Goal(1, "A run that is killed at any instant ends with the same bits", full=120),
     "operations": Goal(1, "A fault at any file operation of a run loses nothing", full=400),
     "resume": Goal(2, "A run resumes at every step with the same bits", full=38),
+    "images": Goal(3, "Every image that cannot be used is named, and no other", full=22),
+    "hostile": Goal(4, "Hostile files run nothing, touch nothing else, and are one line of error", full=100),
+    "bits": Goal(5, "A flipped bit or a cut is noticed, or harmless", full=20),
     "signals": Goal(6, "A signal, or the end of another process, loses nothing and leaves nothing", full=100),
     "disk": Goal(7, "A disk that refuses costs no checkpoint", full=40),
     "finite": Goal(8, "NaN and Inf never reach what is stored", full=108),
     "memory": Goal(9, "Nothing grows", full=2),
     "golden": Goal(11, "Known losses, earlier formats, equal runs, no network", full=3),
+    "fuzz": Goal(12, "Parsers take any bytes", full=100),
     "mutations": Goal(0, "The tests of the protections", full=100),
 }
 

@@ -40,8 +40,8 @@ _TIMED = ("log.txt", ".lock", "MANIFEST.json", "curves.png")
 # Seconds after which a process that should have ended by itself counts as one that hangs.
 PATIENCE = 600.0
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.getCONTEXT("forkserver")
+CONTEXT.set_forkserver_preload(
     ["normfree.training.loop", "normfree.cli", "torchvision.transforms.v2", "reliability.runs"]
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ class Job:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
                      "MASTER_PORT": port}  # fmt: skip
             environment = {k: str(v) for k, v in world.items()} if ranks > 1 else {}
-            process = _context.Process(target=_run, args=(list(arguments), output, environment, prepare))
+            process = CONTEXT.Process(target=_run, args=(list(arguments), output, environment, prepare))
             process.start()
             self.processes.append(process)
 

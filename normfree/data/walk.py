@@ -43,13 +43,21 @@ def list_folder(folder: Path) -> FolderEntries:
             if is_litter(entry.name):
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append(entry.name)
             elif suffix in suffixes():  # a broken link too: the audit names it
                 images.append(entry.name)
             else:
                 others[suffix or "without a suffix"] += 1
     return FolderEntries(tuple(sorted(folders)), tuple(sorted(images)), others)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one; False also for a link that cannot be followed, such as to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_litter(name: str) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from normfree.files import atomic_write
+from normfree.files import atomic_write, read_bytes
 from normfree.suggest import problem
 from normfree.weights.haiku_pickle import (
     DTYPES,
@@ -37,6 +37,8 @@ from normfree.weights.names import HaikuTree
 
 # Largest zip directory that is read, in bytes; it is read at once. That of NFNet-F6 has 100 kB.
 MAX_READ = 4 << 20
+# Largest pickle that is read, in bytes. That of NFNet-F6, the largest released network, has 1.8 GB.
+_BYTES = 4 << 30
 
 
 def read_haiku(path: str | Path) -> HaikuTree:
@@ -58,7 +60,7 @@ def read_haiku(path: str | Path) -> HaikuTree:
     try:
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
-        tree = _read_npz(path) if is_zip else PickledArrays(path.read_bytes()).tree()
+        tree = _read_npz(path) if is_zip else PickledArrays(read_bytes(path, limit=_BYTES)).tree()
     except HaikuFileError as error:
         fix = "get the file from its publisher again"
         raise ValueError(

@@ -8,10 +8,12 @@ child, so it imports torch and safetensors only in functions, and no other modul
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,8 +23,8 @@ from typing import Any
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema")
 # Prefixes of all names in a state dict: of DataParallel, of torch.compile, and of modules that hold the network.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
-# Limits of the child: memory in bytes beyond that of an idle one, and processor time, 20 s plus 1 s for each 50 MB.
-MEMORY_SLACK, SECONDS, BYTES_PER_SECOND = 400 << 20, 20, 50_000_000
+# Limits of the child beyond an idle one: memory in bytes, and processor time, 2 s plus 1 s for each 50 MB.
+MEMORY_SLACK, SECONDS, BYTES_PER_SECOND = 400 << 20, 2, 50_000_000
 # Bytes by which the tensors may exceed the file. Only expanded views would exceed it.
 SLACK = 1 << 20
 # Limits of the file: its bytes (the largest published network takes 1.8 GB, and a checkpoint with averages and momentum
@@ -92,7 +94,7 @@ def _limit(size: int) -> None:
     # Twice the file: the tensors, and a copy while they are written.
     limits = {
         resource.RLIMIT_AS: mapped + 2 * size + MEMORY_SLACK,
-        resource.RLIMIT_CPU: _seconds(size),
+        resource.RLIMIT_CPU: math.ceil(time.process_time()) + _seconds(size),
         resource.RLIMIT_FSIZE: size + 2 * SLACK,
         resource.RLIMIT_CORE: 0,
     }

@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from functools import cache
@@ -112,6 +113,8 @@ def load_image(
         with open_header(data, given_up) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(name, _too_large(image, max_pixels))
+            if image.format == "PNG":
+                _check_png(data)
             if image.width * image.height > DRAFT_ABOVE:  # only JPEG does anything here
                 image.draft(image.mode, (image.width // 2, image.height // 2))
             image.load()
@@ -188,6 +191,23 @@ def sixteen_bit_peak(data: bytes) -> int | None:
             return int(np.asarray(image).max()) if image.mode.startswith("I") else None
     except Exception:  # `load_image` gives the reason
         return None
+
+
+def _check_png(data: bytes) -> None:
+    """Raise `ValueError` for a wrong checksum of a part that an image needs, which Pillow does not compare.
+
+    Source: PNG specification, section 5.3: an upper-case first letter marks these parts.
+    """
+    at = 8
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 8 + length
+        if kind[:1].isupper() and end + 4 <= len(data):
+            if zlib.crc32(memoryview(data)[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+                raise ValueError(f"wrong checksum in {kind.decode('ascii', 'replace')}")
+            if kind == b"IEND":
+                return
+        at = end + 4
 
 
 def _too_large(image: Image, max_pixels: int) -> str:

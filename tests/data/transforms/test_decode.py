@@ -239,3 +239,14 @@ def test_a_large_jpeg_is_decoded_at_half_size_by_both_decoders(monkeypatch: pyte
     assert np.array_equal(jpeg.load_array(data), np.asarray(small))
     png = encode(photo((64, 48)), "PNG")
     assert load_image(png).size == (64, 48)
+
+
+@pytest.mark.parametrize("chunk", [b"IHDR", b"IDAT", b"IEND"])
+def test_a_png_with_a_wrong_checksum_is_damaged(chunk):
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(out, "PNG")
+    data = bytearray(out.getvalue())
+    at = data.index(chunk)
+    data[at + 4 + int.from_bytes(data[at - 4 : at])] ^= 1  # the first byte of the checksum
+    with pytest.raises(ImageError):
+        load_image(bytes(data))
