@@ -147,7 +147,7 @@ def read_bytes(path: str | Path, *, limit: int) -> bytes:
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            content = b"" if size > limit else file.read(size + 1)  # the buffer has as many bytes
+            content = b"" if size > limit else file.read(size)
     except OSError as error:
         raise UnreadableFileError(f"{shown} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:  # a zero byte in the path, or no regular file

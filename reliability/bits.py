@@ -52,7 +52,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def damaged_folder(part: str, seed: int, flips: int = FLIPS) -> Result:
-    """Damage a folder `flips` times, each time in one place, and read it."""
+    """Damage a folder `flips` times, each time by one bit or cut, and read it."""
     whole, _ = uninterrupted(SHORT)
     folder = whole / "model" if part == "model folder" else max((whole / "checkpoints").glob("step-*"))
     read: Callable[..., Any] = read_model if part == "model folder" else read_checkpoint
