@@ -40,7 +40,7 @@ _TIMED = ("log.txt", ".lock", "MANIFEST.json", "curves.png")
 # Seconds after which a process that should have ended by itself counts as one that hangs.
 PATIENCE = 600.0
 
-CONTEXT = multiprocessing.getCONTEXT("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["normfree.training.loop", "normfree.cli", "torchvision.transforms.v2", "reliability.runs"]
 )  # fmt: skip
