@@ -1,136 +1,87 @@
-"""Inference before and after folding, against timm's network with the same weights, float32 (GPU: bfloat16)."""
+"""Inference in each runtime: the best that a deployer makes of timm's network by hand, against normfree's best."""
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import nn
 
-from benchmarks.arms import Arm
-from benchmarks.harness import Bench, Case, compare
-from benchmarks.networks import FORMATS, batch, best_formats, copied, multiplications, pair, shaken
+from benchmarks.harness import Bench, Case, OutOfTimeError, compare
+from benchmarks.networks import batch, multiplications, pair, shaken
+from benchmarks.runtimes import COLUMNS, COMPILED, ONNXRUNTIME, PYTORCH, Runtimes, best_of_sides
 from benchmarks.summary import Comparison
-from normfree import create_model, export, fold
-from normfree.models.net import Net
-from normfree.onnx_net import open_onnx
-from normfree.preprocessing import Preprocessing
-from normfree.pretrained import TrainedModel
 
 ABOUT = (
-    "Milliseconds of one batch through timm's network, ours with the same weights, and ours folded; each network "
-    "in its faster memory format, chosen in rounds that are not counted. Logits are compared first. `onnxruntime` "
-    "runs the folded network as `normfree export` writes it, with PyTorch's number of threads. For NF-ResNet-50 "
-    "the table also has resnet50 with its batch norm folded into the convolutions (timm's by torch.fx, ours by "
-    "`fold`), each checked against its own unfolded form. Compiled arms use `torch.compile` with its defaults, "
-    "NHWC."
+    "Milliseconds of one batch through a network, float32 (on a GPU bfloat16): the fastest of what a deployer makes "
+    "by hand of timm's network, against the fastest of normfree's forms with the same weights. Each runtime is a "
+    "comparison of its own; the arms that are timed are the fastest of either side in a round that is not counted. "
+    "`PyTorch`: both memory formats; batch norm folded by torch.fx, standardized weights folded by `fold`. "
+    "`torch.compile`: NHWC, with constant weights (`freezing`). `onnxruntime`, `OpenVINO`: files of "
+    "torch.onnx.export and of `export`. `int8`: by NNCF with its defaults, and by `quantize`, calibrated on the same "
+    "24 random images. resnet50 and efficientnet_b0 have batch norm: they are what a user would deploy instead. "
+    "Logits are compared with timm's in float32 first: PyTorch to 1e-5, other runtimes to 1e-4, bfloat16 to 0.1 and "
+    "int8 to 0.3, relative."
 )
-# timm's name, image size.
-ON_CPU = (("nf_resnet50", 224), ("dm_nfnet_f0", 192), ("eca_nfnet_l0", 224), ("nf_regnet_b1", 256))
+# timm's name, image size. Those with batch norm come last.
+ON_CPU = (
+    ("nf_resnet50", 224), ("dm_nfnet_f0", 192), ("eca_nfnet_l0", 224), ("nf_regnet_b1", 256),
+    ("resnet50", 224), ("efficientnet_b0", 224),
+)  # fmt: skip
 ON_GPU = (("dm_nfnet_f0", 256), ("nf_resnet50", 288), ("eca_nfnet_l0", 288), ("dm_nfnet_f1", 320))
+WITH_BATCH_NORM = ("resnet50", "efficientnet_b0")
 BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
-# Networks that are exported for onnxruntime, which takes most of a minute for each.
-EXPORTED = ("nf_resnet50", "dm_nfnet_f0")
-# Networks with batch norm that are measured in addition, by normalizer-free counterpart.
-BATCH_NORM_NETWORKS = {"nf_resnet50": "resnet50"}
-TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2
-
-Network = Callable[[Tensor], Tensor]
 
 
-def cases(device: torch.device, *, compiled: bool = False) -> list[Case]:
-    """Return a case per network. `compiled` adds compiled arms on a CPU, for the first two networks only."""
-    gpu = device.type == "cuda"
-    networks = ON_GPU if gpu else ON_CPU[:2] if compiled else ON_CPU
-    return [case(name, size, BATCHES[device.type], compiled=compiled or gpu) for name, size in networks]
+def cases(device: torch.device, *, every_runtime: bool = False) -> list[Case]:
+    """Return a case per network; without `every_runtime`, a CPU runs those that take seconds to set up."""
+    if device.type == "cuda":
+        return [case(name, size, BATCHES["cuda"], columns=(PYTORCH, COMPILED)) for name, size in ON_GPU]
+    columns = COLUMNS if every_runtime else (PYTORCH, ONNXRUNTIME)
+    networks = ON_CPU if every_runtime else ON_CPU[:3]
+    return [case(name, size, BATCHES["cpu"], columns=columns) for name, size in networks]
 
 
-def case(name: str, size: int, batches: tuple[int, ...], *, compiled: bool = False) -> Case:
+def case(name: str, size: int, batches: tuple[int, ...], *, columns: Sequence[str] = COLUMNS) -> Case:
     """Return the case of timm's network `name` at each of the batch sizes."""
-    return Case(f"{name}, {size} px", (name,), partial(measure, name, size, batches, compiled))
+    return Case(f"{name}, {size} px", (name,), partial(measure, name, size, batches, tuple(columns)))
 
 
 def measure(
-    name: str, size: int, batches: tuple[int, ...], compiled: bool, bench: Bench
+    name: str, size: int, batches: tuple[int, ...], columns: tuple[str, ...], bench: Bench
 ) -> Iterator[Comparison]:
-    """Yield a comparison per batch size."""
-    theirs, ours = (net.eval() for net in pair(name))
-    assert isinstance(ours, Net)
-    networks: dict[str, nn.Module] = {"timm": theirs, "normfree": ours, "normfree, folded": fold(ours)}
+    """Yield a comparison per batch size and runtime."""
+    theirs, ours = (net.to(bench.device) for net in networks(name))
     half = bench.device.type == "cuda"
-    exported = _exported(bench, name, ours, size) if name in EXPORTED and not half and not compiled else None
-    now = bench.clock()
-    for number, images in enumerate(batches, 1):
-        arms = [
-            arm for label, net in networks.items() for arm in _both(bench, label, net, size, images, half)
-        ]
-        if compiled:
-            arms += [
-                _compiled(bench, k, networks[k], size, images, half) for k in ("timm", "normfree, folded")
-            ]
-        if exported is not None:
-            x = batch(size, images, bench.device)[0]
-            arms.append(Arm("normfree, folded, onnxruntime", partial(exported, x), images=images))
-        if name in BATCH_NORM_NETWORKS:
-            arms += _with_batch_norm(bench, BATCH_NORM_NETWORKS[name], size, images, half)
-        timed = replace(bench, share=now + (bench.share - now) * number / len(batches))
-        yield from compare(
-            timed, f"{name}, {size} px, batch {images}", arms, tolerance=HALF_TOLERANCE if half else TOLERANCE,
-            choose=best_formats, floor=None if half else multiplications(bench, name, size, images),
-        )  # fmt: skip
+    start, parts = bench.clock(), [(images, column) for images in batches for column in columns]
+    with Runtimes(theirs, ours, batch(size, 1, bench.device)[0], half=half) as runtimes:
+        for number, (images, column) in enumerate(parts, 1):
+            timed = replace(bench, share=start + (bench.share - start) * number / len(parts))
+            row = f"{name}, {size} px, batch {images}"
+            exact = not half and name not in WITH_BATCH_NORM
+            floor = multiplications(bench, name, size, images) if exact else None
+            try:
+                arms = runtimes.arms(column, batch(size, images, bench.device)[0], skipped=bench.skipped)
+                # The comparison in PyTorch has the name of its row.
+                title = row if column == PYTORCH else f"{row}, {column}"
+                if {arm.name.startswith("timm") for arm in arms} != {True, False}:
+                    bench.skipped.append(f"{row}, {column}: no arm is left on one side")
+                    continue
+                found = compare(timed, title, arms, choose=best_of_sides, floor=floor)
+            except (OutOfTimeError, ModuleNotFoundError) as error:
+                bench.skipped.append(f"{row}, {column}: {error}")
+                continue
+            yield from (replace(comparison, row=row, column=column) for comparison in found)
 
 
-def _both(bench: Bench, label: str, net: nn.Module, size: int, images: int, half: bool) -> Iterator[Arm]:
-    """Yield arms of `net` in both memory formats."""
-    for layout in FORMATS:
-        x = batch(size, images, bench.device, layout)[0]
-        run = partial(_run, copied(net, layout, bench.device), x, half)
-        yield Arm(f"{label} {layout}", run, images=images)
-
-
-def _compiled(bench: Bench, label: str, net: nn.Module, size: int, images: int, half: bool) -> Arm:
-    """Return an arm of `net` compiled as a whole."""
-    x = batch(size, images, bench.device, "NHWC")[0]
-    forward = torch.compile(copied(net, "NHWC", bench.device), dynamic=False)
-    return Arm(f"{label}, compiled NHWC", partial(_run, forward, x, half), images=images, compiled=True)
-
-
-def _run(net: Network, x: Tensor, half: bool) -> Tensor:
-    """Compute the logits, under autocast if `half`."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-        return net(x)
-
-
-def _with_batch_norm(bench: Bench, name: str, size: int, images: int, half: bool) -> Iterator[Arm]:
-    """Yield arms of a folded batch-norm network, timm's and ours; each is checked against its own unfolded form."""
-    theirs = shaken(timm.create_model(name))
-    ours = shaken(create_model(name, classifier_std=0.01))
-    assert isinstance(ours, Net)
-    for label, whole, plain in (
-        ("timm", theirs, fuse(copy.deepcopy(theirs))),
-        ("normfree", ours, fold(ours)),
-    ):
-        x = batch(size, 2, torch.device("cpu"))[0]
-        with torch.inference_mode():
-            error = float((plain(x) - whole(x)).norm() / whole(x).norm())
-        for arm in _both(bench, f"{name} of {label}, folded", plain, size, images, half):
-            yield replace(arm, alike=False, distance=partial(float, error))
-
-
-def _exported(bench: Bench, name: str, net: Net, size: int) -> Network | None:
-    """Return the folded network in onnxruntime, or None if onnxruntime is not installed."""
-    model = TrainedModel(net, Preprocessing(image_size=size), tuple(map(str, range(net.num_classes))))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            export(model, Path(folder) / "net.onnx")
-            return open_onnx(Path(folder) / "net.onnx")[0]
-    except ModuleNotFoundError as error:
-        bench.skipped.append(f"{name}, onnxruntime: {error}")
-        return None
+def networks(name: str) -> tuple[nn.Module, nn.Module]:
+    """Return timm's network in evaluation mode, and ours with the same weights; the same twice if it has batch norm."""
+    if name not in WITH_BATCH_NORM:
+        theirs, ours = (net.eval() for net in pair(name))
+        return theirs, ours
+    torch.manual_seed(0)
+    net = shaken(timm.create_model(name))
+    return net, net

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,12 +11,12 @@ import simplejpeg
 import torch
 from kornia_rs import io as kornia_io
 from PIL import Image
-from skimage import data as samples
 from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.arms import Arm
 from benchmarks.harness import Bench, Case, compare
+from benchmarks.photographs import COUNT, HEIGHT, SIZE, WIDTH, jpegs
 from benchmarks.summary import Comparison
 from normfree.data.transforms import jpeg
 from normfree.data.transforms.decode import load_image
@@ -29,34 +28,7 @@ ABOUT = (
     "and the gate compares sixteen of them. Its tolerance allows for bicubic passes that round at other points; a "
     "resize without antialiasing would exceed it by far."
 )
-COUNT, WIDTH, HEIGHT, SIZE, QUALITY = 128, 500, 375, 224, 92  # as in the published tables of loaders
-PHOTOGRAPHS = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "retina",
-    "hubble_deep_field",
-    "immunohistochemistry",
-)
 TOLERANCE = 2e-3  # relative L2
-
-
-def jpegs(count: int = COUNT) -> list[bytes]:
-    """Return encoded images; small photographs are enlarged until the crop fits."""
-    rng, made = np.random.default_rng(0), []
-    photographs = [Image.fromarray(getattr(samples, name)()[..., :3]) for name in PHOTOGRAPHS]
-    for i in range(count):
-        image = photographs[i % len(photographs)]
-        scale = max(1.0, WIDTH / image.width, HEIGHT / image.height)
-        image = image.resize(
-            (max(WIDTH, round(image.width * scale)), max(HEIGHT, round(image.height * scale)))
-        )
-        left, top = (int(rng.integers(0, n + 1)) for n in (image.width - WIDTH, image.height - HEIGHT))
-        buffer = io.BytesIO()
-        image.crop((left, top, left + WIDTH, top + HEIGHT)).save(buffer, "JPEG", quality=QUALITY)
-        made.append(buffer.getvalue())
-    return made
 
 
 def pillow_v2(interpolation: str) -> Callable[[Image.Image], Tensor]:

@@ -56,7 +56,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def facts(device: torch.device) -> dict[str, Any]:
     """Return processor, its capability in PyTorch, threads, versions, date, and the GPU if there is one."""
     found: dict[str, Any] = {
-        "cpu": cpu_info("model name") or platform.processor(),
+        "cpu": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "kernels in C": "compiled" if library() else None,
@@ -73,13 +73,15 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {**found, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
+def processor() -> str:
+    """Return the name of the CPU; virtual machines often report only the maker, so family and model are added."""
+    name = cpu_info("model name") or platform.processor()
+    family, model = cpu_info("cpu family"), cpu_info("model\t")
+    return f"{name} (family {family}, model {model})" if family and model else name
+
+
 def cpu_info(entry: str) -> str:
     """Return an entry of /proc/cpuinfo ("model name", "flags"), or "" if there is none."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(entry)), "")
-
-
-def computes_bfloat16(flags: str) -> bool:
-    """Return whether a CPU with these flags has instructions for bfloat16; PyTorch emulates them otherwise."""
-    return not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(flags.split())

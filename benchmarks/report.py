@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ COLUMNS = {
     "of_floor": ("floor / time", "{:.0%}"),
     "accuracy": ("accuracy", "{:.2f}"),
     "runs": ("runs", "{:.0f}"),
+    "peak_mib": ("peak MiB", "{:.0f}"),
+    "whole_s": ("whole run s", "{:.0f}"),
+    "of_line": ("time / line", "{:.2f}"),
 }
 
 
@@ -41,14 +44,21 @@ class Result:
 
 
 def write(result: Result, folder: Path = RESULTS) -> Path:
-    """Write both files, named after the suite and, on a GPU, the device; return the path of the page."""
+    """Write both files, named after the suite and what it ran on; return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = result.suite + ("_cuda" if result.machine["device"] == "cuda" else "")
+    stem = result.suite + suffix(result.machine)
     entry = json.dumps(asdict(result), indent=1, ensure_ascii=False)
     (folder / f"{stem}.json").write_text(entry + "\n", encoding="utf-8")
     path = folder / f"{stem}.md"
     path.write_text(page(result), encoding="utf-8")
     return path
+
+
+def suffix(machine: Mapping[str, Any]) -> str:
+    """Return the end of a file name for results of `machine`: "" for a CPU with AVX2, "_avx512" or "_cuda"."""
+    if machine["device"] == "cuda":
+        return "_cuda"
+    return "_avx512" if machine["capability"].startswith("AVX512") else ""
 
 
 def read(path: Path) -> Result:
@@ -67,7 +77,7 @@ def _comparison(entry: dict[str, Any]) -> Comparison:
         for t in entry["timings"]
     )
     floor = entry["floor"] and Floor(**entry["floor"])
-    return Comparison(**{**entry, "timings": timings, "floor": floor})
+    return Comparison(**{**entry, "timings": timings, "floor": floor, "notes": tuple(entry.get("notes", ()))})
 
 
 def page(result: Result) -> str:
@@ -85,11 +95,43 @@ def page(result: Result) -> str:
         f"Copy (read and written) and matrix product in the same process, before and after: {rates}."
         if rates
         else "",
+        grid([c for c in result.comparisons if c.column]),
         table(result.comparisons),
+        "\n".join(f"- {note}" for c in result.comparisons for note in c.notes),
     ]
     if result.skipped:
         parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in result.skipped))
     return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
+
+
+def grid(comparisons: Sequence[Comparison]) -> str:
+    """Return a Markdown table with a line per row and a column per column of the comparisons; "" without any.
+
+    A cell has the times of the baseline and of the last arm, and how many times better that arm is.
+    """
+    if not comparisons:
+        return ""
+    columns, rows = (
+        list(dict.fromkeys(names)) for names in zip(*((c.column, c.row) for c in comparisons), strict=True)
+    )
+    lines = [
+        f"| timm by hand → normfree, ms | {' | '.join(columns)} |",
+        "|---|" + "--:|" * len(columns),
+    ]
+    for row in rows:
+        cells = []
+        for column in columns:
+            found = [c for c in comparisons if (c.row, c.column) == (row, column)]
+            cells.append(_cell(found[0]) if found else "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(comparison: Comparison) -> str:
+    """Return the cell of one comparison."""
+    first, last = comparison.timings[0], comparison.timings[-1]
+    low, high = last.interval
+    return f"{first.median:.3g} → {last.median:.3g}, {last.ratio:.2f} ({low:.2f} … {high:.2f})"
 
 
 def table(comparisons: Sequence[Comparison]) -> str:

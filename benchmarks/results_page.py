@@ -11,6 +11,8 @@ from benchmarks.summary import Comparison, Timing
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+# Kinds of processors, and the ends of the names of their files (`report.suffix`).
+PROCESSORS = {"AVX2": "", "AVX-512": "_avx512"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,14 @@ PICKS = (
     Pick("inference", "dm_nfnet_f0, 192 px, batch 1", "one image through NFNet-F0, 192 px", "normfree, folded"),
     Pick("inference", "dm_nfnet_f0, 192 px, batch 8", "eight images", "normfree, folded"),
     Pick("inference", "nf_resnet50, 224 px, batch 1", "one image through NF-ResNet-50, 224 px", "normfree, folded"),
-    Pick("inference", "nf_resnet50, 224 px, batch 1", "the same with onnxruntime", "normfree, folded, onnxruntime"),
+    Pick("inference", "nf_resnet50, 224 px, batch 1, onnxruntime", "the same, both sides in onnxruntime",
+         "normfree, folded, onnxruntime", "timm, onnxruntime"),
+    Pick("inference_runtimes", "dm_nfnet_f0, 192 px, batch 1, OpenVINO", "one image through NFNet-F0, both in OpenVINO",
+         "normfree, folded, OpenVINO", "timm, OpenVINO"),
+    Pick("inference_runtimes", "eca_nfnet_l0, 224 px, batch 1, OpenVINO", "the same, ECA-NFNet-L0",
+         "normfree, folded, OpenVINO", "timm, OpenVINO"),
+    Pick("training", "nf_resnet50, 224 px, batch 8, own loop", "a loop of public names against the trainer's step",
+         "own loop", "trainer"),
     Pick("memory", "dm_nfnet_f0, 192 px, batch 8, allocated", "memory of a training step, NFNet-F0, 192 px, batch 8"),
     Pick("loading", "bicubic", "128 JPEGs of 500 × 375 to crops of 224 px, one core", theirs="Pillow + torchvision"),
     Pick("small_scale", "demo's network with timm's numerics, batch 32",
@@ -68,33 +77,47 @@ def between(text: str, made: str, *, name: str = "results.md") -> str:
 
 
 def table(results: Path) -> str:
-    """Return the Markdown table: a row per pick whose suite has been measured."""
+    """Return the Markdown table: a row per pick, with a column per kind of processor, for suites that were measured."""
     lines = [
-        "| case | ours | theirs | times better (95 %) | command |",
-        "|---|--:|--:|--:|---|",
+        f"| case | {' | '.join(f'{name}: times better (95 %), ours, theirs' for name in PROCESSORS)} | command |",
+        "|---|" + "---|" * (len(PROCESSORS) + 1),
         *_rows(results, PICKS),
+        "",
+        *_processors(results, PICKS),
     ]
     return "\n".join(lines)
 
 
 def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
-    """Yield the table rows of the picks that have been measured."""
+    """Yield the table rows of the picks that have been measured on any processor."""
     for pick in picks:
-        path = results / f"{pick.suite}.json"
-        result = report.read(path) if path.is_file() else None
-        for comparison in result.comparisons if result else ():
-            if comparison.case == pick.case:
-                ours, theirs = _arm(comparison, pick.ours), _arm(comparison, pick.theirs)
-                if ours is not None and theirs is not None and theirs.arm == comparison.baseline:
-                    yield _row(pick, comparison, ours, theirs)
+        cells = [_cell(pick, results / f"{pick.suite}{end}.json") for end in PROCESSORS.values()]
+        if any(cells):
+            command = f"`python -m benchmarks.run {pick.suite}`"
+            shown = (cell or "not measured" for cell in cells)
+            yield f"| {pick.what} | {' | '.join(shown)} | {command} |"
 
 
-def _row(pick: Pick, comparison: Comparison, ours: Timing, theirs: Timing) -> str:
-    """Return the table row of one pick."""
-    low, high = ours.interval
-    command = f"`python -m benchmarks.run {pick.suite}`; [all](../benchmarks/results/{pick.suite}.md)"
-    cells = [pick.what, *(f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))]
-    return f"| {' | '.join(cells)} | {ours.ratio:.2f} ({low:.2f} … {high:.2f}) | {command} |"
+def _cell(pick: Pick, path: Path) -> str:
+    """Return the numbers of a pick in one file of results, or "" if they are not there."""
+    for comparison in report.read(path).comparisons if path.is_file() else ():
+        ours, theirs = _arm(comparison, pick.ours), _arm(comparison, pick.theirs)
+        if comparison.case == pick.case and ours and theirs and theirs.arm == comparison.baseline:
+            low, high = ours.interval
+            times = (f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))
+            page = f"[all](../benchmarks/results/{path.stem}.md)"
+            return f"{ours.ratio:.2f} ({low:.2f} … {high:.2f}): {', '.join(times)}; {page}"
+    return ""
+
+
+def _processors(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
+    """Yield a line per kind of processor: which ones measured, with which version of PyTorch, and when."""
+    for name, end in PROCESSORS.items():
+        paths = (results / f"{suite}{end}.json" for suite in dict.fromkeys(pick.suite for pick in picks))
+        machines = [report.read(path).machine for path in paths if path.is_file()]
+        if machines:
+            found = sorted({f"{m['cpu']}, torch {m['torch']}, {m['date']}" for m in machines})
+            yield f"{name}: {'; '.join(found)}."
 
 
 def format_value(value: float, unit: str) -> str:

@@ -99,13 +99,18 @@ def with_timm_numerics(name: str) -> tuple[nn.Module, Net]:
 
 
 def timm_shape(variant: Variant) -> NfCfg:
-    """Return timm's config for a variant for images of 64 px."""
-    if variant.stem != "conv7_pool":
+    """Return timm's config for a variant for images of 32 or 64 px.
+
+    With the stem for 32 px, the class still has to lose the pool and the stride of its stem (`whole_job_arms`).
+    """
+    stems = {"conv7_pool": ("7x7_pool", 4), "conv3": ("3x3_pool", 2)}
+    if variant.stem not in stems:
         raise ValueError(
-            problem(f"stem is {variant.stem!r}", allowed="'conv7_pool'", fix="use another variant")
+            problem(f"stem is {variant.stem!r}", allowed=" or ".join(stems), fix="use another variant")
         )
+    kind, fraction = stems[variant.stem]
     return NfCfg(
-        depths=variant.depths, channels=variant.widths, stem_type="7x7_pool", stem_chs=variant.widths[0] // 4,
+        depths=variant.depths, channels=variant.widths, stem_type=kind, stem_chs=variant.widths[0] // fraction,
         bottle_ratio=variant.bottleneck_ratio, attn_layer="se", attn_kwargs={"rd_ratio": variant.se_ratio},
         act_layer=variant.activation,
     )  # fmt: skip

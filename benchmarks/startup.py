@@ -21,7 +21,7 @@ ABOUT = (
     "Milliseconds from the start of a process to its end, with files in the system's cache. Any program that uses "
     "PyTorch waits for `import torch`. The gate requires that each process succeeds and prints the expected text."
 )
-ROUNDS = 9  # each takes ten seconds
+ROUNDS = 7  # each takes ten seconds
 IMPORTS = (
     "import timm",
     "import torch",

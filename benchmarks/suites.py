@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Case
-from benchmarks.machine import computes_bfloat16, cpu_info
+from normfree.training.precision import native_precision
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ def _no_compiler(device: torch.device) -> str:
     return "" if found or device.type == "cuda" else "there is no C++ compiler for torch.compile"
 
 
-def _emulates(device: torch.device) -> str:
-    """Return a message if the CPU has no instructions for bfloat16."""
-    computes = device.type == "cuda" or computes_bfloat16(cpu_info("flags") or cpu_info("Features"))
-    return "" if computes else "this CPU emulates bfloat16"
+def _slow_in_bfloat16(device: torch.device) -> str:
+    """Return a message if `precision = "auto"` is not bfloat16 here."""
+    found = native_precision(device)
+    return "" if found.name == "bfloat16" else found.reason
 
 
 # A GPU budget of 540 s leaves one of ten minutes for the start; on a CPU the budgets add up to less than 20 minutes.
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("training", "training", 385, 540),
+        Suite("training", "training", 425, 540),
         Suite(
             "training_bfloat16",
             "training",
@@ -90,24 +90,28 @@ SUITES: dict[str, Suite] = {
             0,
             options=(("half", True),),
             by_name=True,
-            refuses=_emulates,
+            refuses=_slow_in_bfloat16,
         ),
+        Suite("training_others", "training", 600, 0, options=(("others", True),), by_name=True),
         Suite("update", "update", 85, 300),
         Suite("inference", "inference", 228, 540),
-        # Inductor takes minutes for each network and batch size on a CPU.
+        # Inductor takes about a minute for each network, batch size and side on a CPU.
         Suite(
-            "inference_compiled",
+            "inference_runtimes",
             "inference",
-            900,
+            5400,
             0,
-            options=(("compiled", True),),
+            needs=("timm", "onnxruntime", "openvino", "nncf"),
+            options=(("every_runtime", True),),
             by_name=True,
             refuses=_no_compiler,
         ),
         Suite("memory", "memory", 100, 300),
         Suite("loading", "loading", 60, 0, needs=("skimage", "kornia_rs", "simplejpeg"), one_core=True),
         Suite("small_scale", "small_scale", 70, 540, options=(("data", None),)),
-        Suite("startup", "startup", 190, 0),
+        Suite("startup", "startup", 150, 0),
+        Suite("growth", "growth", 900, 0, needs=("timm", "skimage"), by_name=True),
+        Suite("whole_job", "whole_job", 4 * 3600, 0, options=(("data", None),), by_name=True),
         Suite("convolutions", "convolutions", 150, 400, by_name=True),
         Suite(
             "spectrogram",

@@ -53,7 +53,8 @@ class Comparison:
     """All arms of one case compared with `baseline`.
 
     `noise` is the deviation of the baseline's second copy from it: the larger end of the interval. `rounds` is the
-    number of counted rounds (0: not recorded). Less is better in every `unit`.
+    number of counted rounds (0: not recorded). Less is better in every `unit`. Comparisons with a `column` form a table
+    of their own, with one line per `row`. `notes` are printed below the tables.
     """
 
     case: str
@@ -63,6 +64,9 @@ class Comparison:
     rounds: int
     unit: str = "ms"
     floor: Floor | None = None
+    row: str = ""
+    column: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def summary(

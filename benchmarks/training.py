@@ -5,6 +5,7 @@ A step is forward, backward, adaptive clipping, SGD with Nesterov momentum and d
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from functools import cache, partial
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.arms import Arm
 from benchmarks.harness import Bench, Case, GateError, compare
 from benchmarks.networks import (
+    CLASSES,
     FORMATS,
     batch,
     best_formats,
@@ -28,18 +31,19 @@ from benchmarks.networks import (
     shaken,
 )
 from benchmarks.summary import Comparison
-from benchmarks.update_arms import our_update, timm_update, update_distance
+from benchmarks.update_arms import AVERAGE, CLIPPING, DECAY, LR, our_update, timm_update, update_distance
+from normfree import SGD, Ema, attach_agc, create_model, parameter_groups
 from normfree.models.net import Net
 from normfree.training.compiled import CompiledBlocks
 
 ABOUT = (
     "Milliseconds of one training step of timm's network and our network with the same weights: forward and "
-    "backward, then adaptive clipping, SGD with Nesterov momentum and decay (on a CPU fused on both sides), and "
-    "the average. There is no dropout. timm uses its faster memory format, chosen in a round that is not counted; "
-    "ours uses channels_last, as `normfree train` does. Before any timing, gradients of the whole network and the "
-    "changes of weights and averages by two updates are compared, with every branch kept; without stochastic "
-    "depth also the losses of two steps. On a CPU both sides keep freed memory in the process, as `normfree "
-    "train` does. Ratios are of the time per image."
+    "backward, then adaptive clipping, SGD with Nesterov momentum and decay (on a CPU fused on both sides), and the "
+    "average. There is no dropout. timm uses its faster memory format, chosen in a round that is not counted; ours "
+    "uses channels_last, as `normfree train` does. Before any timing, gradients of the whole network and the changes "
+    "of weights and averages by two updates are compared, with every branch kept; without stochastic depth also the "
+    "losses of two steps. On a CPU both sides keep freed memory in the process, as `normfree train` does. Ratios are "
+    "of the time per image. `own loop` is a loop of public names (docs/train.md), compared with the trainer's step."
 )
 PARTS = ("whole step", "forward and backward")
 # Largest relative distance of the losses of two steps in float32 and in bfloat16. The second losses differ, since timm
@@ -92,10 +96,21 @@ ON_GPU = (
 )
 
 
-def cases(device: torch.device, *, half: bool = False) -> list[Case]:
-    """Return a case per network; each runs without stochastic depth, then with the papers' rate."""
-    networks = ON_GPU if device.type == "cuda" else ON_CPU
-    return [case(network, half=half or device.type == "cuda") for network in networks]
+# Further networks of a CPU, and those whose step is taken in a user's loop as well: our names, image size, batch size.
+OTHERS = (Network("eca_nfnet_l0", 224, 8, 0.1), Network("nf_regnet_b1", 240, 8, 0.1))
+OWN_LOOPS = (("timm_nf_resnet50", 224, 8),)
+OTHER_LOOPS = (("nf_resnet_micro_64", 72, 32), ("timm_nf_regnet_b1", 240, 8), ("timm_dm_nfnet_f0", 192, 8))
+
+
+def cases(device: torch.device, *, half: bool = False, others: bool = False) -> list[Case]:
+    """Return a case per network; each runs without stochastic depth, then with the papers' rate.
+
+    On a CPU, further cases compare the trainer's step with a user's loop.
+    """
+    if device.type == "cuda":
+        return [case(network, half=True) for network in ON_GPU]
+    made = [case(network, half=half) for network in (OTHERS if others else ON_CPU)]
+    return made if half else [*made, *(loop_case(*loop) for loop in (OTHER_LOOPS if others else OWN_LOOPS))]
 
 
 def case(network: Network, *, half: bool = False) -> Case:
@@ -220,6 +235,48 @@ def _joined(arm: Arm) -> Arm:
         return loss
 
     return replace(arm, run=run, then=None)
+
+
+# --- the step in a user's loop ------------------------------------------------------------------------------------
+
+
+def loop_case(name: str, size: int, images: int) -> Case:
+    """Return the case that compares the trainer's step of our variant `name` with a loop of public names."""
+    title = f"{name.removeprefix('timm_')}, {size} px, batch {images}, own loop"
+    return Case(title, (name.removeprefix("timm_"),), partial(_loops, title, name, size, images))
+
+
+def _loops(title: str, name: str, size: int, images: int, bench: Bench) -> list[Comparison]:
+    """Compare both loops; the gate compares their losses before and after an update."""
+    torch.manual_seed(0)
+    net = shaken(create_model(name, num_classes=CLASSES, drop_rate=0.0, stochdepth_rate=0.0)).train()
+    assert isinstance(net, Net)
+    trainer = _arm(bench.device, size, images, "trainer", net, "NHWC", half=False, alike=True, allowed=0.0,
+                   distance=lambda: 0.0)  # fmt: skip
+    arms = [
+        _joined(trainer),
+        Arm("own loop", own_loop(net, *batch(size, images, bench.device)), images=images),
+    ]
+    return compare(bench, title, arms, tolerance=TOLERANCE, gradients=True)
+
+
+def own_loop(net: Net, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Return a step of a copy of `net` as docs/train.md shows it."""
+    model = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    optimizer = SGD(parameter_groups(model, weight_decay=DECAY, clipping=CLIPPING), lr=LR)
+    attach_agc(optimizer, model=model, ema=Ema(model, decay=AVERAGE, ramp=False))
+
+    def step() -> Tensor:
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+# --- gates --------------------------------------------------------------------------------------------------------
 
 
 def _distance(

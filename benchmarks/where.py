@@ -46,13 +46,14 @@ def main() -> None:
                 step()
             for event in record.key_averages():
                 spent[arm][event.key] += event.self_cpu_time_total / 1e3 / options.steps
-    facts = ", ".join(f"{k} {v}" for k, v in machine.facts(device).items() if v)
+    found = machine.facts(device)
+    facts = ", ".join(f"{k} {v}" for k, v in found.items() if v)
     command = f"`python -m benchmarks.where {options.name} {options.size}`, {options.steps} steps of each arm in turn."
     about = __doc__.partition("\n\n")[2].replace("\n", " ").partition(" Writes")[0]
     page = "\n\n".join(
         [f"# where: {options.name}, {options.size} px", about, f"{command} {facts}.", table(spent)]
     )
-    path = report.RESULTS / f"where-{options.name}.md"
+    path = report.RESULTS / f"where-{options.name}{report.suffix(found)}.md"
     path.write_text(page + "\n", encoding="utf-8")
     print(page)
 

@@ -70,6 +70,7 @@ class DemoSeeds:
             f"--model={cell.arm}",
             f"--seed={cell.seed}",
             f"--device={setup.device}",
+            "--precision=float32",
             *cell.options["flags"],
         ]
         try:

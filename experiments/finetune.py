@@ -92,7 +92,8 @@ class Cell:
         every = "1000st" if self.few else "1ep" if self.length == WHOLE else "2ep"
         options = {
             "data": data.replace("train.", "few.") if self.few else data, "model": model, "weights": start,
-            "seed": self.seed, "device": "cpu", "length": self.length, "patience": 0, "input.workers": 0,
+            "seed": self.seed, "device": "cpu", "precision": "float32", "length": self.length, "patience": 0,
+            "input.workers": 0,
             "input.batch_size": self.batch_size, "optim.lr": rate * scale, "optim.clip": clip,
             "optim.ema_decay": 1 - 0.01 * scale, "optim.class_balance": self.balance,
             "log.evaluate_every": every, "log.checkpoint_every": every,
@@ -313,7 +314,7 @@ def main() -> None:
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     for model, _ in ARMS.values():
-        flags = [f"--model={model}", "--device=cpu"]
+        flags = [f"--model={model}", "--device=cpu", "--precision=float32"]
         run(with_overrides(RECIPES["demo"](), flags), RUNS / f"pretrained-{model}")
     data = packed(arguments.data or str(unpack_elpv(arguments.elpv)))
     probes = probe(data)

@@ -34,6 +34,7 @@ from .pretrained import from_pretrained as from_pretrained
 from .pretrained import push_to_hub as push_to_hub
 from .pretrained import save_pretrained as save_pretrained
 from .surgery.convert import convert_batchnorm as convert_batchnorm
+from .training.allocator import keep_freed_memory as keep_freed_memory
 from .training.cached_gradient import cached_backward as cached_backward
 from .training.config import Config as Config
 from .training.folds import train_folds as train_folds

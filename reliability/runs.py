@@ -31,7 +31,7 @@ FLAGS = tuple(
         "--data synthetic:classes=3,size=16,train=24,val=9 --model nf_resnet_nano --input.image_size 16 --device cpu "
         "--input.batch_size 8 --input.workers 0 --length 8st --optim.warmup 2st --log.every 1 --optim.ema_decay 0.5 "
         "--log.evaluate_every 3st --log.checkpoint_every 2st --augment.randaugment tv:2x9 --augment.mixup 0.2 "
-        "--net.drop_rate 0.2"
+        "--net.drop_rate 0.2 --precision float32"
     )
 )
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -35,6 +35,14 @@ def _one_thread_from_the_start():
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)  # small tensors, and the same sums in the same order on every machine
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _float32_on_every_processor() -> Iterator[None]:
+    """`precision = "auto"` is float32, as on a CPU that emulates bfloat16. Flags of processes name their precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("normfree.training.precision.cpu_gain", lambda: 0.1)
+        yield
 
 
 @pytest.fixture

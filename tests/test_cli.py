@@ -257,7 +257,7 @@ def test_list_and_show(trained, capsys):
         ("list recipe", "no model matches 'recipe'. Did you mean 'recipes'?"),
         (
             "train --data synthetic --precision float16",
-            "precision='float16'. Allowed: 'float32' or 'bfloat16'.",
+            "precision='float16'. Allowed: 'auto', 'float32' or 'bfloat16'.",
         ),
         (
             "train --input.val_fraction 2",
@@ -430,7 +430,7 @@ def test_class_names_are_not_read_as_markup(model, tmp_path, capsys):
     assert main(["eval", str(model), str(tmp_path / "data")]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["[bold]", 'a,"b"', "snö"]
-    assert out.splitlines()[-1].endswith(" on 3 images")
+    assert out.splitlines()[-1].endswith(" on 3 images, in float32")
 
 
 def test_a_failed_prediction_leaves_no_file(model, tmp_path, capsys):

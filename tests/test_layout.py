@@ -26,7 +26,7 @@ PUBLIC = {
     "ClipReport", "Config", "Ema", "NonFiniteGradientError", "SAM", "SGD", "VARIANTS", "WSConv2d", "__version__",
     "adaptive_clip_grad_", "attach_agc", "batch_dependence", "cached_backward", "clip_grad_", "contrastive_loss",
     "convert_batchnorm", "create_model", "evaluate", "export", "fold",
-    "fold_with_report", "from_pretrained", "gain_of", "grad_cam", "gradient_report",
+    "fold_with_report", "from_pretrained", "gain_of", "grad_cam", "gradient_report", "keep_freed_memory",
     "list_models", "load_weights", "nt_xent", "open_source", "parameter_groups", "per_example_gradients",
     "predict", "push_to_hub", "quantize", "save_pretrained", "scaled_activation", "signal_propagation",
     "standardize", "train", "train_folds", "triplet_loss", "warmup_cosine",

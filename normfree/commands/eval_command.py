@@ -226,4 +226,6 @@ def _print_table(score: Evaluation) -> None:
             f"{score.calibration_error():.2f} %; the largest class has {score.majority:.1f} % of the images"
         )
     top5 = f", top-5 {score.top5_text()} %" if score.top5_text() else ""
-    console.print(f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {score.count} images")
+    console.print(
+        f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {score.count} images, in float32"
+    )

@@ -110,7 +110,7 @@ def _print_report(report: ExportReport, images: str, *, with_preprocessing: bool
     census = ", ".join(f"{kind.removeprefix('aten.')} {n}" for kind, n in report.census.most_common())
     errors = ", ".join(f"{error:.1e} at batch {batch}" for batch, error in report.errors.items())
     print(
-        f"{report.path}: {_megabytes(report.bytes)}, {format}, {folded}, {sum(report.census.values())} nodes"
+        f"{report.path}: {_megabytes(report.bytes)}, {format}, float32, {folded}, {sum(report.census.values())} nodes"
     )
     print(f"  {census}")
     print(

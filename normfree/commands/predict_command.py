@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class PredictArguments:
-    """Predict the classes of images: files, all images in folders and their subfolders, URLs, videos and cameras."""
+    """Predict the classes of images: files, all images in folders and their subfolders, URLs, videos and cameras.
+
+    The network computes in float32, whatever it was trained in.
+    """
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder."""

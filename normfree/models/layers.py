@@ -21,6 +21,7 @@ from normfree.ops.conv2d import Activation, conv2d
 from normfree.ops.example_gradients import Convolution, expanded_conv2d, is_expanded
 from normfree.ops.gated_add import spatial_mean
 from normfree.ops.padding import pad_input
+from normfree.ops.standardize import has_kernels, standardize_all
 from normfree.ops.standardize_torch import WS_EPS
 from normfree.suggest import problem
 from normfree.weights.names import shaped_as
@@ -164,6 +165,8 @@ class WSConv2d(nn.Module):
         with self.marker():
             if self.shared_weight is not None and not is_transformed():
                 return self.shared_weight
+            if has_kernels(self.weight, self.gain):
+                return standardize_all([self.weight], [self.gain], [self.input_scale], eps=self.eps)[0]
             return standardize(self.weight, self.gain, scale=self.input_scale, eps=self.eps)
 
     def forward(self, x: Tensor, *, act: Activation | None = None) -> Tensor:

@@ -77,16 +77,16 @@ def _supports(engine: Engine, tensors: Sequence[Tensor], dtype: torch.dtype | No
     Kernels need float32 without gaps in memory, dimension 0 outermost.
     """
     if engine == "compiled":
-        return (
-            can_bypass_dispatcher()
-            and all(map(is_plain_cpu_tensor, tensors))
-            and dtype in (None, torch.float32)
-            and library() is not None
-        )
+        return has_kernels(*tensors) and dtype in (None, torch.float32)
     if engine == "triton":
         known = dtype in (None, torch.float32, torch.bfloat16)
         return known and all(t.dtype == torch.float32 and is_dense(t) for t in tensors)
     return True
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Return True if the compiled kernels can standardize these weights with these gains, unobserved."""
+    return can_bypass_dispatcher() and all(map(is_plain_cpu_tensor, tensors)) and library() is not None
 
 
 class _Standardize(torch.autograd.Function):
@@ -121,7 +121,8 @@ class _Standardize(torch.autograd.Function):
         """A result that was not used has no gradient, and its weight gets none."""
         count = len(grads)
         found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-        weights, gains = ([ctx.saved_tensors[i + shift] for i, _ in found] for shift in (0, count))
+        saved = ctx.saved_tensors  # read once, as gradient checkpointing requires
+        weights, gains = ([saved[i + shift] for i, _ in found] for shift in (0, count))
         scales = [ctx.scales[i] for i, _ in found]
         results: list[Tensor | None] = [None] * (2 * count)
         if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again

@@ -12,8 +12,12 @@ from torch.optim import Optimizer
 
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.classifier import find_classifier
+from normfree.optim.ema import Ema
+from normfree.optim.fused import FusedUpdate
+from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.named_gradients import ClipReport, check_limit
 from normfree.optim.parameter_kinds import CLASSIFIER, parameter_kinds
+from normfree.optim.sgd import SGD
 from normfree.optim.units import UnitNorms
 from normfree.suggest import did_you_mean, problem
 
@@ -36,19 +40,36 @@ class AgcHandle:
         unit: str,
         eps: float,
         error_if_nonfinite: bool,
+        model: nn.Module | None = None,
+        ema: Ema | None = None,
     ) -> None:
         self.report: ClipReport | None = None
         self.exempt = tuple(names[i] for i in names if i in skipped)
         self._optimizer, self._clipping, self._names, self._skipped = optimizer, clipping, names, skipped
         self._unit, self._eps, self._error_if_nonfinite = unit, eps, error_if_nonfinite
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._model, self._ema = model, ema
+        # The fused update and the tensors that it was made for, and whether the current step uses it.
+        self._made: FusedUpdate | None = None
+        self._made_for: list[tuple[int, torch.device, torch.dtype]] = []
+        self._update: FusedUpdate | None = None
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        if ema is not None:
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
-        """Detach AGC from the optimizer."""
-        self._hook.remove()
+        """Detach AGC, and the average, from the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        if isinstance(self._optimizer, SGD):
+            self._optimizer.fused_step = None
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if isinstance(self._optimizer, SGD):
+            self._update = self._fused(self._optimizer)
+            self._optimizer.fused_step = None if self._update is None else self._fused_step
+            if self._update is not None:
+                return None
         if closure is None:
             self._clip()
             return None
@@ -61,6 +82,32 @@ class AgcHandle:
         if len(args) > 1:
             return (args[0], clipped_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": clipped_closure}
+
+    def _after_step(self, *_: Any) -> None:
+        """Move the average, unless the fused update has done it."""
+        if self._update is None:
+            assert self._ema is not None
+            assert self._model is not None
+            self._ema.update(self._model)
+
+    def _fused(self, optimizer: SGD) -> FusedUpdate | None:
+        """Return the update in one pass over memory if it does the same as clipping, step and average, else None."""
+        alike = all(
+            group.get("clipping") == 0.0 or self._skipped.isdisjoint(map(id, group["params"]))
+            for group in optimizer.param_groups
+        )
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        if self._ema is None or self._model is None or self._unit != "filter" or not alike or scaled:
+            return None
+        made_for = [(id(p), p.device, p.dtype) for group in optimizer.param_groups for p in group["params"]]
+        if made_for != self._made_for:
+            self._made_for = made_for
+            self._made = NativeUpdate.create(optimizer, model=self._model, ema=self._ema, eps=self._eps)
+        return self._made
+
+    def _fused_step(self) -> None:
+        assert self._update is not None
+        self.report = self._update.step(error_if_nonfinite=self._error_if_nonfinite)
 
     def _clip(self) -> None:
         _unscale_(self._optimizer)
@@ -88,6 +135,7 @@ def attach_agc(
     exempt: str | Sequence[str] = "classifier",
     eps: float = 1e-3,
     error_if_nonfinite: bool = False,
+    ema: Ema | None = None,
 ) -> AgcHandle:
     """Clip the gradients adaptively before each step of `optimizer`, in a training loop that you do not control.
 
@@ -110,13 +158,16 @@ def attach_agc(
         eps: as for `adaptive_clip_grad_`.
         error_if_nonfinite: raise for Inf and NaN. By default such gradients are left to the caller, as
             `torch.nn.utils.clip_grad_norm_` does, and the host does not wait for the device.
+        ema: the average of `model`, which `optimizer.step()` then moves as well; do not call `ema.update`. With
+            `normfree.SGD` on a CPU, clipping, step and average are one pass over memory, as in `normfree.train`. It
+            leaves the gradients unclipped, and changes nothing if one of them is not finite.
 
     Returns:
         A handle with the last `report` and `remove()`.
 
     Raises:
-        ValueError: `model` is missing or has no parameter of the optimizer; its classifier was not found; a pattern
-            matches no parameter; `clipping` or `eps` is negative; `unit` is unknown.
+        ValueError: `model` is missing with `exempt` or `ema`, or has no parameter of the optimizer; its classifier was
+            not found; a pattern matches no parameter; `clipping` or `eps` is negative; `unit` is unknown.
 
     Examples:
         >>> import torch
@@ -135,13 +186,18 @@ def attach_agc(
     check_limit("clipping", clipping)
     check_limit("eps", eps)
     UnitNorms(unit)
+    if ema is not None and model is None:
+        raise ValueError(
+            problem("ema is given without a model", fix="pass model=model, the network it averages")
+        )
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = (
         {id(p): name for name, p in model.named_parameters() if id(p) in ours} if model is not None else {}
     )
     skipped = _exempt(exempt, model, names)
     return AgcHandle(
-        optimizer, clipping, names=names, skipped=skipped, unit=unit, eps=eps, error_if_nonfinite=error_if_nonfinite
+        optimizer, clipping, names=names, skipped=skipped, unit=unit, eps=eps, error_if_nonfinite=error_if_nonfinite,
+        model=model, ema=ema,
     )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ class SGD(Optimizer):
         weight_decay: of the groups that have none of their own.
         fused: None uses torch's fused kernel on CPU and CUDA where it is valid; False never does.
 
+    Attributes:
+        fused_step: called in place of the update if set; `attach_agc` sets it to one that also clips and averages.
+
     Raises:
         ValueError: lr, momentum or weight_decay is negative, momentum is 0 with `nesterov`, or a group has its own
             `lr`.
@@ -75,6 +78,7 @@ class SGD(Optimizer):
             given = "nesterov is True with momentum 0"
             raise ValueError(problem(given, allowed="momentum above 0", fix="pass nesterov=False"))
         self.fused = fused
+        self.fused_step: Callable[[], None] | None = None
         super().__init__(
             params,
             {
@@ -120,6 +124,9 @@ class SGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.fused_step is not None:
+            self.fused_step()
+            return loss
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.is_sparse for p in params):

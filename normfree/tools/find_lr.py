@@ -145,6 +145,7 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
         head=resolved.keeps_head(tuple(split.classes)),
         class_weights=class_weights.class_weights(split.train, config.optim.class_balance),
     )  # fmt: skip
+    run_log.info(f"precision {trainer.config.precision}")
     batches = train_batches(
         split.train, trainer.transform, batch_size=config.input.batch_size, seed=config.seed, num_steps=STEPS,
         workers=loading(config).workers, pairs=trainer.pairs, pin_memory=trainer.device.type == "cuda",

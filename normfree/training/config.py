@@ -388,8 +388,10 @@ class Config(ConfigSection):
     """Seed of initial weights, sample order, augmentation and dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps. auto: the first GPU if there is one, else the CPU."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Data type of activations. Weights, momentum and averaged weights are always float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of activations in training: float32, bfloat16, or auto, which is bfloat16 on a device that computes
+    faster in it (measured at the start), else float32. A run keeps what it began with. Weights, momentum, averaged
+    weights, scores, predictions and exports are always float32."""
     parallel: Literal["replicated", "sharded", "exact"] = "replicated"
     """How several processes share the model: replicated (DDP), sharded (FSDP2), or exact (replicated, with
     bit-identical results for any number of processes)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -85,10 +85,10 @@ def _allowed(key: str, kind: str, message: str) -> str:
     """Return what a key allows, from the type and the message of a pydantic error."""
     if message.startswith("Value error, "):
         return message.removeprefix("Value error, ")
-    annotation = str(_annotation(key))
-    if "'auto'" in annotation and "float" in annotation:
+    members = get_args(_annotation(key))
+    if "'auto'" in str(members) and float in members:
         return "a number or 'auto'"
-    if "'auto'" in annotation and "int" in annotation:
+    if "'auto'" in str(members) and int in members:
         return "a whole number or 'auto'"
     for prefix, text in _KINDS.items():
         if kind.startswith(prefix):

@@ -40,6 +40,7 @@ from normfree.training.loading import loading
 from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.multilabel_run import check_labels, deciding_score, logged_scores, scores_text
+from normfree.training.precision import with_precision
 from normfree.training.resolve import OpenedData, Resolved, open_data, preprocessing, resolve
 from normfree.training.resume import Checkpoints, restore_newest
 from normfree.training.run_batches import FAILED, fetch, leave, run_batches, tell_replaced
@@ -118,6 +119,7 @@ def _run(
         # 3. Start from `config.weights`, with their classifier if it has the same classes, else with a new one.
         # 4. Start from scratch, with random weights that depend on `config.seed`.
         starts = not (out / "checkpoints").exists()
+        config = with_precision(config, out, world=world, run_log=run_log)
         with world.all_or_none():
             resolved = resolve(config, starts=starts)
             if world.is_main:  # downloads and audits the data before the other processes open it

@@ -158,6 +158,7 @@ def imagenet_nf_regnet(level: int) -> Config:
         data=_IMAGENET,
         model=f"nf_regnet_b{level}",
         length="360ep",
+        precision="float32",
         input=InputConfig(batch_size=1024, micro_batch=64, workers=16, eval_crop="crop_resize"),
         augment=AugmentConfig(mixup=0.2, cutmix=1.0, mix_with="fresh"),
         # These weight decays are from the released config; the listing in [A] has half of them.
@@ -183,6 +184,7 @@ def agc_ablation(model: str, clip: str) -> Config:
         data=_IMAGENET,
         model=model,
         length="90ep",
+        precision="float32",
         net=NetConfig(stochdepth_rate=0.0),
         input=InputConfig(batch_size=batch_size, micro_batch=64, workers=16, image_size=224, eval_crop="crop_resize"),
         optim=OptimConfig(lr=0.1 * batch_size / 256, weight_decay=1e-4, clip="agc" if clip == "agc" else "off",

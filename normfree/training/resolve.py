@@ -39,7 +39,7 @@ class Resolved:
     """A config without any "auto" that depends on the network, and what it was resolved with.
 
     Attributes:
-        config: the config; only `input.micro_batch` may still be "auto".
+        config: the config; `precision` and `input.micro_batch`, which depend on the device, may still be "auto".
         variant: the network.
         weights: description of the model folder in `config.weights`; None for random weights, a file of weights, or a
             run that continues.

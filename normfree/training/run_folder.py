@@ -167,8 +167,6 @@ def begin(out: Path, config: Config, data: OpenedData, net: Net, total_steps: in
         f"images to train on, {len(split.val):,} to validate{tested}, {len(split.classes)} classes; "
         f"{total_steps:,} steps of {config.input.batch_size}; {out}/",
     )  # fmt: skip
-    if config.precision == "bfloat16" and environment["device"] == "cpu":
-        run_log.info("bfloat16 on a CPU without bfloat16 instructions is many times slower than float32")
 
 
 def finish(

@@ -13,6 +13,7 @@ To change the order, copy this file. `distributed/modes.py` says what the config
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ from normfree.training.memory_checks import (
     require_pass_fits,
     require_state_fits,
 )
+from normfree.training.precision import without_auto
 from normfree.training.profile import span
 from normfree.training.projection import project_
 from normfree.training.resolve import Resolved
@@ -94,14 +96,15 @@ class Trainer:
         class_weights: Tensor | None = None,
         world: World | None = None,
     ) -> None:
-        config = resolved.config
+        self.world = world or World(device=run_device(resolved.config.device))
+        self.device = self.world.device
+        config = without_auto(resolved.config, self.device)
+        resolved = replace(resolved, config=config)
         assert class_weights is None or config.optim.class_balance
         self.embeds = learns_embeddings(config.objective)
         if self.embeds:  # the width of the projection; 0 compares the pooled features themselves
             num_classes = parse_choice(config.objective, OBJECTIVES).options.get("dim", 0)
         self.resolved, self.num_classes = resolved, num_classes
-        self.world = world or World(device=run_device(config.device))
-        self.device = self.world.device
         self._check_memory()
         check_mode(resolved, world_size=self.world.size)
         exact = config.parallel == "exact"

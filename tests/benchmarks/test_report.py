@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ def result(script: Script) -> Any:
                          facts={"compile_s": 12.0}),
     )  # fmt: skip
     floor = summary.Floor(50.0, "its bytes")
-    comparison = summary.Comparison("a case", "timm NCHW", timings, 0.04, 3, floor=floor)
+    comparison = summary.Comparison("a case", "timm NCHW", timings, 0.04, 3, floor=floor, notes=("a note",))
     ceilings = machine.Ceilings(20.0, 150.0, "float32")
     facts = machine.facts(torch.device("cpu"))
     return report.Result(
@@ -35,9 +36,11 @@ def result(script: Script) -> Any:
 
 def test_a_result_survives_its_file(script: Script, result: Any, tmp_path: Path) -> None:
     report = script("report")
-    page = report.write(result, tmp_path)
-    assert report.read(tmp_path / "suite.json") == result
-    assert page == tmp_path / "suite.md"
+    for capability, stem in (("AVX2", "suite"), ("AVX512", "suite_avx512"), ("AVX512_VNNI", "suite_avx512")):
+        own = replace(result, machine=result.machine | {"capability": capability})
+        page = report.write(own, tmp_path)
+        assert report.read(tmp_path / f"{stem}.json") == own
+        assert page == tmp_path / f"{stem}.md"
 
 
 def test_the_page_has_figures_lower_bounds_facts_and_skipped_cases(script: Script, result: Any) -> None:
@@ -45,6 +48,7 @@ def test_the_page_has_figures_lower_bounds_facts_and_skipped_cases(script: Scrip
     row = "| a case | normfree NHWC | 105.0 (100.0 … 110.0) | 76 | 12 | 48% | 2.00 (2.00 … 2.00) | 3 |"
     assert row in text.splitlines()
     assert "floor: its bytes | 50" in text
+    assert "\n\n- a note\n" in text
     assert "Left out:\n\n- another case: no time left" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
     assert "20.0 GB/s, 150 GFLOP/s float32 and 20.0" in text
@@ -70,13 +74,21 @@ def test_a_pick_becomes_a_row_with_ratio_interval_and_command(
     script: Script, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page, report = script("results_page"), script("report")
-    report.write(result, tmp_path)
+    avx2 = replace(
+        result, machine=result.machine | {"capability": "AVX2", "cpu": "A", "torch": "2", "date": "today"}
+    )
+    report.write(avx2, tmp_path)
     picks = (page.Pick("suite", "a case", "what it is"), page.Pick("suite", "no such case", "never"))
     monkeypatch.setattr(page, "PICKS", picks)
-    *_, row = page.table(tmp_path).splitlines()
-    command = "`python -m benchmarks.run suite`; [all](../benchmarks/results/suite.md)"
-    shown = "| what it is | 105 ms (normfree NHWC) | 210 ms (timm NCHW) | 2.00 (2.00 … 2.00) |"
-    assert row == f"{shown} {command} |"
+    shown = (
+        "2.00 (2.00 … 2.00): 105 ms (normfree NHWC), 210 ms (timm NCHW); [all](../benchmarks/results/{}.md)"
+    )
+    command = "`python -m benchmarks.run suite`"
+    *_, row, empty, processor = page.table(tmp_path).splitlines()
+    assert row == f"| what it is | {shown.format('suite')} | not measured | {command} |"
+    assert (empty, processor) == ("", "AVX2: A, torch 2, today.")
+    report.write(replace(avx2, machine=avx2.machine | {"capability": "AVX512"}), tmp_path)
+    assert f"| {shown.format('suite')} | {shown.format('suite_avx512')} |" in page.table(tmp_path)
 
 
 def test_docs_results_has_the_table_of_the_results(script: Script) -> None:
@@ -84,4 +96,4 @@ def test_docs_results_has_the_table_of_the_results(script: Script) -> None:
     page, report = script("results_page"), script("report")
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.between(text, page.table(report.RESULTS)) == text
-    assert len(page.table(report.RESULTS).splitlines()) <= 16
+    assert len(page.table(report.RESULTS).splitlines()) <= 22

@@ -85,13 +85,64 @@ def test_update(script: Script, bench: Any) -> None:
     assert comparisons[1].floor.ms == pytest.approx(1e3 * 28 * numbers / 1e10)
 
 
-def test_inference(script: Script, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inference = script("inference")
-    monkeypatch.setattr(inference, "BATCH_NORM_NETWORKS", {"test_nfnet": "resnet26"})
-    (found,) = inference.case("test_nfnet", 32, (1,)).run(bench)
-    arms = [t.arm.removesuffix(" NCHW").removesuffix(" NHWC") for t in found.timings]
-    others = ["resnet26 of timm, folded", "resnet26 of normfree, folded"]
-    assert arms == ["timm", "normfree", "normfree, folded", *others]
+def check_inference(script: Script, bench: Any, columns: tuple[str, ...], batches: tuple[int, ...]) -> None:
+    inference, runtimes, report = script("inference"), script("runtimes"), script("report")
+    found = list(inference.case("test_nfnet", 32, batches, columns=columns).run(bench))
+    assert bench.skipped == []
+    assert [(c.row.rpartition(" ")[2], c.column) for c in found] == [
+        (str(n), c) for n in batches for c in columns
+    ]
+    for comparison in found:
+        theirs, ours = comparison.timings  # the best of each side
+        assert (theirs.arm.startswith("timm"), ours.arm.startswith("normfree")) == (True, True)
+        assert max(theirs.error, ours.error) <= runtimes.ALLOWED[comparison.column]
+    lines = report.grid(found).splitlines()
+    assert lines[0] == f"| timm by hand → normfree, ms | {' | '.join(columns)} |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        f"| test_nfnet, 32 px, batch {n}" for n in batches
+    ]
+
+
+def test_inference(script: Script, bench: Any) -> None:
+    check_inference(script, bench, (script("runtimes").PYTORCH,), (1, 2))
+
+
+@pytest.mark.slow
+def test_inference_in_onnxruntime(script: Script, bench: Any) -> None:
+    check_inference(script, bench, (script("runtimes").ONNXRUNTIME,), (1, 2))
+
+
+def test_a_network_with_batch_norm_is_folded_on_both_sides(
+    script: Script, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inference, runtimes = script("inference"), script("runtimes")
+    monkeypatch.setattr(inference, "WITH_BATCH_NORM", ("test_resnet",))
+    (found,) = inference.case("test_resnet", 32, (1,), columns=(runtimes.PYTORCH,)).run(bench)
+    assert [t.arm.rpartition(" ")[0] for t in found.timings] == ["timm", "normfree, folded"]
+    assert 0 < max(t.error for t in found.timings) <= runtimes.ALLOWED[runtimes.PYTORCH]  # folding rounds
+
+
+def test_a_runtime_that_computes_something_else_is_left_out(
+    script: Script, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inference, runtimes = script("inference"), script("runtimes")
+    right, wrong = (lambda self: self.theirs), (lambda self: lambda x: torch.ones(len(x), 1000))
+
+    def runs(self: Any, column: str) -> Any:
+        return [("timm, x", right(self)), ("normfree, x", wrong(self))]
+
+    monkeypatch.setattr(runtimes.Runtimes, "_runs", runs)
+    assert list(inference.case("test_nfnet", 32, (1,), columns=(runtimes.ONNXRUNTIME,)).run(bench)) == []
+    wrong_line, last = bench.skipped
+    assert wrong_line.startswith("normfree, x: off by ")
+    assert last == "test_nfnet, 32 px, batch 1, onnxruntime: no arm is left on one side"
+
+
+def test_a_loop_of_public_names_takes_the_trainer_s_steps(script: Script, bench: Any) -> None:
+    training = script("training")
+    (found,) = training.loop_case("nf_resnet_nano", 32, 2).run(bench)
+    assert [t.arm for t in found.timings] == ["trainer", "own loop"]
+    assert found.timings[1].error < training.TOLERANCE
 
 
 def test_allocated_memory_is_at_least_that_of_the_gradients(script: Script) -> None:
@@ -175,11 +226,16 @@ def test_invalid_arguments_give_an_error_of_one_line(
         assert error.count("\n") == 1
 
 
-def test_bfloat16_where_the_cpu_has_it(script: Script) -> None:
-    computes = script("machine").computes_bfloat16
-    assert computes("fma avx512_bf16 avx2")
-    assert computes("amx_bf16")
-    assert not computes("fma avx2 avx512f")
+def test_bfloat16_runs_where_training_would_choose_it(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = script("suites").SUITES["training_bfloat16"]
+    for gain, obstacle in (
+        (2.0, ""),
+        (0.5, "convolutions in bfloat16 take 2.00 times as long as in float32 on this CPU"),
+    ):
+        monkeypatch.setattr("normfree.training.precision.cpu_gain", lambda gain=gain: gain)
+        assert suite.obstacle(CPU) == obstacle
 
 
 def test_a_suite_runs_and_writes_its_results(
@@ -194,8 +250,10 @@ def test_a_suite_runs_and_writes_its_results(
     monkeypatch.setattr(update, "cases", lambda device: [update.case("test_nfnet", "tiny")])
     monkeypatch.setitem(suites.SUITES, "update", replace(suites.SUITES["update"], cpu_s=60))
     assert run.main(["update", "--device", "cpu", "--rounds", "5", "--out", str(tmp_path)]) == 0
-    result = script("report").read(tmp_path / "update.json")
+    report = script("report")
+    stem = "update" + report.suffix(machine.facts(CPU))
+    result = report.read(tmp_path / f"{stem}.json")
     assert [c.rounds for c in result.comparisons] == [5, 5, 5]
     assert result.command == "python -m benchmarks.run update"
-    assert "| whole update, tiny | normfree |" in (tmp_path / "update.md").read_text(encoding="utf-8")
+    assert "| whole update, tiny | normfree |" in (tmp_path / f"{stem}.md").read_text(encoding="utf-8")
     assert "# update" in capsys.readouterr().out

@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from normfree.models.zoo import create_model
+from normfree.native.library import library
 from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.attach import attach_agc
+from normfree.optim.ema import Ema
+from normfree.optim.groups import parameter_groups
+from normfree.optim.sgd import SGD
 
 CLIPPING = 0.02
 
@@ -232,3 +237,99 @@ def test_an_unknown_classifier_must_be_named():
     with pytest.raises(ValueError, match=r"the classifier of a Layers was not found.*exempt='head\.weight'"):
         attach_agc(optimizer, model=net)
     assert attach_agc(optimizer, model=net, exempt="head.weight").exempt == ("head.weight",)
+
+
+def averaged_loop(kind: str, *, formats: bool = True, steps: int = 4):
+    """Return what `attach_agc` with `ema` reaches, and a loop that clips, steps and averages by three calls."""
+    found = []
+    for attached in (True, False):
+        torch.manual_seed(0)
+        net = create_model("nf_resnet_nano", num_classes=3, skip_gain=1.0, drop_rate=0.0, stochdepth_rate=0.0)
+        net = net.to(memory_format=torch.channels_last) if formats else net
+        groups = parameter_groups(net, weight_decay=1e-3, clipping=CLIPPING)
+        optimizer = SGD(groups, 0.1) if kind == "sgd" else torch.optim.AdamW(net.parameters(), 0.01)
+        ema = Ema(net, decay=0.9)
+        handle = attach_agc(optimizer, CLIPPING, model=net, ema=ema) if attached else None
+        reports = []
+        for step in range(steps):
+            images, labels = batch(step)
+            F.cross_entropy(net(images), labels).backward()
+            if not attached:
+                clipped = (
+                    groups
+                    if kind == "sgd"
+                    else [(n, p) for n, p in net.named_parameters() if n != "head.weight"]
+                )
+                report = adaptive_clip_grad_(clipped, CLIPPING)
+            optimizer.step()
+            if handle is None:
+                ema.update(net)
+            else:
+                report = handle.report
+            optimizer.zero_grad()
+            reports.append((float(report), report.units, float(report.grad_norm)))
+        found.append((net, ema, reports, handle, optimizer))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_average_moves_inside_the_step(kind):
+    (net, ema, reports, handle, _), (other, by_calls, expected, _, _) = averaged_loop(kind)
+    if kind == "adamw" or library() is None:
+        assert_same(net, other)
+        assert_same(ema.module, by_calls.module)
+    else:  # one pass: the same to rounding
+        assert handle._update is not None
+        for one, two in ((net, other), (ema.module, by_calls.module)):
+            for p, q in zip(one.parameters(), two.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert ema.num_updates == by_calls.num_updates == 4
+    torch.testing.assert_close(reports, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_one_pass_follows_changes_of_groups_and_ends_with_the_handle():
+    if library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
+    (net, ema, _, handle, optimizer), _ = averaged_loop("sgd", steps=1)
+    extra = nn.Parameter(torch.ones(4))
+    net.register_parameter("extra", extra)
+    ema.module.register_parameter("extra", nn.Parameter(torch.ones(4), requires_grad=False))
+    optimizer.add_param_group({"params": [("extra", extra)], "clipping": 0.0})
+    extra.grad = torch.ones(4)
+    optimizer.step()
+    assert handle._update is not None
+    assert (extra < 1).all()
+    handle.remove()
+    before = ema.num_updates
+    optimizer.step()
+    assert ema.num_updates == before
+    assert optimizer.fused_step is None
+
+
+def test_closures_and_gradients_that_are_not_finite_in_one_pass():
+    if library() is None:
+        pytest.skip("no C compiler was there when the package was installed")
+    (net, ema, _, handle, optimizer), _ = averaged_loop("sgd", steps=1)
+    images, labels = batch(0)
+
+    def closure():
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        return loss
+
+    start = net.head.weight.detach().clone()
+    assert torch.isfinite(optimizer.step(closure))
+    assert not torch.equal(net.head.weight, start)
+    optimizer.zero_grad()
+    start = copy.deepcopy((net.state_dict(), ema.module.state_dict()))
+    net(images * float("nan")).sum().backward()
+    optimizer.step()
+    assert not torch.isfinite(handle.report.grad_norm)
+    for before, now in zip(start, (net.state_dict(), ema.module.state_dict()), strict=True):
+        assert all(torch.equal(before[k], now[k]) for k in before)
+
+
+def test_an_average_needs_the_model():
+    net = network()
+    with pytest.raises(ValueError, match=r"ema is given without a model\. Fix: pass model=model"):
+        attach_agc(make("sgd", net), CLIPPING, exempt=(), ema=Ema(net))

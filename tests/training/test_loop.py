@@ -32,10 +32,10 @@ from normfree.training.trainer import Trainer
 
 DATA = "synthetic:classes=3,size=16,train=48,val=12"
 FLAGS = shlex.split(
-    f"--data {DATA} --model nf_resnet_nano --input.image_size 16 --input.batch_size 10 --input.workers 0 --length 12st "
-    "--optim.warmup 3st --optim.lr 0.05 --log.every 2 --log.evaluate_every 6st --log.checkpoint_every 5st "
-    "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment trivial --net.drop_rate 0.3 "
-    "--net.stochdepth_rate 0.5 --optim.ema_decay 0.9"
+    f"--data {DATA} --precision float32 --model nf_resnet_nano --input.image_size 16 --input.batch_size 10 "
+    "--input.workers 0 --length 12st --optim.warmup 3st --optim.lr 0.05 --log.every 2 --log.evaluate_every 6st "
+    "--log.checkpoint_every 5st --augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment trivial "
+    "--net.drop_rate 0.3 --net.stochdepth_rate 0.5 --optim.ema_decay 0.9"
 )
 LAST = "checkpoints/step-00000012"
 

@@ -61,12 +61,12 @@ def finished(tmp_path_factory):
 # --- resolving ---------------------------------------------------------------------------------------
 
 
-def test_every_auto_except_the_device_is_replaced_by_the_value_of_the_variant():
+def test_every_auto_that_does_not_depend_on_the_device_is_replaced_by_the_value_of_the_variant():
     for model, variant in VARIANTS.items():
         resolved = resolve(
             with_overrides(Config(), ["--model", model, "--augment.randaugment", "auto"])
         ).config
-        assert [k for k in keys() if at(resolved, k) == "auto"] == ["device"], model
+        assert [k for k in keys() if at(resolved, k) == "auto"] == ["device", "precision"], model
         net = resolved.net.model_dump()
         assert net == {k: getattr(variant, k) for k in net}, model
         assert (resolved.input.image_size, resolved.input.eval_size) == (
@@ -253,7 +253,7 @@ def test_the_folder_at_the_end(finished):
         ".lock", "checkpoints", "config.toml", "curves.png", "environment.txt", "log.txt", "metrics.jsonl", "model",
         "results.json", "samples.csv",
     ]  # fmt: skip
-    assert load_config(out / "config.toml") == resolve(config()).config
+    assert load_config(out / "config.toml") == resolve(config("--precision", "float32")).config
     names = {p.name for p in (out / "checkpoints").iterdir()}
     steps = {name for name in names if name.startswith("step-")}
     assert names - steps == {"last", "best"}

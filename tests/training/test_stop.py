@@ -25,9 +25,9 @@ from normfree.training.stop import StoppedBySignal, stop_signals
 from normfree.training.trainer import Trainer
 
 FLAGS = shlex.split(
-    "--data synthetic:classes=3,size=16,train=24,val=9 --model nf_resnet_nano --input.image_size 16 "
-    "--input.batch_size 8 --input.workers 0 --length 6st --optim.warmup 1st --log.every 2 --log.evaluate_every 3st "
-    "--log.checkpoint_every 100st --optim.ema_decay 0.5"
+    "--data synthetic:classes=3,size=16,train=24,val=9 --precision float32 --model nf_resnet_nano "
+    "--input.image_size 16 --input.batch_size 8 --input.workers 0 --length 6st --optim.warmup 1st "
+    "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 100st --optim.ema_decay 0.5"
 )
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 

@@ -10,7 +10,7 @@ Task = list[Any]
 
 WORLD_FLAGS = shlex.split(
     "--data synthetic:classes=3,size=16,train=48,val=13 --input.test_fraction 0 --model nf_resnet_nano "
-    "--input.image_size 16 "
+    "--precision float32 --input.image_size 16 "
     "--input.batch_size 8 --input.micro_batch 2 --input.workers 0 --length 6st --optim.warmup 2st --optim.lr 0.05 "
     "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --optim.ema_decay 0.9 --augment.mixup 0.2 "
     "--augment.cutmix 1.0 --augment.mix_with fresh --net.drop_rate 0.3 --net.stochdepth_rate 0.5 --device cpu"
@@ -19,10 +19,11 @@ WORLD_FLAGS = shlex.split(
 LAYOUTS = {"1": [1, 2, 3, 4, 5, 6, 7, 8], "2": [1, 2, 3, 4, 6, 8], "4": [1, 2, 3, 4, 8]}
 # With two validation images, two of four processes have none to score: they must not be waited for.
 MODES_FLAGS = shlex.split(
-    "--data synthetic:classes=3,size=16,train=48,val=2 --model nf_resnet_nano --input.image_size 16 "
-    "--input.batch_size 8 --input.micro_batch 1 --input.workers 0 --length 6st --optim.warmup 2st --optim.lr 0.02 "
-    "--log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st --optim.ema_decay 0.9 "
-    "--augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment 2x3 --net.drop_rate 0.3 --net.stochdepth_rate 0.5 "
+    "--data synthetic:classes=3,size=16,train=48,val=2 --precision float32 --model nf_resnet_nano "
+    "--input.image_size 16 --input.batch_size 8 --input.micro_batch 1 --input.workers 0 --length 6st "
+    "--optim.warmup 2st --optim.lr 0.02 --log.every 2 --log.evaluate_every 3st --log.checkpoint_every 2st "
+    "--optim.ema_decay 0.9 --augment.mixup 0.2 --augment.cutmix 1.0 --augment.randaugment 2x3 --net.drop_rate 0.3 "
+    "--net.stochdepth_rate 0.5 "
     "--net.skip_gain 0.5 --device cpu"
 )
 TWO = ["--input.micro_batch", "2"]
