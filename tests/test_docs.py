@@ -10,6 +10,7 @@ import pytest
 
 import normfree
 from normfree.cli import VERBS
+from normfree.commands.train_command import parse
 from normfree.models.variants import list_models
 from normfree.training.config_io import with_overrides
 from normfree.training.recipes import RECIPES
@@ -53,10 +54,7 @@ def test_commands_have_real_verbs_and_keys(page):
             flags = options if not options or options[0].startswith("--") else options[1:]
             known = options and (options[0] in RECIPES or options[0].startswith("runs/"))
             assert options == flags or known or options[0].endswith(".toml")
-            flags = [
-                flag for flag in flags if flag != "--find-lr"
-            ]  # an option of the command, not a config key
-            config = with_overrides(RECIPES["demo"](), flags)
+            config = with_overrides(RECIPES["demo"](), parse(flags).overrides)
             assert config.model in list_models(), line
 
 
