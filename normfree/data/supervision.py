@@ -133,7 +133,7 @@ def full_shared_memory(what: str) -> str:
     size = ""
     if SHARED_MEMORY.exists():
         stats = os.statvfs(SHARED_MEMORY)
-        size = f", which has {stats.f_blocks * stats.f_frsize / 2**20:,.0f} MiB"
+        size = f", which has {stats.f_blocks * stats.f_frsize / 2**20:,.1f} MiB"
     return problem(
         f"a process that loads images found no space for a batch in {SHARED_MEMORY}{size} ({what})",
         fix="resume with --input.workers 0, or make it larger (docker run --shm-size=2g)",
