@@ -25,7 +25,7 @@ RUN apt-get update \
 RUN pip install --no-cache-dir torch torchvision --index-url "https://download.pytorch.org/whl/$TORCH"
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(echo /wheels/normfree-*.whl)[demo,onnx,serve]" \
-    && python -c "import normfree.native._compiled" \
+    && python -c "from normfree.native.library import library; assert library() is not None, 'no compiled kernels'" \
     && normfree --version
 # for users without a home in the image
 ENV HOME=/tmp
