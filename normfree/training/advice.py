@@ -40,8 +40,8 @@ def advice(config: Config, size: RunSize) -> list[str]:
         )
     elif steps < FEW_STEPS:
         found.append(
-            f"a length of {config.length} is only {steps} steps of {batch_size} images; a longer --length or a smaller "
-            "--input.batch_size gives more"
+            f"a length of {config.length} gives only {steps} x {batch_size} images; a longer --length or a smaller "
+            "--input.batch_size gives more steps"
         )
     warmup = steps_of(config.optim.warmup, samples=samples, batch_size=batch_size)
     if warmup >= steps > 1:
