@@ -23,6 +23,7 @@ from experiments.network_sweeps import (
     small_batches,
     transfer,
 )
+from experiments.privacy import Privacy
 from experiments.sweep import Arm, Images, Sweep
 from normfree.suggest import unknown
 
@@ -47,11 +48,11 @@ OTHERS: dict[str, Callable[[str], Experiment]] = {
     "contrastive": Contrastive,
     "latency": Latency,
     "demo_seeds": DemoSeeds,
+    "privacy": Privacy,
 }
 NAMES = (*SWEEPS, *OTHERS)
-DEFAULT = tuple(
-    name for name in NAMES if name != "demo_seeds"
-)  # `demo_seeds` is about a recipe, not about a claim
+# `demo_seeds` and `privacy` are about recipes, not about a claim of the papers; `privacy` also needs Opacus.
+DEFAULT = tuple(name for name in NAMES if name not in ("demo_seeds", "privacy"))
 BATCHES_AS_PUBLISHED = (
     "batch_size",
     "clipping_factor",

@@ -29,6 +29,9 @@ TRAIN_HELP = """usage: normfree train [RECIPE|RUN|FILE.toml] [--out FOLDER] [--k
   --folds K      cross-validation: a run for each of K folds, in --out, and a summary of them;
                  `normfree train FOLDER` goes on where it was stopped
   --exact        same as --parallel exact: bit-identical for any number of processes
+  --privacy epsilon=8,delta=1e-5,clip=1.0
+                 differentially private training (recipe "private"); the same as
+                 --optim.clip private:epsilon=8,delta=1e-5 --optim.clipping 1.0
   --find-lr      do not train, but try learning rates: write find_lr.png and find_lr.json
                  to --out or the current folder, and suggest a learning rate
 
@@ -51,7 +54,11 @@ RESUME_OPTIONS = (
 
 
 # How options with a value are written.
-_VALUES = {"--out": "--out FOLDER", "--folds": "--folds 5"}
+_VALUES = {
+    "--out": "--out FOLDER",
+    "--folds": "--folds 5",
+    "--privacy": "--privacy epsilon=8,delta=1e-5,clip=1.0",
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def parse(args: Sequence[str]) -> TrainArguments:
     """Separate the options of the command from those that set config keys.
 
     Raises:
-        UsageError: --out or --folds has no value, or a wrong one.
+        UsageError: --out, --folds or --privacy has no value, or a wrong one.
     """
     rest: list[str] = []
     out, find_lr, folds = "", False, 0
@@ -104,7 +111,7 @@ def parse(args: Sequence[str]) -> TrainArguments:
             rest += ["--parallel", "exact"]
         elif arg == "--find-lr":
             find_lr = True
-        elif arg.partition("=")[0] in ("--out", "--folds"):
+        elif arg.partition("=")[0] in _VALUES:
             name, equals, value = arg.partition("=")
             if not equals:
                 if not remaining or remaining[0].startswith("--"):
@@ -112,6 +119,8 @@ def parse(args: Sequence[str]) -> TrainArguments:
                 value = remaining.pop(0)
             if name == "--out":
                 out = value
+            elif name == "--privacy":
+                rest += _private(value)
             else:
                 folds = _number_of_folds(value)
         else:
@@ -125,6 +134,15 @@ def _number_of_folds(text: str) -> int:
     if not text.isdecimal() or not 2 <= int(text) <= MAX_FOLDS:
         raise UsageError(problem(f"--folds is {text!r}", allowed=f"2 to {MAX_FOLDS}", fix=_VALUES["--folds"]))
     return int(text)
+
+
+def _private(options: str) -> list[str]:
+    """Return the config keys that --privacy sets: clip=C is the value of a key of its own."""
+    given = [part for part in options.split(",") if part]
+    clips = [part.partition("=")[2] for part in given if part.startswith("clip=")]
+    others = ",".join(part for part in given if not part.startswith("clip="))
+    overrides = ["--optim.clip", "private" + f":{others}" * bool(others)]
+    return [*overrides, *(text for clip in clips for text in ("--optim.clipping", clip))]
 
 
 def train(args: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from normfree.data.sampler import (
     EVAL,
     EvalSampler,
     PairRef,
+    PoissonSampler,
     Prefetcher,
     Sampler,
     SampleRef,
@@ -109,6 +110,7 @@ def train_batches(
     pin_memory: bool = False,
     pairs: FreshPairs | None = None,
     repeats: int = 1,
+    members: Callable[[int], np.ndarray] | None = None,
     stopped: Callable[[], bool] = never,
     deadline: float = DEADLINE,
 ) -> Generator[Batch, None, None]:
@@ -134,6 +136,8 @@ def train_batches(
             with different augmentations; some copies may be on one rank and the others on the next. Epochs count
             the images shown: after `repeats` epochs every sample has been shown `repeats` times, with the same
             augmentations as in that many epochs without repeats.
+        members: If given, `members(step)` returns the indices of the samples of a step, of any number, in place of the
+            permutation: for Poisson sampling, in one process and without `pairs`. It is called in this process alone.
         stopped: Called before each batch, and every second while one is awaited; True raises LoadingStopped.
         deadline: Seconds to wait for one batch of the workers.
 
@@ -150,16 +154,15 @@ def train_batches(
         batch_size, world_size=world_size, start_step=start_step, num_steps=num_steps, repeats=repeats
     )
     streamed = as_streamed(source)
-    sampler = TrainSampler(
-        len(source),
-        batch_size=batch_size,
-        steps=range(start_step, num_steps),
-        order=shuffled(len(source), seed) if streamed is None else lambda cycle: streamed.order(seed, cycle),
-        rank=rank,
-        world_size=world_size,
-        pairs=pairs,
+    n, steps = len(source), range(start_step, num_steps)
+    order = shuffled(n, seed) if streamed is None else lambda cycle: streamed.order(seed, cycle)
+    sampler: Sampler = TrainSampler(
+        n, batch_size=batch_size, steps=steps, order=order, rank=rank, world_size=world_size, pairs=pairs,
         repeats=repeats,
-    )
+    )  # fmt: skip
+    if members is not None:
+        assert streamed is None
+        sampler = PoissonSampler(n, batch_size=batch_size, steps=steps, members=members, repeats=repeats)
     return _stream(
         _Fetcher(source, transform, seed, pairs),
         sampler,
@@ -236,7 +239,9 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
         state = torch.default_generator.get_state()
         try:
             if self._pairs is None:
-                return self._batch([self._sample(*ref) for ref in refs], refs, step, epoch)
+                # A step of a Poisson sample may have no samples; one image gives its tensor a shape.
+                shown = refs or [(step, 0)]
+                return self._batch([self._sample(*ref) for ref in shown], refs, step, epoch)
             images, shares = zip(*(self._pair(pair, step) for pair in refs), strict=True)
             batch = self._batch(images, [own for own, _, _, _ in refs], step, epoch)
             partners = torch.tensor([self.source.label(other[1]) for _, other, _, _ in refs])
@@ -254,13 +259,13 @@ class _Fetcher(torch.utils.data.Dataset[Any]):
     def _batch(self, images: Sequence[Tensor], refs: list[SampleRef], step: int, epoch: int) -> Batch:
         """Stack the images of `refs` and add their labels and names."""
         indices = [index for _, index in refs]
-        stack = torch.stack(list(images))
-        if torch.utils.data.get_worker_info() is not None:
+        stack = torch.stack(list(images))[: len(refs)]
+        if len(stack) and torch.utils.data.get_worker_info() is not None:
             share([stack])
         return Batch(
             images=stack,
-            labels=torch.tensor([self.source.label(index) for index in indices]),
-            indices=torch.tensor(indices),
+            labels=torch.tensor([self.source.label(index) for index in indices], dtype=torch.int64),
+            indices=torch.tensor(indices, dtype=torch.int64),
             names=tuple(self.source.name(index) for index in indices),
             step=step,
             epoch=epoch,

@@ -78,6 +78,36 @@ class TrainSampler:
                 yield step, epoch, [(sample(own), sample(other), cut, i) for i, (own, other, cut) in pairs]
 
 
+class PoissonSampler:
+    """The samples of each training step, as for `TrainSampler`, chosen by `members` instead of a permutation.
+
+    Steps have different numbers of samples, also none. Differential privacy needs steps in which each sample occurs by
+    itself with the same probability.
+
+    Args:
+        n: Number of samples.
+        batch_size: Samples per step that are expected, with their repeats; an epoch has `n` samples.
+        steps: Steps to iterate over.
+        members: `members(step)` returns the indices of a step.
+        repeats: How many times in a row each sample is used.
+    """
+
+    def __init__(
+        self, n: int, *, batch_size: int, steps: range, members: Callable[[int], np.ndarray], repeats: int = 1
+    ) -> None:
+        self._n, self._batch_size, self._steps = n, batch_size, steps
+        self._members, self._repeats = members, repeats
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for step in self._steps:
+            chosen = self._members(step).tolist()
+            refs = [(step * self._repeats + copy, index) for index in chosen for copy in range(self._repeats)]
+            yield step, step * self._batch_size // self._n, refs
+
+
 def shuffled(n: int, seed: int) -> Callable[[int], np.ndarray]:
     """Return the `order` of a source of `n` samples with random access: a new permutation in each cycle."""
     return lambda cycle: permutation(n, seed, "order", cycle)
@@ -99,7 +129,7 @@ class EvalSampler:
             yield step, 0, [(EVAL, index) for index in part]
 
 
-Sampler = TrainSampler | EvalSampler
+Sampler = TrainSampler | PoissonSampler | EvalSampler
 Data = dict[int, Any]  # sample index -> what `read` returned for it
 PrefetchedEntry = tuple[int, int, list[Any], Data | ImageError | LoaderError]
 

@@ -19,6 +19,7 @@ def per_example_gradients(
     targets: Tensor,
     *,
     loss: Loss = F.cross_entropy,
+    copies: int = 1,
     chunk: int | None = None,
 ) -> dict[str, Tensor]:
     """Compute the gradient of the loss of each example with respect to each parameter that requires one.
@@ -31,15 +32,17 @@ def per_example_gradients(
         model: any module that maps images to logits and treats examples independently.
         images: B C H W.
         targets: B class indices, or B K class probabilities.
-        loss: maps logits 1 K and targets of one example to its loss, 0-dim.
+        loss: maps the logits and targets of `copies` images of one example to their mean loss, 0-dim.
+        copies: augmented images of each example (De et al. 2022, arXiv 2204.13650), neighbors in `images`; the gradient
+            of an example is that of their mean loss, and the result has B / copies rows.
         chunk: examples computed at a time; None is all. A smaller number takes less memory and gives the same result.
 
     Returns:
-        The gradients by parameter name, each of shape (B, *parameter.shape).
+        The gradients by parameter name, each of shape (B / copies, *parameter.shape).
 
     Raises:
         ValueError: the model has a layer that uses batch statistics or draws random numbers, so that the gradient of
-            an example is not defined by the example; or `targets` do not match `images`.
+            an example is not defined by the example; `targets` do not match `images`; or B is no multiple of `copies`.
 
     Examples:
         >>> import torch
@@ -53,18 +56,73 @@ def per_example_gradients(
         raise ValueError(
             problem(given, allowed="one target for each image", fix="pass targets of the same batch")
         )
+    if copies < 1 or len(images) % copies:
+        given = f"copies={copies} with {len(images)} images"
+        raise ValueError(problem(given, allowed="a divisor of the number of images", fix="pass copies=1"))
     _check_independent(model)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed |= {name: b.detach() for name, b in model.named_buffers()}
 
     def loss_of_one(learned: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, {**learned, **fixed}, (image[None],))
-        return loss(logits, target[None])
+        return loss(torch.func.functional_call(model, {**learned, **fixed}, (image,)), target)
 
+    images, targets = (t.unflatten(0, (-1, copies)) for t in (images, targets))
     gradient = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0), chunk_size=chunk)
     found: dict[str, Tensor] = gradient(parameters, images, targets)
     return found
+
+
+def clipped_gradient_sum(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    max_norm: float,
+    loss: Loss = F.cross_entropy,
+    copies: int = 1,
+    chunk: int | None = None,
+) -> dict[str, Tensor]:
+    """Compute the sum over examples of their gradients, each scaled down to a norm of at most `max_norm`.
+
+    Args:
+        model: as for `per_example_gradients`, whose other arguments these are.
+        images: B C H W; B may be 0.
+        targets: B class indices, or B K class probabilities.
+        max_norm: largest norm of the gradient of an example over all parameters, above 0.
+        loss: maps the logits and targets of one example to its loss.
+        copies: augmented images of each example.
+        chunk: examples computed at a time; None is all.
+
+    Returns:
+        The sums by parameter name, each of the shape of its parameter.
+
+    Raises:
+        ValueError: see `per_example_gradients`.
+    """
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    size = max(1, len(images)) if chunk is None else chunk * copies
+    for x, y in zip(images.split(size), targets.split(size), strict=True):
+        if len(x) == 0:
+            continue
+        gradients = per_example_gradients(model, x, y, loss=loss, copies=copies)
+        factors = clipping_factors(gradients, max_norm)
+        for name, each in gradients.items():
+            sums[name] += torch.einsum("b,b...->...", factors.to(each.dtype), each)
+    return sums
+
+
+def clipping_factors(gradients: dict[str, Tensor], max_norm: float) -> Tensor:
+    """Return the factor of each example that reduces its gradient to a norm of at most `max_norm`, float64 B.
+
+    Norms are computed in float64. Factors below 1 are smaller by the rounding of the product in the data type of the
+    gradients, so that the norm of no product is above the bound.
+    """
+    norms = torch.stack(
+        [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients.values()]
+    ).norm(dim=0)
+    rounding = max(torch.finfo(g.dtype).eps for g in gradients.values())
+    return torch.where(norms > max_norm, max_norm / norms * (1 - 2 * rounding), 1.0)
 
 
 def _check_independent(model: nn.Module) -> None:

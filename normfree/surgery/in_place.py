@@ -11,6 +11,7 @@ import operator
 from torch import fx, nn
 
 from normfree.surgery.batchnorm import Copying, ScaleShift, replace_
+from normfree.surgery.standardized_conv import Standardized
 from normfree.surgery.trace import module_of, tensor_inputs, traced_parts
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -25,7 +26,7 @@ def remove_in_place_(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
-    for name, graph in traced_parts(model, leaves=(ScaleShift,)).items():
+    for name, graph in traced_parts(model, leaves=(ScaleShift, Standardized)).items():
         part = model.get_submodule(name)
         for node in graph.nodes:
             if not changes_its_input(node):

@@ -34,6 +34,13 @@ class SkipGain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.alpha * self.skip_gain)
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Load a state of earlier versions too, in which the number had no dimension."""
+        saved = state.get(f"{prefix}skip_gain")
+        if saved is not None and saved.ndim == 0:
+            state[f"{prefix}skip_gain"] = saved.reshape(1)
+        super()._load_from_state_dict(state, prefix, *others)
+
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"
 

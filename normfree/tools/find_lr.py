@@ -31,6 +31,7 @@ from normfree.training.default_network import with_network
 from normfree.training.distributed.world import start_world
 from normfree.training.divergence import DivergedError
 from normfree.training.loading import loading
+from normfree.training.privacy import is_private
 from normfree.training.resolve import open_data, resolve
 from normfree.training.trainer import Trainer
 
@@ -135,6 +136,12 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
                 fix="run it without torchrun, with a smaller --input.micro_batch if it needs too much memory",
             )
         )
+    if is_private(config):
+        given = (
+            "--find-lr for a private run, whose rate would then depend on the training images without noise"
+        )
+        fix = "choose the rate on public images, with --optim.clip off, or by private runs of their own"
+        raise ValueError(problem(given, fix=fix))
     run_log = RunLog(console or Console())
     with start_world(config.device) as world:
         resolved = resolve(with_network(_constant(config), world, run_log))

@@ -43,8 +43,15 @@ OPTIMIZERS: Choices = {
     "rmsprop": {"alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False},
     "muon": {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "betas": (0.9, 0.999)},
 }
-# What `optim.clip` can be. eps: lower bound of the weight norm. unclipped: name patterns of parameters.
-CLIPS: Choices = {"agc": {"eps": 1e-3, "unclipped": "head.weight"}, "norm": {}, "value": {}, "off": {}}
+# What `optim.clip` can be. eps: lower bound of the weight norm. unclipped: name patterns of parameters. private: each
+# example is clipped and noise is added; epsilon is a text because it may be inf.
+CLIPS: Choices = {
+    "agc": {"eps": 1e-3, "unclipped": "head.weight"},
+    "norm": {},
+    "value": {},
+    "off": {},
+    "private": {"epsilon": "8", "delta": 1e-5, "accountant": "rdp"},
+}
 # What `optim.schedule` can be. final: learning rate at the end, as a fraction of the peak.
 SCHEDULES: Choices = {"warmup_cosine": {"final": 0.0}, "warmup_linear": {"final": 0.0}, "constant": {}}
 # What `optim.body`, everything except the classifier, can be. lr: factor on the learning rate. layer_decay: further

@@ -305,10 +305,11 @@ class OptimConfig(ConfigSection):
     clip: str = "agc"
     """Gradient clipping: agc (adaptive gradient clipping), norm (global norm), value (each element) or off.
     agc:eps=0.001 is the lower bound of the weight norm, agc:unclipped=head.weight names the parameters that are not
-    clipped, as patterns separated by commas."""
+    clipped, as patterns separated by commas. private:epsilon=8,delta=1e-05,accountant=rdp clips the gradient of each
+    example and adds noise (differential privacy; accountant rdp or prv)."""
     clipping: float = Field(default=0.01, gt=0.0)
-    """agc: largest allowed ratio of a unit's gradient norm to its weight norm. norm, value: largest allowed norm or
-    absolute value."""
+    """agc: largest allowed ratio of a unit's gradient norm to its weight norm. norm, value, private: largest allowed
+    norm, absolute value, or norm of the gradient of an example."""
     class_balance: float = Field(default=0.0, ge=0.0, le=1.0)
     """Exponent p of the loss weights: an image of a class with n images has a weight proportional to 1 / n^p.
     0: all images count equally. 1: all classes count equally."""

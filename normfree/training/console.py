@@ -97,11 +97,16 @@ class ProgressLine:
         self._last = now
 
     def update(self, step: int, **values: float) -> None:
-        """Show the values after `step` steps: loss, train_top1 (percent), images_per_s and clipped (fraction)."""
-        text = (
-            f"loss {values['loss']:.3f}  top-1 {values['train_top1']:.1f} %  {values['images_per_s']:.0f} images/s  "
-            f"clipped {100 * values['clipped']:.1f} %"
-        )
+        """Show the values after `step` steps: loss, train_top1 (percent), images_per_s and clipped (fraction).
+
+        A private run has no values, since they are properties of the training images.
+        """
+        text = "private"
+        if values:
+            text = (
+                f"loss {values['loss']:.3f}  top-1 {values['train_top1']:.1f} %  "
+                f"{values['images_per_s']:.0f} images/s  clipped {100 * values['clipped']:.1f} %"
+            )
         self._progress.update(self._task, completed=step, description=text)
         self._updated = now = time.monotonic()
         if self._quiet and now - self._last >= QUIET_INTERVAL:

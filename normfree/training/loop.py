@@ -41,9 +41,11 @@ from normfree.training.loggers import Logs, open_logs, require
 from normfree.training.metrics import Meter, NullMetricsWriter
 from normfree.training.multilabel_run import check_labels, deciding_score, logged_scores, scores_text
 from normfree.training.precision import with_precision
+from normfree.training.privacy import check_private_data, open_secret, spent_so_far, state_of
 from normfree.training.resolve import OpenedData, Resolved, open_data, preprocessing, resolve
 from normfree.training.resume import Checkpoints, restore_newest
 from normfree.training.run_batches import FAILED, fetch, leave, run_batches, tell_replaced
+from normfree.training.secret import KEY_FILE
 from normfree.training.stop import Stop, stop_signals, stop_with_launcher
 from normfree.training.trainer import Trainer
 
@@ -170,11 +172,15 @@ def _open_run(
     run_log.attach_file(out / "log.txt")
     run_folder.check_samples(out, data, trainer.config)
     saved, best = restore_newest(trainer, out, run_log, identity=identity)
-    run_folder.begin(out, trainer.config, data, trainer.net, trainer.total_steps, run_log)
     state = saved.state if saved else {}
     at = Progress(
         saved.step if saved else 0, best, bool(state.get("evaluated", True)), state.get("rollbacks", 0)
     )
+    if trainer.privacy is not None:
+        ended = at.step == trainer.total_steps or (at.evaluated and best.plateau(trainer.config.patience))
+        trainer.keep_private(*open_secret(trainer.privacy, out, state or None, ended=ended))
+        run_log.info(trainer.privacy.text())
+    run_folder.begin(out, trainer.config, data, trainer.net, trainer.total_steps, run_log)
     if at.step == trainer.total_steps and at.evaluated:
         return saved, at, NullMetricsWriter()
     parameters = sum(p.numel() for p in trainer.net.parameters())
@@ -198,6 +204,8 @@ def _make_trainer(
         resolved, num_classes=len(split.classes), samples=len(split.train), weights=weights, head=head,
         class_weights=class_weights(split.train, config.optim.class_balance), world=world,
     )  # fmt: skip
+    if trainer.privacy is not None:
+        check_private_data(split)
     if trainer.config != config:  # micro_batch "auto" has become a number
         run_log.info(f"micro-batches of {trainer.config.input.micro_batch} images")
     if config.optim.optimizer != "sgd":
@@ -278,7 +286,8 @@ def _steps(
             if unsaved and (improved or reason or ended or due(config.log.checkpoint_every)
                             or checkpoints.retry(at.step)):  # fmt: skip
                 state = {"best": at.best.state(), "evaluated": at.evaluated, "seed": config.seed,
-                         "total_steps": total, "meter": meter.state(), "rollbacks": at.rollbacks}  # fmt: skip
+                         "total_steps": total, "meter": meter.state(), "rollbacks": at.rollbacks,
+                         **state_of(trainer.privacy)}  # fmt: skip
                 required = bool(reason or ended)
                 unsaved = not checkpoints.save(at.step, state, best=at.best, required=required)
             if ended:
@@ -291,9 +300,10 @@ def _steps(
             loss, correct, report = trainer.step(batch, at.step)
             at.step, unsaved, scores = at.step + 1, True, None
             at.evaluated = not due(config.log.evaluate_every)
-            meter.add(loss, correct, batch_size)
+            if trainer.privacy is None:  # else the loss of training images must not be known
+                meter.add(loss, correct, batch_size)
             if due(f"{config.log.every}st"):
-                values = {**meter.read(), "clipped": float(report)}
+                values = {**meter.read(), "clipped": float(report)} if trainer.privacy is None else {}
                 ratios = {"ratios": trainer.ratios} if trainer.ratios else {}
                 metrics.write(step=at.step, epoch=round(at.step * batch_size / samples, 4), **values,
                               lr=trainer.current_lr, grad_norm=float(report.grad_norm), **ratios)  # fmt: skip
@@ -314,7 +324,8 @@ def _record(
     """Write and print the scores after the current step, and update the best one."""
     weights, average = scores
     epoch = round(at.step * trainer.config.input.batch_size / samples, 4)
-    metrics.write(step=at.step, epoch=epoch, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
+    spent = spent_so_far(trainer.privacy, at.step, run_log.info)
+    metrics.write(step=at.step, epoch=epoch, **spent, top1=weights.top1, top5=weights.top5, val_loss=weights.loss,
                   ema_top1=average.top1, ema_top5=average.top5, ema_val_loss=average.loss,
                   **recalls(weights, average), **logged_scores(weights, average))  # fmt: skip
     run_log.info(f"epoch {epoch:5.1f}  {score_name(weights)} {weights.top1:.2f} %  averaged {average.top1:.2f} %  "
@@ -353,13 +364,18 @@ def _finish(
     weights, average = scores
     seconds = time.monotonic() - start
     test = score_test(trainer, split)
-    result = run_folder.TrainResult(out, at.step, scored_step, weights, average, seconds, test, at.rollbacks)
+    privacy = None if trainer.privacy is None else trainer.privacy.report(at.step)
+    result = run_folder.TrainResult(
+        out, at.step, scored_step, weights, average, seconds, test, at.rollbacks, privacy
+    )
     averaged = trainer.state.whole(trainer.ema.module)
     with world.all_or_none():
         if world.is_main and trainer.embeds:
             write_body(trainer.config, split, averaged, result, run_log)
         elif world.is_main:
             run_folder.finish(trainer.config, split, averaged, result, run_log)
+        if world.is_main:  # no step will need it again
+            (out / KEY_FILE).unlink(missing_ok=True)
     return result
 
 

@@ -122,6 +122,37 @@ def metric() -> Config:
     return simclr().model_copy(update={"objective": "triplet:margin=0.2,mining=hard"})
 
 
+def private() -> Config:
+    """Differentially private training: DP-SGD with the choices of De et al. 2022 (arXiv 2204.13650).
+
+    No normalization, dropout or mixing; four augmented copies of each image, whose gradients are averaged before they
+    are clipped; a large batch, plain SGD at a constant rate, and a weight average. A batch of 2048 holds 512 images.
+    Noise and sampling come from a secret key; needs `pip install 'normfree[private]'`, the accountants of Opacus.
+    Command: `normfree train private --data photos/ --privacy epsilon=8,delta=1e-5,clip=1.0`. Not yet run to the end.
+    """
+    copies = 4
+    return Config(
+        data="cifar10",
+        model="nf_resnet_nano",
+        length=f"{15 * copies}ep",
+        precision="float32",  # so that the norms of gradients are exact
+        net=NetConfig(drop_rate=0.0, stochdepth_rate=0.0, skip_gain=1.0),
+        input=InputConfig(image_size=32, batch_size=512 * copies, micro_batch=64 * copies, workers=2),
+        augment=AugmentConfig(crop_min=0.6, repeats=copies, label_smoothing=0.0),
+        optim=OptimConfig(
+            optimizer="sgd:momentum=0,nesterov=no",
+            schedule="constant",
+            lr=2.0,
+            weight_decay=0.0,
+            warmup="0ep",
+            clip="private:epsilon=8,delta=1e-05",
+            clipping=1.0,
+            ema_decay=0.99,
+        ),
+        log=LogConfig(evaluate_every="5ep"),
+    )
+
+
 # --- recipes of the papers --------------------------------------------------------------------------------------
 
 # Folder with train/ and val/, each with one folder per class. Use --data FOLDER for another one.
@@ -256,6 +287,7 @@ def _all() -> dict[str, Callable[[], Config]]:
         "finetune": finetune,
         "simclr": simclr,
         "metric": metric,
+        "private": private,
         "cifar": cifar,
     }
     # [B] table 3. F6 was trained with SAM, whose radius (--optim.sam_rho) is not stated; F7 was not trained.

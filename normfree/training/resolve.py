@@ -30,6 +30,7 @@ from normfree.training.choices import OPTIMIZERS, parse_choice, uses_sigmoid
 from normfree.training.config import Config, OptimConfig, channels_of, size_of
 from normfree.training.console import RunLog
 from normfree.training.objective_rules import check_objective
+from normfree.training.privacy import check_privacy
 from normfree.training.run_data import open_config_data
 from normfree.weights.hub import PREFIX, repository_of
 
@@ -107,6 +108,8 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         small = max(height_and_width(size_of(eval_size))) <= SQUASH_UP_TO
         crop = "squash" if small else "resize_crop_32"
     fields = {k: getattr(variant, k) if v == "auto" else v for k, v in net.model_dump().items()}
+    rates = {name: fields[name] for name in ("drop_rate", "stochdepth_rate")}
+    check_privacy(config, norm=variant.norm, **rates)
     augment = config.augment
     if augment.randaugment == "auto":
         augment = augment.model_copy(update={"randaugment": variant.randaugment})

@@ -33,7 +33,7 @@ def run_batches(
         split.train, trainer.transform, batch_size=config.input.batch_size, seed=config.seed,
         start_step=start_step, num_steps=trainer.total_steps, workers=workers,
         pin_memory=trainer.device.type == "cuda", pairs=trainer.pairs, rank=world.rank, world_size=world.size,
-        repeats=config.augment.repeats, stopped=stop.requested,
+        repeats=config.augment.repeats, members=trainer.members(len(split.train)), stopped=stop.requested,
         deadline=deadline,
     )  # fmt: skip
     return profiled(

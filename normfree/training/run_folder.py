@@ -36,6 +36,7 @@ from normfree.training.config_io import load_config, to_toml
 from normfree.training.console import RunLog
 from normfree.training.identity import decisive, require_same
 from normfree.training.multilabel_run import saved_scores, scores_text
+from normfree.training.privacy import privacy_text
 from normfree.training.resolve import OpenedData, preprocessing
 from normfree.training.run_data import DATA_AT, FOLDER, path_of, recorded
 from normfree.weights.run_weights import MODEL_FILE
@@ -55,6 +56,7 @@ class TrainResult:
         seconds: wall time of this call.
         test: evaluation of the average on the test images, None if the data have none.
         rollbacks: how often the run went back to its last checkpoint, because a gradient was not finite.
+        privacy: what a private run has spent, by the names in results.json; None for other runs.
 
     Examples:
         >>> from pathlib import Path
@@ -75,6 +77,7 @@ class TrainResult:
     seconds: float
     test: Evaluation | None = None
     rollbacks: int = 0
+    privacy: dict[str, Any] | None = None
 
 
 def check_folder(out: Path) -> None:
@@ -180,6 +183,9 @@ def finish(
         scores["test"] = _scores(result.test)
     if result.rollbacks:
         scores["rollbacks"] = result.rollbacks
+    if result.privacy is not None:
+        scores["privacy"] = result.privacy
+        run_log.info(privacy_text(result.privacy))
     atomic_write_text(out / "results.json", json.dumps(scores, indent=2) + "\n")
     trained = _trained(config, split, average)
     write_model(trained, out / "model", card=_card(config, split, result))
@@ -306,6 +312,8 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
     )
     if result.rollbacks:
         note += f"\nA gradient was not finite {result.rollbacks} times; the learning rate was lowered each time.\n"
+    if result.privacy is not None:
+        note += f"\n{privacy_text(result.privacy)}\n"
     if split.left_out:
         note += f"\n{len(split.left_out)} images could not be read and were left out.\n"
     return f"""---

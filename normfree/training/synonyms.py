@@ -30,6 +30,7 @@ _NAMES = {
     "--optim.body train:lr=0.1": "backbone_lr lr_mult body_lr discriminative_lr",
     "--optim.body train:layer_decay=0.75": "layer_decay layerwise_decay",
     "--optim.clip norm --optim.clipping 1.0": "clip_grad clip_grad_norm max_grad_norm gradient_clip_val clip_mode",
+    "--optim.clip private:epsilon=8 --optim.clipping 1.0": "privacy dp differential_privacy target_epsilon",
     "--optim.clip agc:eps=0.001": "clipping_eps",
     "--optim.clip agc:unclipped=head.weight": "unclipped",
     "--optim.ema_decay 0.9999": "ema model_ema model_ema_decay",

@@ -13,8 +13,10 @@ To change the order, copy this file. `distributed/modes.py` says what the config
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ from normfree.training.choices import (
     learns_embeddings,
     parse_choice,
 )
-from normfree.training.config import OptimConfig, channels_of, size_of, steps_of
+from normfree.training.config import Config, OptimConfig, channels_of, size_of, steps_of
 from normfree.training.distributed import fsdp
 from normfree.training.distributed.modes import check_mode
 from normfree.training.distributed.world import World
@@ -60,9 +62,12 @@ from normfree.training.memory_checks import (
     require_state_fits,
 )
 from normfree.training.precision import without_auto
+from normfree.training.privacy import PrivacyPlan, plan_of
+from normfree.training.private_gradient import PrivateGradient
 from normfree.training.profile import span
 from normfree.training.projection import project_
 from normfree.training.resolve import Resolved
+from normfree.training.secret import SecretKey
 from normfree.training.state import TrainingState
 from normfree.training.update import Update
 
@@ -111,6 +116,7 @@ class Trainer:
         sharded = config.parallel == "sharded" and self.world.size > 1  # one process has nothing to shard
         self.samples = samples
         self.total_steps = self.steps_of(config.length)
+        self.privacy = plan_of(config, samples=samples, steps=self.total_steps, world=self.world)
         warmup_steps = steps_of(config.optim.warmup, samples=samples, batch_size=config.input.batch_size)
         self.warmup = min(1.0, warmup_steps / self.total_steps)
         assert config.optim.lr != "auto"
@@ -139,9 +145,7 @@ class Trainer:
         self.ratios: dict[str, list[float]] = {}  # of the last step, if it was sampled
         self.pairs = fresh_pairs(config)
         self.transform = image_transform(config)
-        self.gradients = (EmbeddingGradient if self.embeds else BatchGradient)(
-            net, config, world=self.world, micro_batch=0, exact=exact, sharded=sharded
-        )
+        self.gradients = self._gradient(net, config, exact=exact, sharded=sharded)
         self.update = Update(self.optimizer, model=net, ema=self.ema, config=config.optim)
         size = config.input.micro_batch
         if estimate is not None:
@@ -186,6 +190,26 @@ class Trainer:
         return max(
             1, steps_of(length, samples=self.samples, batch_size=self.resolved.config.input.batch_size)
         )
+
+    def _gradient(self, net: Net, config: Config, **options: bool) -> BatchGradient:
+        if self.privacy is not None:
+            return PrivateGradient(net, config, plan=self.privacy, world=self.world, micro_batch=0, **options)
+        kind = EmbeddingGradient if self.embeds else BatchGradient
+        return kind(net, config, world=self.world, micro_batch=0, **options)
+
+    def keep_private(self, key: SecretKey | None, plan: PrivacyPlan) -> None:
+        """Take noise and sampling from this key, and the noise that this plan has found; before the first step."""
+        assert isinstance(self.gradients, PrivateGradient)
+        self.privacy = self.gradients.plan = plan
+        self.gradients.key = key
+
+    def members(self, count: int) -> Callable[[int], np.ndarray] | None:
+        """Return the function of a step that draws its Poisson sample of `count` images, None if the run is not private
+        or has no steps left."""
+        if not isinstance(self.gradients, PrivateGradient) or self.gradients.key is None:
+            return None
+        key, rate = self.gradients.key, self.gradients.plan.sample_rate
+        return lambda step: key.members(count, rate, step=step)
 
     def rate_at(self, step: int) -> float:
         """Return the learning rate of a step."""

@@ -45,7 +45,9 @@ class Update:
             raise ValueError(unknown("engine", engine, ENGINES))
         self.optimizer, self.model, self.ema = optimizer, model, ema
         clip = parse_choice(config.clip, CLIPS)
-        self.mode, self.clipping, self.eps = clip.name, config.clipping, clip.options.get("eps", 1e-3)
+        # private: the gradients of examples were clipped before they were added up
+        self.mode = "off" if clip.name == "private" else clip.name
+        self.clipping, self.eps = config.clipping, clip.options.get("eps", 1e-3)
         self.fused = self._fused("native" if engine == "auto" else engine)
         if self.fused is None and engine not in ("auto", "torch"):
             raise ValueError(f"engine {engine!r} cannot do this update. Allowed here: 'auto', 'torch'.")

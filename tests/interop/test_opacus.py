@@ -99,6 +99,16 @@ def test_converted_networks_have_the_same_gradients(name, mode):
 
 @pytest.mark.works("Opacus", "convert_batchnorm")
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+def test_standardized_conversions_have_the_same_gradients(mode):
+    """The blocks of torchvision add the shortcut in place; the conversion lets hooks see the tensor before."""
+    from opacus.validators import ModuleValidator
+
+    assert ModuleValidator.is_valid(converted("resnet18", how="normalizer_free"))
+    assert_same_samples(lambda: converted("resnet18", how="normalizer_free"), mode, torch.float64)
+
+
+@pytest.mark.works("Opacus", "convert_batchnorm")
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
 def test_converted_architectures_have_the_same_gradients(mode):
     assert_same_samples(lambda: converted("resnet18", how="scratch", skip_gain=0.5), mode, torch.float64)
 
@@ -120,17 +130,18 @@ def test_batch_norm_twins_are_refused(name):
 
 
 @pytest.mark.refuses("Opacus", "stochastic depth", reason="an example's gradient depends on the draws")
-def test_stochastic_depth_is_refused_and_fixed():
+@pytest.mark.parametrize("name", ["nfnet_f0", "timm_eca_nfnet_l0", "timm_nf_resnet26"])
+def test_stochastic_depth_is_refused_and_fixed(name):
     from opacus.validators import ModuleValidator
     from opacus.validators.errors import UnsupportedModuleError
 
-    net = network("nfnet_f0", stochdepth_rate=0.3)
+    net = network(name, stochdepth_rate=0.3)
     with pytest.raises(UnsupportedModuleError, match=r"stochastic depth with rate .* ModuleValidator\.fix"):
         ModuleValidator.validate(net, strict=True)
     fixed = ModuleValidator.fix(net)
     assert ModuleValidator.is_valid(fixed)
     assert not ModuleValidator.is_valid(net)
-    torch.testing.assert_close(fixed(images()), network("nfnet_f0")(images()))
+    torch.testing.assert_close(fixed(images()), network(name)(images()))
 
 
 @pytest.mark.works("Opacus", "PrivacyEngine.make_private")

@@ -351,3 +351,12 @@ def test_published_architectures_follow_the_prediction_after_calibration(library
     converted, report = convert_batchnorm(net, images, how="scratch", skip_gain=1.0)
     assert worst(converted, report, torch.randn(4, 3, 128, 128), "skip gain") < 0.25
     assert converted(images).isfinite().all()
+
+
+def test_skip_gains_have_one_entry_and_load_from_states_without_a_dimension() -> None:
+    gain = SkipGain(0.2, 0.5)
+    assert gain.skip_gain.shape == (1,)
+    gain.load_state_dict({"skip_gain": torch.tensor(0.7)})
+    assert gain.skip_gain.item() == pytest.approx(0.7)
+    gain.load_state_dict({"skip_gain": torch.tensor([0.3])})
+    assert gain.skip_gain.item() == pytest.approx(0.3)

@@ -95,6 +95,20 @@ def test_no_identity_is_changed_in_place(with_random_norms: Callable[..., nn.Mod
         torch.testing.assert_close(again(images), safe(images))
 
 
+def test_hooks_see_the_gradients_of_a_network_with_standardized_weights() -> None:
+    """The residual sum writes to the output of what was the norm, also if its layer is standardized."""
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    plain = trainable(convert_batchnorm(net, how="normalizer_free").model).double()
+    hooked = copy.deepcopy(plain)
+    for module in hooked.modules():
+        module.register_full_backward_hook(lambda *_: None)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for each in (plain, hooked):
+        each(images.clone().requires_grad_()).square().sum().backward()
+    for one, other in zip(plain.parameters(), hooked.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
 class Unfolded(nn.Module):
     """A norm without a layer before it, whose output is changed in place by a function and an operator."""
 

@@ -81,7 +81,8 @@ def test_all_errors_are_reported_at_once_with_the_allowed_values():
         f"input.image_size='big'. Allowed: {SIZES}",
         "input.batch_size='1.5'. Allowed: a whole number.",
         "optim.lr='-1'. Allowed: a number above 0, or 'auto'.",
-        "optim.clip='agcc'. Allowed: agc:eps=0.001,unclipped=head.weight; norm; value; off. Did you mean 'agc'?",
+        "optim.clip='agcc'. Allowed: agc:eps=0.001,unclipped=head.weight; norm; value; off; "
+        "private:epsilon=8,delta=1e-05,accountant=rdp. Did you mean 'agc'?",
         "log.every='0'. Allowed: greater than or equal to 1.",
     )
 

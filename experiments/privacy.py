@@ -1,0 +1,328 @@
+"""Accuracy under differential privacy: a normalizer-free network, group norm, and a network without its batch norms.
+
+    python -m experiments.run --only privacy --data cifar10/        # needs pip install 'normfree[private]'
+
+Arms: `nf`, the normalizer-free network; `group`, its twin with group norm (the remedy of De et al. 2022, arXiv
+2204.13650, and of Opacus); `converted`, its batch-norm twin after `convert_batchnorm`, which folds norms whose
+statistics are those of noise images, since private images must not determine them. Each arm is trained from random
+weights with epsilon 1, 3, 8 and infinity (clipping without noise), at delta 1e-5: Poisson samples, clipped gradients
+of examples averaged over augmented copies, noise by the RDP accountant of Opacus, plain SGD, a weight average.
+
+Each arm has its own learning rate for each epsilon, chosen on V. The images are public, so that the choice spends no
+privacy here; with private images it would. Noise and sampling follow from the seed, so that a cell can be repeated.
+The report scores the averaged weights on the test images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.networks import build, variant_for
+from experiments.pages import command_of, machine, markdown
+from experiments.parts import open_part, packed_parts
+from experiments.verdicts import RULE, Scores, comparison_text, spread
+from normfree import Ema, convert_batchnorm, evaluate
+from normfree.data.loader import train_batches
+from normfree.data.seeds import key
+from normfree.data.source import Source
+from normfree.data.transforms.normalize import normalize
+from normfree.data.transforms.train import train_transform
+from normfree.device import run_device
+from normfree.diagnose.plotting import BLUE, GREEN, ORANGE, new_figure
+from normfree.files import atomic_write, atomic_write_text
+from normfree.optim.per_example import clipped_gradient_sum
+from normfree.preprocessing import Preprocessing
+from normfree.training.accounting import noise_for
+from normfree.training.allocator import keep_freed_memory
+from normfree.training.secret import SecretKey
+
+ARMS = {"nf": "nf", "group": "group", "converted": "batch"}  # and the methods of their networks
+NOISE_IMAGES = 64  # whose statistics the folded norms have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size of the experiment. `batch` is the expected number of examples, each with `copies` images; `rates` are
+    tried for each arm and epsilon; an epsilon is a text, since JSON has no infinity."""
+
+    base: str = "thin"
+    image_size: int = 32
+    train: int = 8_000
+    choice: int = 2_000
+    test: int = 5_000
+    batch: int = 512
+    copies: int = 1
+    epochs: float = 15
+    epsilons: tuple[str, ...] = ("1", "3", "8", "inf")
+    delta: float = 1e-5
+    clip: float = 1.0
+    average: float = 0.95
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    seeds: int = 3
+    chunk: int = 64  # examples whose gradients are in memory at a time
+
+
+SIZES = {
+    "cpu": Size(),
+    "gpu": Size(
+        base="mini",
+        train=45_000,
+        choice=5_000,
+        test=10_000,
+        batch=4096,
+        copies=16,
+        epochs=100,
+        average=0.999,
+        seeds=5,
+        chunk=256,
+    ),
+    "tiny": Size(
+        base="tiny",
+        image_size=16,
+        train=40,
+        choice=10,
+        test=20,
+        batch=8,
+        copies=2,
+        epochs=1,
+        epsilons=("inf",),
+        rates=(0.5,),
+        seeds=2,
+    ),
+}
+
+
+def network(size: Size, arm: str, *, classes: int, seed: int) -> nn.Module:
+    """Return the network of an arm with the initial weights of a seed."""
+    net: nn.Module = build(size.base, ARMS[arm], classes=classes, seed=seed)
+    if arm == "converted":
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0  # the statistics of the next batch alone
+        generator = torch.Generator().manual_seed(key(seed, "statistics"))
+        with torch.no_grad():
+            net.train()(torch.randn(NOISE_IMAGES, 3, size.image_size, size.image_size, generator=generator))
+        net = convert_batchnorm(net).model
+    return net.train()
+
+
+def train(
+    size: Size,
+    arm: str,
+    *,
+    epsilon: float,
+    rate: float,
+    seed: int,
+    source: Source,
+    device: torch.device,
+    workers: int = 0,
+) -> tuple[nn.Module, float]:
+    """Train a network privately; return it with its averaged weights, and the noise multiplier."""
+    secret = SecretKey(hashlib.sha256(f"privacy {seed}".encode()).digest())
+    net = network(size, arm, classes=len(source.classes), seed=seed).to(device)
+    ema = Ema(net, decay=size.average)
+    steps, sample_rate = max(2, round(size.epochs * len(source) / size.batch)), size.batch / len(source)
+    noise = noise_for(epsilon, delta=size.delta, sample_rate=sample_rate, steps=steps, accountant="rdp")
+    batches = train_batches(
+        source,
+        train_transform(image_size=size.image_size, crop_min=0.6),
+        batch_size=size.batch * size.copies,
+        seed=seed,
+        num_steps=steps,
+        workers=workers,
+        repeats=size.copies,
+        members=lambda step: secret.members(len(source), sample_rate, step=step),
+    )
+    for batch in batches:
+        sums = clipped_gradient_sum(
+            net,
+            normalize(batch.images.to(device)),
+            batch.labels.to(device),
+            max_norm=size.clip,
+            copies=size.copies,
+            chunk=size.chunk,
+        )
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                total = sums[name]
+                if noise:
+                    drawn = torch.from_numpy(secret.gaussian(total.shape, batch.step, name))
+                    total = total + noise * size.clip * drawn.to(total)
+                parameter.sub_(rate * total / size.batch)
+        ema.update(net)
+    return ema.module, noise
+
+
+class Privacy:
+    """The experiment; see `experiments.cells.Experiment`."""
+
+    name, title, alone = "privacy", "Accuracy under differential privacy", False
+
+    def __init__(self, preset: str) -> None:
+        self.size = SIZES[preset]
+
+    def cell(self, arm: str, epsilon: str, rate: float, seed: int) -> Cell:
+        """Return a cell."""
+        variant = asdict(variant_for(self.size.base, ARMS[arm], {}))  # so that its change makes other cells
+        settings = {**asdict(self.size), "rate": rate, "network": variant}
+        return Cell.of(self.name, arm, point=epsilon, seed=seed, settings=settings)
+
+    def _choosing(self, arm: str, epsilon: str) -> list[Cell]:
+        rates = self.size.rates
+        return [self.cell(arm, epsilon, rate, CHOICE_SEED) for rate in rates] if len(rates) > 1 else []
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        return [(arm, epsilon) for epsilon in self.size.epsilons for arm in ARMS]
+
+    def cells(self, done: Results) -> list[Cell]:
+        """Return the cells that choose the rates, and for each arm and epsilon with a rate those of the table."""
+        found = [cell for pair in self._pairs() for cell in self._choosing(*pair)]
+        for seed in range(self.size.seeds):
+            for pair in self._pairs():
+                tried = self._choosing(*pair)
+                if not tried:
+                    found.append(self.cell(*pair, self.size.rates[0], seed))
+                elif all(cell in done for cell in tried):
+                    best = max(tried, key=lambda cell: done[cell].get("top1", -1.0))
+                    found.append(self.cell(*pair, best.options["rate"], seed))
+        return found
+
+    def all_cells(self) -> list[Cell]:
+        """Return as many cells as there will be."""
+        rate = self.size.rates[len(self.size.rates) // 2]
+        table = [self.cell(*pair, rate, seed) for seed in range(self.size.seeds) for pair in self._pairs()]
+        return [cell for pair in self._pairs() for cell in self._choosing(*pair)] + table
+
+    def minutes(self, cell: Cell) -> float:
+        """Return an estimate: a prototype of the normalizer-free arm took 185 CPU seconds for 15 epochs of 10,000
+        images at 32 px on an AMD EPYC."""
+        return 185 / 60 * self.size.epochs / 15 * self.size.train * self.size.copies / 10_000
+
+    def _files(self, setup: Setup) -> dict[str, Path]:
+        size = self.size
+        return packed_parts(setup, train=size.train, choice=size.choice, test=size.test, size=size.image_size)
+
+    def _top1(self, net: nn.Module, source: Source, device: torch.device) -> float:
+        pre = Preprocessing(image_size=self.size.image_size, crop="squash")
+        return evaluate(net, source, preprocessing=pre, device=device).top1
+
+    def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
+        """Train; a cell that chooses is scored on V, the others keep their weights for the report."""
+        keep_freed_memory()
+        files, device = self._files(setup), run_device(setup.device)
+        net, noise = train(
+            self.size,
+            cell.arm,
+            epsilon=float(cell.point),
+            rate=cell.options["rate"],
+            seed=cell.seed,
+            source=open_part(files, "train"),
+            device=device,
+            workers=setup.workers,
+        )
+        if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+            return {"status": "diverged", "noise": noise}
+        found: Result = {"status": "done", "noise": noise}
+        if cell.chooses:
+            return {**found, "top1": self._top1(net, open_part(files, "choice"), device)}
+        atomic_write(folder / "weights.pt", lambda path: torch.save(net.state_dict(), path))
+        return found
+
+    def report(self, done: Results, setup: Setup, results: Path) -> str:
+        """Score the networks on the test images, unless that was done, and write page, plot and JSON."""
+        table = {cell: result for cell, result in done.items() if not cell.chooses}
+        if len(table) < self.size.seeds * len(self._pairs()):
+            return f"{self.title}: {len(done)} cells are finished; the test images were not opened.\n"
+        files, device = self._files(setup), run_device(setup.device)
+        rows = []
+        for cell, result in table.items():
+            path = setup.folder_of(cell) / "test.json"
+            if result["status"] == "done" and not path.exists():
+                source = open_part(files, "test")
+                net = network(self.size, cell.arm, classes=len(source.classes), seed=cell.seed)
+                weights = torch.load(path.with_name("weights.pt"), map_location="cpu", weights_only=True)
+                net.load_state_dict(weights)
+                atomic_write_text(path, json.dumps({"top1": self._top1(net, source, device)}) + "\n")
+            scored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            own = {"arm": cell.arm, "point": cell.point, "seed": cell.seed, "rate": cell.options["rate"]}
+            rows.append({**own, **result, **scored})
+        found = {
+            "size": asdict(self.size),
+            "cells": rows,
+            "command": command_of(self.name, setup),
+            "machine": machine(),
+            "torch": str(torch.__version__),
+            "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
+        }
+        text, stem = page(self.size, found), setup.stem(self.name)
+        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
+        atomic_write_text(results / f"{stem}.md", text)
+        plot(Scores(rows), self.size.epsilons, results / f"{stem}.png")
+        return text
+
+
+def verdict(scores: Scores, epsilon: str) -> str:
+    """Return how `nf` compares with each other arm at one epsilon, by the rule of `experiments.verdicts`."""
+    others = [arm for arm in ARMS if arm != "nf"]
+    return "; ".join(
+        f"against {arm}: {comparison_text(scores.compare(('nf', epsilon), (arm, epsilon)))}" for arm in others
+    )
+
+
+def page(size: Size, found: Mapping[str, Any]) -> str:
+    """Return the page of results, from what the JSON holds."""
+    scores, rows = Scores(found["cells"]), []
+    for epsilon in size.epsilons:
+        own = [cell for cell in found["cells"] if cell["point"] == epsilon]
+        row = [epsilon, f"{own[0]['noise']:.3g}"]
+        for arm in ARMS:
+            rate = next(cell["rate"] for cell in own if cell["arm"] == arm)
+            diverged = scores.diverged(arm, epsilon)
+            row.append(
+                f"{spread(scores.good(arm, epsilon))} (rate {rate:g}{f', {diverged} diverged' * (diverged > 0)})"
+            )
+        rows.append([*row, verdict(scores, epsilon)])
+    return "\n".join(
+        [
+            "# Accuracy under differential privacy",
+            "",
+            f"`{found['command']}`: a small network and its twins, {size.train} training images, "
+            f"{size.epochs:g} epochs of Poisson samples of {size.batch} expected images with {size.copies} copies "
+            f"each, clipping norm {size.clip:g}, delta {size.delta:g}, scored on {size.test} test images. Top-1 in "
+            f"percent, mean ± standard deviation of {size.seeds} seeds; rates chosen on V.",
+            "",
+            f"The rule, fixed before the runs: {RULE}",
+            "",
+            *markdown(["epsilon", "noise", *ARMS, "nf"], rows),
+            "",
+            f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
+            "",
+        ]
+    )
+
+
+def plot(scores: Scores, epsilons: tuple[str, ...], path: Path) -> None:
+    """Draw accuracy over epsilon, one point for each seed."""
+    figure = new_figure(5.5, 3.6)
+    axis = figure.subplots()
+    for arm, color in zip(ARMS, (BLUE, ORANGE, GREEN), strict=True):
+        means = [scores.mean(arm, epsilon) for epsilon in epsilons]
+        axis.plot(range(len(means)), [math.nan if m is None else m for m in means], color=color, label=arm)
+        for at, epsilon in enumerate(epsilons):
+            good = scores.good(arm, epsilon)
+            axis.plot([at] * len(good), good, ".", color=color)
+    axis.set_xticks(range(len(epsilons)), epsilons)
+    axis.set_xlabel("epsilon")
+    axis.set_ylabel("test top-1, %")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
