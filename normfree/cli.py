@@ -30,7 +30,7 @@ HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options
   show NAME|RECIPE|RUN|MODEL        show everything about one of them
   train [RECIPE|RUN|FILE.toml] [--key value ...]
                                     train; alone: the demo; a run folder: resume
-  audit DATA                        open every image; print and save the verdicts
+  audit DATA                        open every image, write the verdicts
   eval RUN|MODEL DATA               measure top-1 and top-5 on labeled images
   predict RUN|MODEL PATH...         predict classes of files, folders, URLs...
   diagnose NAME|RUN|MODEL [DATA]    measure signals, gradients, batch dependence

@@ -246,7 +246,8 @@ def test_a_config_is_immutable():
 @pytest.mark.parametrize(
     ("flag", "problem"),
     [
-        ("--input.workers 100000", "input.workers='100000'. Allowed: less than or equal to 256."),
+        ("--input.workers 100000", "input.workers='100000'. Allowed: 0 to 256 processes, or 'auto', and after "
+         "them :deadline=SECONDS above 0, for example 4:deadline=600."),
         ("--input.batch_size 2000000", "input.batch_size='2000000'. Allowed: less than or equal to 1000000."),
         ("--input.image_size 9999999x9999999", f"input.image_size='9999999x9999999'. Allowed: {SIZES}"),
         (f"--seed {2**63}", f"seed='{2**63}'. Allowed: less than {2**63}."),
