@@ -45,7 +45,7 @@ browser: .venv/.dev ## test the page of normfree serve in a real browser
 	$(BIN)/python -m pytest -m browser
 
 interop: .venv/.interop ## test with timm, Lightning, Transformers, Opacus, OpenVINO and others; writes docs/hosts.md
-	$(BIN)/python -m pytest -m "(interop or works or refuses) and not slow" --hosts-table docs/hosts.md
+	$(BIN)/python -m pytest -m "(interop or works or refuses) and not slow" --hosts-table docs/hosts.md tests
 
 reliability: .venv/.dev ## try every promise of docs/reliability.md in full (hours; continues where it was interrupted) and write that page
 	nice $(BIN)/python -m reliability
