@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def work(size: int, rank: int, port: int, tasks: list[list[Any]]) -> None:
             getattr(importlib.import_module(module), function)(world, *arguments)
     # FSDP2's device meshes, which the other modules use, keep the group.
     if all(module == "world_worker" for module, *_ in tasks):
+        deadline = time.monotonic() + 60
+        while gloo_threads() and time.monotonic() < deadline:
+            time.sleep(0.05)  # Linux lists a thread for a moment after it was joined
         assert not gloo_threads(), gloo_threads()
 
 
