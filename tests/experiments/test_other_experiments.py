@@ -1,0 +1,50 @@
+"""The experiments that are no sweeps: times of training steps, and the demo's network against its twin."""
+
+import json
+
+from experiments.catalog import experiment
+from experiments.latency import NETWORKS, PAIR, findings
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED
+from normfree import open_source
+from normfree.training.recipes import demo
+
+
+def test_times_of_steps_are_measured_and_published_accuracies_are_marked(reported):
+    one, done, page, folder = reported("latency")
+    assert one.alone
+    assert len(done) == 4
+    cells = json.loads((folder / "latency_tiny.json").read_text())["cells"]
+    assert all(cell["seconds_per_image"] > 0 for cell in cells)
+    assert {cell["arm"]: cell["parameters"] for cell in cells}["torchvision resnet18"] == 11_689_512
+    assert "top-1 %, published" in page
+    assert all(network.source for network in NETWORKS.values())
+    assert NETWORKS[PAIR[0]].top1 == NETWORKS[PAIR[1]].top1
+
+
+def times(first, second):
+    pairs = zip(PAIR, (first, second), strict=True)
+    return [
+        {"arm": arm, "seed": seed, "seconds_per_image": t} for arm, own in pairs for seed, t in enumerate(own)
+    ]
+
+
+def test_the_rule_on_times_is_on_the_interval_of_their_ratio():
+    (faster,) = findings(times([1.0, 1.1, 0.9], [8.0, 8.8, 7.2]))
+    assert faster.verdict == HOLDS
+    assert faster.numbers.startswith("EfficientNet-B7 takes 8.00 (8.00 to 8.00) times as long")
+    assert findings(times([8.0, 8.1, 7.9], [1.0, 1.1, 1.0]))[0].verdict == FAILS
+    assert findings(times([1.0, 1.0, 1.0], [0.5, 2.0, 1.0]))[0].verdict == UNDECIDED
+    assert findings([]) == []
+
+
+def test_the_demo_and_its_twin_are_scored_on_the_test_part_of_the_recipe(reported):
+    _, done, page, _ = reported("demo_seeds")
+    assert {cell.arm for cell in done} == {"nf_resnet_micro_64", "resnet_micro_64"}
+    flags = next(iter(done)).options["flags"]
+    data = next(flag.removeprefix("--data=") for flag in flags if flag.startswith("--data="))
+    images = len(open_source(data, test_fraction=demo().input.test_fraction).test)
+    assert {result["images"] for result in done.values()} == {images}
+    assert "4 of 4 runs are finished" in page
+    assert [cell.options["flags"][-1] for cell in experiment("demo_seeds", "cpu").all_cells()[1::2]] == [
+        "--optim.clip=off"
+    ] * 3
