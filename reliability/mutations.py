@@ -247,8 +247,10 @@ def noticed(mutation: Mutation) -> Result:
         tree = copy_tree(Path(folder) / "tree")
         apply(mutation, tree)
         code, output = run_test(mutation.test, tree)
-    wrong = {0: f"{mutation.test} passes without it"}.get(code, f"pytest ended with {code}: {output[-300:]}")
-    return Result(1, 1) if code == 1 else Result(1, 0, wrong)
+    if code == 1 or code < 0:  # a signal that is no longer handled ends pytest itself
+        return Result(1, 1)
+    wrong = f"pytest ended with {code}: {output[-300:]}" if code else f"{mutation.test} passes without it"
+    return Result(1, 0, wrong)
 
 
 def apply(mutation: Mutation, tree: Path) -> None:

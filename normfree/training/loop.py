@@ -354,11 +354,16 @@ def _finish(
     scored_step = at.best.step if patience else at.step
     if scored_step != at.step:
         saved = None
-        with world.all_or_none():
-            if world.is_main:
+        if world.is_main:
+            try:
                 saved = checkpoint.read(out / "checkpoints" / checkpoint.name_of(scored_step))
-        trainer.state.restore_(saved)
-        scores = None
+            except ValueError as error:  # the disk refused it, or has damaged it since
+                run_log.info(f"{error} The model is that of the last step.")
+        if world.any(saved is not None):
+            trainer.state.restore_(saved)
+            scores = None
+        else:
+            scored_step = at.step
     scores = score(trainer, split, probe=True) if trainer.embeds else scores or score(trainer, split)
     assert scores is not None
     weights, average = scores

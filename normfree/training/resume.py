@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from normfree.suggest import problem, some_names
 from normfree.training import checkpoint
 from normfree.training.console import RunLog
@@ -71,17 +73,11 @@ class Checkpoints:
         refused = ""
         with world.all_or_none():  # no process exits or trains on before the checkpoint is on disk
             if world.is_main:
-                try:
-                    self._metrics.flush()
-                    whole = {**self._identity, **state, "metrics": self._metrics.state()}
-                    checkpoint.save(
-                        self._folder, step, tensors=tensors, state=whole, keep=KEEP,
-                        best=best.step or None,
-                    )  # fmt: skip
-                    if best.step == step:
-                        checkpoint.point(self._folder, "best", checkpoint.name_of(step))
-                except OSError as error:
-                    refused = error.strerror or str(error)
+                # Twice, each time as a whole: the next attempt would be too late for a best checkpoint.
+                for _ in range(2):
+                    refused = self._write(step, tensors, state, best)
+                    if not refused:
+                        break
         refused = world.all_gather(refused)[0]
         self._retry = step + RETRY_STEPS if refused else None
         if refused:
@@ -92,6 +88,22 @@ class Checkpoints:
                 raise ValueError(problem(given, fix=f"{fix}, then resume"))
             self._run_log.info(problem(f"{given}; training goes on", fix=fix))
         return not refused
+
+    def _write(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: Best
+    ) -> str:
+        """Write the checkpoint of `step` and the files that name it; return why the disk refused, or ""."""
+        try:
+            self._metrics.flush()
+            whole = {**self._identity, **state, "metrics": self._metrics.state()}
+            checkpoint.save(
+                self._folder, step, tensors=tensors, state=whole, keep=KEEP, best=best.step or None
+            )
+            if best.step == step:
+                checkpoint.point(self._folder, "best", checkpoint.name_of(step))
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
 
 def restore_newest(

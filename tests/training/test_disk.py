@@ -2,8 +2,10 @@
 
 import errno
 import io
+import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from normfree.training import checkpoint, loop, metrics, resume, run_folder
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, with_overrides
 from normfree.training.divergence import DivergedError
+from normfree.training.early_stopping import Best
 from normfree.training.metrics import MetricsWriter
 from normfree.training.trainer import Trainer
 from normfree.weights import tensor_file
@@ -34,9 +37,13 @@ def _no_plots(monkeypatch):
     monkeypatch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
 
 
-def train(out: Path) -> Console:
+def train(out: Path, *flags: str) -> Console:
     console, path = Console(file=io.StringIO(), width=500), out / "config.toml"
-    loop.train(load_config(path) if path.exists() else with_overrides(Config(), FLAGS), out, console=console)
+    loop.train(
+        load_config(path) if path.exists() else with_overrides(Config(), [*FLAGS, *flags]),
+        out,
+        console=console,
+    )
     return console
 
 
@@ -108,6 +115,40 @@ def test_training_goes_on_without_a_checkpoint_until_there_is_space(tmp_path, mo
         checkpoint.newest(folder / "checkpoints")[0].tensors for folder in (out, tmp_path / "whole")
     )
     assert all(torch.equal(mine["model"][k], theirs["model"][k]) for k in theirs["model"])
+
+
+def test_a_disk_that_refuses_once_costs_no_checkpoint(tmp_path, monkeypatch):
+    out, disk, original = tmp_path / "run", Disk(monkeypatch, "write", errno.EIO), checkpoint.save
+
+    def save(*args, **kwargs):
+        try:
+            return original(*args, **kwargs)
+        finally:
+            disk.broken = False
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    at(monkeypatch, 4, lambda: setattr(disk, "broken", True))
+    assert "could not be written" not in train(out).file.getvalue()
+    assert (out / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_lost_best_checkpoint_does_not_cost_the_run(tmp_path, monkeypatch):
+    """A disk that was full when the scores were best."""
+    out, scores = tmp_path / "run", iter([(30.0, 1.0), (20.0, 1.0), (20.0, 1.0)])
+
+    def after(self, score, loss, step):
+        return original(self, *next(scores), step)
+
+    original = Best.after
+    monkeypatch.setattr(Best, "after", after)
+    at(monkeypatch, 6, lambda: shutil.rmtree(out / "checkpoints" / "step-00000002"))
+    flags = ("--patience", "9", "--log.evaluate_every", "2st")
+    printed = train(out, *flags).file.getvalue()
+    assert (
+        "step-00000002: no readable MANIFEST.json (UnreadableFileError). The model is that of the last step."
+        in printed
+    )
+    assert json.loads((out / "results.json").read_text())["step"] == 6
 
 
 def test_a_refused_last_checkpoint_ends_in_one_line_and_the_run_resumes(tmp_path, monkeypatch, capsys):
