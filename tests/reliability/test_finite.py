@@ -12,6 +12,7 @@ def test_nothing_that_is_not_finite_is_stored(case):
     assert result.passed == result.wanted, result.detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pixel", "average"])
 def test_nan_in_one_rank_is_not_stored(kind):
     result = finite.spoiled(kind, float("nan"), "float32", 1)

@@ -12,6 +12,7 @@ def test_a_run_stopped_after_a_step_continues_with_the_same_bits(case):
     assert result.passed == result.wanted, result.detail
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_a_batch_of_two_epochs_continues_with_the_same_bits():
     result = resume.stopped_after(20, 1)
     assert (result.passed, result.wanted) == (1, 1), result.detail
