@@ -1,9 +1,9 @@
-"""Early stopping: the best score of a run, and how many evaluations have passed since."""
+"""How far a run is, its best score, and how many evaluations have passed since: what early stopping looks at."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -44,3 +44,20 @@ class Best:
     def of_state(cls, state: Mapping[str, Any]) -> Best:
         """Return the best score that a checkpoint's state.json holds."""
         return cls(**state["best"])
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: number of steps taken.
+        best: the best averaged score so far.
+        evaluated: False if an evaluation is due after `step` steps and was not made yet, because a signal arrived.
+        rollbacks: how often the run has gone back to its last checkpoint, each time to a lower learning rate.
+    """
+
+    step: int = 0
+    best: Best = field(default_factory=Best)
+    evaluated: bool = True
+    rollbacks: int = 0

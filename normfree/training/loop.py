@@ -12,7 +12,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from normfree.training.default_network import with_network
 from normfree.training.distributed.exact import same_kernels
 from normfree.training.distributed.world import World, start_world
 from normfree.training.divergence import DivergedError, Rollbacks
-from normfree.training.early_stopping import Best
+from normfree.training.early_stopping import Progress
 from normfree.training.embedding_scores import recalls, score_embeddings, score_name, write_body
 from normfree.training.identity import identity_of
 from normfree.training.loading import loading
@@ -220,23 +219,6 @@ def _make_trainer(
     if trained < every:
         run_log.info(f"{trained:,} of {every:,} parameters are trained, the others are frozen")
     return trainer
-
-
-@dataclass
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: number of steps taken.
-        best: the best averaged score so far.
-        evaluated: False if an evaluation is due after `step` steps and was not made yet, because a signal arrived.
-        rollbacks: how often the run has gone back to its last checkpoint, each time to a lower learning rate.
-    """
-
-    step: int = 0
-    best: Best = field(default_factory=Best)
-    evaluated: bool = True
-    rollbacks: int = 0
 
 
 def _steps(
