@@ -146,7 +146,7 @@ def not_finite_files(out: Path) -> list[str]:
 def rolled_back(seed: int) -> Result:
     """Let a run go back once, kill it at a random instant, let it end, and compare it with one that was not killed."""
     rng = random.Random(seed)
-    flags, above = (*FLAGS, "--on-divergence", "rollback"), 0.02
+    flags, above = (*FLAGS, "--on-divergence", "rollback", "--optim.lr", "0.1"), 0.02
     kind, value = KINDS[seed % len(KINDS)], VALUES[seed % len(VALUES)]
     options: dict[str, Any] = {"flags": flags, "prepare": Spoil(kind, value, None, above)}
     with scratch() as folder:

@@ -112,7 +112,7 @@ def equal_runs(ranks: int) -> Result:
     return Result(1, int(not wrong), ", ".join(wrong))
 
 
-# By name: the arguments of `normfree`, in a folder with `run`, `images` and `image.png`.
+# By name: the arguments of one or several commands. They run in a folder with `run`, `images` and `image.png`.
 COMMANDS = {
     "list": "list",
     "show": "show nf_resnet50",
@@ -122,8 +122,7 @@ COMMANDS = {
     "eval": "eval run images",
     "predict": "predict run image.png",
     "diagnose": "diagnose run",
-    "export to ONNX": "export run --format onnx --out run.onnx",
-    "predict with ONNX": "predict run.onnx image.png",
+    "export to ONNX, predict with it": "export run --format onnx --out run.onnx; predict run.onnx image.png",
     "convert": "convert run/model copy",
     "audit of a folder": f"train {' '.join(FLAGS)} --data images --input.val_fraction 0.5 --out photos",
 }
@@ -140,9 +139,11 @@ def offline(command: str) -> Result:
             for index in range(6):
                 Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(out / "images" / name / f"{index}.png")
         Image.new("RGB", (16, 16)).save(out / "image.png")
-        job = Job(COMMANDS[command].split(), output=out / "output.txt", prepare=NoNetwork(out))
-        code, printed = job.wait()[0], job.printed()
-        wrong = [] if code == 0 else [f"exit code {code}: {printed[-300:]}"]
+        wrong = []
+        for part in COMMANDS[command].split("; "):
+            job = Job(part.split(), output=out / "output.txt", prepare=NoNetwork(out))
+            if code := job.wait()[0]:
+                wrong.append(f"exit code {code}: {job.printed()[-300:]}")
         tried = out / "connections.txt"
         wrong += [tried.read_text(encoding="utf-8")] if tried.exists() else []
     return Result(1, int(not wrong), "; ".join(wrong))
