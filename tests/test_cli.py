@@ -199,8 +199,8 @@ def test_list_and_show(trained, capsys):
     [
         (
             "trian",
-            "unknown verb 'trian'. Did you mean 'train'? Allowed: 'list', 'show', 'train', 'eval', 'predict', "
-            "'diagnose', 'convert', 'export', 'serve', 'bench'.",
+            "unknown verb 'trian'. Did you mean 'train'? Allowed: 'list', 'show', 'train', 'audit', 'eval', "
+            "'predict', 'diagnose', 'convert', 'export', 'serve', 'bench'.",
         ),
         (
             "train dmo",

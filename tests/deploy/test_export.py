@@ -331,7 +331,7 @@ def test_the_command(emoji: list[Image], tmp_path: Path, capsys: pytest.CaptureF
         len(onnx.load_model(folder / "model.onnx").graph.node),
     )
     assert printed.out.startswith(
-        f"{folder / 'model.onnx'}: {size / 1e6:.2f} MB, ONNX opset 20, folded, {nodes} nodes\n"
+        f"{folder / 'model.onnx'}: {size / 1e6:.2f} MB, ONNX opset 20, float32, folded, {nodes} nodes\n"
     )
     assert "  0 batch norms, 0 nodes that compute on weights alone\n" in printed.out
     assert "against the network on 3 images: largest relative error " in printed.out
