@@ -130,7 +130,7 @@ def test_batch_norm_twins_are_refused(name):
 
 
 @pytest.mark.refuses("Opacus", "stochastic depth", reason="an example's gradient depends on the draws")
-@pytest.mark.parametrize("name", ["nfnet_f0", "timm_eca_nfnet_l0", "timm_nf_resnet26"])
+@pytest.mark.parametrize("name", ["nfnet_f0", "nf_resnet50"])
 def test_stochastic_depth_is_refused_and_fixed(name):
     from opacus.validators import ModuleValidator
     from opacus.validators.errors import UnsupportedModuleError
@@ -142,6 +142,18 @@ def test_stochastic_depth_is_refused_and_fixed(name):
     assert ModuleValidator.is_valid(fixed)
     assert not ModuleValidator.is_valid(net)
     torch.testing.assert_close(fixed(images()), network(name)(images()))
+
+
+@pytest.mark.works("Opacus", "stochastic depth of timm_ variants")
+@pytest.mark.parametrize("name", ["timm_eca_nfnet_l0", "timm_nf_resnet26"])
+def test_blocks_without_a_gain_of_their_own_are_not_computed_again_and_may_be_dropped(name):
+    from opacus.grad_sample.utils import wrap_model
+
+    net = network(name, stochdepth_rate=0.6).double()
+    private = wrap_model(net, grad_sample_mode="hooks", loss_reduction="sum")
+    F.cross_entropy(private(images(torch.float64)), LABELS, reduction="sum").backward()
+    for key, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad_sample.sum(0), parameter.grad, rtol=1e-9, atol=1e-12, msg=key)
 
 
 @pytest.mark.works("Opacus", "PrivacyEngine.make_private")

@@ -138,7 +138,7 @@ def test_the_command(model: TrainedModel, tmp_path: Path, capsys: pytest.Capture
     assert main(args) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path / 'model' / 'model.xml'}: " in out
-    assert ", OpenVINO, folded, " in out
+    assert ", OpenVINO, float32, folded, " in out
     assert f"{tmp_path / 'model' / 'model.int8.xml'}: " in out
     assert from_pretrained(tmp_path / "model" / "model.int8.xml").classes == model.classes
 
