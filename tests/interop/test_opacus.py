@@ -153,7 +153,9 @@ def test_blocks_without_a_gain_of_their_own_are_not_computed_again_and_may_be_dr
     private = wrap_model(net, grad_sample_mode="hooks", loss_reduction="sum")
     F.cross_entropy(private(images(torch.float64)), LABELS, reduction="sum").backward()
     for key, parameter in net.named_parameters():
-        torch.testing.assert_close(parameter.grad_sample.sum(0), parameter.grad, rtol=1e-9, atol=1e-12, msg=key)
+        torch.testing.assert_close(
+            parameter.grad_sample.sum(0), parameter.grad, rtol=1e-9, atol=1e-12, msg=key
+        )
 
 
 @pytest.mark.works("Opacus", "PrivacyEngine.make_private")
