@@ -39,9 +39,10 @@ def advice(config: Config, size: RunSize) -> list[str]:
             f"a length of {config.length} is less than half a step of {batch_size} images: it is one step"
         )
     elif steps < FEW_STEPS:
+        fixed = str(config.length).endswith("st")  # a number of steps, which does not depend on the batch
+        change = "a longer --length" if fixed else "a longer --length or a smaller --input.batch_size"
         found.append(
-            f"a length of {config.length} gives only {steps} x {batch_size} images; a longer --length or a smaller "
-            "--input.batch_size gives more steps"
+            f"a length of {config.length} gives only {steps} x {batch_size} images; {change} gives more steps"
         )
     warmup = steps_of(config.optim.warmup, samples=samples, batch_size=batch_size)
     if warmup >= steps > 1:

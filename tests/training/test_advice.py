@@ -39,7 +39,10 @@ def found(flags: str, *, samples: int = 100, parameters: int = 1_000_000) -> lis
         ("--input.batch_size 101 --optim.warmup 0st", "a batch of 101 is more than the 100 training images"),
         ("--input.batch_size 100 --length 60ep --optim.warmup 0st", ""),
         ("--length 0.01ep --optim.warmup 0st", "a length of 0.01ep is less than half a step of 10 images"),
-        ("--length 49st --optim.warmup 0st", "a length of 49st gives only 49 x 10 images"),
+        (
+            "--length 49st --optim.warmup 0st",
+            "a length of 49st gives only 49 x 10 images; a longer --length gives more steps",
+        ),
         ("--optim.warmup 50ep", "the warm-up of 50ep takes all 500 steps"),
         ("--patience 49", "patience 49 cannot end the run early, because it is evaluated 50 times"),
         ("--patience 48", ""),
