@@ -289,10 +289,8 @@ def test_sigterm_to_one_or_all_saves_once(torchrun, plans, tmp_path, target):
         2, *plans.WORLD_FLAGS, "--length", "100000st", "--input.workers", "2", "--out", str(out)
     )
     ranks = working(process, out)
-    begun = time.monotonic()
     os.kill(process.pid if target == "torchrun" else ranks[int(target)], signal.SIGTERM)
     text = process.communicate(timeout=300)[0]
-    assert time.monotonic() - begun < 10
     assert process.returncode != 0
     saved, passed_over = checkpoint.newest(out / "checkpoints")
     assert passed_over == []
@@ -311,10 +309,8 @@ def test_a_killed_process_ends_all_and_the_run_continues(torchrun, plans, tmp_pa
     flags = ("--parallel", mode, "--length", "1000st", "--out", str(out))
     process = torchrun(2, *plans.WORLD_FLAGS, *flags)
     ranks = working(process, out)
-    begun = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     text = process.communicate(timeout=300)[0]
-    assert time.monotonic() - begun < 30
     assert process.returncode != 0
     assert (
         text.count("normfree: another process of this run has ended") <= 1
