@@ -18,7 +18,7 @@ from typing import Any
 from experiments.catalog import DEFAULT, NAMES, experiment
 from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
 from experiments.pages import markdown
-from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, comparison_text, expect
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, expect
 from normfree.files import atomic_write_text
 
 ROOT = Path(__file__).parents[1]
@@ -60,13 +60,13 @@ def _shared_rate(results: Path) -> dict[tuple[str, str], Evidence]:
         ("batch_size_shared_rate", "agc-large-batch-shared"): replace(
             about,
             verdict=expect(large, "ahead", "equal"),
-            numbers=f"batch 512, NF + AGC against BN: {comparison_text(large)}; NF diverged in "
+            numbers=f"batch 512, NF + AGC against BN: {large}; NF diverged in "
             f"{scores.diverged('nf', '512')} of 3; {note}",
         ),
         ("batch_size_shared_rate", "nf-competitive-shared"): replace(
             about,
             verdict=expect(small, "ahead", "equal"),
-            numbers=f"batch 32, NF against BN: {comparison_text(small)}; {note}",
+            numbers=f"batch 32, NF against BN: {small}; {note}",
         ),
     }
 
@@ -97,12 +97,12 @@ def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
         ("finetune", "nf-transfer-elpv"): replace(
             about,
             verdict=expect(same, "ahead"),
-            numbers=f"NF + AGC against BN: {comparison_text(same)}; {note}; the mean over classes is not better",
+            numbers=f"NF + AGC against BN: {same}; {note}; the mean over classes is not better",
         ),
         ("finetune", "test-resolution-elpv"): replace(
             about,
             verdict=expect(far, "ahead", "equal"),
-            numbers=f"trained at 64, tested at 128 px, NF + AGC against BN: {comparison_text(far)}",
+            numbers=f"trained at 64, tested at 128 px, NF + AGC against BN: {far}",
         ),
     }
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.classify import Settings
 from experiments.sweep import Arm, Images, Sweep, Table
-from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, both, comparison_text, expect
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, Scores, both, expect
 
 STANDARD = Images(train=8_000, choice=2_000, test=5_000)
 BN, NF, AGC = "BN", "NF", "NF + AGC"
@@ -38,47 +38,46 @@ def batches(*sizes: int) -> dict[str, dict[str, int]]:
     return {str(size): {"batch": size} for size in sizes}
 
 
-def stable_rate(table: Table, arm: str, point: str) -> float:
-    """Return the largest rate tried on V that did not diverge, 0 if all did."""
-    own = next(entry for entry in table.tried if (entry["arm"], entry["point"]) == (arm, point))
-    return max((one["changes"]["rate"] for one in own["tried"] if one["status"] == "done"), default=0.0)
+def rates_tried(table: Table, arm: str, point: str) -> dict[float, bool]:
+    """Return the rates that an arm tried on V, and whether a run with each did not diverge."""
+    found: dict[float, bool] = {}
+    for entry in table.tried:
+        if (entry["arm"], entry["point"]) == (arm, point):
+            for one in entry["tried"]:
+                rate = one["changes"]["rate"]
+                found[rate] = found.get(rate, False) or one["status"] == "done"
+    return found
+
+
+def _larger_rates(table: Table, point: str) -> Finding:
+    """Return whether NF + AGC bears a rate that NF does not, of the rates that both tried."""
+    own, plain = (rates_tried(table, arm, point) for arm in (AGC, NF))
+    common = own.keys() & plain.keys()
+    lost = [rate for rate in common if not plain[rate]]
+    gained, less = [rate for rate in lost if own[rate]], any(plain[r] and not own[r] for r in common)
+    verdict = FAILS if less or (lost and not gained) else HOLDS if gained else UNDECIDED
+    stable = (
+        max((rate for rate, good in tried.items() if good), default=0.0) for tried in (own, plain)
+    )
+    shown = "up to {:g} with AGC, {:g} without".format(*stable) if common else "no rates were tried"
+    return Finding("agc-rates", verdict, f"batch {point}, one run for each rate: {shown}")
 
 
 def _batch_size_rule(table: Table) -> list[Finding]:
-    """At the largest batch, each arm with its own rate: NF fails if two runs diverge or it is behind BN. AGC recovers
-    the accuracy if NF + AGC is ahead of BN or equal to it, and is worth something if it is ahead of NF, or NF fails
-    and it does not. AGC allows larger rates if the largest rate on V that did not diverge is larger with AGC than
-    without. Small batches: BN needs none of this if NF is ahead of or equal to BN at the smallest batch."""
+    """Each arm with its own rate. At the largest batch, NF fails if it is behind BN, AGC recovers the accuracy if NF +
+    AGC is ahead of BN or equal to it, and gains accuracy if NF + AGC is ahead of NF. AGC allows larger rates if on V,
+    at the largest batch, it does not diverge at a rate at which NF does, and nowhere the other way round. NF matches
+    BN at small batches if it is ahead of BN or equal to it at the smallest."""
     small, large = table.points[0], table.points[-1]
     nf, agc = (table.compare((arm, large), (BN, large)) for arm in (NF, AGC))
-    gain = table.compare((AGC, large), (NF, large))
-    fails = table.diverged(NF, large) >= 2 or (nf is not None and nf.verdict == "behind")
-    settled = fails or (nf is not None and nf.verdict != "undecided")
-    recovered = FAILS if table.diverged(AGC, large) else expect(agc, "ahead", "equal")
-    with_agc, without = stable_rate(table, AGC, large), stable_rate(table, NF, large)
+    gain, low = table.compare((AGC, large), (NF, large)), table.compare((NF, small), (BN, small))
     levels = ", ".join(f"{arm} {table.text(arm, large)}" for arm in (BN, NF, AGC))
     return [
-        Finding(
-            "nf-large-batch", HOLDS if fails else FAILS if settled else UNDECIDED, f"batch {large}: {levels}"
-        ),
-        Finding("agc-large-batch", recovered, f"batch {large}, NF + AGC against BN: {comparison_text(agc)}"),
-        Finding(
-            "agc-gain",
-            HOLDS
-            if table.diverged(NF, large) >= 2 and not table.diverged(AGC, large)
-            else expect(gain, "ahead"),
-            f"batch {large}, NF + AGC against NF: {comparison_text(gain)}",
-        ),
-        Finding(
-            "agc-rates",
-            HOLDS if with_agc > without else FAILS,
-            f"batch {large}: up to {with_agc:g} with AGC, {without:g} without",
-        ),
-        Finding(
-            "nf-competitive",
-            expect(table.compare((NF, small), (BN, small)), "ahead", "equal"),
-            f"batch {small}, NF against BN: {comparison_text(table.compare((NF, small), (BN, small)))}",
-        ),
+        Finding("nf-large-batch", expect(nf, "behind"), f"batch {large}: {levels}; NF against BN: {nf}"),
+        Finding("agc-large-batch", expect(agc, "ahead", "equal"), f"batch {large}, NF + AGC against BN: {agc}"),
+        Finding("agc-gain", expect(gain, "ahead"), f"batch {large}, NF + AGC against NF: {gain}"),
+        _larger_rates(table, large),
+        Finding("nf-competitive", expect(low, "ahead", "equal"), f"batch {small}, NF against BN: {low}"),
     ]
 
 
@@ -116,45 +115,29 @@ LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)
 def _factor_rule(table: Table) -> list[Finding]:
     """The best λ is the one with the highest mean of those without a diverged run. Larger batches need a smaller λ if
     the best λ at the largest batch is smaller than at the smallest, and at the largest batch the λ that is best at
-    the smallest diverges or is behind. A too small λ costs accuracy at small batches if the smallest λ is behind no
-    clipping at the smallest batch. No clipping fails at the largest batch if a run diverges or it is behind the best
-    λ."""
+    the smallest is behind. A too small λ costs accuracy at small batches if the smallest λ is behind no clipping at
+    the smallest batch. Training without AGC is worse at the largest batch if it is behind the best λ."""
     small, large = table.points[0], table.points[-1]
-    best = {
-        p: max(
-            (a for a in table.sweep.arms if a != "none" and table.mean(a, p) is not None),
-            key=lambda a, p=p: table.mean(a, p) or 0.0,
-            default="",
-        )
-        for p in (small, large)
-    }
+    arms = [arm for arm in table.sweep.arms if arm != "none"]
+    means = {p: {arm: mean for arm in arms if (mean := table.mean(arm, p)) is not None} for p in (small, large)}
+    best = {p: max(own, key=own.__getitem__, default="") for p, own in means.items()}
     numbers = "; ".join(f"batch {p}: best {best[p] or 'none'}" for p in (small, large))
-    if not best[small] or not best[large]:
+    if not all(best.values()) or any(len(table.of(arm, p)) < 2 for arm in arms for p in best):
         return [
             Finding(claim, UNDECIDED, numbers) for claim in ("lambda-batch", "small-lambda", "no-clipping")
         ]
     moved = table.compare((best[small], large), (best[large], large))
-    worse = HOLDS if table.diverged(best[small], large) else expect(moved, "behind")
     smaller = HOLDS if float(best[large].split()[-1]) < float(best[small].split()[-1]) else FAILS
-    first = next(iter(table.sweep.arms))
-    tight = table.compare((first, small), ("none", small))
+    tight = table.compare((arms[0], small), ("none", small))
     open_ = table.compare(("none", large), (best[large], large))
     return [
         Finding(
             "lambda-batch",
-            both(smaller, worse),
-            f"{numbers}; at {large}, {best[small]} against {best[large]}: {comparison_text(moved)}",
+            both(smaller, expect(moved, "behind")),
+            f"{numbers}; at {large}, {best[small]} against {best[large]}: {moved}",
         ),
-        Finding(
-            "small-lambda",
-            expect(tight, "behind"),
-            f"batch {small}, {first} against none: {comparison_text(tight)}",
-        ),
-        Finding(
-            "no-clipping",
-            HOLDS if table.diverged("none", large) else expect(open_, "behind"),
-            f"batch {large}: none {table.text('none', large)}, {best[large]} {table.text(best[large], large)}",
-        ),
+        Finding("small-lambda", expect(tight, "behind"), f"batch {small}, {arms[0]} against none: {tight}"),
+        Finding("no-clipping", expect(open_, "behind"), f"batch {large}, none against {best[large]}: {open_}"),
     ]
 
 
@@ -180,34 +163,23 @@ def clipping_factor() -> Sweep:
 
 
 def _layers_rule(table: Table) -> list[Finding]:
-    """Each arm against the default, AGC of everything but the classifier, at the same rate. Clipping the classifier
-    does not help if `all` is not ahead. The stem need not be clipped if `not the stem` is ahead or equal. All stages
-    must be clipped if each `not stage k` diverges in a run or is behind. Unit-wise is best if `tensors` and `layers`
-    are behind or equal. LARS and global norm clipping are worse if they are behind or diverge."""
+    """Each arm against the default, AGC of everything but the classifier, at the same rate. The classifier should not
+    be clipped if `all` is behind. The stem need not be clipped if `not the stem` is ahead or equal. All stages must be
+    clipped if each `not stage k` is behind. Unit-wise norms are at least as good if `tensors` and `layers` are behind
+    or equal. AGC is better than LARS and the global norm if they are behind."""
+    found = {arm: table.compare((arm, ""), ("default", "")) for arm in table.sweep.arms}
 
-    def against(arm: str) -> Any:
-        return table.compare((arm, ""), ("default", ""))
+    def finding(claim: str, arms: Sequence[str], *allowed: str) -> Finding:
+        shown = "; ".join(f"{arm} {table.text(arm)}, {found[arm]}" for arm in arms)
+        return Finding(claim, both(*(expect(found[arm], *allowed) for arm in arms)), shown)
 
-    def worse(arm: str, *allowed: str) -> str:
-        return HOLDS if table.diverged(arm) else expect(against(arm), "behind", *allowed)
-
-    def shown(*arms: str) -> str:
-        return "; ".join(f"{arm} {table.text(arm)}, {comparison_text(against(arm))}" for arm in arms)
-
-    stages = [arm for arm in table.sweep.arms if arm.startswith("not stage")]
     return [
-        Finding("head-unclipped", worse("all", "equal"), shown("all")),
-        Finding(
-            "stem-unclipped",
-            FAILS if table.diverged("not the stem") else expect(against("not the stem"), "ahead", "equal"),
-            shown("not the stem"),
-        ),
-        Finding("all-stages", both(*(worse(arm) for arm in stages)), shown(*stages)),
-        Finding(
-            "unit-wise", both(worse("tensors", "equal"), worse("layers", "equal")), shown("tensors", "layers")
-        ),
-        Finding("lars", worse("LARS"), shown("LARS")),
-        Finding("norm-clipping", worse("global norm"), shown("global norm")),
+        finding("head-unclipped", ["all"], "behind"),
+        finding("stem-unclipped", ["not the stem"], "ahead", "equal"),
+        finding("all-stages", [arm for arm in found if arm.startswith("not stage")], "behind"),
+        finding("unit-wise", ["tensors", "layers"], "behind", "equal"),
+        finding("lars", ["LARS"], "behind"),
+        finding("norm-clipping", ["global norm"], "behind"),
     ]
 
 
@@ -263,11 +235,8 @@ def _gain_rule(table: Table) -> list[Finding]:
         for arm in (NF, AGC)
         for p in (short, long)
     }
-    lost = [
-        HOLDS if table.diverged(f"{arm}, gain 0", short) else expect(found[arm, short], "behind")
-        for arm in (NF, AGC)
-    ]
-    numbers = "; ".join(f"{arm}, {point}: {comparison_text(one)}" for (arm, point), one in found.items())
+    numbers = "; ".join(f"{arm}, {point}: {one}" for (arm, point), one in found.items())
+    lost = (expect(found[arm, short], "behind") for arm in (NF, AGC))
     return [
         Finding("skip-gain-short", both(*lost), numbers),
         Finding("skip-gain-long", expect(found[AGC, long], "ahead", "equal"), numbers),
@@ -302,34 +271,20 @@ def skip_gain() -> Sweep:
 
 
 def _optimizer_rule(table: Table) -> list[Finding]:
-    """SAM, the average of the weights, and AGC help an optimizer if they are ahead of the same without them. The
-    average is compared with the last weights of the same runs."""
-
-    def against(arm: str, baseline: str) -> Any:
-        return table.compare((arm, ""), (baseline, ""))
-
-    pairs = {
-        "sam": ("SGD, AGC, SAM", "SGD, AGC"),
-        "sam-unclipped": ("SGD, SAM", "SGD"),
-        "muon-agc": ("Muon, AGC", "Muon"),
-    }
-    found = [
-        Finding(
-            claim,
-            expect(against(*pair), "ahead"),
-            f"{pair[0]} against {pair[1]}: {comparison_text(against(*pair))}",
-        )
-        for claim, pair in pairs.items()
-    ]
+    """SAM and AGC help an optimizer if they are ahead of the same without them. The average of the weights is at least
+    as good if it is ahead of the last weights of the same runs, or equal to them."""
+    found = []
+    for claim, arm, baseline in (
+        ("sam", "SGD, AGC, SAM", "SGD, AGC"),
+        ("sam-unclipped", "SGD, SAM", "SGD"),
+        ("muon-agc", "Muon, AGC", "Muon"),
+    ):
+        one = table.compare((arm, ""), (baseline, ""))
+        found.append(Finding(claim, expect(one, "ahead"), f"{arm} against {baseline}: {one}"))
     last = [{**row, "arm": "weights"} for row in table.rows if row["arm"] == "SGD, AGC, average"]
     averaged = [{**row, "arm": "average", "top1": row.get("average_top1")} for row in last]
-    own = Table(table.sweep, [*last, *averaged]).compare(("average", ""), ("weights", ""))
-    return [
-        *found,
-        Finding(
-            "ema", expect(own, "ahead", "equal"), f"averaged against last weights: {comparison_text(own)}"
-        ),
-    ]
+    own = Scores([*last, *averaged]).compare(("average", ""), ("weights", ""))
+    return [*found, Finding("ema", expect(own, "ahead", "equal"), f"averaged against last weights: {own}")]
 
 
 def optimizers() -> Sweep:

@@ -31,7 +31,7 @@ from experiments.checkpoint import StateFile
 from experiments.networks import build, on_devices_, variant_for
 from experiments.pages import command_of, machine, markdown
 from experiments.parts import open_part, packed_parts
-from experiments.verdicts import FAILS, HOLDS, MARGIN, UNDECIDED, Finding, both, comparison_text, spread
+from experiments.verdicts import FAILS, HOLDS, RULE, UNDECIDED, Compared, Finding, Scores, both, expect, spread
 from normfree import SGD, NonFiniteGradientError, clip_grad_, nt_xent, parameter_groups
 from normfree.data.loader import Batch, train_batches
 from normfree.data.seeds import key, permutation
@@ -47,10 +47,11 @@ from normfree.preprocessing import Preprocessing
 from normfree.training.allocator import keep_freed_memory
 from normfree.training.projection import project_
 from normfree.training.stop import stop_signals
-from normfree.uncertainty import PairedComparison, compare_paired, mean_interval
+from normfree.uncertainty import mean_interval
 
 ARMS = ("nf", "bn_device", "bn_shuffled", "bn_global")
-LEAK = 0.1  # nats; a smaller leak is not called one
+LEAK, QUIET = 0.1, 1e-3  # nats: what is called a leak, and what is called none
+LEAKS, DOES_NOT_LEAK = "leaks", "does not leak"
 NUMBERS = (
     "train_loss",
     "loss",
@@ -366,73 +367,54 @@ class Contrastive:
 # --- the verdict, fixed before the runs -------------------------------------------------------------------
 
 
-def verdict(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Apply the rule.
+def leak_of(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Return whether the runs of an arm leak.
 
-    "Leaks": the 95 % interval of the leak over seeds lies above 0.1 nats. "Does not leak": the mean leak is below
-    0.001 nats. "Harmed" by the leak: the linear probe is behind that of `nf`, paired by seed, with a 95 % interval
-    that excludes 0; "not harmed": equal within 1 point; else undecided. NF needs no exchange if it does not leak and
-    is ahead of or equal to `bn_global` within 1 point.
+    "Leaks": the 95 % interval of the leak over seeds lies above 0.1 nats. "Does not leak": the leak of each run is
+    below 0.001 nats. "Undecided": neither, or a run diverged, or there are fewer than two runs.
     """
-    found: dict[str, Any] = {}
-    for arm, own in cells.items():
-        leaks = [cell["leak"] for cell in own if cell["status"] == "done"]
-        interval = mean_interval(leaks) if len(leaks) > 1 else None
-        leaking = interval is not None and interval.low > LEAK
-        quiet = bool(leaks) and abs(fmean(leaks)) < 1e-3
-        found[arm] = {"leak": "leaks" if leaking else "does not leak" if quiet else "undecided"}
-        if arm != "nf":
-            found[arm]["probe"] = _against_nf(own, cells["nf"])
-    synchronized = found["bn_global"]["probe"]
-    if synchronized is not None:
-        alone = found["nf"]["leak"] == "does not leak" and synchronized.verdict in ("behind", "equal")
-        found["nf"]["exchange"] = "needs no exchange" if alone else "undecided or behind bn_global"
-    return found
+    leaks = [cell["leak"] for cell in cells if cell["status"] == "done"]
+    if len(leaks) < max(2, len(cells)):
+        return UNDECIDED
+    if mean_interval(leaks).low > LEAK:
+        return LEAKS
+    return DOES_NOT_LEAK if all(abs(leak) < QUIET for leak in leaks) else UNDECIDED
 
 
-def _against_nf(own: Sequence[Mapping[str, Any]], nf: Sequence[Mapping[str, Any]]) -> PairedComparison | None:
-    """Compare the linear probes of an arm with those of `nf`; None if that needs more seeds, or a run diverged."""
-    if len(own) < 2 or any(cell["status"] != "done" for cell in (*own, *nf)):
-        return None
-    return compare_paired([c["probe"] for c in own], [c["probe"] for c in nf], margin=MARGIN)
+def probe_against_nf(cells: Mapping[str, Sequence[Mapping[str, Any]]], arm: str) -> Compared:
+    """Return how the linear probe of an arm compares with that of `nf`, paired by seed."""
+    rows = ({**cell, "arm": name, "point": ""} for name in (arm, "nf") for cell in cells.get(name, ()))
+    return Scores(rows, key="probe").compare((arm, ""), ("nf", ""))
 
 
 def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
-    """Return what the scores say about the claims of docs/claims.md."""
-    found = verdict(cells)
-    state = {arm: found[arm]["leak"] for arm in ARMS}
-    leaks = {"leaks": HOLDS, "does not leak": FAILS}.get(state["bn_device"], UNDECIDED)
-    quiet = {"does not leak": HOLDS, "leaks": FAILS}.get(state["nf"], UNDECIDED)
-    device, whole = found["bn_device"]["probe"], found["bn_global"]["probe"]
-    harmed = (
-        UNDECIDED
-        if device is None or device.verdict == "undecided"
-        else HOLDS
-        if device.verdict == "behind"
-        else FAILS
-    )
-    exchange = found["nf"].get("exchange") == "needs no exchange"
-    free = HOLDS if exchange else UNDECIDED if whole is None or whole.verdict == "undecided" else FAILS
+    """Batch norm leaks, and NF does not, if `bn_device` leaks and `nf` does not leak. The leak costs accuracy if the
+    linear probe of `bn_device` is behind that of `nf`. NF needs no exchange if it does not leak and the probe of
+    `bn_global` is behind that of `nf` or equal to it within 1 point."""
+    state = {arm: leak_of(cells.get(arm, ())) for arm in ARMS}
+    leaks = {LEAKS: HOLDS, DOES_NOT_LEAK: FAILS}.get(state["bn_device"], UNDECIDED)
+    quiet = {DOES_NOT_LEAK: HOLDS, LEAKS: FAILS}.get(state["nf"], UNDECIDED)
+    device, whole = (probe_against_nf(cells, arm) for arm in ("bn_device", "bn_global"))
     numbers = ", ".join(
         f"{arm} {spread([c['leak'] for c in own if 'leak' in c], digits=3)}" for arm, own in cells.items()
     )
     return [
         Finding("contrastive-leak", both(leaks, quiet), f"leak in nats: {numbers}"),
-        Finding("contrastive-harm", harmed, f"linear probe, bn_device against nf: {comparison_text(device)}"),
         Finding(
-            "contrastive-exchange", free, f"linear probe, bn_global against nf: {comparison_text(whole)}"
+            "contrastive-harm", expect(device, "behind"), f"linear probe, bn_device against nf: {device}"
+        ),
+        Finding(
+            "contrastive-exchange",
+            both(quiet, expect(whole, "behind", "equal")),
+            f"linear probe, bn_global against nf: {whole}",
         ),
     ]
 
 
 def page(size: Size, found: Mapping[str, Any]) -> str:
     """Return the page of results, from what the JSON holds."""
-    cells = found["cells"]
-    rule, judged, chance = (
-        " ".join((verdict.__doc__ or "").split()[3:]),
-        verdict(cells),
-        math.log(2 * size.batch - 1),
-    )
+    cells, chance = found["cells"], math.log(2 * size.batch - 1)
+    rule = " ".join(f"{leak_of.__doc__} {findings.__doc__}".partition("\n")[2].split())
     rows = []
     for arm, own in cells.items():
         good = [cell for cell in own if cell["status"] == "done"]
@@ -440,10 +422,8 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             spread([cell[name] for cell in good], digits=1 if name in ("knn", "probe") else 3)
             for name in NUMBERS
         ]
-        shown = judged[arm]["leak"]
-        if judged[arm].get("probe") is not None:
-            shown += f"; probe against nf: {comparison_text(judged[arm]['probe'])}"
-        shown += f"; {judged[arm]['exchange']}" if "exchange" in judged[arm] else ""
+        shown = leak_of(own)
+        shown += f"; probe against nf: {probe_against_nf(cells, arm)}" if arm != "nf" else ""
         shown += f"; {len(own) - len(good)} of {len(own)} diverged" if len(good) < len(own) else ""
         rows.append([arm, f"{own[0]['rate']:g}", *values, shown])
     head = [
@@ -469,9 +449,11 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             "the same network "
             f"with batch statistics. Mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
-            f"The rule, fixed before the runs: {rule}",
+            *(f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]),
             "",
             *markdown(head, rows),
+            "",
+            f"The rule, fixed before the runs: {rule} {RULE}",
             "",
             f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
             "",

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from experiments.cells import Cell, Result, Results, Setup
 from experiments.pages import command_of, machine, markdown
-from experiments.verdicts import RULE, Scores, comparison_text
+from experiments.verdicts import RULE, Scores
 from normfree import train
 from normfree.files import atomic_write_text
 from normfree.training.config_io import with_overrides
@@ -106,7 +106,7 @@ class DemoSeeds:
                 "",
                 *table,
                 "",
-                f"{nf} against {bn}: {comparison_text(scores.compare((nf, ''), (bn, '')))}. {RULE}",
+                f"{nf} against {bn}: {scores.compare((nf, ''), (bn, ''))}. {RULE}",
                 "",
                 f"On {machine()}, one thread for each run; torch {torch.__version__}.",
                 "",

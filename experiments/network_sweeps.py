@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -12,38 +13,42 @@ from typing import Any
 from experiments.classify import Settings
 from experiments.clipping_sweeps import AGC, BN, NF, STANDARD, batches, rates
 from experiments.sweep import Arm, Pretraining, Sweep, Table
-from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, both, comparison_text, expect
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, Scores, both, expect
 
 GN = "GN"
 
 
 def _small_rule(table: Table) -> list[Finding]:
     """Batch norm fails at small batches if NF is ahead of it at the smallest batch, and by at least 5 points on
-    average at 2 or 4. NF does not depend on the batch size if its means differ by at most 2 points. Group norm is
-    equally good if NF is equal to it at the smallest batch."""
+    average, or by diverged runs of BN alone, at 2 or 4. NF does not depend on the batch size if its means differ by
+    at most 2 points and no run diverged. Group norm is as good as NF if it is ahead of NF or equal to it at the
+    smallest batch."""
     small = table.points[0]
-    against = table.compare((NF, small), (BN, small))
     gaps = {p: table.compare((NF, p), (BN, p)) for p in table.points[:2]}
     wide = [
-        one for one in gaps.values() if one is not None and one.verdict == "ahead" and one.difference >= 5
+        one.verdict == "ahead" and (one.paired is None or one.paired.difference >= 5) for one in gaps.values()
     ]
-    means = [mean for p in table.points if (mean := table.mean(NF, p)) is not None]
-    flat = UNDECIDED if len(means) < len(table.points) else HOLDS if max(means) - min(means) <= 2 else FAILS
-    group = table.compare((NF, small), (GN, small))
-    numbers = "; ".join(f"batch {p}: {comparison_text(one)}" for p, one in gaps.items())
+    known = all(one.verdict != UNDECIDED for one in gaps.values())
+    means = [table.mean(NF, p) for p in table.points]
+    if any(table.diverged(NF, p) for p in table.points):
+        flat = FAILS
+    elif None in means:
+        flat = UNDECIDED
+    else:
+        levels = [mean for mean in means if mean is not None]
+        flat = HOLDS if max(levels) - min(levels) <= 2 else FAILS
+    group = table.compare((GN, small), (NF, small))
     return [
         Finding(
             "bn-small-batch",
-            both(expect(against, "ahead"), HOLDS if wide else FAILS if against else UNDECIDED),
-            f"NF against BN, {numbers}",
+            both(expect(gaps[small], "ahead"), HOLDS if any(wide) else FAILS if known else UNDECIDED),
+            "NF against BN, " + "; ".join(f"batch {p}: {one}" for p, one in gaps.items()),
         ),
         Finding(
             "nf-small-batch", flat, "NF: " + ", ".join(f"{p}: {table.text(NF, p)}" for p in table.points)
         ),
         Finding(
-            "gn-small-batch",
-            expect(group, "equal"),
-            f"batch {small}, NF against GN: {comparison_text(group)}",
+            "gn-small-batch", expect(group, "ahead", "equal"), f"batch {small}, GN against NF: {group}"
         ),
     ]
 
@@ -94,61 +99,64 @@ def depths() -> dict[str, dict[str, Any]]:
 
 
 def _signal(table: Table, arm: str, point: str, name: str) -> float:
-    """Return a statistic after the last block before training, averaged over the seeds."""
-    rows = [row for row in table.rows if (row["arm"], row["point"]) == (arm, point)]
-    return fmean(row["signal_before"][name][-1] for row in rows)
+    """Return a statistic after the last block before training, averaged over the seeds; NaN if it is missing."""
+    found = [
+        row["signal_before"][name][-1]
+        for row in table.rows
+        if (row["arm"], row["point"]) == (arm, point) and "signal_before" in row
+    ]
+    return fmean(found) if found else math.nan
 
 
 def _depth_rule(table: Table) -> list[Finding]:
     """NF trains at any depth if at the largest it is ahead of, or equal to, itself at 56. NF matches BN if it is
-    ahead or equal at the largest depth. Weight standardization prevents the mean shift if the cosine between images
-    after the last block is above 0.8 without it and below 0.5 with it, before training, and NF is ahead of NF without
-    it. Without any of it, signals explode with depth if the variance after the last block exceeds 100 at the largest
-    depth, and the training diverges or reaches less than half of NF's accuracy. SkipInit and FixUp are behind NF if
-    they are so at the largest depth."""
+    ahead or equal at the largest depth. The mean shift costs accuracy if the cosine between images after the last
+    block is above 0.8 without weight standardization and below 0.5 with it, before training, and NF without it is
+    behind NF. Without any of it, signals explode with depth if the variance after the last block exceeds 100 at the
+    largest depth, and the training fails: it is behind NF, with less than half of its accuracy or diverged runs.
+    SkipInit and FixUp are worse than NF if they are behind at the largest depth."""
     deep, reference = table.points[-1], table.points[len(table.points) // 2]
     own, bn = (table.compare(("NF", deep), other) for other in (("NF", reference), (BN, deep)))
-    plain, cosines = "no weight standardization", {}
-    for arm in ("NF", plain):
-        cosines[arm] = _signal(table, arm, deep, "cosine")
-    shift = HOLDS if cosines[plain] > 0.8 and cosines["NF"] < 0.5 else FAILS
-    lost = (
-        HOLDS if table.diverged(plain, deep) else expect(table.compare((plain, deep), ("NF", deep)), "behind")
+    plain, nothing = "no weight standardization", "nothing"
+    without, given = (_signal(table, arm, deep, "cosine") for arm in (plain, "NF"))
+    shift = _holds(without > 0.8 and given < 0.5, known=not math.isnan(without + given))
+    lost, failed, *others = (
+        table.compare((arm, deep), ("NF", deep)) for arm in (plain, nothing, "SkipInit", "FixUp")
     )
-    variance, nothing, nf = (
-        _signal(table, "nothing", deep, "variance"),
-        table.mean("nothing", deep),
+    variance, level, nf = (
+        _signal(table, nothing, deep, "variance"),
+        table.mean(nothing, deep),
         table.mean("NF", deep),
     )
-    broken = nothing is None or (nf is not None and nothing < nf / 2)
-    others = {arm: table.compare((arm, deep), ("NF", deep)) for arm in ("SkipInit", "FixUp")}
-    worse = [HOLDS if table.diverged(arm, deep) else expect(one, "behind") for arm, one in others.items()]
+    half = level is None or nf is None or level < nf / 2  # without a mean, runs diverged or are missing
     return [
-        Finding(
-            "nf-deep",
-            FAILS if table.diverged("NF", deep) else expect(own, "ahead", "equal"),
-            f"{deep} against {reference} layers: {comparison_text(own)}",
-        ),
-        Finding(
-            "nf-bn-deep", expect(bn, "ahead", "equal"), f"{deep} layers, NF against BN: {comparison_text(bn)}"
-        ),
+        Finding("nf-deep", expect(own, "ahead", "equal"), f"{deep} against {reference} layers: {own}"),
+        Finding("nf-bn-deep", expect(bn, "ahead", "equal"), f"{deep} layers, NF against BN: {bn}"),
         Finding(
             "mean-shift",
-            both(shift, lost),
-            f"{deep} layers, cosine {cosines[plain]:.2f} without, {cosines['NF']:.2f} with; "
-            f"top-1 {table.text(plain, deep)} and {table.text('NF', deep)}",
+            both(shift, expect(lost, "behind")),
+            f"{deep} layers, cosine {without:.2f} without, {given:.2f} with; without against with: {lost}",
         ),
         Finding(
             "explosion",
-            both(HOLDS if variance > 100 else FAILS, HOLDS if broken else FAILS),
-            f"{deep} layers: variance {variance:.2g}, top-1 {table.text('nothing', deep)}",
+            both(
+                _holds(variance > 100, known=not math.isnan(variance)),
+                HOLDS if half else FAILS,
+                expect(failed, "behind"),
+            ),
+            f"{deep} layers: variance {variance:.2g}, top-1 {table.text(nothing, deep)}; against NF: {failed}",
         ),
         Finding(
             "nf-skipinit-fixup",
-            both(*worse),
-            "; ".join(f"{arm} against NF: {comparison_text(one)}" for arm, one in others.items()),
+            both(*(expect(one, "behind") for one in others)),
+            "; ".join(f"{arm} against NF: {one}" for arm, one in zip(("SkipInit", "FixUp"), others, strict=True)),
         ),
     ]
+
+
+def _holds(condition: bool, *, known: bool) -> str:
+    """Return the verdict of a condition, UNDECIDED if its numbers are not known."""
+    return UNDECIDED if not known else HOLDS if condition else FAILS
 
 
 def depth() -> Sweep:
@@ -192,22 +200,17 @@ def _architecture_rule(table: Table) -> list[Finding]:
     found = []
     for before, after in pairwise(STEPS):
         one = table.compare((after, ""), (before, ""))
-        found.append(
-            Finding(
-                f"step{after.replace('+', '').replace(' ', '-')}",
-                expect(one, "ahead"),
-                f"{after}: {comparison_text(one)}",
-            )
-        )
+        claim = f"step{after.replace('+', '').replace(' ', '-')}"
+        found.append(Finding(claim, expect(one, "ahead"), f"{after}: {one}"))
     final = table.compare((STEPS[-1], ""), ("final with BN", ""))
     times = table.other("step_ms")
     nf, bn = times.good(STEPS[-1]), times.good("final with BN")
-    slower = UNDECIDED if not nf or not bn else HOLDS if min(bn) > 1.1 * max(nf) else FAILS
-    ratio = f"{fmean(bn) / fmean(nf):.2f} times the CPU time of a step" if nf and bn else "no times"
+    known = len(nf) == len(bn) > 1
+    ratio = f"BN {fmean(bn) / fmean(nf):.2f} times the CPU time of a step" if known else "times are missing"
     return [
         *found,
-        Finding("final-bn", expect(final, "ahead", "equal"), f"NF against BN: {comparison_text(final)}"),
-        Finding("bn-time", slower, f"BN {ratio}"),
+        Finding("final-bn", expect(final, "ahead", "equal"), f"NF against BN: {final}"),
+        Finding("bn-time", _holds(known and min(bn) > 1.1 * max(nf), known=known), ratio),
     ]
 
 
@@ -255,34 +258,27 @@ KINDS = {
 
 def _regularization_rule(table: Table) -> list[Finding]:
     """Batch norm regularizes if the plain NF network fits the training images better than the plain BN network (ahead
-    in top-1 on trained images) and is not ahead of it on test images. Explicit regularization replaces it if the gain
-    of NF by `both`, minus the gain of BN, seed by seed, is above 0 (ahead)."""
-    trained = table.other("trained_top1").compare((f"{NF}, plain", ""), (f"{BN}, plain", ""))
-    tested = table.compare((f"{NF}, plain", ""), (f"{BN}, plain", ""))
+    in top-1 on trained images) and is behind it or equal on test images. Explicit regularization gains NF more if the
+    gain of NF by `both`, minus the gain of BN, seed by seed, is above 0 (ahead)."""
+    plain = (f"{NF}, plain", ""), (f"{BN}, plain", "")
+    trained, tested = table.other("trained_top1").compare(*plain), table.compare(*plain)
     rows = []
     for norm in (NF, BN):
-        pairs = zip(table.of(f"{norm}, both"), table.of(f"{norm}, plain"), strict=True)
-        rows += [
-            {
-                "arm": norm,
-                "point": "",
-                "seed": seed,
-                "status": "done" if None not in pair else "diverged",
-                "top1": pair[0] - pair[1] if None not in pair else None,
-            }
-            for seed, pair in enumerate(pairs)
-        ]
-    gains = Table(table.sweep, rows).compare((NF, ""), (BN, ""))
+        regularized, without = table.by_seed(f"{norm}, both"), table.by_seed(f"{norm}, plain")
+        for seed in regularized.keys() & without.keys():
+            pair = regularized[seed], without[seed]
+            gain = None if pair[0] is None or pair[1] is None else pair[0] - pair[1]
+            status = "diverged" if gain is None else "done"
+            rows.append({"arm": norm, "point": "", "seed": seed, "status": status, "top1": gain})
+    gains = Scores(rows).compare((NF, ""), (BN, ""))
     return [
         Finding(
             "bn-regularizes",
-            both(expect(trained, "ahead"), expect(tested, "behind", "equal", "undecided")),
-            f"NF against BN: on trained images {comparison_text(trained)}; on test images {comparison_text(tested)}",
+            both(expect(trained, "ahead"), expect(tested, "behind", "equal")),
+            f"NF against BN: on trained images {trained}; on test images {tested}",
         ),
         Finding(
-            "explicit-regularization",
-            expect(gains, "ahead"),
-            f"gain of NF minus gain of BN: {comparison_text(gains)}",
+            "explicit-regularization", expect(gains, "ahead"), f"gain of NF minus gain of BN: {gains}"
         ),
     ]
 
@@ -318,30 +314,24 @@ def _transfer_rule(table: Table) -> list[Finding]:
     """NF transfers better if it is ahead of BN at each resolution of fine-tuning. A larger resolution helps NF if the
     largest is ahead of the smallest. NF tolerates a test size of twice the training size as well as BN if it is ahead
     or equal at that size, for the networks that were fine-tuned at the smallest."""
+    small, large = table.points[0], table.points[-1]
     each = {p: table.compare((AGC, p), (BN, p)) for p in table.points}
-    grown = table.compare((AGC, table.points[-1]), (AGC, table.points[0]))
-    largest = max(
-        (key for row in table.rows for key in row if key.startswith("top1@")),
-        key=lambda key: int(key[5:]),
-        default="top1",
-    )
-    far = table.other(largest).compare((AGC, table.points[0]), (BN, table.points[0]))
+    grown = table.compare((AGC, large), (AGC, small))
+    twice = 2 * table.sweep.settings(AGC, small, {}).size
+    far = table.other(f"top1@{twice}").compare((AGC, small), (BN, small))
     return [
         Finding(
             "nf-transfer",
             both(*(expect(one, "ahead") for one in each.values())),
-            "NF + AGC against BN: " + "; ".join(f"{p} px {comparison_text(one)}" for p, one in each.items()),
+            "NF + AGC against BN: " + "; ".join(f"{p} px {one}" for p, one in each.items()),
         ),
         Finding(
-            "transfer-resolution",
-            expect(grown, "ahead"),
-            f"NF + AGC, {table.points[-1]} against {table.points[0]} px: {comparison_text(grown)}",
+            "transfer-resolution", expect(grown, "ahead"), f"NF + AGC, {large} against {small} px: {grown}"
         ),
         Finding(
             "test-resolution",
             expect(far, "ahead", "equal"),
-            f"fine-tuned at {table.points[0]}, tested at {largest[5:] or '?'} px, "
-            f"NF + AGC against BN: {comparison_text(far)}",
+            f"fine-tuned at {small}, tested at {twice} px, NF + AGC against BN: {far}",
         ),
     ]
 
@@ -386,16 +376,11 @@ def transfer() -> Sweep:
 
 def _one_class_rule(table: Table) -> list[Finding]:
     """Batch norm relies on a mix of classes in its batch if BN with sorted devices is behind BN with mixed ones, and
-    NF does not if the two are equal or undecided for it; the gradient of NF is the same in both cases up to rounding.
-    """
+    NF with sorted devices is equal to NF with mixed ones; its gradient is the same in both cases up to rounding."""
     found = {norm: table.compare((f"{norm}, sorted", ""), (f"{norm}, mixed", "")) for norm in (BN, NF)}
-    numbers = "; ".join(f"{norm}: {comparison_text(one)}" for norm, one in found.items())
+    numbers = "; ".join(f"{norm}: {one}" for norm, one in found.items())
     return [
-        Finding(
-            "bn-independence",
-            both(expect(found[BN], "behind"), expect(found[NF], "equal", "undecided")),
-            numbers,
-        )
+        Finding("bn-independence", both(expect(found[BN], "behind"), expect(found[NF], "equal")), numbers)
     ]
 
 

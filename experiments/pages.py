@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments.cells import Results, Setup
-from experiments.verdicts import RULE, Scores, comparison_text, spread
+from experiments.verdicts import RULE, Scores, spread
 from normfree.uncertainty import wilson_interval
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 continue
             good = [row for row in own if row["status"] == "done"]
             baseline = pairs.get(arm, "")
-            compared = scores.compare((arm, point), (baseline, point)) if baseline else None
+            compared = str(scores.compare((arm, point), (baseline, point))) if baseline else "–"
             paper = sweep.paper.get((arm, point), "–")
             lines.append(
                 [
@@ -148,7 +148,7 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
                     *(spread([row[key] for row in good if key in row]) for key in more),
                     *([str(paper)] if with_paper else []),
                     baseline or "–",
-                    comparison_text(compared),
+                    compared,
                     spread([row["trained_top1"] for row in good]),
                     f"{100 * fmean(row['clipped'] for row in own):.1f}",
                     spread([row["step_ms"] for row in good]),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
 from experiments.networks import build, variant_for
 from experiments.pages import command_of, machine, markdown
 from experiments.parts import open_part, packed_parts
-from experiments.verdicts import RULE, Scores, comparison_text, spread
+from experiments.verdicts import RULE, Finding, Scores, both, expect, spread
 from normfree import Ema, convert_batchnorm, evaluate
 from normfree.data.loader import train_batches
 from normfree.data.seeds import key
@@ -262,7 +262,9 @@ class Privacy:
             "command": command_of(self.name, setup),
             "machine": machine(),
             "torch": str(torch.__version__),
+            "seeds": self.size.seeds,
             "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
+            "findings": [one.as_json() for one in findings(Scores(rows), self.size.epsilons)],
         }
         text, stem = page(self.size, found), setup.stem(self.name)
         atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
@@ -271,12 +273,21 @@ class Privacy:
         return text
 
 
-def verdict(scores: Scores, epsilon: str) -> str:
-    """Return how `nf` compares with each other arm at one epsilon, by the rule of `experiments.verdicts`."""
-    others = [arm for arm in ARMS if arm != "nf"]
-    return "; ".join(
-        f"against {arm}: {comparison_text(scores.compare(('nf', epsilon), (arm, epsilon)))}" for arm in others
-    )
+def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
+    """A normalizer-free network reaches the accuracy of group norm if at each finite epsilon `nf` is ahead of `group`
+    or equal to it. A network whose batch norm was folded trains privately as well as a normalizer-free one if at each
+    finite epsilon `converted` is ahead of `nf` or equal to it."""
+    found = []
+    for claim, arm, baseline in (("dp", "nf", "group"), ("dp-converted", "converted", "nf")):
+        each = {
+            epsilon: scores.compare((arm, epsilon), (baseline, epsilon))
+            for epsilon in epsilons
+            if math.isfinite(float(epsilon))
+        }
+        shown = "; ".join(f"epsilon {epsilon} {one}" for epsilon, one in each.items())
+        verdict = both(*(expect(one, "ahead", "equal") for one in each.values()))
+        found.append(Finding(claim, verdict, f"{arm} against {baseline}: {shown or 'no finite epsilon'}"))
+    return found
 
 
 def page(size: Size, found: Mapping[str, Any]) -> str:
@@ -291,7 +302,9 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             row.append(
                 f"{spread(scores.good(arm, epsilon))} (rate {rate:g}{f', {diverged} diverged' * (diverged > 0)})"
             )
-        rows.append([*row, verdict(scores, epsilon)])
+        others = [arm for arm in ARMS if arm != "nf"]
+        compared = [f"against {arm}: {scores.compare(('nf', epsilon), (arm, epsilon))}" for arm in others]
+        rows.append([*row, "; ".join(compared)])
     return "\n".join(
         [
             "# Accuracy under differential privacy",
@@ -299,11 +312,13 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             f"`{found['command']}`: a small network and its twins, {size.train} training images, "
             f"{size.epochs:g} epochs of Poisson samples of {size.batch} expected images with {size.copies} copies "
             f"each, clipping norm {size.clip:g}, delta {size.delta:g}, scored on {size.test} test images. Top-1 in "
-            f"percent, mean ± standard deviation of {size.seeds} seeds; rates chosen on V.",
+            f"percent, mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
-            f"The rule, fixed before the runs: {RULE}",
+            *(f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]),
             "",
             *markdown(["epsilon", "noise", *ARMS, "nf"], rows),
+            "",
+            f"The rule, fixed before the runs: {' '.join((findings.__doc__ or '').split())} {RULE}",
             "",
             f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
             "",

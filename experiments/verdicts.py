@@ -5,11 +5,13 @@ compared seed by seed by a paired t interval. An arm is "ahead" or "behind" if t
 excludes 0, "equal" if the interval lies within the margin of 1 point on both sides of 0, and otherwise "undecided".
 The smallest gap that as many seeds with this spread see in 8 of 10 experiments is given after "sees". A run whose
 loss or gradient is not finite has diverged. That is counted, and never averaged with accuracies: a comparison with a
-diverged run has no interval.
+diverged run has no interval. An arm of which two or more runs diverged is behind one of which none did. A comparison
+in which runs are missing is undecided.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
@@ -18,6 +20,7 @@ from typing import Any
 from normfree.uncertainty import PairedComparison, compare_paired
 
 MARGIN = 1.0  # points that do not matter
+LOST = 2  # diverged runs that put an arm behind one without any
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 RULE = " ".join((__doc__ or "").split("\n\n", 1)[1].split())
 
@@ -41,22 +44,46 @@ class Finding:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """How one arm compares with another.
+
+    Attributes:
+        verdict: ahead, behind, equal or undecided.
+        paired: difference and interval; None if runs diverged or are missing.
+        reason: why there is no interval.
+    """
+
+    verdict: str
+    paired: PairedComparison | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.paired is None:
+            return f"{self.verdict}, {self.reason}"
+        low, high = self.paired.interval
+        gap = f"{self.paired.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+        return f"{self.verdict} {gap}; sees {self.paired.smallest_gap:.1f}"
+
+
 class Scores:
-    """Scores of arms by point and seed; None is a run that diverged."""
+    """Scores of arms by point and seed; None is a run that diverged. A run without a score is missing."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], *, key: str = "top1") -> None:
         self._scores: dict[tuple[str, str], dict[int, float | None]] = {}
         for row in rows:
-            score = row.get(key) if row["status"] == "done" else None
-            self._scores.setdefault((row["arm"], row["point"]), {})[row["seed"]] = score
+            lost, score = row["status"] != "done", row.get(key)
+            if lost or (score is not None and math.isfinite(score)):
+                own = self._scores.setdefault((row["arm"], row["point"]), {})
+                own[row["seed"]] = None if lost else score
 
-    def __contains__(self, entry: tuple[str, str]) -> bool:
-        return entry in self._scores
+    def by_seed(self, arm: str, point: str = "") -> dict[int, float | None]:
+        """Return the scores of an arm by seed, in the order of the seeds."""
+        return dict(sorted(self._scores.get((arm, point), {}).items()))
 
     def of(self, arm: str, point: str = "") -> list[float | None]:
         """Return the scores of an arm, seed by seed."""
-        own = self._scores.get((arm, point), {})
-        return [own[seed] for seed in sorted(own)]
+        return list(self.by_seed(arm, point).values())
 
     def good(self, arm: str, point: str = "") -> list[float]:
         """Return the scores of the runs that did not diverge."""
@@ -67,18 +94,28 @@ class Scores:
         return sum(score is None for score in self.of(arm, point))
 
     def mean(self, arm: str, point: str = "") -> float | None:
-        """Return the mean, None if a run diverged or there is none."""
+        """Return the mean, None if a run diverged or there are fewer than two."""
         scores = self.of(arm, point)
-        return fmean(self.good(arm, point)) if scores and None not in scores else None
+        return fmean(self.good(arm, point)) if len(scores) > 1 and None not in scores else None
 
     def compare(
         self, method: tuple[str, str], baseline: tuple[str, str], *, margin: float = MARGIN
-    ) -> PairedComparison | None:
-        """Compare two arms, each given as (arm, point); None if that needs more seeds or a run diverged."""
-        ours, theirs = self.of(*method), self.of(*baseline)
-        if len(ours) != len(theirs) or len(ours) < 2 or None in ours or None in theirs:
-            return None
-        return compare_paired(self.good(*method), self.good(*baseline), margin=margin)
+    ) -> Compared:
+        """Compare two arms, each given as (arm, point), by the rule of this module."""
+        ours, theirs = self.by_seed(*method), self.by_seed(*baseline)
+        if ours.keys() != theirs.keys() or len(ours) < 2:
+            return Compared(UNDECIDED, reason="runs are missing")
+        lost, lost_by_other = self.diverged(*method), self.diverged(*baseline)
+        if not lost and not lost_by_other:
+            paired = compare_paired(self.good(*method), self.good(*baseline), margin=margin)
+            return Compared(paired.verdict, paired)
+        verdict = UNDECIDED
+        if lost >= LOST and not lost_by_other:
+            verdict = "behind"
+        elif lost_by_other >= LOST and not lost:
+            verdict = "ahead"
+        reason = f"{lost} of {len(ours)} runs diverged, against {lost_by_other} of {len(theirs)}"
+        return Compared(verdict, reason=reason)
 
     def text(self, arm: str, point: str = "", *, digits: int = 1) -> str:
         """Return mean ± standard deviation of the runs that did not diverge, and how many did."""
@@ -99,32 +136,23 @@ def spread(values: Sequence[float], *, digits: int = 1) -> str:
     return f"{fmean(values):.{digits}f}{deviation}"
 
 
-def comparison_text(found: PairedComparison | None, *, digits: int = 1) -> str:
-    """Return a comparison as text: difference, interval, verdict and the smallest gap that it can see."""
-    if found is None:
-        return "–"
-    low, high = found.interval
-    shown = f"{found.difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-    return f"{found.verdict} {shown}; sees {found.smallest_gap:.{digits}f}"
-
-
 def both(*verdicts: str) -> str:
-    """Return the verdict of a claim with several conditions: all must hold.
+    """Return the verdict of a claim with several conditions: all must hold; without conditions it is undecided.
 
-    >>> both(HOLDS, UNDECIDED), both(HOLDS, FAILS, UNDECIDED)
-    ('undecided', 'does not hold')
+    >>> both(HOLDS, UNDECIDED), both(HOLDS, FAILS, UNDECIDED), both()
+    ('undecided', 'does not hold', 'undecided')
     """
     if FAILS in verdicts:
         return FAILS
-    return UNDECIDED if UNDECIDED in verdicts else HOLDS
+    return HOLDS if verdicts and UNDECIDED not in verdicts else UNDECIDED
 
 
-def expect(found: PairedComparison | None, *allowed: str) -> str:
-    """Return HOLDS if a comparison has one of the allowed verdicts, UNDECIDED if it has none or is undecided.
+def expect(found: Compared, *allowed: str) -> str:
+    """Return HOLDS if a comparison has one of the allowed verdicts, FAILS if it has another one, else UNDECIDED.
 
-    >>> expect(compare_paired([54.9, 55.2, 54.4], [53.0, 53.9, 53.0], margin=1.0), "ahead")
-    'holds'
+    >>> expect(Compared("behind"), "ahead", "equal"), expect(Compared("undecided"), "ahead")
+    ('does not hold', 'undecided')
     """
-    if found is None or (found.verdict == "undecided" and "undecided" not in allowed):
+    if found.verdict == UNDECIDED:
         return UNDECIDED
     return HOLDS if found.verdict in allowed else FAILS

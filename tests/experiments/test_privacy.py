@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.privacy import ARMS, SIZES, network, train, verdict
-from experiments.verdicts import Scores
+from experiments.claim_list import CLAIMS
+from experiments.privacy import ARMS, SIZES, network, train
 from normfree import open_source, per_example_gradients
 from normfree.training.secret import SecretKey
 
@@ -47,21 +47,5 @@ def test_the_smallest_setting_runs_and_writes_page_plot_and_json(reported):
     assert [cell["arm"] for cell in found["cells"]] == [*ARMS, *ARMS]
     assert all(0 <= cell["top1"] <= 100 for cell in found["cells"])
     assert len(done) == len(one.all_cells())
-
-
-def test_the_verdict_follows_the_rule():
-    scores = {
-        "8": {"nf": (40.4, 41.0, 40.1), "group": (35.6, 36.4, 35.0), "converted": (40.3, 41.1, 40.0)},
-        "inf": {"nf": (1.0, 9.0), "group": (5.0, 5.0), "converted": (0.0, None)},
-    }
-    rows = [
-        {"arm": arm, "point": point, "seed": seed, "top1": top1, "status": "done" if top1 is not None else "diverged"}
-        for point, arms in scores.items()
-        for arm, own in arms.items()
-        for seed, top1 in enumerate(own)
-    ]  # fmt: skip
-    first, second = (verdict(Scores(rows), epsilon).split("; against ") for epsilon in scores)
-    assert first[0].startswith("against group: ahead")
-    assert first[1].startswith("converted: equal")
-    assert second[0].startswith("against group: undecided")
-    assert not any(text in second[1] for text in ("ahead", "behind", "equal"))
+    claims = {claim.key for section in CLAIMS.values() for claim in section if claim.experiment == "privacy"}
+    assert {finding["claim"] for finding in found["findings"]} == claims
