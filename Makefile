@@ -5,7 +5,7 @@ SOURCES := pyproject.toml setup.py $(wildcard normfree/native/*.[ch])
 # Two test processes, since tests use one thread each.
 PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo lint test test-all slow browser interop reliability docs bench reproduce format clean
+.PHONY: help demo lint test test-all slow browser interop reliability docs bench reproduce privacy format clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/:.*##/\t/'
@@ -60,6 +60,9 @@ DATA ?= cifar10
 OPTIONS ?=
 reproduce: .venv/.demo ## the papers' experiments, about four hours on two cores: make reproduce DATA=FOLDER OPTIONS="--only depth"
 	$(BIN)/python -m experiments.run --data $(DATA) $(OPTIONS)
+
+privacy: .venv/.demo .venv/.private ## accuracy under differential privacy, about two hours on two cores: make privacy DATA=FOLDER
+	$(BIN)/python -m experiments.run --data $(DATA) --only privacy $(OPTIONS)
 
 format: .venv/.dev ## reformat the code
 	$(BIN)/ruff format .

@@ -65,7 +65,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "bn-downscales",
             "with BN before ReLU, each block adds a branch of constant variance, so the variance grows by the same "
             "amount with every block of a stage and is reset by a transition",
-            "[A] section 2; De and Smith 2020",
+            "De and Smith 2020; [A] section 3",
             known=replace(
                 _SPP,
                 numbers="ReLU-BN-conv: 7.00 after 6 blocks, predicted 7; largest deviation 0.6 % (BN-ReLU-conv 8.4 %)",
@@ -76,7 +76,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "mean-shift-spp",
             "with ReLU and no norm, means grow along a network until all images look alike; BN, and weight "
             "standardization, prevent it",
-            "[A] section 3",
+            "[A] section 4.1",
             known=replace(
                 _SPP,
                 numbers="ResNet-50, cosine of two images after the last block: 0.90 without weight "
@@ -85,7 +85,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
                 quotes=("| 4.312 | 0.902 |", "| 0.005 (0.000) | 0.011 |", "| 0.001 (0.000) | 0.015 |"),
             ),
         ),
-        Claim("mean-shift", "the mean shift costs accuracy in training", "[A] section 3", "depth"),
+        Claim("mean-shift", "the mean shift costs accuracy in training", "[A] section 4.1", "depth"),
         Claim(
             "bn-regularizes",
             "BN regularizes: without it a network fits the training images better, but not the test images",
@@ -148,7 +148,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim(
             "bn-small-batch",
             "BN fails at small batches, NF does not",
-            "[A] section 5",
+            "[A] table 2",
             "small_batches",
             Evidence(
                 HOLDS,
@@ -164,7 +164,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim(
             "nf-small-batch",
             "the accuracy of NF does not depend on the batch size, down to 2",
-            "[A] section 5",
+            "[A] table 2",
             "small_batches",
         ),
         Claim(
@@ -205,7 +205,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim(
             "nf-variance",
             "in an NF network the variance after block k of a stage is 1 + kα²",
-            "[A] section 3",
+            "[A] section 4",
             known=replace(
                 _SPP,
                 numbers="NF-ResNet-50: within 3.0 % in all blocks; NFNet-F0 with strided shortcuts: within 4.4 %",
@@ -226,7 +226,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim(
             "explosion",
             "without norm and scalars, the variance explodes with depth, and training fails",
-            "[A] section 2",
+            "De and Smith 2020",
             "depth",
         ),
         Claim("nf-deep", "NF networks train at 218 layers as well as at 56", "[A] table 1", "depth"),

@@ -141,7 +141,9 @@ def table(results: Path = RESULTS) -> str:
         "on ImageNet, and the "
         "other way round. The rules of the verdicts were fixed before the runs and are on the pages of the "
         "experiments; "
-        "`make reproduce DATA=FOLDER` runs those that are missing.",
+        "`make reproduce DATA=FOLDER` runs those that are missing. Numbers of [B] are those of its tables, and of its "
+        "figure 2a as read off. No copy of [A] was at hand: its sections and tables are named, its numbers are not "
+        "checked, and the pages quote none of them, except two from a summary that are marked as such.",
         "",
         ", ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + ".",
         "",
@@ -180,24 +182,26 @@ def table(results: Path = RESULTS) -> str:
 def _experiments(results: Path) -> list[str]:
     """Return the section on the experiments: cells, and estimated minutes on two cores."""
     rows, total = [], 0.0
-    for name in DEFAULT:
+    for name in NAMES:
         one = experiment(name, "cpu")
         cells = one.all_cells()
         minutes = sum(map(one.minutes, cells)) / (1 if one.alone else CORES)
-        total += minutes
+        total += minutes if name in DEFAULT else 0.0
         done = (
             f"[results](../experiments/results/{name}.md)" if (results / f"{name}.md").exists() else NOT_RUN
         )
-        rows.append([f"`{name}`", one.title, str(len(cells)), f"{minutes:.0f}", done])
+        command = "make reproduce" if name in DEFAULT else f"--only {name}"
+        rows.append([f"`{name}`", one.title, str(len(cells)), f"{minutes:.0f}", command, done])
     return [
         "## The experiments",
         "",
-        f"`make reproduce DATA=FOLDER` runs all, about {total / 60:.1f} hours on {CORES} cores, and continues after an "
-        'interruption; `OPTIONS="--only NAME"` runs one, `OPTIONS=--dry-run` prints its cells. The minutes are '
-        "estimates from short measured steps. FOLDER has the images of CIFAR-10 in train/ and test/; the name "
-        "`cifar10` uses those in data/.",
+        f"`make reproduce DATA=FOLDER` runs those of the papers, about {total / 60:.1f} hours on {CORES} cores, and "
+        'continues after an interruption; `OPTIONS="--only NAME"` runs one, also one of the others, and '
+        "`OPTIONS=--dry-run` prints the cells. `make privacy DATA=FOLDER` is `--only privacy` with the extra that it "
+        "needs, the accountants of Opacus. The minutes are estimates from short measured steps. FOLDER has the images "
+        "of CIFAR-10 in train/ and test/; the name `cifar10` uses those in data/.",
         "",
-        *markdown(["name", "title", "cells", "minutes", "state"], rows),
+        *markdown(["name", "title", "cells", "minutes", "run by", "state"], rows),
     ]
 
 

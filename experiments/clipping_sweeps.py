@@ -56,9 +56,7 @@ def _larger_rates(table: Table, point: str) -> Finding:
     lost = [rate for rate in common if not plain[rate]]
     gained, less = [rate for rate in lost if own[rate]], any(plain[r] and not own[r] for r in common)
     verdict = FAILS if less or (lost and not gained) else HOLDS if gained else UNDECIDED
-    stable = (
-        max((rate for rate, good in tried.items() if good), default=0.0) for tried in (own, plain)
-    )
+    stable = (max((rate for rate, good in tried.items() if good), default=0.0) for tried in (own, plain))
     shown = "up to {:g} with AGC, {:g} without".format(*stable) if common else "no rates were tried"
     return Finding("agc-rates", verdict, f"batch {point}, one run for each rate: {shown}")
 
@@ -74,7 +72,9 @@ def _batch_size_rule(table: Table) -> list[Finding]:
     levels = ", ".join(f"{arm} {table.text(arm, large)}" for arm in (BN, NF, AGC))
     return [
         Finding("nf-large-batch", expect(nf, "behind"), f"batch {large}: {levels}; NF against BN: {nf}"),
-        Finding("agc-large-batch", expect(agc, "ahead", "equal"), f"batch {large}, NF + AGC against BN: {agc}"),
+        Finding(
+            "agc-large-batch", expect(agc, "ahead", "equal"), f"batch {large}, NF + AGC against BN: {agc}"
+        ),
         Finding("agc-gain", expect(gain, "ahead"), f"batch {large}, NF + AGC against NF: {gain}"),
         _larger_rates(table, large),
         Finding("nf-competitive", expect(low, "ahead", "equal"), f"batch {small}, NF against BN: {low}"),
@@ -119,7 +119,9 @@ def _factor_rule(table: Table) -> list[Finding]:
     the smallest batch. Training without AGC is worse at the largest batch if it is behind the best λ."""
     small, large = table.points[0], table.points[-1]
     arms = [arm for arm in table.sweep.arms if arm != "none"]
-    means = {p: {arm: mean for arm in arms if (mean := table.mean(arm, p)) is not None} for p in (small, large)}
+    means = {
+        p: {arm: mean for arm in arms if (mean := table.mean(arm, p)) is not None} for p in (small, large)
+    }
     best = {p: max(own, key=own.__getitem__, default="") for p, own in means.items()}
     numbers = "; ".join(f"batch {p}: best {best[p] or 'none'}" for p in (small, large))
     if not all(best.values()) or any(len(table.of(arm, p)) < 2 for arm in arms for p in best):
@@ -137,7 +139,9 @@ def _factor_rule(table: Table) -> list[Finding]:
             f"{numbers}; at {large}, {best[small]} against {best[large]}: {moved}",
         ),
         Finding("small-lambda", expect(tight, "behind"), f"batch {small}, {arms[0]} against none: {tight}"),
-        Finding("no-clipping", expect(open_, "behind"), f"batch {large}, none against {best[large]}: {open_}"),
+        Finding(
+            "no-clipping", expect(open_, "behind"), f"batch {large}, none against {best[large]}: {open_}"
+        ),
     ]
 
 

@@ -31,7 +31,18 @@ from experiments.checkpoint import StateFile
 from experiments.networks import build, on_devices_, variant_for
 from experiments.pages import command_of, machine, markdown
 from experiments.parts import open_part, packed_parts
-from experiments.verdicts import FAILS, HOLDS, RULE, UNDECIDED, Compared, Finding, Scores, both, expect, spread
+from experiments.verdicts import (
+    FAILS,
+    HOLDS,
+    RULE,
+    UNDECIDED,
+    Compared,
+    Finding,
+    Scores,
+    both,
+    expect,
+    spread,
+)
 from normfree import SGD, NonFiniteGradientError, clip_grad_, nt_xent, parameter_groups
 from normfree.data.loader import Batch, train_batches
 from normfree.data.seeds import key, permutation

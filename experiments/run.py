@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:  # an extra is not installed
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,6 @@
 """Activation functions by name, and their gains γ.
 
-Source: [A] arXiv 2101.08692, section 3, and the reference code.
+Source: [A] arXiv 2101.08692, section 4, and the reference code.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def gain_of(fn: Activation) -> float:
         >>> round(gain_of(torch.relu), 4)
         1.7129
 
-    Source: [A] section 3.
+    Source: [A] section 4.
     """
     z = torch.linspace(-12.0, 12.0, 240_001, dtype=torch.float64)
     density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
@@ -159,7 +159,7 @@ def scaled_activation(name: str | Activation) -> ScaledActivation:
         >>> round(float(scaled_activation(torch.tanh)(torch.randn(100_000)).var()), 1)
         1.0
 
-    Source: [A] section 3.
+    Source: [A] section 4.
     """
     if isinstance(name, str):
         fn = activation(name)

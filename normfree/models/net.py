@@ -42,7 +42,7 @@ torch.fx.wrap("max_pool")
 
 
 def expected_betas(depths: Sequence[int], alpha: float) -> list[list[float]]:
-    """Return β of every block, by stage, for a residual variance that grows by α² per block ([A] section 3).
+    """Return β of every block, by stage, for a residual variance that grows by α² per block ([A] section 4).
 
     A stage's first block reads the variance of the previous stage and then resets it to 1, plus its own α². So block
     j ≥ 1 of a stage has β = (1 + j·α²) ** -0.5, and a transition after D blocks has (1 + D·α²) ** -0.5.

@@ -70,7 +70,7 @@ class Variant:
     width_divisor: int = 1
     """Round branch widths to a multiple of this before they are grouped."""
     alpha: float = 0.2
-    """Scale of each residual branch ([A] section 3; 0.2 throughout the reference)."""
+    """Scale of each residual branch ([A] section 4; 0.2 throughout the reference)."""
     skipinit: Literal["scalar", "channel"] = "scalar"
     """What scales a branch: one learnable number (SkipInit), or the gains of its last convolution."""
     skip_gain: float = 0.0

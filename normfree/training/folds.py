@@ -30,6 +30,7 @@ from normfree.training.default_network import with_network
 from normfree.training.distributed.world import World
 from normfree.training.identity import decisive, require_same, with_free_keys
 from normfree.training.loop import train
+from normfree.training.privacy import is_private
 from normfree.training.run_data import located, open_config_data
 from normfree.training.run_folder import TrainResult, check_folder, in_markdown
 from normfree.uncertainty import accuracy_text
@@ -124,7 +125,7 @@ def train_folds(
         console: where to print; None is the standard output.
 
     Raises:
-        ValueError: data, model or folder cannot be used, or there are several processes.
+        ValueError: data, model or folder cannot be used, the runs are private, or there are several processes.
         DivergedError: see `normfree.train`.
         StoppedBySignal: a signal arrived; a checkpoint was written first.
 
@@ -211,6 +212,10 @@ def _check(config: Config, folds: int) -> None:
     if learns_embeddings(config.objective):
         given = f"folds with objective={config.objective!r}"
         raise ValueError(problem(given, allowed="objectives that learn classes", fix="--objective classify"))
+    if is_private(config):  # an image trains all runs but one, and that one publishes scores on it
+        fix = f"drop --folds, or --input.val_fraction fold:1/{folds} for a single run"
+        allowed = "a single run, since the epsilons of the folds add up"
+        raise ValueError(problem("folds with --privacy", allowed=allowed, fix=fix))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         fix = f"torchrun ... train --input.val_fraction fold:1/{folds} for each fold, or one process"
         raise ValueError(problem("folds in several processes", allowed="one process", fix=fix))

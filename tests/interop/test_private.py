@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 import normfree
+from experiments.catalog import DATA, experiment
+from experiments.cells import Setup, finish
 from normfree.training.accounting import ACCOUNTANTS, epsilon_of, noise_for
 from normfree.training.config_io import with_overrides
 from normfree.training.recipes import RECIPES
@@ -46,3 +50,18 @@ def test_a_run_spends_its_epsilon(tmp_path):
         with_overrides(RECIPES["private"](), flags), tmp_path / "run", console=Console(quiet=True)
     )
     assert 7.8 < result.privacy["epsilon_prv"] <= 8.0 < result.privacy["epsilon_rdp"]
+
+
+def test_the_smallest_setting_of_the_experiment_adds_noise_at_a_finite_epsilon(tmp_path):
+    setup, one = Setup(preset="tiny", data=DATA["tiny"], runs=tmp_path), experiment("privacy", "tiny")
+    one.size = replace(one.size, epsilons=("8", "inf"))
+    page = one.report(finish(one, setup, jobs=0), setup, tmp_path)
+    found = json.loads((tmp_path / "privacy_tiny.json").read_text(encoding="utf-8"))
+    noise = {cell["point"]: cell["noise"] for cell in found["cells"]}
+    size = one.size
+    spent = epsilon_of(noise["8"], delta=size.delta, sample_rate=size.batch / size.train,
+                       steps=round(size.epochs * size.train / size.batch), accountant="rdp")  # fmt: skip
+    assert 7.8 < spent <= 8.0
+    assert noise["inf"] == 0.0
+    assert "- dp: **" in page
+    assert "epsilon 8 " in page

@@ -102,6 +102,10 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path) -> None:
         in_folds(open_source(root), fold=1, count=2, seed=0)
     with pytest.raises(ValueError, match="folds with objective='simclr'"):
         train_folds(config(root, "--objective", "simclr"), tmp_path / "out", console=quiet())
+    with pytest.raises(
+        ValueError, match=r"folds with --privacy\. .* --input\.val_fraction fold:1/5 for a single run"
+    ):
+        train_folds(config(root, "--optim.clip", "private"), tmp_path / "out", console=quiet())
     with pytest.raises(ValueError, match=r"1 folds\. Allowed: 2 to 100"):
         train_folds(config(root), tmp_path / "out", folds=1, console=quiet())
     assert not (tmp_path / "out").exists()
