@@ -67,7 +67,13 @@ def signals(cosine, variance):
 BETTER_TRIED = tried_at(nf={0.2: True, 0.4: False}, agc={0.4: True, 0.8: True})
 WORSE_TRIED = tried_at(nf={0.2: True, 0.4: True}, agc={0.2: True, 0.4: False})
 STEPS = ("baseline", "+ width pattern", "+ second conv", "+ mixup", "+ RandAugment", "+ cutmix")
-STAGES = {f"not stage {k}": LOW for k in range(3)}
+LAMBDAS = {("λ 0.02", "512"): HIGH, ("λ 0.16", "32"): HIGH}
+LAMBDAS_REVERSED = {("λ 0.16", "512"): HIGH, ("λ 0.02", "32"): HIGH}
+SHALLOW = {"no weight standardization": LOW, "nothing": 11.0, "SkipInit": LOW, "FixUp": LOW}
+WORSE = dict.fromkeys(("all", "LARS", "global norm", *(f"not stage {k}" for k in range(3))), LOW) | {
+    "tensors": MIDDLE,
+    "layers": MIDDLE,
+}
 GAIN_0 = {("NF, gain 0", "10 epochs"): LOW, ("NF + AGC, gain 0", "10 epochs"): LOW}
 # Sweep -> (scores with which every claim holds, more numbers), the same with which every claim fails.
 CASES = {
@@ -76,11 +82,11 @@ CASES = {
         rows_of("batch_size", by_arm({("NF", "32"): LOW, ("NF + AGC", "512"): LOW})),
     ),
     "clipping_factor": (
-        rows_of("clipping_factor", by_arm({("λ 0.02", "512"): HIGH, ("λ 0.16", "32"): HIGH, ("none", "32"): HIGH}, LOW)),
-        rows_of("clipping_factor", by_arm({("λ 0.16", "512"): HIGH, ("none", "512"): HIGH + 2, ("λ 0.02", "32"): HIGH}, LOW)),
+        rows_of("clipping_factor", by_arm(LAMBDAS | {("none", "32"): HIGH}, LOW)),
+        rows_of("clipping_factor", by_arm(LAMBDAS_REVERSED | {("none", "512"): HIGH + 2}, LOW)),
     ),
     "clipped_layers": (
-        rows_of("clipped_layers", by_arm({"all": LOW, "tensors": MIDDLE, "layers": MIDDLE, "LARS": LOW, "global norm": LOW, **STAGES})),
+        rows_of("clipped_layers", by_arm(WORSE)),
         rows_of("clipped_layers", by_arm({"default": LOW, "not the stem": LOW - 5})),
     ),
     "skip_gain": (
@@ -96,7 +102,7 @@ CASES = {
         rows_of("small_batches", by_arm({("NF", "2"): MIDDLE, ("GN", "2"): LOW})),
     ),
     "depth": (
-        rows_of("depth", by_arm({"no weight standardization": LOW, "nothing": 11.0, "SkipInit": LOW, "FixUp": LOW}), **signals(0.95, 1e6)),
+        rows_of("depth", by_arm(SHALLOW), **signals(0.95, 1e6)),
         rows_of("depth", by_arm({("NF", "218"): LOW, "SkipInit": LOW}), **signals(0.3, 2.0)),
     ),
     "architecture": (
