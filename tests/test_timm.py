@@ -104,7 +104,7 @@ def test_layers_for_learning_rates(name: str, coarse: bool) -> None:
     [
         ("nf_resnet_nano", [1, 2, 4]),
         ("nf_resnet_nano_64", [2, 4, 8, 16]),
-        ("nf_regnet_b6", [2, 4, 8, 16, 32]),
+        ("nf_regnet_b0", [2, 4, 8, 16, 32]),
     ],
 )
 def test_features(name: str, reductions: list[int]) -> None:

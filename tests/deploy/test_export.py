@@ -136,6 +136,7 @@ def test_all_weights_are_stored_in_the_file_once(kind: str, tmp_path: Path) -> N
     assert size < report.bytes < 1.2 * size
 
 
+@pytest.mark.slow
 def test_unfolded_files_compute_the_same_with_more_nodes(emoji: list[Image], tmp_path: Path) -> None:
     model = network("nano")
     images = prepared(model, emoji)

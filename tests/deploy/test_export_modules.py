@@ -81,6 +81,7 @@ def test_the_command_refuses_a_file_without_classes(
 
 
 @pytest.mark.works("ONNX Runtime", "quantize")
+@pytest.mark.slow
 def test_quantization_of_a_file_and_of_the_module_agree(
     model: nn.Module, exported: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def check(recipe: dict[str, Any], pre: Preprocessing) -> None:
         np.testing.assert_allclose(found, wanted.numpy(), atol=4e-6)
 
 
+@pytest.mark.slow
 def test_a_gray_network_with_bars_and_twelve_bits(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

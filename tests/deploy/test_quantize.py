@@ -188,6 +188,7 @@ def test_what_cannot_be_quantized(trained: Trained, int8: QuantizeReport, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_unfolded_file_is_quantized_as_well(
     trained: Trained, int8: QuantizeReport, tmp_path: Path
 ) -> None:

@@ -15,8 +15,8 @@ from normfree.weights.names import state_dict_from_timm, timm_from_state_dict
 
 NAMES = [name.removeprefix("timm_") for name in list_models("timm_*")]
 LIGHT = {
-    "dm_nfnet_f0", "nfnet_f0", "nfnet_l0", "eca_nfnet_l0", "test_nfnet", "nf_resnet26", "nf_seresnet26",
-    "nf_ecaresnet26", "nf_regnet_b0", "nf_regnet_b1", "nf_regnet_b2", "nf_regnet_b3", "nf_regnet_b4", "nf_regnet_b5",
+    "dm_nfnet_f0", "eca_nfnet_l0", "test_nfnet", "nf_resnet26", "nf_seresnet26", "nf_ecaresnet26", "nf_regnet_b0",
+    "nf_regnet_b3",
 }  # fmt: skip
 WITH_WEIGHTS = [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 TOLERANCE = 1e-5  # relative L2 error, float32
@@ -166,6 +166,7 @@ def test_stochastic_depth_equals_that_of_timm():
     assert float(mask.mean()) == pytest.approx(1.0, abs=0.02)  # seven standard deviations
 
 
+@pytest.mark.slow
 def test_differences_between_timm_and_the_reference():
     """The numbers of docs/weights.md: most of the difference comes from 1e-5 added to the variance."""
     theirs = changed_timm("dm_nfnet_f0")

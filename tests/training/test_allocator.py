@@ -20,6 +20,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's switch")
+@pytest.mark.slow
 def test_a_block_that_was_freed_is_not_asked_for_again():
     def faults(arg):
         done = subprocess.run([sys.executable, "-c", WORK, arg], capture_output=True, text=True, check=True)

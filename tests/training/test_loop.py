@@ -211,6 +211,7 @@ def assert_finishes_like(uninterrupted: Path, out: Path) -> None:
     assert_same_log(uninterrupted, out)
 
 
+@pytest.mark.slow
 def test_killed_without_warning_and_continued_gives_the_same_bits(uninterrupted, tmp_path):
     out = tmp_path / "run"
     assert killed(out, lambda: lines(out) > 0)  # between steps

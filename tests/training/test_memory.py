@@ -202,6 +202,7 @@ def test_the_run_writes_the_number_to_its_config(tmp_path, monkeypatch):
     assert loop.train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run").steps == 1
 
 
+@pytest.mark.slow
 def test_the_table_of_costs_is_written_by_its_script():
     docs = Path(__file__).parents[2] / "docs"
     script = runpy.run_path(str(docs / "make_scale.py"))

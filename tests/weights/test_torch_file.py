@@ -164,8 +164,7 @@ def test_checkpoints_of_training_programs_with_options_and_prefixes(tmp_path):
     torch.save(timm, tmp_path / "model_best.pth.tar")
     assert read_torch_file(tmp_path / "model_best.pth.tar").keys() == weights.keys()
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "model.", "model._orig_mod.", "net."):
-        torch.save({"state_dict": {prefix + k: v for k, v in weights.items()}}, tmp_path / "a.ckpt")
-        assert read_torch_file(tmp_path / "a.ckpt").keys() == weights.keys(), prefix
+        state = state_dict_in({"state_dict": {prefix + k: v for k, v in weights.items()}})
+        assert plain_tensors(state, size=1000).keys() == weights.keys(), prefix
     mixed = {"model.a": torch.ones(1), "other.b": torch.ones(1)}  # no common prefix
-    torch.save(mixed, tmp_path / "a.ckpt")
-    assert read_torch_file(tmp_path / "a.ckpt").keys() == mixed.keys()
+    assert plain_tensors(mixed, size=1000).keys() == mixed.keys()
