@@ -17,12 +17,13 @@ from normfree.commands.diagnose_command import DiagnoseArguments, diagnose
 from normfree.commands.eval_command import EvalArguments, eval_
 from normfree.commands.export_command import ExportArguments, export_
 from normfree.commands.list_command import ListArguments, list_
+from normfree.commands.other_verbs import unknown_verb
 from normfree.commands.predict_command import PredictArguments, predict_
 from normfree.commands.serve_command import ServeArguments, serve
 from normfree.commands.show_command import ShowArguments, show
 from normfree.commands.train_command import train
 from normfree.commands.usage import UsageError
-from normfree.suggest import printable, unknown
+from normfree.suggest import printable
 
 HELP = """usage: normfree VERB ...      (normfree VERB --help prints its options)
 
@@ -93,7 +94,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"normfree {__version__}")
         return 0
     if verb not in VERBS:
-        raise UsageError(unknown("verb", verb, VERBS))
+        raise UsageError(unknown_verb(verb, rest, VERBS))
     return VERBS[verb](rest)
 
 

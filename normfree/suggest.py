@@ -40,6 +40,16 @@ def some_names(names: Iterable[str], *, limit: int = 5) -> str:
     return f"{text} and {len(listed) - limit} more" if len(listed) > limit else text
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a count with its noun, which is given in the singular.
+
+    >>> number_of(1, "image"), number_of(12000, "image"), number_of(2, "class")
+    ('1 image', '12,000 images', '2 classes')
+    """
+    plural = "" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def printable(text: str, *, one_line: bool = False) -> str:
     r"""Return `text` with characters that could control a terminal, or are no valid Unicode, as escapes.
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -91,11 +92,16 @@ def test_eval_leaves_out_the_images_that_the_run_was_trained_on(trained, photos,
         printed = capsys.readouterr()
         return json.loads(printed.out)["images"], printed.err
 
-    assert images(str(photos)) == (2, "normfree: scored on the test part of the run's data\n")
+    assert images(str(photos)) == (
+        2,
+        "normfree: scored on the test part of the run's data, 2 images; left out: 8 that it was trained on, 2 that "
+        "chose the best step (--part all scores them too)\n",
+    )
     assert images() == images(str(photos))
     assert images(str(photos), "--part", "val") == (
         2,
-        "normfree: scored on the validation part of the run's data\n",
+        "normfree: scored on the validation part of the run's data, 2 images; left out: 8 that it was trained on, 2 of "
+        "the test part (--part all scores them too)\n",
     )
     assert images(str(photos), "--part", "all") == (12, "")
     copied = tmp_path / "copied"  # found by content, not by path
@@ -168,6 +174,21 @@ def test_predict_writes_table_csv_and_json_lines(trained, photos, tmp_path, caps
     )
 
 
+def test_a_resumed_run_understands_the_keys_of_other_programs(trained, capsys):
+    for options, message in (
+        (["--resume"], f"--resume is given with a run. Fix: normfree train {trained}."),
+        (["--epochs", "9"], "unknown key 'epochs'. Use --length 9ep"),
+        (["--optim.lr", "1"], "--optim.lr cannot change when a run is resumed. Allowed: --data, --length, "),
+        (["--on-divergence", "other"], "on_divergence='other'. Allowed: stop; rollback:lr=0.3,times=3."),
+    ):
+        assert main(["train", str(trained), *options]) == 2
+        assert capsys.readouterr().err.startswith(f"normfree: {message}")
+    assert main([str(trained)]) == 2
+    assert (
+        capsys.readouterr().err == f"normfree: unknown verb {str(trained)!r}. Use normfree train {trained}\n"
+    )
+
+
 def test_a_resumed_run_keeps_its_config(trained, photos, capsys):
     assert main(["train", str(trained)]) == 0  # the run is finished, so this only evaluates it
     assert main(["train", str(trained), "--optim.lr", "1"]) == 2
@@ -197,6 +218,23 @@ def test_list_and_show(trained, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (
+            "resume",
+            "unknown verb 'resume'. Use normfree train RUN\n",
+        ),
+        ("continue runs/x --length 9ep", "unknown verb 'continue'. Use normfree train runs/x\n"),
+        ("validate runs/x", "unknown verb 'validate'. Use normfree eval runs/x\n"),
+        ("fine_tune a/", "unknown verb 'fine_tune'. Use normfree train finetune --data a/ --weights RUN\n"),
+        ("scratch --data a", "unknown verb 'scratch'. Use normfree train scratch --data a\n"),
+        ("train --resume r2", "unknown key 'resume'. Use normfree train r2\n"),
+        ("train --resume=runs/x/checkpoints/last", "unknown key 'resume'. Use normfree train runs/x\n"),
+        ("train --resume", "unknown key 'resume'. Use normfree train RUN\n"),
+        ("train --resume true", "unknown key 'resume'. Use normfree train RUN\n"),
+        (
+            "train data=a",
+            "'data=a' is not a recipe, a run folder or a .toml file. Allowed: the recipes demo, scratch, finetune, "
+            "simclr, metric, private, cifar, those of `normfree list recipes`. Fix: write each option as --data a.",
+        ),
         (
             "trian",
             "unknown verb 'trian'. Did you mean 'train'? Allowed: 'list', 'show', 'train', 'audit', 'eval', "
@@ -291,7 +329,14 @@ def test_traceback_raises_the_error():
         ("list --bogus", "unknown option '--bogus'. All options: normfree list --help"),
         ("eval", "normfree eval needs MODEL. Fix: normfree eval MODEL DATA, see normfree eval --help."),
         ("eval a b --batch-size x", "--batch-size is 'x'. Allowed: a whole number."),
-        ("eval a b --batch_size", "--batch-size has no value. Allowed: a whole number."),
+        ("eval a b --batch_size", "--batch-size has no value. Allowed: a whole number. Fix: --batch-size 128."),
+        ("predict m p --heatmap", "--heatmap has no value. Fix: --heatmap FOLDER."),
+        ("predict m --heatmap p", "no path was given, and 'p' is the folder of --heatmap. Fix: normfree predict m p "
+                                  "--heatmap FOLDER."),
+        ("predict m p --format", "--format has no value. Allowed: table, csv, jsonl, json. Fix: --format table."),
+        ("export m --images", "--images has no value. Fix: --images PATH..."),
+        ("predict m p --embeddings e.npy", "--embeddings is 'e.npy'. Allowed: a name that ends in .npz. Fix: "
+                                           "--embeddings e.npz."),
         ("eval a b --bach-size=3", "unknown option '--bach-size'. Did you mean '--batch-size'? "
                                    "All options: normfree eval --help"),
         ("show a b", "unexpected argument 'b'. Allowed: normfree show NAME."),
@@ -304,6 +349,22 @@ def test_traceback_raises_the_error():
 def test_a_wrong_argument_is_one_line(line, text, capsys):
     assert main(line.split()) == 2
     assert capsys.readouterr().err == f"normfree: {text}\n"
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
+def test_every_option_without_its_value_names_the_value(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    options = set(re.findall(r"(--[a-z][a-z-]*) (?!--)[A-Z{\[]", shown))
+    assert options or verb in ("list", "show")
+    for option in options:
+        assert main([verb, "a", "b", option]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"normfree: {option} has no value.")
+        example = re.search(rf"Fix: {option} (\S+)\n$", error)
+        assert example, error
+        assert example[1] not in ("", "STR.", "TEXT."), error
 
 
 def test_arguments_are_values_of_the_types_of_their_fields():

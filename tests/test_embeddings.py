@@ -164,11 +164,11 @@ def test_images_of_twelve_bits_have_the_embeddings_of_eight(tmp_path):
         ),
         (
             ("--embeddings", "x.csv"),
-            "--embeddings is 'x.csv'. Allowed: a name that ends in .npz, without --out.",
+            "--embeddings is 'x.csv'. Allowed: a name that ends in .npz. Fix: --embeddings x.npz.",
         ),
         (
             ("--embeddings", "x.npz", "--out", "y.csv"),
-            "--embeddings with --out. Allowed: a name that ends in .npz",
+            "--embeddings with --out. Allowed: embeddings or predictions. Fix: run the command twice.",
         ),
         (("--embeddings", "x.npz", "--batch-size", "0"), "batch_size is 0. Allowed: 1 or more."),
     ],

@@ -17,11 +17,15 @@ Arguments = TypeVar("Arguments")
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """One argument: its name in Python, its type, and its name for users: "MODEL" or "--batch-size"."""
+    """One argument: its name in Python, its type, and its name for users: "MODEL" or "--batch-size".
+
+    `example` is what a value of an option looks like: "FOLDER", or the default of a number.
+    """
 
     name: str
     kind: Any
     shown: str
+    example: str
     positional: bool
     required: bool
 
@@ -81,7 +85,8 @@ def _fields(kind: type) -> list[_Field]:
         metavar = next((e.metavar for e in extras if getattr(e, "metavar", None)), None)
         shown = metavar or field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
         required = field.default is dataclasses.MISSING and get_origin(hint) is not tuple
-        found.append(_Field(field.name, hint, shown, positional, required))
+        example = metavar or str(field.default)
+        found.append(_Field(field.name, hint, shown, example, positional, required))
     return found
 
 
@@ -111,7 +116,8 @@ def _option(
     else:
         texts = [rest.pop(0)] if rest and (not rest[0].startswith("--") or _is_number(rest[0])) else []
     if not texts:
-        raise UsageError(problem(f"{name} has no value", allowed=_allowed(field.kind)))
+        fix = f"{name} {field.example}"
+        raise UsageError(problem(f"{name} has no value", allowed=_allowed(field.kind), fix=fix))
     values[field.name] = tuple(texts) if field.repeated else _value(name, texts[0], field.kind)
 
 
@@ -143,11 +149,10 @@ def _value(name: str, text: str, kind: Any) -> Any:
 
 
 def _allowed(kind: Any) -> str:
-    """Return what values of a type look like."""
+    """Return what values of a type look like; "" for text, which can be anything."""
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(kind, "one or more values")
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "")
 
 
 def _is_number(text: str) -> bool:

@@ -22,7 +22,7 @@ class BenchArguments:
     """Images per step."""
     image_size: int = 0
     """Side in pixels; 0: the model's training size."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Data type of activations in training; prediction always uses float32."""

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
 from normfree.files import UnreadableFileError, atomic_write, read_text, sha256_of
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
     from normfree.preprocessing import Preprocessing
@@ -30,11 +30,11 @@ class ConvertArguments:
     target: Annotated[Positional[str], tyro.conf.arg(metavar="TARGET")]
     """A new folder; or a new file that ends in .npz, for DeepMind's format, or in .safetensors for timm:NAME and
     torchvision:NAME."""
-    model: str = ""
+    model: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
     """Model name of the weights; default: found by the names and shapes of the weights."""
     numerics: Literal["reference", "timm"] = "reference"
     """For DeepMind's NFNets: compute as DeepMind's code does, or as timm's dm_nfnet does."""
-    key: str = ""
+    key: Annotated[str, tyro.conf.arg(metavar="KEY")] = ""
     """Entry of a .pth file that contains the weights, if there are several, for example state_dict_ema."""
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Text file with one class name per line; default: the names in the source, else numbers."""
@@ -189,7 +189,7 @@ def _with_classes(model: TrainedModel, path: Path) -> TrainedModel:
     if len(names) != expected or not all(names):
         raise UsageError(
             problem(f"--classes {path} has {len(names)} lines, {names.count('')} of them empty",
-                    allowed=f"{expected} lines with one class name each")
+                    allowed=f"{number_of(expected, 'line')} with one class name each")
         )  # fmt: skip
     return replace(model, classes=tuple(names))
 
@@ -226,7 +226,7 @@ def _print_summary(model: TrainedModel, naming: str, origin: str, written: Path)
     """Print what was converted, and the checksum of the written file."""
     parameters = sum(p.numel() for p in model.net.parameters())
     lines = {
-        "model": f"{model.net.name}, {parameters:,} parameters, {len(model.classes)} classes",
+        "model": f"{model.net.name}, {parameters:,} parameters, {number_of(len(model.classes), 'class')}",
         "names": naming,
         "preprocessing": f"{_describe(model.preprocessing)} ({origin})",
         "weights": f"{written}, sha256 {sha256_of(written)}",

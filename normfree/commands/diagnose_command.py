@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
     from normfree.commands.diagnose_subject import Subject
@@ -42,11 +42,11 @@ class DiagnoseArguments:
     """Number of images; the gradient is that of one batch. 0: 16, or all images if there are fewer."""
     image_size: int = 0
     """Side in pixels; 0: the network's own size."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
-    out: str = ""
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Folder for the plots; default: diagnose-NAME in the current folder."""
-    report: str = ""
+    report: Annotated[str, tyro.conf.arg(metavar="FILE.html")] = ""
     """HTML page to write about one run or two; default: report.html in the folder of one run, RUN-RUN.html in the
     current folder for two."""
     json: bool = False
@@ -166,7 +166,7 @@ def _recommend(arguments: DiagnoseArguments, subject: Subject, report: GradientR
         if math.isnan(recommended := recommended_clipping(samples)):
             reason = f"the run has {len(samples)} finite samples of its gradients, {MIN_SAMPLES} are needed"
             return math.nan, f"no λ is recommended: {reason}"
-        return recommended, f"according to {len(samples)} samples of the run"
+        return recommended, f"according to {number_of(len(samples), 'sample')} of the run"
     if subject.preprocessing is None:
         return math.nan, ""
     return report.recommended, f"according to this gradient of batch size {arguments.batch_size}"

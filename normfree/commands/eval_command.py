@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError, check_target, tell, with_classes
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
     from normfree.data.source import Source
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from normfree.scores import Evaluation
 
 _PARTS = ("test", "val", "train")
+_SHOWN = {"test": "test", "val": "validation", "train": "training"}
+_USED = {"test": "of the test part", "val": "that chose the best step", "train": "that it was trained on"}
 
 
 @dataclass
@@ -35,15 +37,15 @@ class EvalArguments:
     part: Literal["auto", "test", "val", "train", "all"] = "auto"
     """Which part of the data to score. auto: the test part, else the validation part, else all images, without
     those that the run was trained on. train, all: also images that it was trained on."""
-    out: str = ""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.csv")] = ""
     """Write the answer for each image to this file; its name ends in .csv or .jsonl."""
-    confusion: str = ""
+    confusion: Annotated[str, tyro.conf.arg(metavar="FILE.png")] = ""
     """Write the confusion matrix to this file, a plot (.png) or a table (.csv)."""
     batch_size: int = 128
     """Images per forward pass."""
     workers: int = 0
     """Processes that load images; 0 loads them in this process."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
     json: bool = False
     """Print one JSON object instead of a table."""
@@ -137,7 +139,9 @@ def _choose(parts: dict[str, Source], part: str) -> Source:
         raise UsageError(
             problem(f"--part is {part}", allowed=f"{', '.join(parts)} or all, the parts of the run's data")
         )
-    tell(f"scored on the {'validation' if name == 'val' else name} part of the run's data")
+    left_out = ", ".join(f"{len(parts[other])} {_USED[other]}" for other in parts if other != name)
+    tell(f"scored on the {_SHOWN[name]} part of the run's data, {number_of(len(parts[name]), 'image')}; left out: "
+         f"{left_out} (--part all scores them too)")  # fmt: skip
     return parts[name]
 
 
@@ -166,12 +170,12 @@ def _without_trained(source: Source, run: Path, shown: str) -> Source:
         return source
     others = [index for index in range(len(source)) if index not in trained]
     if not others:
-        tell(
-            f"WARNING: {run} was trained on all {len(source)} images of {shown}; the score tells nothing about new ones"
-        )
+        count = number_of(len(source), "image")
+        tell(f"WARNING: {run} was trained on all {count} of {shown}; the score tells nothing about new ones")
         return source
-    tell(f"{len(trained)} of the {len(source)} images of {shown} are left out because {run} was trained on them "
-         "(--part all scores them too)")  # fmt: skip
+    verb = "is" if len(trained) == 1 else "are"
+    tell(f"{len(trained)} of the {len(source)} images of {shown} {verb} left out because {run} was trained on "
+         f"{'it' if verb == 'is' else 'them'} (--part all scores {'it' if verb == 'is' else 'them'} too)")  # fmt: skip
     return Subset(source, others)
 
 
@@ -227,5 +231,5 @@ def _print_table(score: Evaluation) -> None:
         )
     top5 = f", top-5 {score.top5_text()} %" if score.top5_text() else ""
     console.print(
-        f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {score.count} images, in float32"
+        f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {number_of(score.count, 'image')}, in float32"
     )

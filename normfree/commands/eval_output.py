@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normfree.files import atomic_write, atomic_write_text, spreadsheet_cell
-from normfree.suggest import printable
+from normfree.suggest import number_of, printable
 
 if TYPE_CHECKING:
     from normfree.scores import Evaluation
@@ -45,7 +45,7 @@ def write_confusion(score: Evaluation, path: Path) -> None:
     if path.suffix == ".png":
         from normfree.diagnose.run_figures import confusion_figure
 
-        title = f"top-1 {score.top1:.1f} % on {score.count} images"
+        title = f"top-1 {score.top1:.1f} % on {number_of(score.count, 'image')}"
         figure = confusion_figure(counts, score.classes, title=title)
         atomic_write(path, lambda target: figure.savefig(target, dpi=120, format="png"))
         return

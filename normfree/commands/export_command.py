@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError
-from normfree.suggest import problem
+from normfree.commands.usage import UsageError, tell
+from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +37,10 @@ class ExportArguments:
     """A run or model folder, or hf-hub:OWNER/NAME."""
     format: Literal["onnx", "openvino", "pt2"] = "onnx"
     """onnx: for onnxruntime and others; openvino: an .xml and a .bin file; pt2: for torch.export."""
-    out: str = ""
-    """File to write; default: model.onnx, model.xml or model.pt2 in the folder."""
-    images: tuple[str, ...] = ()
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """File to write; default: model.onnx, model.xml or model.pt2 in the folder, and model.with-preprocessing.onnx, .xml
+    or .pt2 for --with-preprocessing."""
+    images: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH...")] = ()
     """Files and folders of images to compare on; default: the validation part of the run's data."""
     unfolded: bool = False
     """Keep weight standardization and norms as they are in training."""
@@ -81,8 +82,10 @@ def export_(arguments: ExportArguments) -> int:
         )  # fmt: skip
     model = from_pretrained(arguments.model)
     model.require_classes()
+    tell(model.note)
     images = _images(arguments, model)
-    out = Path(arguments.out) if arguments.out else _default_out(arguments.model, FORMATS[arguments.format])
+    suffix = ".with-preprocessing" * arguments.with_preprocessing + FORMATS[arguments.format]
+    out = Path(arguments.out) if arguments.out else _default_out(arguments.model, suffix)
     compared = (images.pixels if arguments.with_preprocessing else images.compare)(COMPARED)
     report = export(model, out, format=arguments.format, folded=not arguments.unfolded, images=compared,
                     opset=arguments.opset, with_preprocessing=arguments.with_preprocessing)  # fmt: skip
@@ -153,7 +156,7 @@ def _quantize(report: ExportReport, model: TrainedModel, images: _Images) -> Non
         float_, int8 = (
             evaluate(net, images.labeled, preprocessing=model.preprocessing, device="cpu") for net in nets
         )
-        print(f"  top-1 on {len(images.labeled)} labeled images: float {float_.top1_text()} %, int8 "
+        print(f"  top-1 on {number_of(len(images.labeled), 'labeled image')}: float {float_.top1_text()} %, int8 "
               f"{int8.top1_text()} %, {int8.top1 - float_.top1:+.2f} points")  # fmt: skip
     for size in (1, BATCH):
         before, after = images_per_second(nets, batches[0][torch.arange(size) % len(batches[0])])

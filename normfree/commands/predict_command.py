@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import UsageError, check_given, check_target, tell
-from normfree.suggest import printable, problem
+from normfree.suggest import number_of, printable, problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,22 +37,22 @@ class PredictArguments:
     first camera. Videos and cameras need normfree[video]."""
     top: int = 5
     """Number of classes to print for each image."""
-    out: str = ""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.csv")] = ""
     """Write to this file instead; its name ends in .csv, .jsonl, .json or .html (a page with the images)."""
     wide: bool = False
     """For CSV: one line for each image, with a column for the probability of each class."""
-    heatmap: str = ""
+    heatmap: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Write the images to this folder with Grad-CAM heat maps of what the most probable class is seen in."""
     every: int = 1
     """Use every N-th frame of videos and cameras."""
-    embeddings: str = ""
+    embeddings: Annotated[str, tyro.conf.arg(metavar="FILE.npz")] = ""
     """Write the embeddings (the features before the classifier) to this .npz file, with arrays paths and embeddings,
     instead of predicting classes."""
     format: Literal["table", "csv", "jsonl", "json"] = "table"
     """What to print without --out."""
     batch_size: int = 64
     """Images per forward pass."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
 
 
@@ -61,6 +61,10 @@ def predict_(arguments: PredictArguments) -> int:
     from normfree.data.walk import left_out, walk_images
     from normfree.pretrained import from_pretrained
 
+    if arguments.heatmap and not arguments.paths:
+        given = f"no path was given, and {arguments.heatmap!r} is the folder of --heatmap"
+        fix = f"normfree predict {arguments.model} {arguments.heatmap} --heatmap FOLDER"
+        raise UsageError(problem(given, fix=fix))
     check_given(arguments.paths, "path")
     if arguments.embeddings:
         return _embed(arguments)
@@ -105,9 +109,9 @@ def _write_answers(
         finally:  # a camera is ended by Ctrl-C
             writer.close()
     if arguments.out:
-        print(f"{arguments.out}: {count} images")
+        print(f"{arguments.out}: {number_of(count - failed, 'image')}")
     if maps and (arguments.out or format == "table"):
-        print(f"{arguments.heatmap}: {maps.count} heat maps")
+        print(f"{arguments.heatmap}: {number_of(maps.count, 'heat map')}")
     return failed
 
 
@@ -123,15 +127,22 @@ def _embed(arguments: PredictArguments) -> int:
     from normfree.embeddings import embed_files, save_embeddings
     from normfree.pretrained import from_pretrained
 
+    others = [name for name in ("out", "wide", "heatmap") if getattr(arguments, name)]
+    if others:
+        given = f"--embeddings with {' and '.join(f'--{name}' for name in others)}"
+        raise UsageError(problem(given, allowed="embeddings or predictions", fix="run the command twice"))
     out = Path(arguments.embeddings)
-    if arguments.out or out.suffix != ".npz":
-        given = "--embeddings with --out" if arguments.out else f"--embeddings is {arguments.embeddings!r}"
-        fix = f"--embeddings {out.with_suffix('.npz')} alone"
-        raise UsageError(problem(given, allowed="a name that ends in .npz, without --out", fix=fix))
-    found = embed_files(from_pretrained(arguments.model), arguments.paths, every=arguments.every,
-                        batch_size=arguments.batch_size, device=arguments.device)  # fmt: skip
+    if out.suffix != ".npz":
+        given = f"--embeddings is {arguments.embeddings!r}"
+        fix = f"--embeddings {out.with_suffix('.npz')}"
+        raise UsageError(problem(given, allowed="a name that ends in .npz", fix=fix))
+    model = from_pretrained(arguments.model)
+    tell(model.note)
+    found = embed_files(model, arguments.paths, every=arguments.every, batch_size=arguments.batch_size,
+                        device=arguments.device)  # fmt: skip
     save_embeddings(found, out)
-    print(f"{arguments.embeddings}: {found.values.shape[0]} embeddings of {found.values.shape[1]} numbers")
+    count, width = found.values.shape
+    print(f"{arguments.embeddings}: {number_of(count, 'embedding')} of {width} numbers")
     for path, error in found.errors.items():
         print(f"{printable(path)}   {printable(error)}", file=sys.stderr)
     return 2 if found.errors else 0

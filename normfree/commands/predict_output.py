@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from normfree.data.transforms.decode import suffixes
 from normfree.diagnose.html_page import PageSection, image_cards, jpeg, page, table
 from normfree.files import spreadsheet_cell
-from normfree.suggest import printable
+from normfree.suggest import number_of, printable
 
 if TYPE_CHECKING:
     from normfree.prediction import Answer, Prediction
@@ -161,7 +161,9 @@ class _PageWriter:
             rows = [[error] for error in self.errors]
             sections.append(PageSection(f"Could not be read: {len(rows)}", table(["error"], rows)))
         count = sum(map(len, self.cards.values()))
-        facts = f"{count} images in {len(self.cards)} classes, the most probable first"
+        facts = (
+            f"{number_of(count, 'image')} in {number_of(len(self.cards), 'class')}, the most probable first"
+        )
         self.file.write(page(self.title, facts, sections))
 
 

@@ -12,6 +12,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from normfree.commands.usage import tell
+
 
 @dataclass
 class ServeArguments:
@@ -19,9 +21,9 @@ class ServeArguments:
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A run or model folder, or an .onnx file that `normfree export` wrote."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 listens on all. There is no authentication."""
-    allow_host: tuple[str, ...] = ()
+    allow_host: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
     """Host names under which clients reach the server, besides IP addresses, localhost and this machine's name. *: all,
     also POST requests from other sites."""
     port: int = 8000
@@ -30,7 +32,7 @@ class ServeArguments:
     """Maximum number of images per forward pass; 1: no batching."""
     max_delay_ms: float = 5.0
     """Milliseconds that an image waits for others to form a batch."""
-    device: str = "auto"
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
     """cpu, cuda or mps; auto: the first GPU if there is one, else the CPU."""
     max_bytes: int = 32_000_000
     """Maximum number of bytes per request."""
@@ -62,6 +64,7 @@ def serve(arguments: ServeArguments) -> int:
                         max_files=arguments.max_files, client_share=arguments.client_share)  # fmt: skip
         model = from_pretrained(arguments.model)
         model.require_classes()
+        tell(model.note)
         name = getattr(model.net, "name", "") or Path(arguments.model).stem
         app = create_app(model, name=name, device=arguments.device, max_batch=arguments.max_batch,
                          max_delay_ms=arguments.max_delay_ms, limits=limits,

@@ -115,7 +115,7 @@ def _show_model(name: str) -> None:
     try:
         variant = variant_of(name)
     except ValueError as error:
-        others = f"a recipe ({', '.join(RECIPES)}), a run folder, or a model folder"
+        others = f"a recipe ({', '.join(list(RECIPES)[:7])}, ...), a run folder, or a model folder"
         raise UsageError(f"{str(error).rstrip('.')}. Also allowed: {others}.") from None
     cost = count(variant)
     print(f"# {name}: {cost.parameters:,} parameters, {cost.macs / 1e9:.4f} G multiply-accumulates at "

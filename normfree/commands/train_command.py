@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -82,7 +83,8 @@ class TrainArguments:
     @property
     def keys(self) -> list[str]:
         """The config keys in `overrides`, in order."""
-        return [arg.removeprefix("--").partition("=")[0] for arg in self.overrides if arg.startswith("--")]
+        flags = [arg.removeprefix("--").partition("=")[0] for arg in self.overrides if arg.startswith("--")]
+        return [flag.replace("-", "_") for flag in flags]
 
     @property
     def run_config(self) -> Path | None:
@@ -225,9 +227,16 @@ def _resume(arguments: TrainArguments) -> tuple[Config, Path]:
 
 
 def _check_resumable(arguments: TrainArguments) -> None:
-    """Raise UsageError for options that cannot change when the run or the folds of `source` are resumed."""
-    blocked = ["--out"] * bool(arguments.out)
-    blocked += [f"--{key}" for key in arguments.keys if key not in RESUME_OPTIONS]
+    """Raise UsageError for options that cannot change when the run or the folds of `source` are resumed.
+
+    Unknown keys are not reported here, but with the key that they may stand for.
+    """
+    from normfree.training.config_io import keys
+
+    if "resume" in arguments.keys:
+        raise UsageError(problem("--resume is given with a run", fix=f"normfree train {arguments.source}"))
+    fixed = set(keys()) - set(RESUME_OPTIONS)
+    blocked = ["--out"] * bool(arguments.out) + [f"--{key}" for key in arguments.keys if key in fixed]
     if blocked:
         config = Path(arguments.source) / ("folds.toml" if arguments.has_folds else "config.toml")
         raise UsageError(
@@ -276,9 +285,14 @@ def _config(arguments: TrainArguments) -> tuple[Config, str]:
         has_data, has_weights = "data" in arguments.keys, "weights" in arguments.keys
         source = DEFAULT_RECIPE if not has_data else "finetune" if has_weights else "scratch"
     if source not in RECIPES:
+        fix = "to train on your own images, use --data FOLDER"
+        if Path(source).is_dir():
+            fix = f"to train on its images, normfree train --data {source}"
+        elif re.fullmatch(r"[a-z][\w.]*=.*", source):  # arguments of ultralytics and Hydra
+            fix = f"write each option as --{source.replace('=', ' ', 1)}"
         raise UsageError(
             problem(f"{source!r} is not a recipe, a run folder or a .toml file.{did_you_mean(source, RECIPES)}",
-                    allowed=f"the recipes {', '.join(RECIPES)}", fix="to train on your own images, use --data FOLDER")
+                    allowed=f"the recipes {', '.join(list(RECIPES)[:7])}, those of `normfree list recipes`", fix=fix)
         )  # fmt: skip
     return with_overrides(RECIPES[source](), arguments.overrides), source
 

@@ -19,7 +19,7 @@ from normfree.data.source import Source, Split
 from normfree.data.subset import Subset, encoded_bytes
 from normfree.data.transforms.decode import FULL_RANGE, ImageError, open_header, sixteen_bit_peak
 from normfree.files import atomic_write_text
-from normfree.suggest import one_line, problem
+from normfree.suggest import number_of, one_line, problem
 
 SHOWN = 40  # bad files that an error message names; a list file names all if there are more
 _CHUNK = 32  # images per task: small enough for a smooth progress bar, large enough for negligible overhead
@@ -226,11 +226,11 @@ def duplicates(split: Split, reports: Mapping[str, AuditReport]) -> tuple[str, .
     notes = []
     if across:
         notes.append(
-            f"WARNING: {len(across)} images are in two parts, so their scores tell nothing about new images: "
+            f"WARNING: {_are(len(across))} in two parts, so their scores tell nothing about new images: "
             f"{_some(across)}"
         )
     if labels:
-        notes.append(f"WARNING: {len(labels)} images are in two classes: {_some(labels)}")
+        notes.append(f"WARNING: {_are(len(labels))} in two classes: {_some(labels)}")
     return tuple(notes)
 
 
@@ -242,10 +242,15 @@ def range_notes(reports: Mapping[str, AuditReport]) -> tuple[str, ...]:
     peak = max(peaks)
     bits = max(8, peak.bit_length())
     return (
-        f"WARNING: {len(peaks)} images have 16 bits, but their largest value is {peak:,}, "
+        f"WARNING: {number_of(len(peaks), 'image')} of 16 bits: the largest value is {peak:,}, "
         f"{100 * peak / FULL_RANGE:.0f} % of the range: they would have {peak // 257 + 1} of 256 levels. If they come "
         f"from a camera of {bits} bits, give the range: --data folder:PATH,range={2**bits - 1}",
     )
+
+
+def _are(count: int) -> str:
+    """Return a number of images with its verb."""
+    return f"{number_of(count, 'image')} {'is' if count == 1 else 'are'}"
 
 
 def _some(texts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from normfree.data.encoded import EncodedSource
 from normfree.data.seeds import key
 from normfree.data.source import Source, Split, as_streamed, pixels_of
 from normfree.data.transforms.decode import read_file
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -371,8 +371,8 @@ def halve_validation(split: Split, *, seed: int) -> Split:
 def summary(what: str, train: Source, val: Source, test: Source | None = None) -> str:
     """Return the note that counts the images of a split."""
     tested = f", {len(test)} to test" if test is not None else ""
-    counts = f"{len(train)} images to train on, {len(val)} to validate{tested}"
-    return f"{what}: {counts}, {len(train.classes)} classes"
+    counts = f"{number_of(len(train), 'image')} to train on, {len(val)} to validate{tested}"
+    return f"{what}: {counts}, {number_of(len(train.classes), 'class')}"
 
 
 def audit_notes(total: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normfree.data.transforms.decode import suffixes
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 # Files and folders of file managers, archives, notebooks and network drives, besides all names that begin with a dot.
 _LITTER = frozenset(
@@ -150,9 +150,10 @@ def left_out(others: Counter[str], *, outside: int = 0) -> tuple[str, ...]:
         _one(suffix, count) for suffix, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))
     ]
     if outside:
-        parts.append(f"{outside} image{'s' * (outside > 1)} outside the class folders")
+        parts.append(f"{number_of(outside, 'image')} outside the class folders")
     total = sum(others.values()) + outside
-    return (f"{total} file{'s' * (total > 1)} were left out: {', '.join(parts)}",) if total else ()
+    were = "was" if total == 1 else "were"
+    return (f"{number_of(total, 'file')} {were} left out: {', '.join(parts)}",) if total else ()
 
 
 def _one(suffix: str, count: int) -> str:

@@ -21,7 +21,7 @@ from normfree.deploy.comparison import joined
 from normfree.deploy.export import export
 from normfree.deploy.graph_writers import silence
 from normfree.deploy.openvino_writer import write_openvino, write_two_files
-from normfree.exported_net import METADATA_KEY, ExportedNet, parse_metadata
+from normfree.exported_net import IMAGE, METADATA_KEY, ExportedNet, parse_metadata
 from normfree.files import atomic_write
 from normfree.onnx_net import OnnxNet, metadata_text, open_graph, read_onnx
 from normfree.openvino_net import OpenVinoNet, compile_openvino, read_openvino
@@ -191,6 +191,9 @@ def _open_float(source: Path, out_path: Path) -> tuple[OnnxNet, dict[str, Any]]:
         raise ValueError(
             problem(f"{source} is already quantized", allowed="float files", fix="quantize the float file")
         )
+    if [value.name for value in graph.graph.input] == [IMAGE] and text is not None:
+        given = f"{source} contains its preprocessing, and calibration needs normalized inputs"
+        raise ValueError(problem(given, fix="quantize a file that was exported without preprocessing"))
     opset = next((entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < LOWEST_OPSET:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from normfree.suggest import number_of
 from normfree.training.config import Config, steps_of
 from normfree.training.loading import cores, loading
 
@@ -54,7 +55,7 @@ def advice(config: Config, size: RunSize) -> list[str]:
     workers, usable = loading(config).workers, cores()
     if workers > usable:
         found.append(
-            f"{workers} processes load images on {usable} cores; --input.workers {usable} is as fast"
+            f"{workers} processes load images on {number_of(usable, 'core')}; --input.workers {usable} is as fast"
         )
     if not config.weights and size.parameters >= MANY_PARAMETERS and samples < FEW_IMAGES:
         found.append(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from normfree.files import UnreadableFileError, read_toml
 from normfree.suggest import closest, problem
@@ -54,6 +55,20 @@ def _unknown(key: str, value: str = "") -> str:
     return f"unknown key {key!r}.{hint}"
 
 
+def _without_value(key: str) -> str:
+    """Return the message for a key without a value: what values it allows, or else what it is."""
+    *sections, leaf = key.split(".")
+    tree: dict[str, Any] = {leaf: ""}
+    for section in reversed(sections):
+        tree = {section: tree}
+    try:
+        Config.model_validate_strings(tree)
+    except ValidationError as error:
+        (item,) = error.errors()[:1]
+        return problem(f"--{key} has no value", allowed=_allowed(key, item["type"], item["msg"]))
+    return problem(f"--{key} has no value. {(_field(key).description or '').partition('. ')[0]}")
+
+
 def _problems(error: ValidationError) -> Iterator[str]:
     """Yield one message for each wrong key of a pydantic error: the given and the allowed value."""
     seen: set[str] = set()
@@ -85,7 +100,7 @@ def _allowed(key: str, kind: str, message: str) -> str:
     """Return what a key allows, from the type and the message of a pydantic error."""
     if message.startswith("Value error, "):
         return message.removeprefix("Value error, ")
-    members = get_args(_annotation(key))
+    members = get_args(_field(key).annotation)
     if "'auto'" in str(members) and float in members:
         return "a number or 'auto'"
     if "'auto'" in str(members) and int in members:
@@ -96,15 +111,15 @@ def _allowed(key: str, kind: str, message: str) -> str:
     return message.removeprefix("Input should be ")
 
 
-def _annotation(key: str) -> Any:
-    """Return the type annotation of a key."""
+def _field(key: str) -> FieldInfo:
+    """Return the field of a key."""
     model: type[BaseModel] = Config
     *sections, leaf = key.split(".")
     for section in sections:
         kind = model.model_fields[section].annotation
         assert isinstance(kind, type)
         model = kind
-    return model.model_fields[leaf].annotation
+    return model.model_fields[leaf]
 
 
 def with_overrides(base: Config, flags: Sequence[str]) -> Config:
@@ -135,7 +150,7 @@ def with_overrides(base: Config, flags: Sequence[str]) -> Config:
         key = key.replace("-", "_")
         if not equals:
             if not args or (args[0].startswith("--") and len(args[0]) > 2):
-                problems.append(_unknown(key) if key not in known else f"--{key} needs a value.")
+                problems.append(_unknown(key) if key not in known else _without_value(key))
                 continue
             value = args.pop(0)
         if key not in known:

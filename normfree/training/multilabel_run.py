@@ -28,10 +28,10 @@ def check_labels(split: Split, config: Config) -> None:
     if as_multilabel(split.train) is not None and not uses_sigmoid(config.objective):
         several = (targets_of(split.train, [i])[0] for i in range(len(split.train)))
         index, row = next((i, row) for i, row in enumerate(several) if row.sum() != 1)
-        names = ", ".join(repr(split.classes[k]) for k in row.nonzero()[:, 0].tolist()) or "none"
+        names = ", ".join(repr(split.classes[k]) for k in row.nonzero()[:, 0].tolist())
+        has = f"has the classes {names}" if names else "has no class"
         given = (
-            f"{split.train.name(index)} has the classes {names}, and objective={config.objective!r} learns one for "
-            "each image"
+            f"{split.train.name(index)} {has}, and objective={config.objective!r} learns one for each image"
         )
         raise ValueError(problem(given, allowed="objective='bce'", fix="--objective bce"))
 

@@ -29,7 +29,7 @@ from normfree.files import atomic_write_text, flush, remove_leftovers
 from normfree.models.net import Net
 from normfree.pretrained import TrainedModel, save_description, save_pretrained
 from normfree.scores import Evaluation
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
@@ -167,8 +167,8 @@ def begin(out: Path, config: Config, data: OpenedData, net: Net, total_steps: in
     tested = f", {len(split.test):,} to test" if split.test is not None else ""
     run_log.info(
         f"{config.model}: {parameters:,} parameters on {environment['device']}; {config.data}: {len(split.train):,} "
-        f"images to train on, {len(split.val):,} to validate{tested}, {len(split.classes)} classes; "
-        f"{total_steps:,} steps of {config.input.batch_size}; {out}/",
+        f"images to train on, {len(split.val):,} to validate{tested}, {number_of(len(split.classes), 'class')}; "
+        f"{number_of(total_steps, 'step')} of {config.input.batch_size}; {out}/",
     )  # fmt: skip
 
 
@@ -192,12 +192,15 @@ def finish(
     largest = result.weights.majority
     if result.step != result.steps:
         run_log.info(f"the model is that of step {result.step}, which scored best")
+    images = number_of(result.weights.count, f"{_scored(split)} image")
     run_log.info(
-        f"top-1 on {result.weights.count} {_scored(split)} images, with 95 % intervals: {result.weights.top1_text()} % "
+        f"top-1 on {images}, with 95 % intervals: {result.weights.top1_text()} % "
         f"(weights), {result.average.top1_text()} % (averaged weights); the largest class has {largest:.1f} %",
     )  # fmt: skip
     if result.test is not None:
-        tested = f"top-1 on {result.test.count} test images, scored once: {result.test.top1_text()} %"
+        tested = (
+            f"top-1 on {number_of(result.test.count, 'test image')}, scored once: {result.test.top1_text()} %"
+        )
         run_log.info(f"{tested} (averaged weights)")
     if text := scores_text(result.average):
         run_log.info(f"averaged weights: {text}")
@@ -311,11 +314,13 @@ def _card(config: Config, split: Split, result: TrainResult) -> str:
         else ""
     )
     if result.rollbacks:
-        note += f"\nA gradient was not finite {result.rollbacks} times; the learning rate was lowered each time.\n"
+        times = number_of(result.rollbacks, "time")
+        note += f"\nA gradient was not finite {times}; the learning rate was lowered each time.\n"
     if result.privacy is not None:
         note += f"\n{privacy_text(result.privacy)}\n"
     if split.left_out:
-        note += f"\n{len(split.left_out)} images could not be read and were left out.\n"
+        were = "was" if len(split.left_out) == 1 else "were"
+        note += f"\n{number_of(len(split.left_out), 'image')} could not be read and {were} left out.\n"
     return f"""---
 library_name: normfree
 tags: [image-classification, normalizer-free]

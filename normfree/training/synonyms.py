@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-# What to use -> names, in lower case, with underscores.
+# What to use -> names, in lower case, with underscores. RUN stands for the value. A note may follow in parentheses.
 _NAMES = {
     "--length 90ep": "epochs epoch num_epochs n_epochs max_epochs",
     "--length 5000st": "steps max_steps num_steps iterations iters max_iters",
@@ -38,7 +38,9 @@ _NAMES = {
     "--objective bce": "loss criterion bce_loss multi_label multilabel",
     "--net.stochdepth_rate 0.1": "drop_path drop_path_rate stochastic_depth stochastic_depth_prob",
     "--net.drop_rate 0.2": "drop dropout",
-    "--precision bfloat16": "amp half fp16 bf16 mixed_precision amp_dtype fp32",
+    "--precision auto (bfloat16 where this device computes faster in it)": "amp half fp16 mixed_precision amp_dtype",
+    "--precision bfloat16": "bf16",
+    "--precision float32": "fp32",
     "--augment.flip 0.5": "fliplr hflip horizontal_flip random_flip",
     "--augment.orientation vertical_flip": "flipud vflip vertical_flip",
     "--augment.orientation quarter_turns": "degrees rotate rotation rot90",
@@ -63,6 +65,7 @@ _NAMES = {
 # A value that is a number, possibly with the unit of a length.
 _NUMBER = re.compile(r"\d+\.?\d*|\.\d+|\d+(\.\d+)?e-?\d+")
 _NUMBER_LAST = re.compile(r" [\d.]+(ep|st|)$")
+_SWITCH = re.compile(r"|true|yes|1|auto|must|allow", re.IGNORECASE)  # a value of `resume` that names no run
 _USES = {name: use for use, names in _NAMES.items() for name in names.split()}
 
 
@@ -71,11 +74,15 @@ def what_to_use(key: str, value: str = "") -> str:
 
     Args:
         key: the key.
-        value: the value that was given; a number replaces that of the example.
+        value: the value that was given; a number replaces that of the example, and a folder stands for RUN.
 
     >>> what_to_use("drop-path"), what_to_use("epochs", "3")
     ('--net.stochdepth_rate 0.1', '--length 3ep')
+    >>> what_to_use("resume", "runs/demo-1/checkpoints/last")
+    'normfree train runs/demo-1'
     """
     use = _USES.get(key.rpartition(".")[2].lower().replace("-", "_"), "")
+    if use.endswith(" RUN") and not _SWITCH.fullmatch(value):
+        return use.replace("RUN", value.partition("/checkpoints")[0])
     example = _NUMBER_LAST.search(use)
     return f"{use[: example.start()]} {value}{example[1]}" if example and _NUMBER.fullmatch(value) else use

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 from normfree.weights.checksums import verify
 from normfree.weights.haiku import read_haiku
 from normfree.weights.names import shaped_as, to_our_names
-from normfree.weights.run_weights import MODEL_FILE, model_files
+from normfree.weights.run_weights import EXPORTED, MODEL_FILE, exported_file, model_files
 from normfree.weights.tensor_file import read_tensors
 
 # Suffixes of files that torch and others write as pickles; only `normfree convert` reads them, in a separate process.
@@ -101,7 +101,7 @@ def _adapted(
             _logger.info("%s: adapted from %d to %d image channels", source, given.shape[1], wanted.shape[1])
     sizes = [len(s[key]) if (key := f"{_CLASSIFIER}bias") in s else 0 for s in (own, state)]
     if head and sizes[0] and sizes[0] != sizes[1]:
-        classes = f"{sizes[1]} classes" if sizes[1] else "no classifier"
+        classes = f"{number_of(sizes[1], 'class')}" if sizes[1] else "no classifier"
         _logger.warning("%s has %s, so the classifier for %d classes is new", source, classes, sizes[0])
         head = False
     return state, head
@@ -134,6 +134,8 @@ def read_weights(path: Path) -> Mapping[str, Any]:
                 fix=f"convert it first with normfree convert {path} FOLDER",
             )
         )
+    if path.suffix in EXPORTED:
+        raise ValueError(exported_file(path))
     if path.suffix != ".safetensors":
         raise ValueError(problem(f"{path} is of an unknown kind", allowed=kinds))
     return read_tensors(path)
@@ -174,4 +176,4 @@ def _title(net: nn.Module) -> str:
     """Return what error messages call a network: its name and number of classes if it has them, else its class."""
     name = getattr(net, "name", "") or type(net).__name__
     classes = getattr(net, "num_classes", None)
-    return f"{name} with {classes} classes" if isinstance(classes, int) else str(name)
+    return f"{name} with {number_of(classes, 'class')}" if isinstance(classes, int) else str(name)

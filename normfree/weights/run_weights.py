@@ -12,6 +12,7 @@ from normfree.files import UnreadableFileError, read_json, read_text, sha256_of
 from normfree.suggest import problem
 
 MODEL_FILE = "model.safetensors"
+EXPORTED = (".onnx", ".xml", ".pt2")  # files that `normfree export` writes
 _CONFIG = "config.json"
 # The list of files of a checkpoint with their hashes, and how many bytes of it are read.
 MANIFEST, MANIFEST_BYTES = "MANIFEST.json", 100_000
@@ -92,6 +93,12 @@ def _intact(folder: Path) -> bool:
         return False
 
 
+def exported_file(path: Path) -> str:
+    """Return the error message for an exported file where weights are needed."""
+    given = f"{str(path)!r} is an exported file, whose weights are part of its graph"
+    return problem(given, fix="use the run or model folder that it was exported from")
+
+
 def _no_model(path: Path) -> str:
     """Return the error message for a path without a model."""
     if (path / "config.toml").is_file():
@@ -102,6 +109,8 @@ def _no_model(path: Path) -> str:
         given = f"{str(path)!r} holds the runs of a cross-validation"
         return problem(given, allowed=f"one of them, for example {path / 'fold-1'}")
     fix = "give the folder of a run, or one that save_pretrained wrote"
+    if path.suffix in EXPORTED:
+        return exported_file(path)
     if path.is_file():
         fix = f"convert the file first: normfree convert {path} FOLDER"
     return problem(

@@ -92,10 +92,10 @@ def test_copies_across_parts_and_classes_are_named(tmp_path: Path) -> None:
     split = open_source(tmp_path)
     across, labels = duplicates(split, {part: audit(s) for part, s in split.parts().items()})
     assert across == (
-        "WARNING: 1 images are in two parts, so their scores tell nothing about new images: "
+        "WARNING: 1 image is in two parts, so their scores tell nothing about new images: "
         f"{tmp_path}/val/a/copy.png (val) is {paths[0]} (train)"
     )
-    assert labels == f"WARNING: 1 images are in two classes: {tmp_path}/train/b/other.png is {paths[1]}"
+    assert labels == f"WARNING: 1 image is in two classes: {tmp_path}/train/b/other.png is {paths[1]}"
 
 
 def test_bad_images_are_left_out_unless_a_class_has_no_others(tmp_path: Path) -> None:

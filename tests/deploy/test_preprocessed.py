@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from normfree import create_model, export, predict
+from normfree import create_model, export, predict, quantize
 from normfree.cli import main
 from normfree.data.sources.emoji import open_emoji
 from normfree.data.transforms.resample import resize_bicubic
@@ -96,7 +96,7 @@ def test_a_file_predicts_what_the_command_predicts(
     printed = capsys.readouterr().out
     assert "against normfree predict on 6 images: largest difference of a probability " in printed
     session = onnxruntime.InferenceSession(
-        tmp_path / "model" / "model.onnx", providers=["CPUExecutionProvider"]
+        tmp_path / "model" / "model.with-preprocessing.onnx", providers=["CPUExecutionProvider"]
     )
     assert [(v.name, v.type, v.shape[2]) for v in session.get_inputs()] == [("image", "tensor(uint8)", 3)]
     for prediction in predict(model, [photos], top=5, device="cpu"):
@@ -106,8 +106,35 @@ def test_a_file_predicts_what_the_command_predicts(
         wanted = dict(zip(prediction.classes, prediction.probabilities, strict=True))
         assert found == pytest.approx([wanted[name] for name in model.classes], abs=2e-3)
     # The file needs no preprocessing, so the command, which does it, does not take it.
-    assert main(["predict", str(tmp_path / "model" / "model.onnx"), str(photos)]) == 2
-    assert "contains its preprocessing and takes one image of bytes" in capsys.readouterr().err
+    for arguments in (
+        ["predict", "{}", str(photos)],
+        ["eval", "{}", str(photos)],
+        ["show", "{}"],
+        ["serve", "{}"],
+    ):
+        assert (
+            main(
+                [
+                    argument.format(tmp_path / "model" / "model.with-preprocessing.onnx")
+                    for argument in arguments
+                ]
+            )
+            == 2
+        )
+        error = capsys.readouterr().err
+        assert "contains its preprocessing and takes one image of bytes" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "model" / "model.onnx").exists()
+
+
+def test_a_file_with_its_preprocessing_is_not_quantized(model: TrainedModel, tmp_path: Path) -> None:
+    source = tmp_path / "whole.onnx"
+    export(model, source, with_preprocessing=True)
+    with pytest.raises(
+        ValueError, match=r"whole\.onnx contains its preprocessing, and calibration needs normalized"
+    ):
+        quantize(source, tmp_path / "q.onnx", calibration=[torch.zeros(2, 3, 32, 32)])
+    assert not (tmp_path / "q.onnx").exists()
 
 
 def test_sigmoids_and_the_pt2_format(model: TrainedModel, tmp_path: Path) -> None:

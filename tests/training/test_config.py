@@ -1,5 +1,6 @@
 """The config: all errors at once with their exact text, the same rules for files and flags, a pinned list of keys."""
 
+import re
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_all_errors_are_reported_at_once_with_the_allowed_values():
         "unknown key 'optim.lrr'. Did you mean 'optim.lr'?",
         "unexpected argument 'stray'. Allowed: --key value, for example --optim.lr 0.05.",
         "unknown key 'zzzz'. All keys: normfree train --help",
-        "--model needs a value.",
+        "--model has no value. Name of a variant, see `normfree list`.",
         "length='90'. Allowed: a number of epochs or steps, for example '90ep' or '5000st'.",
         "compile='maybe'. Allowed: true or false.",
         "net.drop_rate='x'. Allowed: a number or 'auto'.",
@@ -85,6 +86,14 @@ def test_all_errors_are_reported_at_once_with_the_allowed_values():
         "private:epsilon=8,delta=1e-05,accountant=rdp. Did you mean 'agc'?",
         "log.every='0'. Allowed: greater than or equal to 1.",
     )
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_without_its_value_names_the_value(key):
+    with pytest.raises(ConfigError) as error:
+        with_overrides(Config(), [f"--{key}", "--seed", "1"] if key != "seed" else ["--seed"])
+    (message,) = error.value.problems
+    assert re.fullmatch(rf"--{re.escape(key)} has no value\. \S.{{4,}}\.", message), message
 
 
 def test_files_follow_the_same_rules(tmp_path):
@@ -178,7 +187,8 @@ def test_a_rate_in_a_file_is_checked_like_a_flag(tmp_path):
     [
         ("--epochs", "--length 1ep"), ("--batch", "--input.batch_size 1"), ("--imgsz", "--input.image_size 1"),
         ("--lr0", "--optim.lr 1"), ("--drop-path", "--net.stochdepth_rate 1"),
-        ("--amp", "--precision bfloat16"), ("--val-split", "--input.val_fraction 1"), ("--kfold", "--folds 1"),
+        ("--amp", "--precision auto (bfloat16 where this device computes faster in it)"),
+        ("--bf16", "--precision bfloat16"), ("--val-split", "--input.val_fraction 1"), ("--kfold", "--folds 1"),
         ("--opt", "--optim.optimizer adamw"),
         ("--freeze", "--optim.body freeze"), ("--optim.momentum", "--optim.optimizer sgd:momentum=0.9"),
     ],
@@ -191,7 +201,7 @@ def test_names_of_other_programs_lead_to_the_key(flag, use):
 
 def test_what_is_offered_for_names_of_other_programs_is_valid():
     for use, names in _NAMES.items():
-        parts = use.split()
+        parts = use.partition(" (")[0].split()
         if (
             parts[0].startswith("--")
             and parts[-1].upper() != parts[-1]

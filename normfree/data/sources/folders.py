@@ -13,7 +13,7 @@ from normfree.data.source import Source, Split
 from normfree.data.subset import check_fractions, make_split
 from normfree.data.transforms.decode import FULL_RANGE, MAX_PIXELS, suffixes
 from normfree.data.walk import left_out, list_folder, unreadable_images
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 # The strings in the name of a folder that make it a part, as in "Training", "seg_train" or "test-images". Of several
 # folders, the one whose string comes first is used.
@@ -275,7 +275,7 @@ def _listing(root: Path, *, training: bool = False) -> _Listing:
             count = sum(entries.others.values())
             raise ValueError(
                 problem(
-                    f"the class folder {root / name} holds no images ({count} other files)",
+                    f"the class folder {root / name} holds no images ({number_of(count, 'other file')})",
                     allowed=f"one image or more ({_suffixes()})",
                     fix=unreadable_images(entries.others) or "add images, or delete the folder",
                 )
@@ -317,7 +317,7 @@ def _no_classes(root: Path, images: int, others: Counter[str]) -> str:
     if not images:
         fix = unreadable_images(others) or "check the path"
         return problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix=fix)
-    given = f"{root} holds {images} images and no class folders"
+    given = f"{root} holds {number_of(images, 'image')} and no class folders"
     tables = sorted(p for where in (root, root.parent) for p in where.glob("*.csv"))
     if tables:
         return problem(given, allowed=_LAYOUT) + f" Did you mean the table of labels, {str(tables[0])!r}?"

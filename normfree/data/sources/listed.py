@@ -14,7 +14,7 @@ from normfree.data.sources.nested import NestedSource
 from normfree.data.subset import check_fractions, make_split
 from normfree.data.transforms.decode import suffixes
 from normfree.files import UnreadableFileError, read_csv, read_text
-from normfree.suggest import did_you_mean, problem, some_names
+from normfree.suggest import did_you_mean, number_of, problem, some_names
 
 # Usual names of columns, in lower case.
 _IMAGE = (
@@ -163,7 +163,10 @@ def read_lines(path: Path, options: Mapping[str, str] | None = None) -> list[Lis
     rows = [row for row in table if any(cell.strip() for cell in row)]
     if len(rows) < 2:
         raise ValueError(
-            problem(f"{path} has {len(rows)} lines", allowed="a line of names, then one for each image")
+            problem(
+                f"{path} has {number_of(len(rows), 'line')}",
+                allowed="a line of names, then one for each image",
+            )
         )
     return _table_lines(path, rows, options)
 
@@ -292,7 +295,7 @@ def _classes(path: Path, lines: Sequence[ListedImage], *, least: int = 2) -> tup
     """Return the sorted classes; numbers are sorted as numbers."""
     names = {label for line in lines for label in line.labels}
     if len(names) < least:
-        raise ValueError(problem(f"{path} has {len(names)} classes", allowed=f"{least} or more"))
+        raise ValueError(problem(f"{path} has {number_of(len(names), 'class')}", allowed=f"{least} or more"))
     return tuple(
         sorted(names, key=lambda name: (len(name), name) if all(n.isdecimal() for n in names) else (0, name))
     )

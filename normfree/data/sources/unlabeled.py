@@ -8,6 +8,7 @@ from normfree.data.source import Split
 from normfree.data.sources.folders import DEFAULT_LIMITS, FolderSource, ImageLimits
 from normfree.data.subset import audit_notes, hash_split
 from normfree.data.walk import left_out, list_folder
+from normfree.suggest import number_of
 
 UNLABELED = "unlabeled"  # the only class
 
@@ -36,7 +37,7 @@ def open_unlabeled(
         source, val_fraction=val_fraction, seed=seed, ident=lambda index: names[index], what=str(root),
         fix="add images",
     )  # fmt: skip
-    note = f"{root}: {len(train)} images without labels to train on, {len(val)} to validate"
+    note = f"{root}: {number_of(len(train), 'image')} without labels to train on, {len(val)} to validate"
     return Split(
         train=train,
         val=val,

@@ -18,7 +18,7 @@ from normfree.data.sources.storage import StoredFile, expand, read_sibling
 from normfree.data.sources.tar_index import TarIndex, index_of
 from normfree.data.subset import make_split
 from normfree.data.transforms.decode import MAX_PIXELS, ImageError
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 
 _NAMES_BYTES = 10_000_000  # of a file of class names; 100,000 names take 3 MB
 _THREADS = 8  # shards that are indexed at a time; remote ones spend most of the time waiting
@@ -81,7 +81,8 @@ class ShardSource(EncodedSource):
         """Return a note on the disk space of the output of shell commands, if there are any."""
         sizes = [stamp[0] for file, stamp in zip(self._files, self._stamps, strict=True) if file.label]
         where = os.path.dirname(self._files[0].url)
-        return [f"{len(sizes)} shards were fetched into {where}, {sum(sizes):,} bytes"] if sizes else []
+        fetched = f"fetched into {where}: {number_of(len(sizes), 'shard')}, {sum(sizes):,} bytes"
+        return [fetched] if sizes else []
 
     def _shard(self, index: int) -> int:
         """Return the index of the shard of a sample."""

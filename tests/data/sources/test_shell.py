@@ -53,8 +53,8 @@ def test_what_a_command_writes_is_a_shard(tmp_path: Path, kept: Path) -> None:
         split = open_source(spec, pipes=pipes)
         assert contents(split.train) == [(f"a-{i // 6}.tar/{i:03}.png", i % 2, i) for i in range(12)]
         assert split.notes[2:] == (
-            f"2 shards were fetched into {kept}, {2 * size:,} bytes",
-            f"1 shards were fetched into {kept}, {size:,} bytes",
+            f"fetched into {kept}: 2 shards, {2 * size:,} bytes",
+            f"fetched into {kept}: 1 shard, {size:,} bytes",
         )
         assert contents(split.val) == [(f"v.tar/{i:03}.png", i % 2, i) for i in range(20, 26)]
         assert contents(open_labeled(f"shards:{spec}", pipes=pipes)) == contents(split.val)
