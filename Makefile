@@ -47,7 +47,7 @@ browser: .venv/.dev ## test the page of normfree serve in a real browser
 interop: .venv/.interop ## test with timm, Lightning, Transformers, Opacus, OpenVINO and others; writes docs/hosts.md
 	$(BIN)/python -m pytest -m "(interop or works or refuses) and not slow" --hosts-table docs/hosts.md tests
 
-reliability: .venv/.dev ## try every promise of docs/reliability.md in full (hours; continues where it was interrupted) and write that page
+reliability: .venv/.fuzz ## try every promise of docs/reliability.md in full (hours; continues where it was interrupted) and write that page
 	nice $(BIN)/python -m reliability
 
 docs: .venv/.docs  ## build the documentation site in site/
@@ -69,4 +69,4 @@ format: .venv/.dev ## reformat the code
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove the environment and build products, but no runs
-	rm -rf .venv build site normfree/native/_compiled.* *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build site normfree/native/_compiled.* *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

@@ -10,7 +10,8 @@ from normfree.data.transforms.decode import FULL_RANGE
 from normfree.data.transforms.evaluate import CROP_PADDING, EVAL_CROPS, EvalTransform, eval_transform
 from normfree.data.transforms.normalize import IMAGENET_MEAN, IMAGENET_STD, height_and_width
 from normfree.models.net import Net
-from normfree.suggest import unknown
+from normfree.models.variant import LARGEST
+from normfree.suggest import problem, unknown
 
 # crop_pct of timm's variants: 1 for the light NFNets (L0 to L2), these values, and 0.9 for all others.
 # Source: default_cfgs of models/nfnet.py, timm 1.0.31.
@@ -34,6 +35,9 @@ class Preprocessing:
         mean: mean of each channel, for values from 0 to 1.
         std: standard deviation of each channel, for values from 0 to 1.
         pixel_range: value of white in 16-bit gray images, for those who decode files.
+
+    Raises:
+        ValueError: a value is not possible. A model folder may come from anywhere.
     """
 
     image_size: int | tuple[int, int]
@@ -44,6 +48,32 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     pixel_range: int = FULL_RANGE
+
+    def __post_init__(self) -> None:
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        if len(sizes) not in (1, 2) or not all(_is_number(n, int, 1, LARGEST) for n in sizes):
+            raise ValueError(
+                problem(f"image_size={self.image_size!r}", allowed="a side, or height and width")
+            )
+        for name, least in (("mean", -LARGEST), ("std", 1 / LARGEST)):
+            values = getattr(self, name)
+            if (
+                not values
+                or type(values) is not tuple
+                or not all(_is_number(v, float, least) for v in values)
+            ):
+                raise ValueError(
+                    problem(f"{name}={values!r}", allowed=f"a number of {least:g} or more per channel")
+                )
+        if len(self.mean) != len(self.std):
+            raise ValueError(problem(f"mean={self.mean}, std={self.std}", allowed="as many of both"))
+        if not _is_number(self.crop_pct, float, 0):
+            raise ValueError(problem(f"crop_pct={self.crop_pct!r}", allowed="above 0, up to 1"))
+        if not _is_number(self.pixel_range, int, 1, FULL_RANGE):
+            raise ValueError(problem(f"pixel_range={self.pixel_range!r}", allowed=f"1 to {FULL_RANGE:,}"))
+        if type(self.antialias) is not bool:
+            raise ValueError(problem(f"antialias={self.antialias!r}", allowed="True or False"))
+        self.transform()  # refuses the other options
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -111,10 +141,16 @@ class Preprocessing:
                 mean=tuple(map(float, config["mean"])),
                 std=tuple(map(float, config["std"])),
             )
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"pretrained_cfg of the model's config.json has a missing or invalid entry: {error}."
             ) from None
+
+
+def _is_number(value: object, kind: type, least: float, most: float = LARGEST) -> bool:
+    """Return True for an integer, or with `kind` float any finite number, from `least` to `most`."""
+    allowed = (int,) if kind is int else (int, float)
+    return isinstance(value, allowed) and type(value) is not bool and least <= value <= most
 
 
 def assumed_preprocessing(net: Net, *, deepmind: bool) -> Preprocessing:

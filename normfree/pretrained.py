@@ -20,9 +20,10 @@ from normfree._version import __version__
 from normfree.data.source import require_class_names
 from normfree.exported_net import ExportedNet
 from normfree.files import UnreadableFileError, atomic_write, atomic_write_text, read_json
+from normfree.models import cost
 from normfree.models.net import Net
 from normfree.models.variant import Variant
-from normfree.models.variants import VARIANTS, name_in_timm
+from normfree.models.variants import VARIANTS, name_in_timm, variant_of
 from normfree.models.zoo import create_model
 from normfree.onnx_net import open_onnx
 from normfree.openvino_net import open_openvino
@@ -279,6 +280,7 @@ def from_pretrained(
     files = _files(source)
     about = _described(files, numerics)
     try:
+        _check_size(about, files.weights)
         net = create_model(about.variant, num_classes=len(about.classes), **about.arguments)
         if not isinstance(net, Net):
             raise TypeError("'features_only' in model_args")
@@ -286,6 +288,16 @@ def from_pretrained(
         raise ValueError(f"{files.folder}: config.json does not describe a network: {error}.") from None
     load_weights(net, files.folder if files.weights.parent == files.folder else files.weights)
     return TrainedModel(net.eval(), about.preprocessing, about.classes, about.sigmoid, files.note)
+
+
+def _check_size(about: Description, weights: Path) -> None:
+    """Raise `TypeError` if a network would have more parameters than the file of its weights has bytes."""
+    overrides = {"in_channels": 3, **about.arguments}
+    in_channels = overrides.pop("in_channels")
+    variant = variant_of(about.variant).with_overrides(overrides)
+    parameters = cost.count(variant, num_classes=len(about.classes), in_channels=in_channels).parameters
+    if parameters > (size := weights.stat().st_size):
+        raise TypeError(f"a network of {parameters:,} parameters, and {weights.name} has {size:,} bytes")
 
 
 def _files(source: str | Path) -> ModelFiles:
@@ -343,10 +355,13 @@ def _described(files: ModelFiles, numerics: str) -> Description:
         count = int(config["num_classes"])
         if not 0 <= count <= _MOST_CLASSES:
             raise TypeError(f"'num_classes' is {count}")
-        classes = tuple(config.get("label_names") or map(str, range(count)))
+        labels = config.get("label_names") or [str(number) for number in range(count)]
+        if not isinstance(labels, list):
+            raise TypeError(f"'label_names' is a {type(labels).__name__}, not a list")
+        classes = tuple(labels)
         require_class_names(classes, source=str(folder))
     # The file may come from anywhere, so any entry may be missing or have the wrong type.
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{folder}: config.json does not describe a network: {error}.") from None
     if len(classes) != count:
         raise ValueError(f"{folder}: config.json has {len(classes)} class names for {count} outputs.")

@@ -74,7 +74,8 @@ GOALS = {
     "finite": Goal(8, "NaN and Inf never reach what is stored", full=108),
     "memory": Goal(9, "Nothing grows", full=2),
     "golden": Goal(11, "Known losses, earlier formats, equal runs, no network", full=3),
-    "fuzz": Goal(12, "Parsers take any bytes", full=100),
+    "properties": Goal(12, "Laws of parsers, files and numbers hold for any input", full=10),
+    "fuzz": Goal(12, "Parsers take any bytes", full=10),
     "mutations": Goal(0, "The tests of the protections", full=100),
 }
 

@@ -194,7 +194,7 @@ MUTATIONS = (
              "        if host and not self._allows(f\"http://{host}\"):\n", "        if False:\n",
              HOSTILE + "test_hosts_and_origins_of_other_sites_are_refused"),
     Mutation("the server checks the Origin", "serve/origin.py",
-             "        if origin is not None and urlsplit(origin)", "        if False and urlsplit(origin)",
+             "        if origin is not None and _netloc(origin)", "        if False and _netloc(origin)",
              HOSTILE + "test_hosts_and_origins_of_other_sites_are_refused"),
     Mutation("a client cannot take all connections", "serve/server.py",
              "            for among, most in ((own, max_each), (live, max_connections)):\n",

@@ -100,9 +100,9 @@ def _spec(line: str) -> Any:
 
 
 def _synthetic(line: str) -> Any:
-    from normfree.data.sources.synthetic import open_synthetic
+    from normfree.data.sources.synthetic import options_of
 
-    return len(open_synthetic(f"synthetic:{line}").train)
+    return options_of(f"synthetic:{line}")
 
 
 def _braces(line: str) -> Any:

@@ -31,7 +31,7 @@ from normfree.models.layers import (
     convolve,
     max_pool,
 )
-from normfree.models.variant import STEMS, Variant, eca_kernel_size
+from normfree.models.variant import LARGEST, STEMS, Variant, eca_kernel_size
 from normfree.ops.example_gradients import expanded_number, is_expanded
 from normfree.ops.gated_add import gated_add, kept_images, take_images
 from normfree.suggest import problem
@@ -268,6 +268,8 @@ class Net(Backbone):
         self, variant: Variant, *, name: str = "", num_classes: int = 1000, in_channels: int = 3
     ) -> None:
         super().__init__()
+        if type(in_channels) is not int or not 1 <= in_channels <= LARGEST:
+            raise ValueError(problem(f"in_channels={in_channels!r}", allowed=f"1 to {LARGEST:,}"))
         factory = LayerFactory(variant)
         self.variant, self.name, self.in_channels = variant, name, in_channels
         self.feature_scale = factory.feature_scale

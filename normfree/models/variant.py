@@ -96,6 +96,7 @@ class Variant:
         for field in fields(self):
             _check_kind(field.name, getattr(self, field.name), _KINDS[field.name])
         activation(self.activation)
+        _check_numbers(self)
         lengths = {"depths": len(self.depths), "widths": len(self.widths), "strides": len(self.strides)}
         if len(set(lengths.values())) != 1:
             got = ", ".join(f"{k}={getattr(self, k)}" for k in lengths)
@@ -103,10 +104,12 @@ class Variant:
             wrong = [k for k, length in lengths.items() if length != usual]
             fix = f"give {' and '.join(wrong)} {usual} {'entry' if usual == 1 else 'entries'}, or change the others too"
             raise ValueError(problem(got, allowed="one entry per stage", fix=fix))
-        if min(self.depths) < 1 or min(self.widths) < 1:
-            given = f"depths={self.depths}, widths={self.widths}"
-            allowed = "at least one block and one channel per stage"
-            raise ValueError(problem(given, allowed=allowed, fix="use 1 or more"))
+        if not 1 <= sum(self.depths) <= MAX_BLOCKS:
+            given = f"depths={self.depths}"
+            raise ValueError(problem(given, allowed=f"1 to {MAX_BLOCKS:,} blocks in all"))
+        if len(self.head_ratio) != 2 or self.head_ratio[1] < 1 or self.head_width < 1:
+            given = f"head_ratio={self.head_ratio} of {self.widths[-1]} channels"
+            raise ValueError(problem(given, allowed="two numbers whose fraction of them is 1 or more"))
         if self.activation == "glu":
             given = "activation='glu' halves the channels"
             allowed = "activations that keep the shape"
@@ -133,6 +136,9 @@ class Variant:
         )
         wanted = (out_channels if self.bottleneck_of == "out" else in_channels) * ratio
         width = int(wanted) if self.width_divisor == 1 else rounded(wanted, self.width_divisor)
+        if width < 1:
+            given = f"a branch of {out_channels} channels times {ratio:g} has no width"
+            raise ValueError(problem(given, fix="use a larger bottleneck_ratio"))
         if not self.group_width:
             return width, 1
         groups = width // self.group_width
@@ -222,8 +228,31 @@ def eca_kernel_size(channels: int) -> int:
     return max(size if size % 2 else size + 1, 3)
 
 
+# Far above all networks, and below what overflows or never ends.
+LARGEST, MAX_BLOCKS = 1_000_000, 1_000
+# Smallest value of each field that is a number or several, without those that `__post_init__` checks by itself.
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(
+        ("depths", "widths", "strides", "se_divisor", "width_divisor", "train_size", "test_size"), 1
+    ),
+    **dict.fromkeys(
+        ("group_width", "bottleneck_ratio", "first_bottleneck_ratio", "se_ratio", "head_ratio"), 0
+    ),
+    **dict.fromkeys(("alpha", "skip_gain"), -LARGEST),
+    "classifier_std": 0,
+}
+
 # Types of the fields.
 _KINDS: dict[str, Any] = get_type_hints(Variant)
+
+
+def _check_numbers(variant: Variant) -> None:
+    """Raise `ValueError` for numbers with which no network can be computed. A variant may come from a file."""
+    for name, least in _LEAST.items():
+        value = getattr(variant, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not least <= number <= LARGEST:  # also False for NaN
+                raise ValueError(problem(f"{name}={value}", allowed=f"{least:g} to {LARGEST:,}"))
 
 
 def _check_kind(name: str, value: object, kind: Any) -> None:

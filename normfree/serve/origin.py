@@ -51,7 +51,7 @@ class HostGuard:
             return ""
         origin = headers.get("origin")
         # An allowed host name, or an address on the same port: other addresses may belong to other sites.
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower() and not self._named(origin):
+        if origin is not None and _netloc(origin) != host.lower() and not self._named(origin):
             return problem(f"requests from {origin[:100]!r} are not answered", fix=fix)
         if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             return problem("requests from other sites are not answered", fix=fix)
@@ -76,3 +76,11 @@ class HostGuard:
             return True
         except ValueError:
             return name.lower() in self._hosts
+
+
+def _netloc(url: str) -> str | None:
+    """Return host and port of a URL in lower case; None if it is no URL."""
+    try:
+        return urlsplit(url).netloc.lower()
+    except ValueError:
+        return None

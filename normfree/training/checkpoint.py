@@ -32,7 +32,7 @@ from normfree.files import (
     write_text,
 )
 from normfree.suggest import some_names
-from normfree.weights.run_weights import MANIFEST, MANIFEST_BYTES
+from normfree.weights.run_weights import MANIFEST, MANIFEST_BYTES, newest_first
 from normfree.weights.tensor_file import read_tensors, write_tensors
 
 # Bytes that are read of state.json, which holds the names of all classes and the losses since the last line of
@@ -122,7 +122,7 @@ def pointed(folder: Path, name: str) -> str:
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest checkpoint that passes verification, or None, and a message for each newer one that failed."""
     passed_over: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in newest_first(folder):
         try:
             return read(path), passed_over
         except ValueError as error:
@@ -174,9 +174,9 @@ def _remove_old(folder: Path, keep: int, *, newest_step: int, best: int | None) 
     """Delete all checkpoints except the `keep` newest up to `newest_step` and the best one, and temporary files."""
     # The file may be damaged, or older than `best` if the process was killed before it was written.
     spared = {pointed(folder, "best"), "" if best is None else name_of(best)}
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = newest_first(folder)
     # Later ones are damaged and must not count among the `keep` newest.
-    later = [path for path in found if path.name > name_of(newest_step)]
+    later = found[: found.index(folder / name_of(newest_step))]
     old = [path for path in found[len(later) :][keep:] if path.name not in spared]
     for path in later + old:
         shutil.rmtree(path, ignore_errors=True)

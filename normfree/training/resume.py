@@ -131,7 +131,7 @@ def restore_newest(
         return None, Best()
     try:
         planned, best = int(saved.state["total_steps"]), Best.of_state(saved.state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         given = f"{folder / checkpoint.name_of(saved.step)}: state.json is of another program ({error!r})"
         raise ValueError(problem(given, fix="start another run with --out")) from None
     before = str(saved.state.get("length", trainer.config.length))

@@ -83,6 +83,14 @@ def haiku_from_state_dict(state: Mapping[str, Tensor]) -> HaikuTree:
         {tuple(map(int, m.groups())) for k in state if (m := re.match(r"stages\.(\d+)\.(\d+)\.", k))}
     )
     flat = {name: i for i, name in enumerate(block_names)}
+    wrong = [
+        f"stages.{s}.{b}"
+        for s, b in block_names
+        if (b == 0) != (f"stages.{s}.{b}.conv_shortcut.weight" in state)
+    ]
+    if wrong:  # the names in a tree do not have the stage
+        allowed = "a shortcut with weights in the first block of each stage and in no other"
+        raise ValueError(problem(f"the shortcut of {wrong[0]}", allowed=allowed))
     tree: HaikuTree = {}
     unknown: list[str] = []
     for key, tensor in state.items():

@@ -17,7 +17,7 @@ _CONFIG = "config.json"
 # The list of files of a checkpoint with their hashes, and how many bytes of it are read.
 MANIFEST, MANIFEST_BYTES = "MANIFEST.json", 100_000
 _AVERAGE = "ema.safetensors"  # the averaged weights in a checkpoint
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-[0-9]{8,18}")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ def model_files(path: Path) -> ModelFiles:
         return ModelFiles(found, found / MODEL_FILE)
     if (path / "model" / _CONFIG).is_file():
         for folder, kind in _checkpoints(path / "checkpoints"):
-            step = _STEP.fullmatch(folder.name)
-            if step is not None and _intact(folder):
-                which = f"the averaged weights of {kind} checkpoint, step {int(step[1])}"
+            if _intact(folder):
+                which = f"the averaged weights of {kind} checkpoint, step {_step_in(folder)}"
                 note = f"{path} is not finished; these are {which}"
                 return ModelFiles(path / "model", folder / _AVERAGE, note)
     raise ValueError(_no_model(path))
@@ -79,9 +78,22 @@ def _complete(path: Path) -> Path | None:
 def _checkpoints(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield the checkpoints of a run, the best one first and then the newest, with their description."""
     with contextlib.suppress(UnreadableFileError):
-        yield folder / read_text(folder / "best", limit=100).strip(), "its best"
-    for path in sorted(folder.glob("step-*"), reverse=True):
+        best = read_text(folder / "best", limit=100).strip()
+        if _STEP.fullmatch(best):  # nothing outside of the folder
+            yield folder / best, "its best"
+    for path in newest_first(folder):
         yield path, "its newest intact"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the step folders in the `checkpoints` folder of a run, the one of the largest step first."""
+    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=_step_in, reverse=True)
+
+
+def _step_in(path: Path) -> int:
+    """Return the step of a step folder. Names order as steps do only up to eight digits."""
+    return int(path.name.removeprefix("step-"))
 
 
 def _intact(folder: Path) -> bool:

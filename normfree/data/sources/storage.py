@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import os
 import re
 import stat
@@ -210,15 +211,26 @@ def _globbed(pattern: str) -> list[StoredFile]:
 
 def braces(text: str, whole: str) -> list[str]:
     """Return the strings that `text` expands to by {000..127} and {a,b}; errors quote `whole`."""
-    start, close = text.find("{"), text.find("}")
-    if start < 0 and close < 0:
-        return [text]
-    if start < 0 or close < start or "{" in text[start + 1 : close]:
-        raise ValueError(
-            problem(f"{whole!r} has braces that do not match", allowed=_BRACES, fix="close each")
-        )
-    inner = text[start + 1 : close]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    parts: list[list[str]] = []
+    count = 1
+    while "{" in text or "}" in text:
+        start, close = text.find("{"), text.find("}")
+        if start < 0 or close < start or "{" in text[start + 1 : close]:
+            raise ValueError(
+                problem(f"{whole!r} has braces that do not match", allowed=_BRACES, fix="close each")
+            )
+        parts += [[text[:start]], _alternatives(text[start + 1 : close], whole)]
+        count *= len(parts[-1])
+        if count > MAX_FILES:
+            given = f"{whole!r} names too many files"
+            raise ValueError(problem(given, allowed=f"at most {MAX_FILES:,}", fix="fewer braces"))
+        text = text[close + 1 :]
+    return ["".join(chosen) for chosen in itertools.product(*parts, [text])]
+
+
+def _alternatives(inner: str, whole: str) -> list[str]:
+    """Return the strings that the text within two braces stands for; errors quote `whole`."""
+    span = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inner)
     if span:
         low, high = int(span[1]), int(span[2])
         padded = len(span[1]) if span[1].startswith("0") or len(span[1]) == len(span[2]) else 0
@@ -230,14 +242,7 @@ def braces(text: str, whole: str) -> list[str]:
                     fix=f"{{{span[2]}..{span[1]}}}",
                 )
             )
-        parts = [str(number).zfill(padded) for number in range(low, high + 1)]
-    elif "," in inner:
-        parts = inner.split(",")
-    else:
+        return [str(number).zfill(padded) for number in range(low, high + 1)]
+    if "," not in inner:
         raise ValueError(problem(f"{whole!r} has {{{inner}}}", allowed=_BRACES, fix="leave out the braces"))
-    rests = braces(text[close + 1 :], whole)
-    if len(parts) * len(rests) > MAX_FILES:
-        raise ValueError(
-            problem(f"{whole!r} names too many files", allowed=f"at most {MAX_FILES:,}", fix="fewer braces")
-        )
-    return [text[:start] + part + rest for part in parts for rest in rests]
+    return inner.split(",")

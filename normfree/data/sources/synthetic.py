@@ -11,6 +11,7 @@ from normfree.suggest import closest, problem
 # Shapes that are unchanged by the left-right flips of training. `_inside` has their formulas.
 SHAPES = ("disk", "ring", "square", "frame", "diamond", "triangle", "plus", "saltire", "bar", "pillar")
 DEFAULTS = {"classes": 10, "size": 32, "train": 2000, "val": 500}
+_BYTES = 4_000_000_000  # of all images, which are kept in memory: 1.3 million of 32 x 32
 _LIMITS = {"classes": (2, len(SHAPES)), "size": (8, 1024), "train": (2, 10**6), "val": (2, 10**6)}
 
 
@@ -21,9 +22,9 @@ def open_synthetic(text: str) -> Split:
     sizes. Image i is a function of (part, i) only, for any seed of a run.
 
     Raises:
-        ValueError: An option is unknown or out of range.
+        ValueError: An option is unknown or out of range, or the images would take too much memory.
     """
-    options = _parse(text)
+    options = options_of(text)
     classes = SHAPES[: options["classes"]]
 
     def part(name: str) -> ArraySource:
@@ -77,8 +78,12 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return masks[shape]
 
 
-def _parse(text: str) -> dict[str, int]:
-    """Return the options in `text` and the defaults of the others."""
+def options_of(text: str) -> dict[str, int]:
+    """Return the options in a text such as "synthetic:classes=4", and the defaults of the others.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or the images would take more than `_BYTES`.
+    """
     options = dict(DEFAULTS)
     pairs = text.partition(":")[2]
     for pair in pairs.split(",") if pairs else []:
@@ -93,7 +98,7 @@ def _parse(text: str) -> dict[str, int]:
                 )
             )
         least, most = _LIMITS[option]
-        if not value.isdecimal() or not least <= int(value) <= most:
+        if not value.isdecimal() or len(value) > 9 or not least <= int(value) <= most:
             raise ValueError(
                 problem(
                     f"{text!r} gives {option}={value}",
@@ -102,4 +107,8 @@ def _parse(text: str) -> dict[str, int]:
                 )
             )
         options[option] = int(value)
+    needed = 3 * options["size"] ** 2 * (options["train"] + options["val"])
+    if needed > _BYTES:
+        given = f"{text!r} draws images of {needed:,} bytes"
+        raise ValueError(problem(given, allowed=f"at most {_BYTES:,}", fix="fewer or smaller images"))
     return options
