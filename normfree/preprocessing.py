@@ -50,29 +50,24 @@ class Preprocessing:
     pixel_range: int = FULL_RANGE
 
     def __post_init__(self) -> None:
-        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
-        if len(sizes) not in (1, 2) or not all(_is_number(n, int, 1, LARGEST) for n in sizes):
-            raise ValueError(
-                problem(f"image_size={self.image_size!r}", allowed="a side, or height and width")
-            )
-        for name, least in (("mean", -LARGEST), ("std", 1 / LARGEST)):
-            values = getattr(self, name)
-            if (
-                not values
-                or type(values) is not tuple
-                or not all(_is_number(v, float, least) for v in values)
-            ):
-                raise ValueError(
-                    problem(f"{name}={values!r}", allowed=f"a number of {least:g} or more per channel")
-                )
-        if len(self.mean) != len(self.std):
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        sizes, numbers = len(size) in (1, 2), isinstance(self.mean, tuple) and isinstance(self.std, tuple)
+        for name, possible, allowed in (
+            (
+                "image_size",
+                sizes and _all_in(size, 1, LARGEST, int),
+                "a side of 1 or more, or height and width",
+            ),
+            ("mean", numbers and _all_in(self.mean, -LARGEST, LARGEST), "a number for each channel"),
+            ("std", numbers and _all_in(self.std, 1 / LARGEST, LARGEST), "a number above 0 for each channel"),
+            ("crop_pct", _all_in((self.crop_pct,), 0, 1), "above 0, up to 1"),
+            ("antialias", type(self.antialias) is bool, "True or False"),
+            ("pixel_range", _all_in((self.pixel_range,), 1, FULL_RANGE, int), f"1 to {FULL_RANGE:,}"),
+        ):
+            if not possible:
+                raise ValueError(problem(f"{name}={getattr(self, name)!r}", allowed=allowed))
+        if not 1 <= len(self.mean) == len(self.std):
             raise ValueError(problem(f"mean={self.mean}, std={self.std}", allowed="as many of both"))
-        if not _is_number(self.crop_pct, float, 0):
-            raise ValueError(problem(f"crop_pct={self.crop_pct!r}", allowed="above 0, up to 1"))
-        if not _is_number(self.pixel_range, int, 1, FULL_RANGE):
-            raise ValueError(problem(f"pixel_range={self.pixel_range!r}", allowed=f"1 to {FULL_RANGE:,}"))
-        if type(self.antialias) is not bool:
-            raise ValueError(problem(f"antialias={self.antialias!r}", allowed="True or False"))
         self.transform()  # refuses the other options
 
     @property
@@ -147,10 +142,9 @@ class Preprocessing:
             ) from None
 
 
-def _is_number(value: object, kind: type, least: float, most: float = LARGEST) -> bool:
-    """Return True for an integer, or with `kind` float any finite number, from `least` to `most`."""
-    allowed = (int,) if kind is int else (int, float)
-    return isinstance(value, allowed) and type(value) is not bool and least <= value <= most
+def _all_in(values: tuple[object, ...], least: float, most: float, *kinds: type) -> bool:
+    """Return True if all values are numbers of these kinds, by default integers or floats, from `least` to `most`."""
+    return all(type(value) in (kinds or (int, float)) and least <= value <= most for value in values)  # type: ignore[operator]
 
 
 def assumed_preprocessing(net: Net, *, deepmind: bool) -> Preprocessing:

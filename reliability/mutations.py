@@ -40,6 +40,11 @@ class Mutation(NamedTuple):
 
 
 STOP, DISK, FOLDER = "training/test_stop.py::", "training/test_disk.py::", "training/test_run_folder.py::"
+LAWS = "properties/"
+MODEL = (
+    LAWS
+    + "test_model_folder_laws.py::test_any_value_in_a_config_gives_a_model_that_predicts_or_a_value_error"
+)
 HOSTILE, TORCH, CONFIG = (
     "serve/test_hostile.py::",
     "weights/test_torch_file.py::",
@@ -149,6 +154,21 @@ MUTATIONS = (
     Mutation("a CSV has no formulas", "files.py",
              '    return f"\'{text}" if text', '    return text if text',
              "test_files.py::test_the_examples_run"),
+    Mutation("text from outside controls no terminal", "suggest.py",
+             "c if c.isprintable() or c in kept else", "c if True else",
+             LAWS + "test_text_laws.py::test_what_is_printed_controls_no_terminal"),
+    Mutation("lines of metrics hold numbers", "diagnose/metrics_file.py",
+             "    return row if all(sound) else None\n", "    return row\n",
+             LAWS + "test_file_laws.py::test_a_line_of_metrics_holds_numbers_or_is_skipped"),
+    Mutation("the newest checkpoint is that of the largest step", "weights/run_weights.py",
+             "    return sorted(found, key=_step_in, reverse=True)\n", "    return sorted(found, reverse=True)\n",
+             LAWS + "test_file_laws.py::test_the_newest_checkpoint_is_the_one_of_the_largest_step"),
+    Mutation("a network fits in the file of its weights", "pretrained.py",
+             "    if parameters > (size := weights.stat().st_size):\n", "    if False:\n", MODEL),
+    Mutation("the numbers of a variant are possible", "models/variant.py",
+             "            if not least <= number <= LARGEST:", "            if False:", MODEL),
+    Mutation("the numbers of a preprocessing are possible", "preprocessing.py",
+             "            if not possible:\n", "            if False:\n", MODEL),
     # limits
     Mutation("an image has a limit of bytes", "data/transforms/decode.py",
              "        if about.st_size > MAX_BYTES:", "        if False:",
@@ -196,6 +216,10 @@ MUTATIONS = (
     Mutation("the server checks the Origin", "serve/origin.py",
              "        if origin is not None and _netloc(origin)", "        if False and _netloc(origin)",
              HOSTILE + "test_hosts_and_origins_of_other_sites_are_refused"),
+    Mutation("an Origin that is no URL is answered", "serve/origin.py",
+             "        return urlsplit(url).netloc.lower()\n    except ValueError:\n",
+             "        return urlsplit(url).netloc.lower()\n    except ZeroDivisionError:\n",
+             LAWS + "test_server_laws.py::test_any_host_and_origin_are_answered"),
     Mutation("a client cannot take all connections", "serve/server.py",
              "            for among, most in ((own, max_each), (live, max_connections)):\n",
              "            for among, most in ((live, max_connections),):\n",

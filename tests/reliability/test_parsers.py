@@ -5,6 +5,7 @@ import random
 import pytest
 
 from reliability import fuzz
+from reliability.goals import Result
 from reliability.parsers import CORPUS, PARSERS, Parser, accepts, inputs
 
 
@@ -39,3 +40,11 @@ def test_changes_are_the_same_for_the_same_seed():
     assert [fuzz.changed(b"abc", random.Random(1)) for _ in range(2)] == 2 * [
         fuzz.changed(b"abc", random.Random(1))
     ]
+
+
+@pytest.mark.slow
+def test_a_guided_run_executes_its_inputs_and_an_error_of_another_kind_ends_it(monkeypatch):
+    pytest.importorskip("atheris", reason="the extra `fuzz` is not installed")
+    monkeypatch.setattr(fuzz, "PART", 200)
+    assert fuzz.fuzzed("json", 1) == Result(200, 200)
+    assert fuzz.fuzzed("no-such-parser", 1).passed == 0
