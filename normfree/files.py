@@ -15,7 +15,10 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _DOTS = 200  # in one line of TOML
 _PAUSES = (0.01, 0.05, 0.2, 1.0)  # seconds; scanners for viruses open new files, and close them soon
@@ -205,6 +208,30 @@ def read_json(path: str | Path, *, limit: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnreadableFileError(f"{str(path)!r} holds a {type(value).__name__}, not an object.")
     return value
+
+
+Model = TypeVar("Model", bound="BaseModel")
+
+
+def read_model(path: str | Path, model: type[Model], *, limit: int, fix: str) -> Model:
+    """Return what a JSON file holds as a model of pydantic, as `read_json` does.
+
+    Args:
+        fix: what to do about a file with other contents.
+
+    Raises:
+        UnreadableFileError: also if a value is missing or has another type; the message names the first one.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(read_json(path, limit=limit))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UnreadableFileError(
+            f"{str(path)!r} is damaged: {where!r}: {first['msg']}. Fix: {fix}."
+        ) from None
 
 
 def read_toml(path: str | Path, *, limit: int = 128_000) -> dict[str, Any]:

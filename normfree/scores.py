@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from normfree.files import read_model
 from normfree.multilabel_scores import MultiLabelScores
 from normfree.uncertainty import Interval, accuracy_digits, accuracy_text, wilson_interval
 
+_RESULTS_BYTES = 64_000_000  # of a results.json; the confusion matrix of 1,000 classes takes 8 MB
 # Top-5 accuracy is shown above this number of classes; chance is then below one half.
 TOP5_ABOVE = 10
 # Bins of the calibration error: Guo et al. 2017 (arXiv 1706.04599), section 5.
@@ -39,6 +43,36 @@ class ClassScores:
     precision: float | None
     recall: float | None
     f1: float | None
+
+
+class SavedScores(BaseModel):
+    """Scores of one evaluation in a results.json, as far as they are shown later; other entries are kept too."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    top1: float = Field(ge=0, le=100)
+    top5: float
+    loss: float
+    images: int = Field(ge=1)
+    per_class_top1: dict[str, float]
+    confusion: list[list[int]] = []
+
+
+class _Results(BaseModel):
+    """A results.json."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    weights: SavedScores
+    average: SavedScores
+    steps: int
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the results.json of a run.
+
+    Raises:
+        ValueError: it cannot be read, or lacks scores.
+    """
+    return read_model(path, _Results, limit=_RESULTS_BYTES, fix="restore it, or train again").model_dump()
 
 
 def shown_top1(scores: Mapping[str, Any]) -> str:

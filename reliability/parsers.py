@@ -193,6 +193,44 @@ def _labels(path: Path) -> Any:
     return _mapping(path)
 
 
+def _results(path: Path) -> Any:
+    from normfree.scores import read_results, shown_top1
+
+    results = read_results(path)
+    return [shown_top1(results[kind]) for kind in ("weights", "average")], results["steps"]
+
+
+def _folds(path: Path) -> Any:
+    from normfree.training.folds import finished, number_of_folds
+
+    return number_of_folds(path.parent), finished(path.parent)
+
+
+def _metadata(line: str) -> Any:
+    from normfree.exported_net import INPUT, OUTPUT, check_metadata
+    from normfree.preprocessing import Preprocessing
+
+    shapes: Any = {"inputs": {INPUT: (None, 3, 8, 8)}, "outputs": {OUTPUT: (None, 2)}}
+    fields = check_metadata(line, Path("a.onnx"), **shapes)["preprocessing"]
+    try:
+        return Preprocessing.from_fields(fields)
+    except TypeError as error:  # of the caller, which names the file
+        raise ValueError(error) from None
+
+
+def _classes(data: bytes) -> Any:
+    from normfree.data.sources.webdataset import _listed
+
+    return _listed(data[1:], json_list=data[:1] == b"j")
+
+
+def _secret(path: Path) -> Any:
+    from normfree.training.secret import SecretKey
+
+    path.chmod(0o600)
+    return SecretKey.read(path)
+
+
 # --- valid inputs -----------------------------------------------------------------------------------------------
 
 
@@ -276,6 +314,13 @@ def _model_seeds() -> list[bytes]:
     return [(_folder() / "made" / "config.json").read_bytes(), json.dumps(theirs).encode()]
 
 
+_ONE = {"top1": 50.0, "top5": 100.0, "loss": 0.7, "images": 4, "per_class_top1": {"a": 0.0, "b": 100.0}}
+RESULTS = {"weights": _ONE, "average": {**_ONE, "confusion": [[0, 2], [0, 2]]}, "steps": 3, "step": 3}
+FOLDS = {"folds": 2, "classes": ["a", "b"], "scores": [
+    {"fold": 1, "length": "1ep", "step": 3, "images": 4, "top1": 50.0, "balanced_top1": 50.0, "loss": 0.7,
+     "confusion": [[0, 2], [0, 2]]}]}  # fmt: skip
+METADATA = {"row": "x", "version": "1", "classes": ["cat", "dog"], "opset": 20, "folded": True,
+            "preprocessing": {"image_size": 8, "crop": "squash"}}  # fmt: skip
 MANIFEST = {"step": 1, "files": {"state.json": {"size": 2, "sha256": "0" * 64}}}
 PARSERS: dict[str, Parser] = {
     "json": Parser(file("a.json", _json), _lines('{"a": [1, 2.5, "x", null]}')),
@@ -302,6 +347,11 @@ PARSERS: dict[str, Parser] = {
     "image": Parser(_image, _image_seeds),
     "manifest": Parser(file("step-00000001/MANIFEST.json", _manifest), lambda: [json.dumps(MANIFEST).encode()]),
     "model": Parser(file("model/config.json", _model_config), _model_seeds),
+    "results": Parser(file("results.json", _results), lambda: [json.dumps(RESULTS).encode()]),
+    "folds": Parser(file("folds/folds.json", _folds), lambda: [json.dumps(FOLDS).encode()]),
+    "metadata": Parser(text(_metadata), lambda: [json.dumps(METADATA).encode()]),
+    "classes": Parser(_classes, _lines('j["cat", "dog"]', "tcat\ndog\n")),
+    "secret": Parser(file("noise.key", _secret), _lines("00" * 32)),
     "checksums": Parser(file("sums/SHA256SUMS", _checksums), lambda: [b"0" * 64 + b"  config.json\n"]),
 }  # fmt: skip
 

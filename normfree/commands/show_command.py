@@ -54,14 +54,13 @@ def _show_recipe(name: str) -> None:
 
 def _show_run(folder: Path) -> None:
     """Print the config of a run and, if it is finished, its scores."""
-    from normfree.files import read_json
-    from normfree.scores import shown_top1
+    from normfree.scores import read_results, shown_top1
     from normfree.training.config_io import load_config, to_toml
 
     print(f"# run {folder}\n{to_toml(load_config(folder / 'config.toml'))}", end="")
     results = folder / "results.json"
     if results.is_file():
-        scores = read_json(results, limit=64_000_000)
+        scores = read_results(results)
         name = (
             "nearest neighbors" if "knn_top1" in scores else "two views" if "view_top1" in scores else "top-1"
         )

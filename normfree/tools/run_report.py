@@ -26,11 +26,11 @@ from normfree.diagnose.gradients import gradient_report
 from normfree.diagnose.heat_overlay import fitted, overlay
 from normfree.diagnose.metrics_file import read_metrics
 from normfree.diagnose.propagation import signal_propagation
-from normfree.files import atomic_write_text, read_json, read_text
+from normfree.files import atomic_write_text, read_text
 from normfree.inference import evaluate, sample
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, describe, from_pretrained
-from normfree.scores import TOP5_ABOVE, Evaluation, shown_top1
+from normfree.scores import TOP5_ABOVE, Evaluation, read_results, shown_top1
 from normfree.training.config import Config
 from normfree.training.config_io import load_config
 from normfree.training.run_data import open_run_data
@@ -72,7 +72,7 @@ def read_course(folder: Path) -> Course:
     rows = read_metrics(metrics) if metrics.is_file() else []
     if not rows:
         raise ValueError(f"{folder} has no metrics yet: nothing to report.")
-    scores = read_json(results, limit=64_000_000) if results.is_file() else {}
+    scores = read_results(results) if results.is_file() else {}
     return Course(folder.name or str(folder), folder, load_config(folder / "config.toml"), rows, scores)
 
 
@@ -180,6 +180,10 @@ def _answers(courses: Sequence[Course], drawn: _Drawn) -> Iterator[html_page.Pag
     for course in finished:
         scores = course.results["average"]
         classes, confusion = describe(course.folder).classes, scores["confusion"]
+        if any(len(line) != len(classes) for line in (confusion, *confusion)):
+            raise ValueError(
+                f"{course.folder}: results.json is not of the {len(classes)} classes of its model."
+            )
         title = f"{course.name}: answers, % of the true class"
         blocks.append(
             (run_figures.confusion_figure(confusion, classes, title=title), f"confusion of {course.name}")

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from pydantic import BaseModel, Field
 from rich.console import Console
 
 from normfree.data.record import SAMPLES_FILE, read_records, records_of
 from normfree.device import run_device
-from normfree.files import atomic_write_text, read_json
+from normfree.files import atomic_write_text, read_model
 from normfree.scores import Evaluation
 from normfree.suggest import problem
 from normfree.training.choices import learns_embeddings
@@ -162,7 +163,7 @@ def train_folds(
         scores.append(_scores(result, fold, one.length))
         done[fold] = scores[-1]
         _write(out, folds, list(done.values()), classes)
-    summary = FoldsResult(out, tuple(read_json(out / SCORES_FILE, limit=_BYTES)["classes"]), tuple(scores))
+    summary = FoldsResult(out, tuple(_stored(out).classes), tuple(scores))
     atomic_write_text(out / SUMMARY_FILE, _page(summary, config))
     for line in summary_lines(summary, config):
         run_log.info(line)
@@ -178,13 +179,14 @@ def folder_of(out: Path, fold: int) -> Path:
 def number_of_folds(out: Path) -> int:
     """Return the number of folds of a parent folder; 0 if it is none."""
     path = out / SCORES_FILE
-    return int(read_json(path, limit=_BYTES)["folds"]) if path.is_file() else 0
+    return _stored(out).folds if path.is_file() else 0
 
 
 def finished(out: Path) -> dict[int, FoldScores]:
     """Return the scores of the folds that are finished and whose run folders are there, by their numbers."""
-    found = [FoldScores(**scores) for scores in read_json(out / SCORES_FILE, limit=_BYTES)["scores"]]
-    return {one.fold: one for one in found if (folder_of(out, one.fold) / "results.json").is_file()}
+    return {
+        one.fold: one for one in _stored(out).scores if (folder_of(out, one.fold) / "results.json").is_file()
+    }
 
 
 def fold_config(config: Config, out: Path, fold: int, folds: int) -> Config:
@@ -261,6 +263,19 @@ def _check_images(config: Config, out: Path) -> None:
             f"{len(new - old)} are new"
         )
         raise ValueError(problem(given, fix="restore them, or start again with another --out"))
+
+
+class _Stored(BaseModel):
+    """A folds.json."""
+
+    folds: int = Field(ge=2, le=MAX_FOLDS)
+    classes: list[str]
+    scores: list[FoldScores]
+
+
+def _stored(out: Path) -> _Stored:
+    """Return the folds.json of a parent folder."""
+    return read_model(out / SCORES_FILE, _Stored, limit=_BYTES, fix="restore it, or start again with --out")
 
 
 def _write(out: Path, folds: int, scores: list[FoldScores], classes: tuple[str, ...]) -> None:
