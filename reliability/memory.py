@@ -76,7 +76,7 @@ def flat(workers: int, steps: int = STEPS) -> Result:
         job = train(Path(folder) / "run", flags=flags, prepare=Watch(file, temporary, steps // SAMPLES))
         codes = job.wait()
         rows = np.loadtxt(file)[SAMPLES // 4 :]  # after the warm-up
-        slope = np.polyfit(rows[:, 0] / 1000, rows[:, 1] / 1e6, 1)[0]
+        slope = float(np.polyfit(rows[:, 0] / 1000, rows[:, 1] / 1e6, 1)[0])
         half = len(rows) // 2
         grown = [name for i, name in enumerate(("open files", "threads", "children"), 2)
                  if rows[half:, i].max() > rows[:half, i].max()]  # fmt: skip

@@ -252,7 +252,10 @@ def _check_numbers(variant: Variant) -> None:
         value = getattr(variant, name)
         for number in value if isinstance(value, tuple) else (value,):
             if not least <= number <= LARGEST:  # also False for NaN
-                raise ValueError(problem(f"{name}={value}", allowed=f"{least:g} to {LARGEST:,}"))
+                nearest = LARGEST if number > LARGEST else least
+                raise ValueError(
+                    problem(f"{name}={value}", allowed=f"{least:,} to {LARGEST:,}", fix=f"use {nearest:,}")
+                )
 
 
 def _check_kind(name: str, value: object, kind: Any) -> None:

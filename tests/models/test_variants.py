@@ -180,8 +180,13 @@ def test_list_models_matches_patterns_in_table_order():
         ("nfnet_f0", {"widths": (64, 128, 128, 128)}, "group_width=128 is wider than a branch of 32 channels. "
          "Allowed: 1 to 32, or 0 for no groups. Fix: use group_width=32."),
         ("nfnet_f0", {"drop_rate": 1.0}, "drop_rate=1.0. Allowed: 0 or more, and less than 1. Fix: use 0.0 for none."),
-        ("nfnet_f0", {"depths": (0, 1, 1, 1)}, "depths=(0, 1, 1, 1), widths=(256, 512, 1536, 1536). Allowed: at least "
-         "one block and one channel per stage. Fix: use 1 or more."),
+        ("nfnet_f0", {"depths": (0, 1, 1, 1)}, "depths=(0, 1, 1, 1). Allowed: 1 to 1,000,000. Fix: use 1."),
+        ("nfnet_f0", {"depths": (1, 1, 1, 998)}, "depths=(1, 1, 1, 998). Allowed: 1 to 1,000 blocks in all."),
+        ("nfnet_f0", {"strides": (1, 2, 2, 0)}, "strides=(1, 2, 2, 0). Allowed: 1 to 1,000,000. Fix: use 1."),
+        ("nfnet_f0", {"alpha": float("inf")}, "alpha=inf. Allowed: -1,000,000 to 1,000,000. Fix: use 1,000,000."),
+        ("nfnet_f0", {"head_ratio": (1, 2000)}, "head_ratio=(1, 2000) of 1536 channels. Allowed: two numbers"),
+        ("nfnet_f0", {"bottleneck_ratio": 0.001}, "a branch of 256 channels times 0.001 has no width."),
+        ("nfnet_f0", {"in_channels": 0}, "in_channels=0. Allowed: 1 to 1,000,000."),
         ("nfnet_f0", {"stem": "conv"}, "stem='conv'. Did you mean 'conv3'? Allowed: deep, deep_128, conv7_pool, "),
         ("nfnet_f0", {"attention": "ecs"}, "attention='ecs'. Did you mean 'eca'? Allowed: se, eca, none."),
         ("nfnet_f0", {"drop_rate": "high"}, "drop_rate='high'. Allowed: a number."),
