@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 
 from experiments.pages import markdown
+from experiments.verdicts import spread
 from normfree import Config, evaluate, from_pretrained, open_source, train
 from normfree.data.sources.packed import pack
 from normfree.data.subset import Subset
@@ -183,15 +184,6 @@ def at_sizes(cell: Cell, data: str) -> dict[int, float]:
                        device="cpu").top1
         for size in SIZES
     }  # fmt: skip
-
-
-def spread(values: list[float]) -> str:
-    """Return the text of mean ± standard deviation, with the number of values if it is below 3."""
-    if len(values) < 2:
-        return f"{values[0]:.1f} (1)" if values else "not run"
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" + (
-        " (2)" if len(values) == 2 else ""
-    )
 
 
 def stopped(course: list[tuple[float, float]], patience: int) -> tuple[int, float]:

@@ -114,11 +114,13 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if any("average_top1" in row for row in rows):
         more["average_top1"] = "averaged weights"
     with_paper, with_axis = bool(sweep.paper), bool(sweep.axis)
+    with_advice = any("recommended" in row for row in rows)
     head = [
         "arm",
         *([sweep.axis] if with_axis else []),
         "rate at 256",
         "λ",
+        *(["λ recommended by the run"] if with_advice else []),
         "top-1 %",
         *more.values(),
         *(["paper"] if with_paper else []),
@@ -144,6 +146,10 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
                     *([point] if with_axis else []),
                     f"{own[0]['rate']:g}",
                     f"{own[0]['clipping']:g}" if own[0]["clipping"] else "–",
+                    *(
+                        [spread([r["recommended"] for r in good if "recommended" in r], digits=3)]
+                        * with_advice
+                    ),
                     scores.text(arm, point),
                     *(spread([row[key] for row in good if key in row]) for key in more),
                     *([str(paper)] if with_paper else []),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from experiments.networks import variant_for
 from experiments.parts import balanced, of_classes, open_part, packed_parts
 from experiments.verdicts import Finding, Scores
 from normfree.data.source import Source
+from normfree.diagnose.gradients import recommended_clipping
 from normfree.files import atomic_write_text
 from normfree.models.cost import count
 
@@ -292,6 +294,9 @@ class Sweep:
             "clipping": training["clipping"] if training["clip"] != "off" else 0.0,
             **{k: v for k, v in result.items() if k != "ratios"},
         }
+        recommended = recommended_clipping(result.get("ratios", ()))
+        if math.isfinite(recommended):
+            row["recommended"] = recommended
         path = setup.folder_of(cell) / "test.json"
         if path.exists():
             scores = json.loads(path.read_text(encoding="utf-8"))

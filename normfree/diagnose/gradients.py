@@ -26,7 +26,7 @@ CLIPPINGS = (0.01, 0.02, 0.04, 0.08, 0.16)
 QUANTILES = (0.1, 0.5, 0.9)
 # Two runs that diverged at batch size 512 gave λ = 0.29 and 0.10 from two samples each; the best λ of a sweep was 0.02.
 MIN_SAMPLES = 10
-# Fraction of the units that the recommended λ clips. A rule of thumb, tested in experiments/results/clipping.md.
+# Fraction of the units that the recommended λ clips. A rule of thumb, compared with sweeps in docs/diagnose.md.
 SHARE = 0.1
 # A unit counts as exploding above this ratio: a gradient larger than the weights would replace them in a step with
 # learning rate 1.

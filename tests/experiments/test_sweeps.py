@@ -67,6 +67,13 @@ def test_the_best_candidate_on_the_choice_images_is_used_and_a_diverged_one_neve
     assert {cell.options["training"]["rate"] for cell in table} == {0.2}
 
 
+def test_the_recommended_clipping_of_a_run_stands_in_its_row(setup):
+    sweep = experiment("clipping_factor", "tiny")
+    cell, result = sweep.all_cells()[0], {"status": "done", "ratios": [{"all": [0.001, 0.01, 0.03]}] * 12}
+    assert sweep._row(cell, result, setup)["recommended"] == 0.03
+    assert "recommended" not in sweep._row(cell, {**result, "ratios": result["ratios"][:2]}, setup)
+
+
 def test_arms_differ_only_in_what_they_state():
     sweep = experiment("batch_size", "cpu")
     nf, agc, bn = (sweep.settings(arm, "128", {"rate": 0.4}) for arm in ("NF", "NF + AGC", "BN"))
