@@ -303,6 +303,9 @@ class Sweep:
             row["test_images"] = next(iter(scores.values()))["count"]
             for name, found in scores.items():
                 kind, _, size = name.partition("@")
+                if not math.isfinite(found["loss"]):  # the weights give no finite logits
+                    row["status"] = "diverged"
+                    continue
                 top1 = 100 * found["hits"] / found["count"]
                 row.setdefault("top1" if kind == "weights" else "average_top1", top1)
                 row[f"{'top1' if kind == 'weights' else 'average_top1'}@{size}"] = top1

@@ -74,6 +74,16 @@ def test_the_recommended_clipping_of_a_run_stands_in_its_row(setup):
     assert "recommended" not in sweep._row(cell, {**result, "ratios": result["ratios"][:2]}, setup)
 
 
+def test_a_network_without_finite_logits_counts_as_diverged(setup, tmp_path):
+    sweep, own = experiment("clipping_factor", "tiny"), replace(setup, runs=tmp_path)
+    cell = sweep.all_cells()[0]
+    own.folder_of(cell).mkdir(parents=True)
+    scores = {"weights@16": {"hits": 0, "count": 20, "loss": float("inf")}}
+    (own.folder_of(cell) / "test.json").write_text(json.dumps(scores))
+    row = sweep._row(cell, {"status": "done"}, own)
+    assert (row["status"], "top1" in row) == ("diverged", False)
+
+
 def test_arms_differ_only_in_what_they_state():
     sweep = experiment("batch_size", "cpu")
     nf, agc, bn = (sweep.settings(arm, "128", {"rate": 0.4}) for arm in ("NF", "NF + AGC", "BN"))
