@@ -152,8 +152,8 @@ def clipping_factor() -> Sweep:
         name="clipping_factor",
         title="λ against batch size",
         about="Figure 2b of [B]: the clipping factor λ of AGC at three batch sizes, with one rate "
-        "proportional to the batch size, as in the paper. `recommended_clipping` computes a λ from samples of each run, "
-        "to be compared with the best one.",
+        "proportional to the batch size, as in the paper. `recommended_clipping` computes a λ from samples of each "
+        "run, to be compared with the best one.",
         base=Settings(epochs=5.0),
         images=STANDARD,
         arms={**arms, "none": Arm()},
