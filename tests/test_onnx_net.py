@@ -128,7 +128,8 @@ def changed(**fields: object) -> dict:
         (changed(preprocessing={"image_size": 9}), "8 x 8 pixels, but the image size of its preprocessing is 9."),
         (changed(preprocessing={"image_size": 8, "crop": "x"}), "the preprocessing in its metadata is invalid: "),
         (changed(preprocessing={"image_size": 8, "eval": "x"}), "the preprocessing in its metadata is invalid: "),
-        (changed(preprocessing={"image_size": 8, "mean": [0.5]}), "is invalid: 1 mean(s) for 3 channels."),
+        (changed(preprocessing={"image_size": 8, "mean": [0.5], "std": [0.5]}), "invalid: 1 mean(s) for 3 channels."),
+        (changed(preprocessing={"image_size": 8, "mean": [0.5]}), "invalid: mean=(0.5,), std=(0.229, 0.224, 0.225)."),
     ],
 )  # fmt: skip
 def test_metadata_is_checked(
