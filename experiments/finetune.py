@@ -231,7 +231,7 @@ def page(found: dict[str, Any], seeds: int) -> str:
         f"`python -m experiments.finetune`: {found['images'][0]} training and {found['images'][1]} validation images "
         f"in {found['classes']} classes; the largest has {found['largest']:.1f} % of the latter. Both networks were "
         f"trained on the emoji before. Recipe `finetune`, {LENGTH}, 64 px, no early stopping, averaged weights after "
-        f"the last step; mean ± standard deviation of {seeds} seeds (number in parentheses if fewer). The seed changes "
+        f"the last step; mean ± standard deviation of {seeds} seeds. The seed changes "
         "everything except the split. The BN twin has no clipping; all else is the same.", "",
         f"Learning rate at batch size 32: {rates}; scaled linearly at other batch sizes, as is the averaging window. "
         f"Both arms tried the same rates at batch size {PLAIN} for {PROBE_LENGTH} with seed {PROBE_SEED}, on the same "

@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.classify import hits_of
 from experiments.networks import build, variant_for
 from experiments.pages import command_of, machine, markdown
 from experiments.parts import open_part, packed_parts
 from experiments.verdicts import RULE, Finding, Scores, both, expect, spread
-from normfree import Ema, convert_batchnorm, evaluate
+from normfree import Ema, convert_batchnorm
 from normfree.data.loader import train_batches
 from normfree.data.seeds import key
 from normfree.data.source import Source
@@ -41,7 +42,6 @@ from normfree.device import run_device
 from normfree.diagnose.plotting import BLUE, GREEN, ORANGE, new_figure
 from normfree.files import atomic_write, atomic_write_text
 from normfree.optim.per_example import clipped_gradient_sum
-from normfree.preprocessing import Preprocessing
 from normfree.training.accounting import noise_for
 from normfree.training.allocator import keep_freed_memory
 from normfree.training.secret import SecretKey
@@ -213,8 +213,8 @@ class Privacy:
         return packed_parts(setup, train=size.train, choice=size.choice, test=size.test, size=size.image_size)
 
     def _top1(self, net: nn.Module, source: Source, device: torch.device) -> float:
-        pre = Preprocessing(image_size=self.size.image_size, crop="squash")
-        return evaluate(net, source, preprocessing=pre, device=device).top1
+        found = hits_of(net, source, size=self.size.image_size, device=str(device))
+        return 100 * float(found["hits"]) / found["count"]
 
     def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
         """Train; a cell that chooses is scored on V, the others keep their weights for the report."""

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 
+from experiments import pages
 from experiments.catalog import SWEEPS, experiment
 from experiments.claim_list import CLAIMS
 from experiments.contrastive import ARMS, findings, leak_of
@@ -188,6 +189,37 @@ def test_diverged_runs_decide_only_against_runs_that_did_not(name, diverging, ex
     ]
     found = verdicts(name, rows, BETTER_TRIED)
     assert {claim: found[claim] for claim in expected} == expected
+
+
+@pytest.mark.parametrize(("name", "arm"), [("depth", "nothing"), ("optimizers", "Muon"), ("transfer", "BN")])
+def test_a_page_is_made_of_arms_that_diverged(name, arm, tmp_path):
+    sweep = experiment(name, "cpu")
+    more = {"rate": 0.1, "clipping": 0.0, "clipped": 0.0, "cpu_seconds": 1.0, "test_images": 100}
+    trained = {"trained_top1": 60.0, "step_ms": 1.0}
+    rows = [
+        {**row, **more, "status": "diverged", "top1": None}
+        if row["arm"] == arm
+        else {**trained, **row, **more}
+        for row in CASES[name][0]
+    ]
+    found = {
+        **dict.fromkeys(("command", "machine", "torch"), "x"),
+        **dict.fromkeys(("finished", "expected", "cpu_minutes"), 1),
+        "title": sweep.title,
+        "stem": name,
+        "images": vars(sweep.images),
+        "cells": rows,
+        "complete": True,
+        "findings": [one.as_json() for one in sweep.decide(Table(sweep, rows))],
+        "chosen": [],
+        "seeds": sweep.seeds,
+    }
+    page = pages.page(sweep, found)
+    assert f"({sweep.seeds} of {sweep.seeds} diverged)" in page
+    lost, others = (0, sweep.seeds) if name == "transfer" else (sweep.seeds, 0)  # there BN is the baseline
+    assert f"{lost} of {sweep.seeds} runs diverged, against {others} of {sweep.seeds}" in page
+    pages.draw(sweep, found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(
