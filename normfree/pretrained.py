@@ -357,7 +357,7 @@ def _described(files: ModelFiles, numerics: str) -> Description:
             raise TypeError(f"'num_classes' is {count}")
         labels = config.get("label_names") or [str(number) for number in range(count)]
         if not isinstance(labels, list):
-            raise TypeError(f"'label_names' is a {type(labels).__name__}, not a list")
+            raise TypeError("'label_names' is not a list")
         classes = tuple(labels)
         require_class_names(classes, source=str(folder))
     # The file may come from anywhere, so any entry may be missing or have the wrong type.

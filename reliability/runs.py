@@ -205,7 +205,7 @@ def differences(one: Path, other: Path, *, older_checkpoints: bool = True) -> li
 
     Args:
         older_checkpoints: compare all checkpoints; else only those that `last` and `best` name, since a disk that
-            refuses one of the others does not end a run.
+            refuses one of the others does not end a run, and a stop at another step leaves one more.
     """
     files = [{p.relative_to(out) for p in out.rglob("*") if p.is_file()} for out in (one, other)]
     if not older_checkpoints:

@@ -535,7 +535,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
         ("model_args", {"weights": "x"}, "'weights' in 'model_args' is no field of a variant"),
         ("model_args", {"features_only": True}, "'features_only' in 'model_args' is no field of a variant"),
         ("model_args", {"wdths": [1]}, "wdths"),
-        ("label_names", 3, "config.json does not describe a network: 'int' object is not iterable."),
+        ("label_names", 3, "config.json does not describe a network: 'label_names' is not a list."),
         ("row", ["x"], "config.json does not describe a network: "),
         ("normfree", 3, "config.json does not describe a network: "),
     ],
