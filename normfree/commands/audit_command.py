@@ -43,6 +43,7 @@ def audit_(arguments: AuditArguments) -> int:
     """Audit the data, print what was found and write the verdicts; return 0, or 1 if images cannot be used."""
     from normfree.data.audit import audit, duplicates, range_notes
     from normfree.data.sources.open import open_source
+    from normfree.data.subset import NOT_HELD_OUT
 
     out = arguments.out or "audit.csv"
     check_target(out, ("csv",), "--out")
@@ -54,7 +55,8 @@ def audit_(arguments: AuditArguments) -> int:
         reports[part] = audit(source, workers=arguments.workers or None, progress=_progress(part))
     sources = {part: split.parts()[part] for part in reports}
     atomic_write_text(Path(out), _verdicts(sources, reports))
-    for note in (*split.notes, *duplicates(split, reports), *range_notes(reports)):
+    notes = [note for note in split.notes if note != NOT_HELD_OUT]
+    for note in (*notes, *duplicates(split, reports), *range_notes(reports)):
         tell(note)
     bad = [image for report in reports.values() for image in report.bad]
     for image in bad:

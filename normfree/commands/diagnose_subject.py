@@ -94,7 +94,7 @@ def _trained(model: str, data: str) -> Subject:
     if config.is_file() and not data:
         run = load_config(config)
         subject.data = run.data
-        subject.source = open_run_data(Path(model)).val
+        subject.source = open_run_data(Path(model), fix=f"normfree diagnose {model} DATA").val
     return subject
 
 

@@ -101,8 +101,10 @@ def _source(arguments: EvalArguments, model: TrainedModel) -> Source:
     own = run is not None and (not arguments.data or _is_data_of(run, arguments.data))
     if own:
         assert run is not None
-        split = open_run_data(run)
+        split = open_run_data(run, fix=f"normfree eval {run} DATA")
         parts = split.parts()
+        if not split.held_out:  # its images are those of the training part
+            del parts["val"]
         source, shown = _choose(parts, arguments.part), "the run's data"
     else:
         source, shown = _open_other(arguments, model), arguments.data

@@ -186,11 +186,9 @@ def _images_of_run(path: Path, pre: Preprocessing) -> _Images:
     from normfree.training.run_data import open_run_data
 
     try:
-        split = open_run_data(path.parent)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise UsageError(
-            problem(f"the run's data cannot be read: {error}", fix="give other images with --images FOLDER")
-        ) from None
+        split = open_run_data(path.parent, fix=f"normfree export {path.parent} --images FOLDER")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error} Or give other images with --images FOLDER.") from None
     return _Images(
         lambda n: sample_images(split.val, count=n, preprocessing=pre),
         lambda n: sample_images(split.train, count=n, preprocessing=pre),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Above this many images none is opened before training: at about 400 decodes per second and core, an audit of ImageNet
 # would take most of an hour.
 AUDIT_LIMIT = 200_000
+# The note of a split whose validation images are trained on too.
+NOT_HELD_OUT = "no image is held out for validation: the scores are those of images that are trained on"
 
 
 class Subset:
@@ -325,7 +327,7 @@ def make_split(
         notes = [f"the test part is {100 * test_fraction:g} % of each class of the training data"]
     if everything:
         val = Subset(train, spread_indices(len(train), max(1, len(train) // 10)))
-        how = "no image is held out for validation: the scores are those of images that are trained on"
+        how = NOT_HELD_OUT
     elif val is None:
         fraction = test_fraction if test is None else 0.0
         train, val, own = hash_split(
@@ -342,6 +344,7 @@ def make_split(
         how = f"validation is {100 * val_fraction:g} % of each class{also}, the same in every run with this seed"
     else:
         how = "validation is the part named for it"
+    counted = summary(what, train, None if everything else val, test)
     total = len(train) + len(val) + (len(test) if test is not None else 0)
     return Split(
         train=train,
@@ -349,7 +352,7 @@ def make_split(
         test=test,
         classes=tuple(train.classes),
         image_size=image_size,
-        notes=(summary(what, train, val, test), how, *notes, *audit_notes(total)),
+        notes=(counted, how, *notes, *audit_notes(total)),
         files=total <= AUDIT_LIMIT,
         held_out=not everything,
     )
@@ -368,11 +371,13 @@ def halve_validation(split: Split, *, seed: int) -> Split:
     return replace(split, val=val, test=test, notes=(*split.notes, note))
 
 
-def summary(what: str, train: Source, val: Source, test: Source | None = None) -> str:
+def summary(what: str, train: Source, val: Source | None, test: Source | None = None) -> str:
     """Return the note that counts the images of a split."""
-    tested = f", {len(test)} to test" if test is not None else ""
-    counts = f"{number_of(len(train), 'image')} to train on, {len(val)} to validate{tested}"
-    return f"{what}: {counts}, {number_of(len(train.classes), 'class')}"
+    counts = [f"{number_of(len(train), 'image')} to train on"]
+    counts += [
+        f"{len(part)} to {use}" for part, use in ((val, "validate"), (test, "test")) if part is not None
+    ]
+    return f"{what}: {', '.join(counts)}, {number_of(len(train.classes), 'class')}"
 
 
 def audit_notes(total: int) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from normfree.pretrained import Description
 from normfree.suggest import number_of
-from normfree.training.config import Config, steps_of
+from normfree.training.config import Config, channels_of, steps_of
 from normfree.training.loading import cores, loading
 
 # Judgement: below this number of steps, weights and their average have hardly left their initial values.
@@ -79,3 +80,15 @@ def _patience(config: Config, size: RunSize) -> list[str]:
         f"patience {config.patience} cannot end the run early, because it is evaluated {times}; the best step is kept "
         "all the same"
     ]
+
+
+def weights_notes(weights: Description, config: Config) -> list[str]:
+    """Return what a new run prints about the weights that it starts from: of which step those of an unfinished run
+    are, and that they were trained on another number of channels."""
+    notes = [weights.note] if weights.note else []
+    given, wanted = weights.arguments.get("in_channels", 3), channels_of(config.input.image_size)
+    if given != wanted:
+        notes.append(
+            f"the first convolution of {config.weights} is adapted from {given} to {wanted} channels"
+        )
+    return notes

@@ -22,8 +22,9 @@ from normfree.data.source import Source, Split
 from normfree.data.supervision import LoadingStopped, never
 from normfree.inference import NotFiniteLogitsError, evaluate
 from normfree.scores import Evaluation
+from normfree.suggest import number_of
 from normfree.training import checkpoint, run_folder
-from normfree.training.advice import RunSize, advice
+from normfree.training.advice import RunSize, advice, weights_notes
 from normfree.training.choices import learns_embeddings, uses_sigmoid
 from normfree.training.class_weights import class_weights
 from normfree.training.config import Config, steps_of
@@ -196,6 +197,9 @@ def _make_trainer(
     """Return the trainer with random weights, or with `config.weights` if the run starts from them."""
     config = resolved.config
     weights = config.weights if starts else ""
+    if starts and resolved.weights is not None:
+        for note in weights_notes(resolved.weights, config):
+            run_log.info(note)
     head = resolved.keeps_head(tuple(split.classes))
     if not head and not learns_embeddings(config.objective):
         run_log.info(f"a new classifier for {len(split.classes)} classes on the network of {weights}")
@@ -206,7 +210,7 @@ def _make_trainer(
     if trainer.privacy is not None:
         check_private_data(split)
     if trainer.config != config:  # micro_batch "auto" has become a number
-        run_log.info(f"micro-batches of {trainer.config.input.micro_batch} images")
+        run_log.info(f"micro-batches of {number_of(trainer.config.input.micro_batch, 'image')}")
     if config.optim.optimizer != "sgd":
         run_log.info(
             f"optimizer {config.optim.optimizer}: learning rate {config.optim.lr:.3g}, "

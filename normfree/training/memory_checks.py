@@ -11,7 +11,7 @@ from normfree.data.transforms.normalize import height_and_width
 from normfree.models.cost import count
 from normfree.models.variant import Variant
 from normfree.optim.torch_optimizers import state_tensors
-from normfree.suggest import problem
+from normfree.suggest import number_of, problem
 from normfree.training import memory
 from normfree.training.choices import OPTIMIZERS, parse_choice
 from normfree.training.config import Config, channels_of, size_of
@@ -71,7 +71,8 @@ def require_pass_fits(net: nn.Module, variant: Variant, config: Config, *, world
     fixed, each = memory.line(net, image_size=shape, channels=channels_of(config.input.image_size), half=half)
     need = state + fixed + size * each
     if need > free:
-        given = f"{size} images of {shape[0]} x {shape[1]} at once through {config.model} need {need / 1e9:.1f} GB"
+        images = f"{number_of(size, 'image')} of {shape[0]} x {shape[1]}"
+        given = f"{images} at once through {config.model} need {need / 1e9:.1f} GB"
         fix = "use a smaller --input.image_size or --model"
         if state + fixed + each < free:
             fix = "--input.micro_batch auto: smaller parts, the same gradients"

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from normfree.data.loader import Batch
 from normfree.files import write_text
 from normfree.models.layers import WSConv2d
+from normfree.suggest import number_of
 
 BEFORE = 3  # steps before the profile: first calls select kernels, start threads and allocate the momentum
 ROWS = 15  # operations in the table
@@ -83,7 +84,9 @@ def profiled(
             folder.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(folder / "trace.json"))
             write_text(folder / "table.txt", table(profiler, recorded))
-            log(f"profile of {recorded} steps: {folder}/table.txt, and {folder}/trace.json for Perfetto")
+            log(
+                f"profile of {number_of(recorded, 'step')}: {folder}/table.txt, and {folder}/trace.json for Perfetto"
+            )
         yield from batches
 
 

@@ -139,8 +139,9 @@ def restore_newest(
         _check_longer(trainer, saved.step, planned=planned, before=before, out=out)
         best = replace(best, waited=0)
         run_log.info(
-            f"lengthened from {before} ({planned} steps) to {trainer.config.length} ({trainer.total_steps} steps): the "
-            f"learning rate goes on at {trainer.rate_at(saved.step):.3g}, that of the longer schedule"
+            f"{'lengthened' if trainer.total_steps > planned else 'shortened'} from {before} ({planned} steps) to "
+            f"{trainer.config.length} ({trainer.total_steps} steps): the learning rate goes on at "
+            f"{trainer.rate_at(saved.step):.3g}, that of the new schedule"
         )
     elif saved.step > trainer.total_steps or planned != trainer.total_steps:
         given = f"{out} was started for {planned} steps, but data and config now give {trainer.total_steps}"

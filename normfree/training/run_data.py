@@ -21,11 +21,16 @@ FOLDER, DATA_AT = "folder", "data_at"
 _PATHS = ("folder", "csv", "packed")  # schemes whose target is a path
 
 
-def located(config: Config, run: Path) -> Config:
+def located(config: Config, run: Path, *, fix: str = "") -> Config:
     """Return the config of a run with a path of its data that is valid in this working directory.
 
     Relative paths are those of the folder in which the run was started. If the data are gone, they are looked for where
     they were before they were moved.
+
+    Args:
+        config: config of the run.
+        run: folder of the run.
+        fix: what the error message advises; "" to resume the run with --data.
 
     Raises:
         ValueError: the data are neither there nor here.
@@ -49,18 +54,18 @@ def located(config: Config, run: Path) -> Config:
         problem(
             f"the data of {run}, {target!r}, are not there",
             allowed="the same images in any folder",
-            fix=f"normfree train {run} --data FOLDER",
+            fix=fix or f"normfree train {run} --data FOLDER",
         )
     )
 
 
-def open_run_data(run: Path) -> Split:
-    """Return the split of the data of a run, as it was in training.
+def open_run_data(run: Path, *, fix: str = "") -> Split:
+    """Return the split of the data of a run, as it was in training. `fix` is that of `located`.
 
     Raises:
         ValueError: the run has no config, or its data cannot be read.
     """
-    config = located(load_config(run / "config.toml"), run)
+    config = located(load_config(run / "config.toml"), run, fix=fix)
     return open_config_data(config)
 
 

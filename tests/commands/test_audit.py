@@ -44,7 +44,7 @@ def test_bad_images_are_named_with_reason_and_fix(photos, tmp_path, monkeypatch,
     assert lines[1].endswith(f"Fix: {again}")
     assert lines[2] == f"photos/cat/2.png: the file is empty. Fix: {again}"
     assert lines[3] == "11 of 14 images can be used; verdicts: audit.csv"
-    assert "WARNING: 1 images are in two classes: photos/dog/0.png is photos/cat/=1+1.png" in err
+    assert "WARNING: 1 image is in two classes: photos/dog/0.png is photos/cat/=1+1.png" in err
     rows = verdicts(tmp_path / "audit.csv")
     assert len(rows) == 14
     assert [row["verdict"] for row in rows.values()].count("ok") == 11

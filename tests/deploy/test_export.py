@@ -386,6 +386,8 @@ def test_the_command_reads_the_data_of_a_run(tmp_path: Path, capsys: pytest.Capt
     assert (run / "model.onnx").is_file()
     (run / "config.toml").write_text('data = "moved"\n')
     assert main(["export", str(run)]) == 2
-    assert "the run's data cannot be read: the data of" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "are not there. Allowed: the same images in any folder. Fix: normfree export" in error
+    assert error.count("Fix: ") == 1
     assert main(["export", str(run / "model.onnx")]) == 2
     assert "model.onnx' is a file. Allowed: a run or model folder." in capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_a_pass_that_does_not_fit_is_refused(tmp_path, monkeypatch: pytest.Monke
         run(tmp_path)
     monkeypatch.setattr(memory, "line", lambda net, **options: (100_000, 9_000_000))
     with pytest.raises(
-        ValueError, match=r"1 images of 16 x 16 at once .* smaller --input\.image_size or --model"
+        ValueError, match=r"1 image of 16 x 16 at once .* smaller --input\.image_size or --model"
     ):
         run(tmp_path, "--input.micro_batch 1")
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from normfree.cli import main
 from normfree.data.source import Source
 from normfree.data.sources.open import open_source
 from normfree.data.substituting import Substituting
@@ -102,6 +103,11 @@ def test_an_image_that_goes_bad_ends_the_run_saved_and_it_goes_on_without_it(
     assert model.classes == ("a", "b")
     assert model.preprocessing.image_size == 16
     assert "is not finished; these are the averaged weights of its best checkpoint, step 3" in model.note
+    other = ("--weights", str(out), "--input.image_size", "1x16x16")
+    gray = config(data, "--input.bad_images", "skip", "--length", "1st", *other)
+    text = train(gray, tmp_path / "gray")
+    assert model.note in text
+    assert f"the first convolution of {out} is adapted from 3 to 1 channels" in text
     text = train(config(data, "--input.bad_images", "skip"), out)
     assert f"continuing {out} after step 3" in text
     assert json.loads((out / "results.json").read_text())["steps"] == 6
@@ -109,7 +115,7 @@ def test_an_image_that_goes_bad_ends_the_run_saved_and_it_goes_on_without_it(
 
 
 def test_a_run_finds_its_data_from_elsewhere_and_after_they_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
@@ -125,6 +131,11 @@ def test_a_run_finds_its_data_from_elsewhere_and_after_they_moved(
         ValueError, match=r"are not there\. Allowed: the same images in any folder\. Fix: .* --data"
     ):
         located(run, out)
+    for verb in ("eval", "diagnose", "export"):
+        assert main([verb, str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"are not there. Allowed: the same images in any folder. Fix: normfree {verb} {out} " in error
+        assert error.count("\n") == 1
     moved = config(tmp_path / "moved", "--length", "2st")
     assert "is finished" in train(moved, out)
     (tmp_path / "moved" / "a" / "0.png").write_bytes((tmp_path / "moved" / "b" / "0.png").read_bytes())
@@ -132,3 +143,27 @@ def test_a_run_finds_its_data_from_elsewhere_and_after_they_moved(
         train(moved, out)
     shutil.move(tmp_path / "moved", tmp_path / "photos")
     assert located(moved, out).data == str(tmp_path / "photos")
+
+
+def test_images_that_are_trained_on_and_scored_are_counted_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = photos(tmp_path / "photos"), tmp_path / "run"
+    text = train(config(data, "--input.val_fraction", "0", "--input.test_fraction", "0.2"), out)
+    assert f"{data}: 16 images to train on, 4 to test, 2 classes" in text
+    for options, count, note in (
+        (
+            [],
+            4,
+            "scored on the test part of the run's data, 4 images; left out: 16 that it was trained on (--part all",
+        ),
+        (["--part", "all"], 20, ""),
+    ):
+        assert main(["eval", str(out), *options, "--json"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["images"] == count
+        assert note in printed.err
+    assert main(["eval", str(out), "--part", "val"]) == 2
+    assert "--part is val. Allowed: train, test or all" in capsys.readouterr().err
+    assert main(["audit", str(data), "--out", str(tmp_path / "a.csv")]) == 0
+    assert capsys.readouterr().err == f"normfree: {data}: 20 images to train on, 2 classes\n"

@@ -198,7 +198,7 @@ def iter_of(count: int):
 
 @pytest.mark.parametrize(("length", "message"), [
     (BEFORE, "no profile: it starts after 3 steps, and the run ended before that"),
-    (BEFORE + 1, "profile of 1 steps: "),
+    (BEFORE + 1, "profile of 1 step: "),
 ])  # fmt: skip
 def test_a_run_shorter_than_its_profile(tmp_path, length, message):
     seen: list[str] = []

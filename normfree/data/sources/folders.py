@@ -318,7 +318,8 @@ def _no_classes(root: Path, images: int, others: Counter[str]) -> str:
         fix = unreadable_images(others) or "check the path"
         return problem(f"{root} holds no images ({_suffixes()})", allowed=_LAYOUT, fix=fix)
     given = f"{root} holds {number_of(images, 'image')} and no class folders"
-    tables = sorted(p for where in (root, root.parent) for p in where.glob("*.csv"))
+    found = (p for where in (root, root.parent) for p in where.glob("*.csv"))
+    tables = sorted(found, key=lambda path: (path.stem != root.name, path))
     if tables:
         return problem(given, allowed=_LAYOUT) + f" Did you mean the table of labels, {str(tables[0])!r}?"
     parent = root.resolve().parent

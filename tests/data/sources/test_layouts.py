@@ -251,11 +251,11 @@ def test_lists_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("path,label\n0.png,a\n1.png,a\n", "has 1 classes"),
+        ("path,label\n0.png,a\n1.png,a\n", "has 1 class."),
         ("path,label\n0.png,a\n1.png,b,c\n", "line 3 of"),
         ("path,label\nno.png,a\n1.png,b\n", "lists 'no.png', which is not in"),
         ("path,x,y\n0.png,3,4\n1.png,3,4\n", "none is known as that of the classes"),
-        ("path\n", "has 1 lines"),
+        ("path\n", "has 1 line."),
     ],
 )
 def test_mistakes_in_tables(tmp_path: Path, text: str, said: str) -> None:
@@ -268,6 +268,9 @@ def test_a_flat_folder_next_to_a_table_is_sent_to_the_table(tmp_path: Path) -> N
     image(tmp_path / "flat" / "0.png")
     path = table(tmp_path, "path,label\n0.png,a\n")
     assert f"Did you mean the table of labels, {str(path)!r}?" in message(tmp_path / "flat")
+    (tmp_path / "answers.csv").touch()  # comes first by name
+    own = path.rename(tmp_path / "flat.csv")
+    assert f"Did you mean the table of labels, {str(own)!r}?" in message(tmp_path / "flat")
 
 
 # --- parts of sources

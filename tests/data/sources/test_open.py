@@ -192,7 +192,7 @@ def test_an_empty_class_is_named(tmp_path: Path) -> None:
     fill(tmp_path, a=1, b=0, c=2)
     (tmp_path / "b" / "notes.txt").touch()
     assert message(tmp_path) == (
-        f"the class folder {tmp_path / 'b'} holds no images (1 other files). "
+        f"the class folder {tmp_path / 'b'} holds no images (1 other file). "
         f"Allowed: one image or more ({SUFFIXES}). Fix: add images, or delete the folder."
     )
 
