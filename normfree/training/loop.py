@@ -22,7 +22,6 @@ from normfree.data.source import Source, Split
 from normfree.data.supervision import LoadingStopped, never
 from normfree.inference import NotFiniteLogitsError, evaluate
 from normfree.scores import Evaluation
-from normfree.suggest import number_of
 from normfree.training import checkpoint, run_folder
 from normfree.training.advice import RunSize, advice, weights_notes
 from normfree.training.choices import learns_embeddings, uses_sigmoid
@@ -210,7 +209,7 @@ def _make_trainer(
     if trainer.privacy is not None:
         check_private_data(split)
     if trainer.config != config:  # micro_batch "auto" has become a number
-        run_log.info(f"micro-batches of {number_of(trainer.config.input.micro_batch, 'image')}")
+        run_log.info(f"micro-batches of {trainer.config.input.micro_batch} images")
     if config.optim.optimizer != "sgd":
         run_log.info(
             f"optimizer {config.optim.optimizer}: learning rate {config.optim.lr:.3g}, "
