@@ -13,7 +13,7 @@ import shutil
 import stat
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -274,6 +274,25 @@ def sha256_of(path: Path) -> str:
     """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return the text of a CSV file, which `read_csv` reads as the same rows of texts.
+
+    >>> csv_text([("a", 1), ("b, c", 2)])
+    'a,1\\n"b, c",2\\n'
+    """
+    text = io.StringIO()
+    minimal, all_cells = (
+        csv.writer(text, lineterminator="\n", quoting=quoting)
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    )
+    for row in rows:
+        cells = list(row)
+        # Python's writer does not quote "\r" by itself, which its reader takes for the end of a line.
+        writer = all_cells if any("\r" in str(cell) for cell in cells) else minimal
+        writer.writerow(cells)
+    return text.getvalue()
 
 
 def spreadsheet_cell(text: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +12,14 @@ import tyro
 from tyro.conf import Positional
 
 from normfree.commands.usage import check_target, tell
-from normfree.files import atomic_write_text, spreadsheet_cell
+from normfree.files import atomic_write_text, csv_text, spreadsheet_cell
 from normfree.suggest import one_line, problem
 
 if TYPE_CHECKING:
     from normfree.data.audit import AuditReport
     from normfree.data.source import Source
 
-_COLUMNS = ("part", "class", "path", "verdict", "reason", "fix", "digest")
+_COLUMNS: tuple[str, ...] = ("part", "class", "path", "verdict", "reason", "fix", "digest")
 _BAD = 1  # exit code if images cannot be used
 
 
@@ -69,9 +67,7 @@ def audit_(arguments: AuditArguments) -> int:
 
 def _verdicts(sources: dict[str, Source], reports: dict[str, AuditReport]) -> str:
     """Return the text of a CSV file with a row for each image."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    rows = [_COLUMNS]
     for part, source in sources.items():
         report = reports[part]
         bad = {image.name: image for image in report.bad}
@@ -81,8 +77,8 @@ def _verdicts(sources: dict[str, Source], reports: dict[str, AuditReport]) -> st
             verdict = ("bad", found.reason, found.fix) if found else ("ok", "", "")
             digest = report.digests[index] if report.digests else ""
             row = (part, source.classes[source.label(index)], name, *verdict, digest)
-            writer.writerow(spreadsheet_cell(one_line(cell)) for cell in row)
-    return text.getvalue()
+            rows.append(tuple(spreadsheet_cell(one_line(cell)) for cell in row))
+    return csv_text(rows)
 
 
 def _progress(part: str) -> Callable[[int, int], None] | None:

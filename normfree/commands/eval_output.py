@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normfree.files import atomic_write, atomic_write_text, spreadsheet_cell
+from normfree.files import atomic_write, atomic_write_text, csv_text, spreadsheet_cell
 from normfree.suggest import number_of, printable
 
 if TYPE_CHECKING:
@@ -29,14 +27,11 @@ def write_answers(score: Evaluation, names: Sequence[str], path: Path) -> None:
                 "confidence": round(float(score.confidences[index]), 6), "loss": round(float(score.losses[index]), 6),
             }
         )  # fmt: skip
-    text = io.StringIO()
     if path.suffix == ".jsonl":
-        text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    atomic_write_text(path, text.getvalue())
+        text = csv_text([list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)])
+    atomic_write_text(path, text)
 
 
 def write_confusion(score: Evaluation, path: Path) -> None:
@@ -49,12 +44,9 @@ def write_confusion(score: Evaluation, path: Path) -> None:
         figure = confusion_figure(counts, score.classes, title=title)
         atomic_write(path, lambda target: figure.savefig(target, dpi=120, format="png"))
         return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     names = [_cell(name) for name in score.classes]
-    writer.writerow(["class", *names])
-    writer.writerows([name, *row] for name, row in zip(names, counts, strict=True))
-    atomic_write_text(path, text.getvalue())
+    rows = [["class", *names], *([name, *row] for name, row in zip(names, counts, strict=True))]
+    atomic_write_text(path, csv_text(rows))
 
 
 def _cell(value: object) -> object:

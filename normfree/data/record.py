@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from normfree.data.audit import digest_of
 from normfree.data.source import Source, Split
 from normfree.data.subset import AUDIT_LIMIT, encoded_bytes, shared_folder
 from normfree.data.transforms.decode import ImageError
-from normfree.files import atomic_write_text, read_csv
+from normfree.files import atomic_write_text, csv_text, read_csv
 from normfree.suggest import problem
 
 SAMPLES_FILE = "samples.csv"
@@ -61,14 +59,12 @@ def records_of(split: Split, digests: Mapping[str, Sequence[str]] | None = None)
 
 def write_records(records: Sequence[SampleRecord], path: Path) -> None:
     """Write samples.csv."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    rows = [_COLUMNS]
     for sample in records:
         # The name of a file need not be valid UTF-8.
         name = sample.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        writer.writerow((sample.part, sample.label, name, sample.digest))
-    atomic_write_text(path, text.getvalue())
+        rows.append((sample.part, sample.label, name, sample.digest))
+    atomic_write_text(path, csv_text(rows))
 
 
 def read_records(path: Path) -> list[SampleRecord] | None:

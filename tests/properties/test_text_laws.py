@@ -13,7 +13,7 @@ from normfree.data.sources.listed import ListedImage, read_lines
 from normfree.data.sources.storage import StoredFile, braces
 from normfree.data.sources.synthetic import DEFAULTS, options_of
 from normfree.data.spec import is_yes, parse_spec
-from normfree.files import spreadsheet_cell
+from normfree.files import csv_text, read_csv, spreadsheet_cell, write_text
 from normfree.suggest import closest, did_you_mean, one_line, printable, some_names, unknown
 
 names = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=8)
@@ -147,8 +147,20 @@ def test_a_cell_is_no_formula_and_keeps_its_text(text):
 utf8 = st.text(st.characters(codec="utf-8"), max_size=12)
 
 
+@given(
+    st.lists(st.lists(st.one_of(utf8, st.text(",;'\"\r\n ", max_size=4)), min_size=1, max_size=4), max_size=4)
+)
+@example([["\r"], [""]])
+def test_a_table_is_read_as_it_was_written(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        write_text(path, csv_text(rows))
+        assert read_csv(path, limit=10_000) == rows
+
+
 @given(st.lists(st.builds(SampleRecord, *[utf8] * 4), max_size=4))
 @example([SampleRecord("train", 'a "quoted", cat', "new\nline\r\n.png", "")])
+@example([SampleRecord("train", "cat", "\r", "")])
 def test_samples_are_read_as_they_were_written(records):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "samples.csv")
