@@ -9,7 +9,7 @@ in a row: q // R replaces q, and copy q % R is augmented as repetition R * cycle
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from normfree.data.supervision import (
     end_workers,
     never,
     share,
+    started,
     supervised,
 )
 from normfree.data.transforms.decode import ImageError
@@ -309,24 +310,25 @@ def _stream(
     prefetcher = (
         None if fetcher.streamed is None else Prefetcher(sampler, fetcher.streamed.read, stopped=stopped)
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "This DataLoader will create"
-        )  # more workers than cores are no fault
-        batches = iter(
-            DataLoader(
-                fetcher,
-                sampler=sampler if prefetcher is None else prefetcher,
-                batch_size=None,  # the fetcher makes whole batches
-                num_workers=workers,  # PyTorch gives each one thread
-                pin_memory=pin_memory and torch.cuda.is_available(),  # PyTorch warns if there is no GPU
-                prefetch_factor=4 if workers else None,
-                generator=torch.Generator().manual_seed(0),  # else it would draw from the caller's generator
-                worker_init_fn=begin_worker,
-                timeout=INTERVAL if workers else 0,  # `supervised` then calls again
-            )
-        )
+    batches: Iterator[Any] | None = None
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "This DataLoader will create"
+            )  # more workers than cores are no fault
+            batches = started(
+                DataLoader(
+                    fetcher,
+                    sampler=sampler if prefetcher is None else prefetcher,
+                    batch_size=None,  # the fetcher makes whole batches
+                    num_workers=workers,  # PyTorch gives each one thread
+                    pin_memory=pin_memory and torch.cuda.is_available(),  # PyTorch warns if there is no GPU
+                    prefetch_factor=4 if workers else None,
+                    generator=torch.Generator().manual_seed(0),  # else it would draw from the caller's
+                    worker_init_fn=begin_worker,
+                    timeout=INTERVAL if workers else 0,  # `supervised` then calls again
+                )
+            )
         for batch in supervised(batches, stopped=stopped, deadline=deadline):
             if isinstance(batch, ValueError):  # ImageError or LoaderError
                 raise batch
@@ -334,7 +336,8 @@ def _stream(
     finally:
         if prefetcher is not None:
             prefetcher.close()
-        end_workers(batches)
+        if batches is not None:
+            end_workers(batches)
 
 
 def _check(source: Source, *, batch_size: int, workers: int, rank: int, world_size: int) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,20 @@ class LoadingStopped(LoaderError):
 def never() -> bool:
     """Return False: the default of `stopped`."""
     return False
+
+
+def started(loader: Iterable[Any]) -> Iterator[Any]:
+    """Return the iterator of a PyTorch loader, which starts its workers.
+
+    Raises:
+        LoaderError: they cannot be started: the system has too many processes, or the process that starts them for
+            this one (Python's fork server) has ended.
+    """
+    try:
+        return iter(loader)
+    except (OSError, EOFError) as error:
+        given = f"the processes that load images cannot be started ({error or type(error).__name__})"
+        raise LoaderError(problem(given, fix="resume the run, or use --input.workers 0")) from None
 
 
 def supervised(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -155,3 +156,23 @@ def test_no_worker_outlives_a_parent_that_is_killed():
     while any(Path("/proc", worker).exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError("unexpected EOF"), BlockingIOError(11, "Resource temporarily unavailable")]
+)
+def test_workers_that_cannot_be_started_are_one_error(tmp_path, monkeypatch, error):
+    begin, calls = multiprocessing.Process.start, []
+
+    def start(process: multiprocessing.Process) -> None:
+        calls.append(process)
+        if len(calls) == 2:
+            raise error
+        begin(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start)
+    source = Blocking(tmp_path)
+    with pytest.raises(LoaderError, match=r"cannot be started \(.*\)\. Fix: resume the run"):
+        list(eval_batches(source, eval_transform(image_size=8), batch_size=2, workers=2))
+    calls[0].kill()  # else it would end with this process
+    calls[0].join()
