@@ -1,4 +1,4 @@
-"""Laws that hold for any input, tried by hypothesis: the same inputs in every run, and no limit of time.
+"""Laws that hold for any input, tried by hypothesis: the same inputs in every run of the same tests, and no time limit.
 
 `NORMFREE_EXAMPLES=1000 python -m pytest tests/properties` tries more and other inputs of each, and so does
 `python -m reliability properties`, which counts.
