@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -136,6 +136,8 @@ class Decoders:
                 if future.set_running_or_notify_cancel():
                     self._running.add(future)
                     future.set_result(call(image, lambda: future.given_up))
+            except CancelledError:  # its traceback would keep the pixels in memory until the garbage is collected
+                future.set_exception(CancelledError())
             except Exception as error:
                 future.set_exception(error)
             finally:

@@ -15,6 +15,7 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from normfree.serve.limits import Limits, client_of
+from normfree.serve.turns import AT_ONCE, Turns
 from normfree.suggest import problem
 
 # Bytes of request line and headers, as common servers allow.
@@ -86,9 +87,14 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
     """Return uvicorn's protocol with the limits of connections."""
     head_seconds, max_connections = limits.head_seconds, limits.max_connections
     max_each = limits.share(max_connections, request=1)
+    # Behind a proxy, all clients are one.
+    turns = Turns(AT_ONCE if limits.client_share < 1 else None)
 
     class Protocol(H11Protocol):
-        """uvicorn's protocol, with time limits for incomplete requests and responses, and a number of connections."""
+        """uvicorn's protocol, with time limits for incomplete requests and responses, a number of connections, and turns.
+
+        While a request waits for its turn, nothing more is read from its connection.
+        """
 
         _timer: asyncio.TimerHandle | None = None
         _reader: asyncio.TimerHandle | None = None  # runs while the client does not read its response
@@ -97,10 +103,33 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             super().connection_made(transport)
             self._opened, self._unread = self.loop.time(), 0
             self._of = client_of(self.client)
+            self._at_work, self._early = False, b""
             self._timer = self.loop.call_later(head_seconds, self._late)
             self._close_oldest()
 
         def data_received(self, data: bytes) -> None:
+            if not self._at_work:
+                self._at_work = turns.enter(self._of, self._begin)
+                if not self._at_work:
+                    self._early = data
+                    self._cancel()
+                    self._unset_keepalive_if_required()
+                    self.flow.pause_reading()
+                    return
+            self._read(data)
+
+        def _begin(self) -> None:
+            """Work on the request that has waited for its turn."""
+            self._at_work = True
+            self.loop.call_soon(self._read_early)
+
+        def _read_early(self) -> None:
+            data, self._early = self._early, b""
+            if not self.transport.is_closing():
+                self.flow.resume_reading()
+                self._read(data)
+
+        def _read(self, data: bytes) -> None:
             if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
                 self._unread += len(data)
                 if self._unread > _LINGER_BYTES:  # an endless body
@@ -111,9 +140,25 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
                 self._cancel()
             elif self._timer is None:
                 self._timer = self.loop.call_later(head_seconds, self._late)
+            self._leave_if_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._leave_if_complete()
+
+        def _leave_if_complete(self) -> None:
+            """End the turn if the request was read and answered."""
+            cycle = self.cycle
+            if self._at_work and cycle is not None and cycle.response_complete and not cycle.more_body:
+                self._at_work = False
+                turns.leave(self._of)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
+            turns.forget(self._of, self._begin)
+            if self._at_work:
+                self._at_work = False
+                turns.leave(self._of)
             self.resume_writing()
             super().connection_lost(exc)
 
