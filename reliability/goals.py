@@ -73,6 +73,7 @@ GOALS = {
     "disk": Goal(7, "A disk that refuses costs no checkpoint", full=40),
     "finite": Goal(8, "NaN and Inf never reach what is stored", full=108),
     "memory": Goal(9, "Nothing grows", full=2),
+    "server": Goal(10, "A server under attack answers its good clients", full=1),
     "golden": Goal(11, "Known losses, earlier formats, equal runs, no network", full=3),
     "properties": Goal(12, "Laws of parsers, files and numbers hold for any input", full=10),
     "fuzz": Goal(12, "Parsers take any bytes", full=10),

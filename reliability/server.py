@@ -1,7 +1,7 @@
 """Goal 10: under attack from another address, the server answers good clients soon, and with bounded memory.
 
-The server is `normfree serve` with its defaults. The attackers have another address than the good client, and the lowest
-priority, because attackers in earnest use processors of their own.
+The server is `normfree serve` with its defaults and a small network. Attackers and good client have addresses of their
+own. The attackers run with the lowest priority: in earnest they have processors of their own, here they share two.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from reliability.goals import Case, Result
 from PIL import Image
+
+from reliability.goals import Case, Result
 from reliability.image_kinds import pixels
-from reliability.runs import CONTEXT, PATIENCE
+from reliability.runs import CONTEXT
 from reliability.server_attacks import ATTACKS, Counts
 
 GOOD, BAD = "127.0.0.1", "127.0.0.2"  # on Linux, each is an address of its own
-ROUNDS, REQUESTS = 3, 10  # of good requests, without and with an attack in turn
+ROUNDS, REQUESTS = 5, 12  # of good requests, without and with an attack in turn
 FACTOR = 2.0  # of the usual time of a good client
 MEMORY = 1_500_000_000  # bytes that the server may take, PyTorch included
 STOP_SECONDS = 8.0  # between SIGTERM and the end of the server
-# A line of the log as `normfree serve` writes it, or one of the traceback of an error.
+# A line of the log as `normfree serve` writes it.
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (WARNING|ERROR) [ -~]*")
 WAITING = ("normfree_queue_length", "normfree_held_bytes", "normfree_waiting_pixels")
 
 
 def cases(count: int) -> Iterator[Case]:
     """Return `count` trials of each attack, and one of the address."""
-    yield Case("listens on the loopback interface only, unless told otherwise", "loopback", loopback)
+    yield Case("without an attack: listens on the loopback interface only", "loopback", loopback)
     for seed in range(count):
         for name in ATTACKS:
-            yield Case(name, f"{name} {seed}", partial(attacked, name, seed))
+            yield Case(name, f"{name} {seed}", partial(judged, name, seed))
 
 
 # --- the server -------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def _serve(folder: Path, model: Path) -> None:
 
     for handle, name in ((1, "out.txt"), (2, "log.txt")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
-    sys.stdout, sys.stderr = (open(handle, "w", buffering=1, encoding="utf-8") for handle in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(handle, "w", buffering=1, encoding="utf-8") for handle in (1, 2))
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
     raise SystemExit(serve(ServeArguments(str(model), port=0, device="cpu")))
 
@@ -99,7 +100,7 @@ class Server:
 
     def waiting(self) -> float:
         """Return the sum of what waits in the server: images, bytes and pixels."""
-        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         client.request("GET", "/metrics")
         lines = client.getresponse().read().decode().splitlines()
         client.close()
@@ -152,7 +153,9 @@ def good_requests(port: int, count: int, expected: str, into: Answers) -> str:
             client.request("POST", "/predict?top=1", body, {"Content-Type": "image/jpeg"})
             response = client.getresponse()
             answer = response.read().decode()
-            found = json.loads(answer)["predictions"][0]["top"][0]["class"] if response.status == 200 else answer
+            found = (
+                json.loads(answer)["predictions"][0]["top"][0]["class"] if response.status == 200 else answer
+            )
             client.close()
         except OSError as error:
             found = f"{type(error).__name__}: {error}"
@@ -166,18 +169,75 @@ def good_requests(port: int, count: int, expected: str, into: Answers) -> str:
 def _photo() -> bytes:
     """Return an image as a good client sends it."""
     out = io.BytesIO()
-    pixels(Random(0), size=(63, 47)).resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    pixels(Random(0), size=(63, 47)).resize((500, 375), Image.Resampling.BICUBIC).save(
+        out, "JPEG", quality=90
+    )
     return out.getvalue()
 
 
+# --- one trial --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """What happened in one trial.
+
+    Attributes:
+        usual: answers of good requests without the attack.
+        attacked: answers of good requests during the attack.
+        memory: largest number of bytes that the server has taken.
+        counts: responses that the attackers got, by status.
+        waiting: images, bytes and pixels that wait in the server after the attack.
+        seconds: between SIGTERM during the attack and the end of the server.
+        code: exit code of the server.
+        log: what it wrote to its log.
+        left: names of its temporary files.
+    """
+
+    usual: Answers = field(default_factory=Answers)
+    attacked: Answers = field(default_factory=Answers)
+    memory: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+    waiting: float = 0.0
+    seconds: float = 0.0
+    code: int | None = None
+    log: str = ""
+    left: list[str] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Median time of a good request during the attack, divided by the usual one."""
+        return statistics.median(self.attacked.seconds) / statistics.median(self.usual.seconds)
+
+    def complaints(self, statuses: frozenset[int]) -> list[str]:
+        """Return what is wrong, times excepted; an attacker may get these statuses. There are `CHECKS` checks."""
+        wrong = self.usual.wrong + self.attacked.wrong
+        foreign = [line for line in self.log.splitlines() if not LINE.fullmatch(line)]
+        others = {status: count for status, count in self.counts.items() if status not in statuses}
+        checks = {
+            f"{len(wrong)} good requests not answered: {wrong[:1]}": not wrong,
+            f"the server took {self.memory / 1e6:.0f} MB": self.memory < MEMORY,
+            f"attackers got {others}": not others,
+            f"{self.waiting:g} still wait": not self.waiting,
+            f"in the log: {foreign[:1]}": not foreign,
+            f"exit code {self.code} after SIGTERM": self.code == 0,
+            f"left: {self.left[:3]}": not self.left,
+        }
+        assert len(checks) == CHECKS
+        return [text for text, right in checks.items() if not right]
+
+
+CHECKS = 7
+
+
 @contextlib.contextmanager
-def under(name: str, port: int, seed: int, counts: Counts) -> Iterator[None]:
+def under(name: str, port: int, seed: str, counts: Counts) -> Iterator[None]:
     """Attack a server meanwhile; the connections of the attackers break off at the end."""
-    counts[0] = 0
-    process = CONTEXT.Process(target=ATTACKS_run, args=(name, port, f"{name} {seed}", counts))
+    begun = counts[0]
+    process = CONTEXT.Process(target=_attack, args=(name, port, seed, counts))
     process.start()
     try:
-        while not counts[0]:  # until the attack has begun
+        while counts[0] == begun:
             assert process.is_alive()
             time.sleep(0.01)
         time.sleep(0.5)
@@ -187,35 +247,57 @@ def under(name: str, port: int, seed: int, counts: Counts) -> Iterator[None]:
         process.join()
 
 
-def ATTACKS_run(name, port, seed, counts):
+def _attack(name: str, port: int, seed: str, counts: Counts) -> None:
     ATTACKS[name].run(port, BAD, seed, counts)
 
 
-def trial(name, seed, rounds=ROUNDS, requests=REQUESTS):
-    counts = CONTEXT.RawArray("q", 600)
-    usual, attacked = Answers(), Answers()
-    sent = 0; took = 0.0
-    with server() as s:
-        expected = good_requests(s.port, 5, "", Answers())
-        for r in range(rounds):
-            good_requests(s.port, 2, "", Answers())
-            good_requests(s.port, requests, expected, usual)
-            with under(name, s.port, seed * 100 + r, counts):
-                t=time.monotonic(); n0=counts[0]
-                good_requests(s.port, requests, expected, attacked)
-                sent += counts[0]-n0; took += time.monotonic()-t
-            time.sleep(0.3)
-        mem = s.memory()
-        w = s.waiting()
-        log = s.log
-    st = {i: counts[i] for i in range(1,600) if counts[i]}
-    u, a = statistics.median(usual.seconds), statistics.median(attacked.seconds)
-    print(f"{name:40s} {a/u:5.1f}x usual {u*1000:5.1f} ms attacked {a*1000:6.1f} max {max(attacked.seconds)*1000:6.0f} wrong {len(attacked.wrong)}+{len(usual.wrong)} {mem/1e6:.0f} MB sent {sent/took:.0f}/s waiting {w} {st} log {len(log)}", flush=True)
-    for x in set(attacked.wrong): print("    ", x[:100])
+def attacked(name: str, seed: int, *, rounds: int = ROUNDS, requests: int = REQUESTS) -> Trial:
+    """Send good requests without and with an attack in turn, then SIGTERM during the attack."""
+    trial, counts = Trial(), CONTEXT.RawArray("q", 600)
+    with server() as running:
+        expected = good_requests(running.port, 5, "", Answers())
+        for number in range(rounds):
+            good_requests(running.port, requests, expected, trial.usual)
+            with under(name, running.port, f"{name} {seed} {number}", counts):
+                good_requests(running.port, requests, expected, trial.attacked)
+            # Not counted: the server still notices that the attackers have left.
+            good_requests(running.port, 3, "", Answers())
+        trial.memory = running.memory()
+        deadline = time.monotonic() + 60
+        while (waiting := running.waiting()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        trial.waiting = waiting
+        with under(name, running.port, f"{name} {seed} end", counts):
+            start = time.monotonic()
+            os.kill(running.process.pid, signal.SIGTERM)
+            running.process.join(60)
+            trial.seconds, trial.code = time.monotonic() - start, running.process.exitcode
+        trial.log = running.log
+        trial.left = [path.name for path in (running.folder / "tmp").iterdir()]
+    trial.counts = {status: counts[status] for status in range(100, 600) if counts[status]}
+    return trial
 
 
-if __name__ == "__main__":
-    for name in ATTACKS:
-        if len(sys.argv) < 2 or any(a in name for a in sys.argv[1:]):
-            from reliability.server import trial as t
-            t(name, 0)
+def judged(name: str, seed: int) -> Result:
+    """Return the checks of one trial, those of times included."""
+    trial = attacked(name, seed)
+    wrong = trial.complaints(ATTACKS[name].statuses)
+    if trial.ratio > FACTOR:
+        wrong.append(f"good clients waited longer than {FACTOR:g} times their usual time")
+    if trial.seconds > STOP_SECONDS:
+        wrong.append(f"SIGTERM took {trial.seconds:.1f} s")
+    usual = 1000 * statistics.median(trial.usual.seconds)
+    figures = f"{trial.ratio:.1f} times the usual {usual:.0f} ms, {trial.memory / 1e6:.0f} MB"
+    figures += f", stopped in {trial.seconds:.1f} s"
+    return Result(CHECKS + 2, CHECKS + 2 - len(wrong), "; ".join([*wrong, figures]))
+
+
+def loopback() -> Result:
+    """Check that a server answers at 127.0.0.1, and at no other address of this machine."""
+    with server() as running:
+        answered = bool(good_requests(running.port, 1, "", Answers()))
+        try:
+            socket.create_connection((BAD, running.port), timeout=10).close()
+        except ConnectionRefusedError:
+            return Result(1, int(answered))
+    return Result(1, 0, f"answers at {BAD}")

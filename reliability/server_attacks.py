@@ -50,7 +50,9 @@ class Attacker:
 
     def connect(self) -> socket.socket:
         """Return a connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=60, source_address=(self.address, 0))
+        return socket.create_connection(
+            ("127.0.0.1", self.port), timeout=60, source_address=(self.address, 0)
+        )
 
     def status(self, sock: socket.socket) -> None:
         """Read the head of a response and count its status, if there is one."""
@@ -81,7 +83,7 @@ class Attack:
     def run(self, port: int, address: str, seed: str, counts: Counts) -> None:
         """Attack until the process is killed."""
         os.nice(19)
-        image(7900, 7900)  # not in many threads at once
+        image(7900, 7900)  # made once, not by many threads at the same time
 
         def repeat(number: int) -> None:
             attacker = Attacker(port, address, Random(f"{seed} {number}"), counts)
@@ -192,7 +194,9 @@ ATTACKS: dict[str, Attack] = {
     "200 idle connections": Attack(held(b"")),
     "200 slow heads": Attack(held(b"P", b"POST /predict HT", HEAD)),
     "200 slow bodies": Attack(held(HEAD + b"Content-Length: 5000\r\n\r\n", CHUNKED)),
-    "64 images of 62 megapixels at once": Attack(asked(lambda rng: request(image(7900, 7900))), REFUSED | OK, 64),
+    "64 images of 62 megapixels at once": Attack(
+        asked(lambda rng: request(image(7900, 7900))), REFUSED | OK, 64
+    ),
     "images of 15 megapixels": Attack(asked(lambda rng: request(image(3900, 3900))), REFUSED | OK),
     "large images of clients that leave": Attack(left(lambda rng: request(image(7900, 7900)))),
     "images of 400 megapixels": Attack(asked(lambda rng: request(png(20_000, 20_000, b"x")))),
@@ -200,13 +204,17 @@ ATTACKS: dict[str, Attack] = {
     "flood of pages": Attack(asked(lambda rng: get(rng.choice((b"/", b"/health", b"/metrics")))), OK | {503}),
     "pipelined requests": Attack(streamed(b"", lambda: itertools.repeat(get(b"/health") * 50)), OK | {503}),
     "flood of noise": Attack(asked(lambda rng: request(rng.randbytes(2000)))),
-    "endless bodies": Attack(streamed(CHUNKED, lambda: itertools.repeat(b"10000\r\n" + bytes(0x10000) + b"\r\n"))),
+    "endless bodies": Attack(
+        streamed(CHUNKED, lambda: itertools.repeat(b"10000\r\n" + bytes(0x10000) + b"\r\n"))
+    ),
     "tiny chunks without end": Attack(streamed(CHUNKED, lambda: itertools.repeat(b"1\r\nx\r\n" * 5000))),
     "forms of 200 files": Attack(asked(lambda rng: _form(rng, 200))),
     "hosts and origins of other sites": Attack(
         asked(lambda rng: request(image(*SMALL), HEAD.replace(b"localhost", rng.choice(HOSTS)))),
         frozenset({400, 403, 503}),
     ),
-    "paths and lines for the log": Attack(asked(lambda rng: get(rng.choice(PATHS))), frozenset({400, 404, 503})),
+    "paths and lines for the log": Attack(
+        asked(lambda rng: get(rng.choice(PATHS))), frozenset({400, 404, 503})
+    ),
     "malformed HTTP": Attack(asked(lambda rng: rng.choice((*BROKEN, rng.randbytes(200) + b"\r\n\r\n")))),
 }

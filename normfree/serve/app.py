@@ -114,7 +114,8 @@ class _Service:
         each = limits.share(limits.max_held_bytes, request=limits.max_bytes)
         self.held = Budget(limits.max_held_bytes, each=each, what="uploads at once")
         self.transform = model.preprocessing.transform()
-        self.metrics = RequestMetrics(lambda: len(self.batcher))
+        self.metrics = RequestMetrics(lambda: len(self.batcher), held_bytes=lambda: self.held.used,
+                                      waiting_pixels=lambda: self.decoders.pixels)  # fmt: skip
         self.html, self.policy = index_page()
         self.device = torch.device("cpu")
 

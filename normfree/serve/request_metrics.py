@@ -20,9 +20,21 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class RequestMetrics:
-    """The metrics of one server. `queue_length` is called whenever they are read."""
+    """The metrics of one server.
 
-    def __init__(self, queue_length: Callable[[], float]) -> None:
+    Args:
+        queue_length: returns the number of images that wait for the network; called whenever the metrics are read.
+        held_bytes: returns the bytes of all bodies that are being read or decoded.
+        waiting_pixels: returns the pixels of all images that wait to be decoded or are being decoded.
+    """
+
+    def __init__(
+        self,
+        queue_length: Callable[[], float],
+        *,
+        held_bytes: Callable[[], float],
+        waiting_pixels: Callable[[], float],
+    ) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "normfree_requests", "Requests, by path and status.", ["path", "status"], registry=registry
@@ -40,9 +52,12 @@ class RequestMetrics:
         self.batch_seconds = Histogram(
             "normfree_batch_seconds", "Seconds of a batch in the network.", registry=registry
         )
-        Gauge("normfree_queue_length", "Images that wait for the network.", registry=registry).set_function(
-            queue_length
-        )
+        for name, what, function in (
+            ("queue_length", "Images that wait for the network.", queue_length),
+            ("held_bytes", "Bytes of bodies that are being read or decoded.", held_bytes),
+            ("waiting_pixels", "Pixels that wait to be decoded or are being decoded.", waiting_pixels),
+        ):
+            Gauge(f"normfree_{name}", what, registry=registry).set_function(function)
 
     def on_batch(self, size: int, seconds: float) -> None:
         """Record a batch of `size` images that took `seconds`."""

@@ -15,7 +15,7 @@ from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from normfree.serve.limits import Limits, client_of
-from normfree.serve.turns import AT_ONCE, Turns
+from normfree.serve.turns import AT_ONCE, MAX_PAUSE, SILENT_SECONDS, Turns
 from normfree.suggest import problem
 
 # Bytes of request line and headers, as common servers allow.
@@ -91,36 +91,39 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
     turns = Turns(AT_ONCE if limits.client_share < 1 else None)
 
     class Protocol(H11Protocol):
-        """uvicorn's protocol, with time limits for incomplete requests and responses, a number of connections, and turns.
+        """uvicorn's protocol, with time limits for incomplete requests and responses, limits of connections, and turns.
 
         While a request waits for its turn, nothing more is read from its connection.
         """
 
         _timer: asyncio.TimerHandle | None = None
+        _silence: asyncio.TimerHandle | None = None  # runs while more of a request is expected
         _reader: asyncio.TimerHandle | None = None  # runs while the client does not read its response
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._opened, self._unread = self.loop.time(), 0
             self._of = client_of(self.client)
-            self._at_work, self._early = False, b""
+            self._at_work, self._began, self._early = False, 0.0, b""
             self._timer = self.loop.call_later(head_seconds, self._late)
             self._close_oldest()
 
         def data_received(self, data: bytes) -> None:
-            if not self._at_work:
-                self._at_work = turns.enter(self._of, self._begin)
-                if not self._at_work:
-                    self._early = data
-                    self._cancel()
-                    self._unset_keepalive_if_required()
-                    self.flow.pause_reading()
-                    return
+            if self._silence is not None:
+                self._silence.cancel()
+            if not self._at_work and not self._early:
+                self._at_work, self._began = turns.enter(self._of, self._begin), self.loop.time()
+            if not self._at_work or self._early:
+                self._early += data
+                self._cancel()
+                self._unset_keepalive_if_required()
+                self.flow.pause_reading()
+                return
             self._read(data)
 
         def _begin(self) -> None:
             """Work on the request that has waited for its turn."""
-            self._at_work = True
+            self._at_work, self._began = True, self.loop.time()
             self.loop.call_soon(self._read_early)
 
         def _read_early(self) -> None:
@@ -140,25 +143,38 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
                 self._cancel()
             elif self._timer is None:
                 self._timer = self.loop.call_later(head_seconds, self._late)
-            self._leave_if_complete()
+            cycle = self.cycle
+            if self._at_work and cycle is not None and not cycle.more_body and self.conn.trailing_data[0]:
+                cycle.keep_alive = (
+                    False  # no turns for requests that were sent before the response to this one
+                )
+            self._end_turn_if_complete()
+            if self._at_work and (self.cycle is None or self.cycle.more_body):
+                self._silence = self.loop.call_later(SILENT_SECONDS, self._end_turn)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._leave_if_complete()
+            self._end_turn_if_complete()
 
-        def _leave_if_complete(self) -> None:
+        def _end_turn_if_complete(self) -> None:
             """End the turn if the request was read and answered."""
             cycle = self.cycle
-            if self._at_work and cycle is not None and cycle.response_complete and not cycle.more_body:
+            if cycle is not None and cycle.response_complete and not cycle.more_body:
+                self._end_turn()
+
+        def _end_turn(self) -> None:
+            """Let the next request of this client begin, after as long a pause: others get half of the time."""
+            if self._at_work:
                 self._at_work = False
-                turns.leave(self._of)
+                pause = min(self.loop.time() - self._began, MAX_PAUSE) if turns.waits(self._of) else 0.0
+                self.loop.call_later(pause, turns.leave, self._of)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
             turns.forget(self._of, self._begin)
-            if self._at_work:
-                self._at_work = False
-                turns.leave(self._of)
+            if self._silence is not None:
+                self._silence.cancel()
+            self._end_turn()
             self.resume_writing()
             super().connection_lost(exc)
 

@@ -1,4 +1,4 @@
-"""Requests at work by client: while several clients ask, none has more than a few at once."""
+"""Requests at work by client: while several clients ask, each has one at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 
-# Requests of one client that are worked on at once while others ask: one is decoded while the next one is read.
-AT_ONCE = 2
+# Requests of one client that are worked on at once while others ask. With 2, a client waited for more than twice its
+# usual time while another one sent requests without end (`python -m reliability server`).
+AT_ONCE = 1
+# A request of which nothing arrives for so long loses its turn until more arrives, so that a slow upload does not delay
+# other requests of its client.
+SILENT_SECONDS = 0.1
+# Seconds. A client that has more requests waiting pauses for as long as the last one took, but not longer.
+MAX_PAUSE = 0.5
 # Seconds in which a client counts as asking after its last request.
 ASKING_SECONDS = 2.0
 
@@ -49,6 +55,10 @@ class Turns:
             self._working[client] += 1
             queue.popleft()()
         self._drop(client)
+
+    def waits(self, client: str) -> bool:
+        """Return True if a request of a client waits."""
+        return client in self._waiting
 
     def forget(self, client: str, begin: Callable[[], object]) -> None:
         """Remove a request that waits, if it does."""

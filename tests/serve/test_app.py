@@ -166,6 +166,8 @@ def test_health_and_metrics_count_what_happened(serving, colors):
         'normfree_batch_size_bucket{le="1.0"} 1.0',
         "normfree_batch_size_count 1.0",
         "normfree_queue_length 0.0",
+        "normfree_held_bytes 0.0",
+        "normfree_waiting_pixels 0.0",
     ):
         assert line in text.splitlines()
     assert "/0" not in text  # an unknown path is not a label

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import random
@@ -10,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 import zlib
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
@@ -370,9 +372,54 @@ def test_a_client_cannot_take_all_connections(serving, colors):
         assert Client.read(good)[0] == 200  # the oldest connection, and yet not closed
 
 
+def test_while_others_ask_one_request_of_a_client_is_worked_on_at_a_time(
+    serving, colors, monkeypatch, eventually
+):
+    with serving(colors, limits=PATIENT, max_batch=1) as (port, app), contextlib.ExitStack() as stack:
+        begun, submit = [], app.state.service.decoders.submit
+
+        def counted(*arguments, client):
+            begun.append(client)
+            return submit(*arguments, client=client)
+
+        monkeypatch.setattr(app.state.service.decoders, "submit", counted)
+        colors.net.gate.clear()
+        sockets = []
+        for address in ("127.0.0.3", *["127.0.0.2"] * 8):
+            sockets.append(stack.enter_context(Client(port, address).connect()))
+            sockets[-1].sendall(request(PNG))
+            eventually(lambda: begun)  # the other client asks first
+        for _ in range(3):  # the server has seen all requests by then
+            assert Client(port, "127.0.0.4").talk(request(b"", method="GET", path="/health"))[0] == 200
+        eventually(lambda: len(begun) == 2)
+        assert begun == ["127.0.0.3", "127.0.0.2"]
+        colors.net.gate.set()
+        assert [Client.read(sock)[0] for sock in sockets] == [200] * 9
+
+
+def test_requests_that_do_not_wait_for_a_response_are_not_read(serving, colors):
+    with serving(colors) as (port, _), Client(port).connect() as sock:
+        sock.sendall(request(b"", method="GET", path="/health") * 3)
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := sock.recv(65_536):
+                data += more
+        assert data.count(b"HTTP/1.1 200") == 1
+
+
+def test_a_slow_upload_does_not_delay_other_requests_of_its_client(serving, colors):
+    with serving(colors, limits=PATIENT) as (port, _), Client(port, "127.0.0.2").connect() as slow:
+        assert Client(port, "127.0.0.3").talk(request(PNG))[0] == 200
+        slow.sendall(request(PNG)[:-5])
+        assert Client(port, "127.0.0.3").talk(request(PNG))[0] == 200
+        assert Client(port, "127.0.0.2").talk(request(PNG))[0] == 200
+        slow.sendall(request(PNG)[-5:])
+        assert Client.read(slow)[0] == 200
+
+
 def test_a_client_that_does_not_read_its_response_is_disconnected(serving, colors, eventually):
     limits = Limits(body_seconds=0.5)
-    classes = tuple(f"{i} {'x' * 50_000}" for i in range(3))
+    classes = tuple(f"{i} {'x' * 3_000_000}" for i in range(3))
     model = dataclasses.replace(colors, classes=classes)
     with serving(model, limits=limits) as (port, _), Client(port).connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -482,6 +529,31 @@ def test_an_image_of_a_client_that_left_is_not_decoded_to_its_end(decoders):
         left.result(60)
     (next_one,) = decoders.submit(lambda data, _: "decoded", [bomb(5000)])
     assert next_one.result(60) == "decoded"
+
+
+def test_the_pixels_of_an_image_that_was_given_up_are_freed_at_once(decoders):
+    decoders, gate = decoders
+    entered, kept = threading.Event(), []
+
+    class Pixels:
+        pass
+
+    def decode(data, given_up):
+        pixels = Pixels()
+        kept.append(weakref.ref(pixels))
+        return slow_decode(gate, entered)(data, given_up)
+
+    gc.disable()
+    try:
+        (left,) = decoders.submit(decode, [bomb(5000)])
+        assert entered.wait(60)
+        left.cancel()
+        with pytest.raises(CancelledError):
+            left.result(60)
+        (after,) = decoders.submit(lambda data, _: kept[0](), [bomb(5000)])  # by the same thread
+        assert after.result(60) is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "PPM"])
