@@ -60,6 +60,10 @@ def page(found: dict[str, dict[str, Any]]) -> str:
                       f"{goal['versions']}; commit {commits}."]  # fmt: skip
         failures = [text for line in goal["checks"].values() for text in line["detail"]]
         lines += ["", "Failed:", "", *(f"- {text}" for text in failures)] if failures else []
+        figures = [
+            f"- {check}: {line['figures']}" for check, line in goal["checks"].items() if "figures" in line
+        ]
+        lines += ["", "Measured:", "", *figures] if figures else []
         lines += [""]
     return "\n".join(lines)
 

@@ -98,6 +98,8 @@ def summary(name: str, goal: Goal, records: dict[str, dict[str, Any]]) -> dict[s
             line["passed"] += record["passed"]
             if record["passed"] < record["wanted"]:
                 line["detail"].append(f"{case}: {record['detail']}")
+            elif record["detail"] and list(full.values()).count(check) == 1:
+                line["figures"] = record["detail"]
     kept = [record for case, record in records.items() if case in full]
     return {
         "goal": goal.number,

@@ -82,6 +82,13 @@ def test_cases_of_all_goals_have_names_of_their_own_and_do_no_work_yet():
         assert {case.name for case in goal.cases(name, 3)} <= {case.name for case in cases}, name
 
 
+def test_the_page_shows_the_figures_of_a_check_with_a_single_case(tmp_path):
+    goal = Made(a=lambda: Result(1, 1, "4 s"), b=lambda: Result(1, 1, "5 s"), c=lambda: Result(1, 1, "6 s"))
+    found = {"made": run(goal, tmp_path, 3)}
+    assert "Measured:\n\n- another: 6 s\n" in page.page(found)
+    assert "5 s" not in page.page(found)
+
+
 def test_the_page_in_docs_is_that_of_the_results():
     assert page.PAGE.read_text(encoding="utf-8") == page.page(page.summaries())
 
