@@ -83,7 +83,6 @@ class Attack:
     def run(self, port: int, address: str, seed: str, counts: Counts) -> None:
         """Attack until the process is killed."""
         os.nice(19)
-        image(7900, 7900)  # made once, not by many threads at the same time
 
         def repeat(number: int) -> None:
             attacker = Attacker(port, address, Random(f"{seed} {number}"), counts)
@@ -159,9 +158,17 @@ def streamed(start: bytes, pieces: Callable[[], Any]) -> Move:
 
 
 @functools.cache
+def _image(width: int, height: int) -> bytes:
+    return of_size(width, height)(Random(0))
+
+
 def image(width: int, height: int) -> bytes:
     """Return an encoded image of this size."""
-    return of_size(width, height)(Random(0))
+    with _MAKING:
+        return _image(width, height)
+
+
+_MAKING = threading.Lock()  # a large image is made once, not by many threads at the same time
 
 
 def _form(rng: Random, files: int) -> bytes:
