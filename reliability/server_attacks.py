@@ -116,9 +116,10 @@ def left(make: Callable[[Random], bytes]) -> Move:
     """Return a move that sends a request and leaves without waiting for the response."""
 
     def move(attacker: Attacker) -> None:
+        data = make(attacker.rng)
         with attacker.connect() as sock:
             attacker.count()
-            sock.sendall(make(attacker.rng))
+            sock.sendall(data)
         time.sleep(0.05)
 
     return move
