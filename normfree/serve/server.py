@@ -14,8 +14,9 @@ from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from normfree.serve.limits import Limits, client_of
-from normfree.serve.turns import AT_ONCE, MAX_PAUSE, SILENT_SECONDS, Turns
+from normfree.serve.limits import Limits
+from normfree.serve.protocol_in_turn import ProtocolInTurn
+from normfree.serve.turns import AT_ONCE, Turns
 from normfree.suggest import problem
 
 # Bytes of request line and headers, as common servers allow.
@@ -87,50 +88,24 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
     """Return uvicorn's protocol with the limits of connections."""
     head_seconds, max_connections = limits.head_seconds, limits.max_connections
     max_each = limits.share(max_connections, request=1)
-    # Behind a proxy, all clients are one.
-    turns = Turns(AT_ONCE if limits.client_share < 1 else None)
+    shared = Turns(AT_ONCE if limits.client_share < 1 else None)  # behind a proxy, all clients are one
 
-    class Protocol(H11Protocol):
-        """uvicorn's protocol, with time limits for incomplete requests and responses, limits of connections, and turns.
+    class Protocol(ProtocolInTurn):
+        """uvicorn's protocol with time limits for incomplete requests and responses, and limits of connections."""
 
-        While a request waits for its turn, nothing more is read from its connection.
-        """
-
+        turns = shared
         _timer: asyncio.TimerHandle | None = None
-        _silence: asyncio.TimerHandle | None = None  # runs while more of a request is expected
         _reader: asyncio.TimerHandle | None = None  # runs while the client does not read its response
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._opened, self._unread = self.loop.time(), 0
-            self._of = client_of(self.client)
-            self._at_work, self._began, self._early = False, 0.0, b""
             self._timer = self.loop.call_later(head_seconds, self._late)
             self._close_oldest()
 
-        def data_received(self, data: bytes) -> None:
-            if self._silence is not None:
-                self._silence.cancel()
-            if not self._at_work and not self._early:
-                self._at_work, self._began = turns.enter(self._of, self._begin), self.loop.time()
-            if not self._at_work or self._early:
-                self._early += data
-                self._cancel()
-                self._unset_keepalive_if_required()
-                self.flow.pause_reading()
-                return
-            self._read(data)
-
-        def _begin(self) -> None:
-            """Work on the request that has waited for its turn."""
-            self._at_work, self._began = True, self.loop.time()
-            self.loop.call_soon(self._read_early)
-
-        def _read_early(self) -> None:
-            data, self._early = self._early, b""
-            if not self.transport.is_closing():
-                self.flow.resume_reading()
-                self._read(data)
+        def _hold(self) -> None:
+            super()._hold()
+            self._cancel()
 
         def _read(self, data: bytes) -> None:
             if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
@@ -138,43 +113,14 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
                 if self._unread > _LINGER_BYTES:  # an endless body
                     self.transport.abort()
                     return
-            super().data_received(data)
+            super()._read(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 self._cancel()
             elif self._timer is None:
                 self._timer = self.loop.call_later(head_seconds, self._late)
-            cycle = self.cycle
-            if self._at_work and cycle is not None and not cycle.more_body and self.conn.trailing_data[0]:
-                cycle.keep_alive = (
-                    False  # no turns for requests that were sent before the response to this one
-                )
-            self._end_turn_if_complete()
-            if self._at_work and (self.cycle is None or self.cycle.more_body):
-                self._silence = self.loop.call_later(SILENT_SECONDS, self._end_turn)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._end_turn_if_complete()
-
-        def _end_turn_if_complete(self) -> None:
-            """End the turn if the request was read and answered."""
-            cycle = self.cycle
-            if cycle is not None and cycle.response_complete and not cycle.more_body:
-                self._end_turn()
-
-        def _end_turn(self) -> None:
-            """Let the next request of this client begin, after as long a pause: others get half of the time."""
-            if self._at_work:
-                self._at_work = False
-                pause = min(self.loop.time() - self._began, MAX_PAUSE) if turns.waits(self._of) else 0.0
-                self.loop.call_later(pause, turns.leave, self._of)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
-            turns.forget(self._of, self._begin)
-            if self._silence is not None:
-                self._silence.cancel()
-            self._end_turn()
             self.resume_writing()
             super().connection_lost(exc)
 
@@ -192,7 +138,6 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
 
             A connection over the limit of its client is closed itself if all others of that client are at work.
             """
-            # A connection that was closed is removed later.
             live = [c for c in self.connections if isinstance(c, Protocol) and not c.transport.is_closing()]
             own = [c for c in live if c._of == self._of]
             for among, most in ((own, max_each), (live, max_connections)):

@@ -9,7 +9,7 @@ from reliability.server_attacks import ATTACKS
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_good_clients_are_answered_under_attack(name):
-    trial = server.attacked(name, 0, rounds=1, requests=3)
+    trial = server.attacked(name, rounds=1, requests=3)
     assert trial.complaints(ATTACKS[name].statuses) == []
     assert len(trial.attacked.seconds) == 3
 
