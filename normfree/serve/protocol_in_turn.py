@@ -9,6 +9,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from normfree.serve.limits import client_of
 from normfree.serve.turns import MAX_PAUSE, SILENT_SECONDS, Turns
 
+# Bytes that are parsed at once. A chunked body of single bytes takes h11 a second for 256 kB, the default of asyncio.
+_READ_BYTES = 16_384
+# Average bytes of a chunk, its head included, below which a body is not read to its end.
+_CHUNK_BYTES = 16
+
 
 class ProtocolInTurn(H11Protocol):
     """uvicorn's protocol. While a request waits for its turn, nothing more is read from its connection.
@@ -22,6 +27,7 @@ class ProtocolInTurn(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._of = client_of(self.client)
         self._at_work, self._began, self._early = False, 0.0, b""
 
@@ -55,6 +61,11 @@ class ProtocolInTurn(H11Protocol):
     def _read(self, data: bytes) -> None:
         super().data_received(data)
         cycle = self.cycle
+        if cycle is not None and cycle.more_body and len(data) == _READ_BYTES:  # at full speed
+            tiny = 2 * len(data) < _CHUNK_BYTES * data.count(b"\r\n")  # two ends of lines in each chunk
+            if tiny and (b"transfer-encoding", b"chunked") in self.headers:
+                self.transport.abort()
+                return
         if self._at_work and cycle is not None and not cycle.more_body and self.conn.trailing_data[0]:
             # Requests that were sent before the response to this one would need no turn.
             cycle.keep_alive = False

@@ -443,6 +443,18 @@ def test_an_endless_body_is_cut_off(serving, colors):
         assert sent < 100_000_000
 
 
+def test_a_body_of_tiny_chunks_is_cut_off(serving, colors):
+    with serving(colors, limits=PATIENT) as (port, _), Client(port).connect() as sock:
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while sent < 6_000_000:  # less than max_bytes of content
+                sock.sendall(b"1\r\nx\r\n" * 1000)
+                sent += 6000
+        assert sent < 6_000_000
+
+
 @pytest.mark.parametrize(
     ("host", "more", "status"),
     [
