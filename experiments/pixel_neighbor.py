@@ -17,6 +17,7 @@ from torch import Tensor
 
 from normfree import open_source
 from normfree.data.source import Source
+from normfree.training.recipes import demo
 
 SIZES = (4, 6, 8, 12, 16, 24)
 RESULT = Path(__file__).parent / "results" / "pixel_neighbor.md"
@@ -43,22 +44,22 @@ def nearest(queries: Tensor, references: Tensor, *, skip_same: bool = False) -> 
 
 
 def main() -> None:
-    """Classify the validation emoji and write the page."""
-    split = open_source("emoji")
-    train, val = (
-        torch.tensor([source.label(i) for i in range(len(source))]) for source in (split.train, split.val)
+    """Classify the demo's test images and write the page."""
+    split = open_source("emoji", test_fraction=demo().input.test_fraction)
+    train, test = (
+        torch.tensor([source.label(i) for i in range(len(source))]) for source in (split.train, split.test)
     )
     chosen = {}
     for size in SIZES:
         x = pixels(split.train, size)
         chosen[size] = 100 * float((train[nearest(x, x, skip_same=True)] == train).float().mean())
     size = max(chosen, key=chosen.__getitem__)
-    found = nearest(pixels(split.val, size), pixels(split.train, size))
-    top1 = 100 * float((train[found] == val).float().mean())
+    found = nearest(pixels(split.test, size), pixels(split.train, size))
+    top1 = 100 * float((train[found] == test).float().mean())
     table = ", ".join(f"{s} px {score:.1f}" for s, score in chosen.items())
     RESULT.write_text(
         "# The nearest training image, by pixels\n\n`python -m experiments.pixel_neighbor`: "
-        f"{len(train)} training emoji, {len(val)} validation emoji, nine groups.\n\n"
+        f"{len(train)} training emoji, {len(test)} test emoji, nine groups.\n\n"
         f"Top-1 {top1:.1f} % at {size} px, the size with the best accuracy of the training images among each other "
         f"(in percent: {table}).\n",
         encoding="utf-8",
