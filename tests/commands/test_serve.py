@@ -41,10 +41,10 @@ def test_it_prints_its_address_serves_and_exits_cleanly_on_a_signal(folder, numb
         found = re.fullmatch(
             r"nf_resnet_nano, 3 classes: (http://127\.0\.0\.1:\d+/)  \(Ctrl-C stops it\)\n", line
         )
-        with urllib.request.urlopen(found[1] + "health", timeout=60) as response:
+        with urllib.request.urlopen(found[1] + "health", timeout=600) as response:
             assert json.load(response)["ready"] is True
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
         process.wait()

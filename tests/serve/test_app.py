@@ -42,7 +42,7 @@ def form(*files):
 
 
 def send(port, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request(method, path, body, headers or {})
     response = connection.getresponse()
     text = response.read().decode()

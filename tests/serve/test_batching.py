@@ -16,7 +16,7 @@ from normfree.serve.batching import Batcher, ClientLimit, Unavailable, probabili
 
 
 def results(futures):
-    return [f.result(60) for f in futures]
+    return [f.result(600) for f in futures]
 
 
 def test_batched_results_equal_single_results_in_any_order():
@@ -35,7 +35,7 @@ def test_batched_results_equal_single_results_in_any_order():
 
     def ask(part):
         futures = batcher.submit([images[i] for i in part])
-        got.update({i: f.result(60) for i, f in zip(part, futures, strict=True)})
+        got.update({i: f.result(600) for i, f in zip(part, futures, strict=True)})
 
     threads = [threading.Thread(target=ask, args=(order[k::4],)) for k in range(4)]
     for thread in threads:
@@ -51,7 +51,7 @@ def test_batched_results_equal_single_results_in_any_order():
 def test_a_full_batch_starts_at_once_and_a_single_image_waits_for_the_delay():
     batcher = Batcher(lambda images: images.sum(dim=1), max_batch=4)
     batcher._delay = 3600  # s
-    results(batcher.submit(list(torch.ones(4, 3))))  # raises after a minute
+    results(batcher.submit(list(torch.ones(4, 3))))  # raises after ten minutes
     batcher.stop()
     batcher = Batcher(lambda images: images.sum(dim=1), max_batch=4, max_delay_ms=120)
     started = time.monotonic()

@@ -78,7 +78,7 @@ class Client:
 
     def connect(self):
         return socket.create_connection(
-            ("127.0.0.1", self.port), timeout=60, source_address=(self.address, 0)
+            ("127.0.0.1", self.port), timeout=600, source_address=(self.address, 0)
         )
 
     def talk(self, *pieces, pause=0.0, half_close=False):
@@ -149,7 +149,7 @@ def hundred_megabytes(client, r):
         return client.talk(request(b"", length=100_000_000)), {413}
     sent = 0
     head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", client.port), timeout=60) as sock:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=600) as sock:
         sock.sendall(head)
         sock.setblocking(False)
         piece = b"40000\r\n" + bytes(0x40000) + b"\r\n"
@@ -321,7 +321,7 @@ def test_an_unfinished_head_does_not_hold_a_connection(serving, colors):
     with serving(colors, limits=HURRIED) as (port, _):
         for head in (b"", b"GET / HT"):
             started = time.monotonic()  # before the server can start its timer
-            with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+            with socket.create_connection(("127.0.0.1", port), timeout=600) as sock:
                 sock.sendall(head)
                 with contextlib.suppress(ConnectionResetError):
                     assert sock.recv(100) == b""
@@ -331,7 +331,7 @@ def test_an_unfinished_head_does_not_hold_a_connection(serving, colors):
 def test_a_rejected_body_is_not_read_forever(serving, colors):
     with (
         serving(colors, limits=HURRIED) as (port, _),
-        socket.create_connection(("127.0.0.1", port), timeout=60) as sock,
+        socket.create_connection(("127.0.0.1", port), timeout=600) as sock,
     ):
         sock.sendall(request(b"", length=10**9))
         assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
@@ -434,7 +434,7 @@ def test_an_endless_body_is_cut_off(serving, colors):
         head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         head += b"Transfer-Encoding: chunked\r\n\r\n"
         piece, sent = b"40000\r\n" + bytes(0x40000) + b"\r\n", 0
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        with socket.create_connection(("127.0.0.1", port), timeout=600) as sock:
             sock.sendall(head)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 while sent < 400_000_000:

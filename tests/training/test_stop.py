@@ -194,7 +194,7 @@ def test_a_signal_while_the_command_starts_ends_with_one_line(tmp_path):
     while process.poll() is None and not caught() >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
+    text = process.communicate(timeout=600)[0]
     assert (process.returncode, text) == (143, "\nstopped before the first step; nothing is lost.\n")
     assert not (tmp_path / "run").exists()
 
@@ -224,7 +224,7 @@ def test_a_closed_terminal_does_not_spoil_the_exit_code(tmp_path):
     )
     os.close(reading)
     os.close(writing)
-    error = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=600)[1]
     assert (process.returncode, error) == (129, "")
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2
 
