@@ -136,9 +136,8 @@ class Decoders:
                 if future.set_running_or_notify_cancel():
                     self._running.add(future)
                     future.set_result(call(image, lambda: future.given_up))
-            except (
-                CancelledError
-            ):  # its traceback would keep the pixels in memory until the garbage is collected
+            except CancelledError:
+                # A new one: the traceback of the old one would keep the pixels in memory until garbage is collected.
                 future.set_exception(CancelledError())
             except Exception as error:
                 future.set_exception(error)

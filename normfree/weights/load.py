@@ -101,7 +101,7 @@ def _adapted(
             _logger.info("%s: adapted from %d to %d image channels", source, given.shape[1], wanted.shape[1])
     sizes = [len(s[key]) if (key := f"{_CLASSIFIER}bias") in s else 0 for s in (own, state)]
     if head and sizes[0] and sizes[0] != sizes[1]:
-        classes = f"{number_of(sizes[1], 'class')}" if sizes[1] else "no classifier"
+        classes = number_of(sizes[1], "class") if sizes[1] else "no classifier"
         _logger.warning("%s has %s, so the classifier for %d classes is new", source, classes, sizes[0])
         head = False
     return state, head
