@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 _JOINERS = "\u200c\u200d"  # not printable for Python
+_PLURALS = {"": "", "is": "are", "was": "were"}
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
@@ -40,14 +42,17 @@ def some_names(names: Iterable[str], *, limit: int = 5) -> str:
     return f"{text} and {len(listed) - limit} more" if len(listed) > limit else text
 
 
-def number_of(count: int, noun: str) -> str:
-    """Return a count with its noun, which is given in the singular.
+def number_of(count: int, noun: str, verb: Literal["", "is", "was"] = "") -> str:
+    """Return a count with its noun, which is given in the singular, and its verb.
 
     >>> number_of(1, "image"), number_of(12000, "image"), number_of(2, "class")
     ('1 image', '12,000 images', '2 classes')
+    >>> number_of(1, "file", "was"), number_of(2, "file", "was")
+    ('1 file was', '2 files were')
     """
     plural = "" if count == 1 else "es" if noun.endswith(("s", "ch", "x")) else "s"
-    return f"{count:,} {noun}{plural}"
+    of_count = verb if count == 1 else _PLURALS[verb]
+    return f"{count:,} {noun}{plural} {of_count}".rstrip()
 
 
 def printable(text: str, *, one_line: bool = False) -> str:

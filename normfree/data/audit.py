@@ -226,11 +226,11 @@ def duplicates(split: Split, reports: Mapping[str, AuditReport]) -> tuple[str, .
     notes = []
     if across:
         notes.append(
-            f"WARNING: {_are(len(across))} in two parts, so their scores tell nothing about new images: "
-            f"{_some(across)}"
+            f"WARNING: {number_of(len(across), 'image', 'is')} in two parts, so their scores tell nothing about new "
+            f"images: {_some(across)}"
         )
     if labels:
-        notes.append(f"WARNING: {_are(len(labels))} in two classes: {_some(labels)}")
+        notes.append(f"WARNING: {number_of(len(labels), 'image', 'is')} in two classes: {_some(labels)}")
     return tuple(notes)
 
 
@@ -246,11 +246,6 @@ def range_notes(reports: Mapping[str, AuditReport]) -> tuple[str, ...]:
         f"{100 * peak / FULL_RANGE:.0f} % of the range: they would have {peak // 257 + 1} of 256 levels. If they come "
         f"from a camera of {bits} bits, give the range: --data folder:PATH,range={2**bits - 1}",
     )
-
-
-def _are(count: int) -> str:
-    """Return a number of images with its verb."""
-    return f"{number_of(count, 'image')} {'is' if count == 1 else 'are'}"
 
 
 def _some(texts: Sequence[str]) -> str:

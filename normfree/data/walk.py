@@ -152,8 +152,7 @@ def left_out(others: Counter[str], *, outside: int = 0) -> tuple[str, ...]:
     if outside:
         parts.append(f"{number_of(outside, 'image')} outside the class folders")
     total = sum(others.values()) + outside
-    were = "was" if total == 1 else "were"
-    return (f"{number_of(total, 'file')} {were} left out: {', '.join(parts)}",) if total else ()
+    return (f"{number_of(total, 'file', 'was')} left out: {', '.join(parts)}",) if total else ()
 
 
 def _one(suffix: str, count: int) -> str:
