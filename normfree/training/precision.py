@@ -56,14 +56,20 @@ def native_precision(device: torch.device) -> Precision:
 def cpu_gain() -> float:
     """Return how many times as fast this CPU computes convolutions and their gradients in bfloat16 as in float32.
 
-    Takes up to a tenth of a second at the first call. It draws no random numbers.
+    Measured on one thread: on a busy machine, threads that wait for each other take longer than the computation. Takes
+    about 0.1 s at the first call, besides what PyTorch loads at the first convolution of any process. It draws no
+    random numbers.
     """
-    gain = 0.0
-    for images in (1, IMAGES):
-        passes = {half: _layers(images, half=half) for half in (False, True)}
-        gain = ratio_of_medians(passes[False], passes[True], rounds=ROUNDS)
-        if gain < 1 / HOPELESS:
-            break
+    gain, threads = 0.0, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for images in (1, IMAGES):
+            passes = {half: _layers(images, half=half) for half in (False, True)}
+            gain = ratio_of_medians(passes[False], passes[True], rounds=ROUNDS)
+            if gain < 1 / HOPELESS:
+                break
+    finally:
+        torch.set_num_threads(threads)
     return gain
 
 

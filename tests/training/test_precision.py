@@ -193,9 +193,12 @@ def test_the_measurement_is_a_ratio_of_medians_of_alternating_calls():
     assert calls == ["slow", "fast"] * 4
 
 
-def test_this_processor_is_measured_once_without_random_numbers():
+def test_this_processor_is_measured_once_without_random_numbers_and_with_all_threads_left():
     before = torch.get_rng_state()
+    torch.set_num_threads(2)
+    cpu_gain.cache_clear()
     gain = cpu_gain()  # imported before the fixture of conftest.py replaced it
+    assert torch.get_num_threads() == 2
     assert math.isfinite(gain)
     assert gain > 0
     assert cpu_gain() == gain
