@@ -275,6 +275,18 @@ MUTATIONS = (
     Mutation("an endless body is cut off", "serve/upload.py",
              "        if size + new > limits.max_bytes:\n", "        if False:\n",
              HOSTILE + "test_an_endless_body_is_cut_off"),
+    Mutation("a body of tiny chunks is cut off", "serve/protocol_in_turn.py",
+             "            if tiny and ", "            if False and ",
+             HOSTILE + "test_a_body_of_tiny_chunks_is_cut_off"),
+    Mutation("a form makes no temporary file", "serve/upload.py",
+             "    spool_max_size = 1 << 40\n", "",
+             "serve/test_app.py::test_a_form_is_kept_in_memory"),
+    Mutation("a path is one line of the log", "serve/request_metrics.py",
+             'log.exception("request %s: %s %r failed"', 'log.exception("request %s: %s %s failed"',
+             "serve/test_app.py::test_a_path_with_an_end_of_line_is_one_line_of_the_log"),
+    Mutation("the server listens on the loopback interface", "commands/serve_command.py",
+             'metavar="ADDRESS")] = "127.0.0.1"', 'metavar="ADDRESS")] = "0.0.0.0"',
+             "commands/test_serve.py::test_it_listens_on_the_loopback_interface_unless_told_otherwise"),
 )  # fmt: skip
 
 

@@ -129,9 +129,7 @@ async def _files(request: Request, limits: Limits) -> list[Upload]:
     except ValueError as error:  # for example a charset that cannot decode the form
         raise RequestError(400, f"the form cannot be read: {error}") from None
     finally:
-        for (
-            file
-        ) in parser._files_to_close_on_error:  # all files, also those of a form that is rejected half-way
+        for file in parser._files_to_close_on_error:  # all, also those of a form that is rejected half-way
             file.close()
     if not found:
         raise RequestError(400, problem("the form contains no file", fix=_FIX))

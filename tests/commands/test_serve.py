@@ -1,5 +1,6 @@
 """`normfree serve` as a process: its address, clean shutdown, and one-line errors."""
 
+import ipaddress
 import json
 import os
 import re
@@ -77,6 +78,13 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(folder, capsys):
 def test_invalid_arguments_are_one_line_and_exit_code_2(folder, capsys, line, message):
     assert cli.main(["serve", str(folder), "--device", "cpu", *line.split()]) == 2
     assert capsys.readouterr().err == f"normfree: {message}\n"
+
+
+def test_it_listens_on_the_loopback_interface_unless_told_otherwise(folder, monkeypatch):
+    bound = []
+    monkeypatch.setattr(server, "run", lambda _, sock: bound.append(sock.getsockname()[0]))
+    assert cli.main(["serve", str(folder), "--port", "0", "--device", "cpu"]) == 0
+    assert ipaddress.ip_address(bound[0]).is_loopback
 
 
 @pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])

@@ -1,5 +1,6 @@
 """The endpoints: the same numbers as `predict`, precise errors, and metrics."""
 
+import asyncio
 import base64
 import hashlib
 import http.client
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.formparsers import MultiPartParser
 
 from normfree.data.transforms.decode import formats
 from normfree.models.zoo import create_model
@@ -20,6 +22,7 @@ from normfree.prediction import predict
 from normfree.preprocessing import Preprocessing
 from normfree.pretrained import TrainedModel
 from normfree.serve.limits import Limits
+from normfree.serve.request_metrics import RequestMetrics, RequestMonitor
 
 
 def png(color, size=(12, 10)):
@@ -240,6 +243,36 @@ def test_an_error_in_the_network_is_a_500_with_a_log_line_and_the_server_continu
         assert str(record.exc_info[1]) == reason
         colors.net.fault = ""
         assert post(port, ("a", RED))[0] == 200
+
+
+def test_a_path_with_an_end_of_line_is_one_line_of_the_log(caplog):
+    async def failing(scope, receive, send):
+        raise RuntimeError
+
+    async def send(message):
+        sent.append(message)
+
+    sent: list[dict] = []
+    scope = {"type": "http", "method": "GET", "path": "/a\nforged: line\x1b[2J"}
+    asyncio.run(
+        RequestMonitor(failing, RequestMetrics(int, held_bytes=int, waiting_pixels=int))(scope, None, send)
+    )
+    assert sent[0]["status"] == 500
+    assert caplog.records[0].getMessage().endswith(r"GET '/a\nforged: line\x1b[2J' failed")
+
+
+def test_a_form_is_kept_in_memory(serving, colors, monkeypatch):
+    rows = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)  # cannot be compressed
+    out = io.BytesIO()
+    Image.fromarray(rows).save(out, "PNG")
+    assert len(out.getvalue()) > MultiPartParser.spool_max_size
+
+    def refuse(*_, **__):
+        raise AssertionError("a temporary file")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with serving(colors) as (port, _):
+        assert post(port, ("a", out.getvalue()))[0] == 200
 
 
 def test_a_stopped_worker_is_not_ready(serving, colors):
