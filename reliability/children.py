@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reliability.runs import CONTEXT
+from reliability.runs import CONTEXT, start_process
 
 # inotify(7)
 _OPEN, _CREATE, _MODIFY, _NONBLOCK = 0x20, 0x100, 0x2, 0o4000
@@ -41,8 +41,7 @@ class Outcome:
 def call(function: Callable[..., Any], *arguments: Any, patience: float = 60.0) -> Outcome:
     """Call a function, which must be picklable, in another process; kill it after `patience` seconds."""
     here, there = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_run, args=(there, function, arguments))
-    process.start()
+    process = start_process(_run, there, function, arguments)
     there.close()
     try:
         if not here.poll(patience):

@@ -60,6 +60,14 @@ def _start_server() -> None:
             os.environ["LD_PRELOAD"] = before
 
 
+def start_process(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Call a function, which must be picklable, in a new process of the server; return the process."""
+    _start_server()
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 class Job:
     """One run of the command in one or several processes.
 
@@ -78,7 +86,6 @@ class Job:
         ranks: int = 1,
         prepare: Callable[[], object] | None = None,
     ) -> None:
-        _start_server()
         self.output = output
         port = free_port()
         self.processes: list[BaseProcess] = []
@@ -86,9 +93,7 @@ class Job:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
                      "MASTER_PORT": port}  # fmt: skip
             environment = {k: str(v) for k, v in world.items()} if ranks > 1 else {}
-            process = CONTEXT.Process(target=_run, args=(list(arguments), output, environment, prepare))
-            process.start()
-            self.processes.append(process)
+            self.processes.append(start_process(_run, list(arguments), output, environment, prepare))
 
     def kill(self, number: int = signal.SIGKILL, rank: int = 0) -> bool:
         """Send a signal to one process; return False if it has ended before."""

@@ -29,7 +29,7 @@ from PIL import Image
 
 from reliability.goals import Case, Result, spread
 from reliability.image_kinds import pixels
-from reliability.runs import CONTEXT
+from reliability.runs import CONTEXT, start_process
 from reliability.server_attacks import ATTACKS, Counts
 
 GOOD, BAD = "127.0.0.1", "127.0.0.2"  # on Linux, each is an address of its own
@@ -113,8 +113,7 @@ def server() -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="normfree-server-") as temporary:
         folder = Path(temporary)
         (folder / "tmp").mkdir()
-        process = CONTEXT.Process(target=_serve, args=(folder, _model()))
-        process.start()
+        process = start_process(_serve, folder, _model())
         try:
             out, found = folder / "out.txt", None
             while found is None:
@@ -234,8 +233,7 @@ CHECKS = 7
 def under(name: str, port: int, seed: str, counts: Counts) -> Iterator[None]:
     """Attack a server meanwhile; the connections of the attackers break off at the end."""
     begun = counts[0]
-    process = CONTEXT.Process(target=_attack, args=(name, port, seed, counts))
-    process.start()
+    process = start_process(_attack, name, port, seed, counts)
     try:
         while counts[0] == begun:
             assert process.is_alive()

@@ -95,7 +95,7 @@ def save(
 
     atomic_write(final, write)
     point(folder, "last", final.name)
-    _remove_old(folder, keep, newest_step=step, best=best)
+    remove_old(folder, keep, newest_step=step, best=best, later=True)
     return final
 
 
@@ -170,21 +170,21 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     ]
 
 
-def _remove_old(folder: Path, keep: int, *, newest_step: int, best: int | None) -> None:
-    """Delete all checkpoints except the `keep` newest up to `newest_step` and the best one, and temporary files."""
+def remove_old(folder: Path, keep: int, *, newest_step: int, best: int | None, later: bool = False) -> None:
+    """Delete all checkpoints except the `keep` newest up to `newest_step` and the best one, and temporary files.
+
+    The run must be locked.
+
+    Args:
+        later: delete also those of steps after `newest_step`, which are damaged; they do not count among the newest.
+    """
     # The file may be damaged, or older than `best` if the process was killed before it was written.
     spared = {pointed(folder, "best"), "" if best is None else name_of(best)}
     found = newest_first(folder)
-    # Later ones are damaged and must not count among the `keep` newest.
-    later = found[: found.index(folder / name_of(newest_step))]
-    old = [path for path in found[len(later) :][keep:] if path.name not in spared]
-    for path in later + old:
+    first = found.index(folder / name_of(newest_step))
+    old = [path for path in found[first + keep :] if path.name not in spared]
+    for path in (found[:first] if later else []) + old:
         shutil.rmtree(path, ignore_errors=True)
-    remove_partial(folder)
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete the temporary files and folders that a killed process has left. The run must be locked."""
     for path in folder.glob(".*.partial"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -169,9 +169,9 @@ def _check_longer(trainer: Trainer, step: int, *, planned: int, before: str, out
 
 
 def _mend(folder: Path, step: int, best: Best) -> None:
-    """Point `last` and `best` at their checkpoints, and remove what a killed process has left."""
+    """Point `last` and `best` at their checkpoints, and remove what a killed process has left or was removing."""
     wanted = {"last": checkpoint.name_of(step), "best": checkpoint.name_of(best.step)}
     for name, target in wanted.items():
         if (folder / target).is_dir() and checkpoint.pointed(folder, name) != target:
             checkpoint.point(folder, name, target)
-    checkpoint.remove_partial(folder)
+    checkpoint.remove_old(folder, KEEP, newest_step=step, best=best.step or None)

@@ -1,11 +1,14 @@
 """Goals 1 and 7 in small numbers: faults of the disk at file operations of a run."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from reliability import disk, operations
 from reliability.faults import counted, library, new_counter
+from reliability.records import ROOT
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
 
@@ -35,9 +38,6 @@ for step in (
 
 def outcome(tmp_path, at: int, what: str, lasting: bool) -> tuple[list[str], int, int]:
     """Run the operations with a fault; return what each printed, the exit code and the count."""
-    import subprocess
-    import sys
-
     out, counter = tmp_path / "out", new_counter(tmp_path)
     fault = f"Fault(Path({str(out)!r}), Path({str(counter)!r}), {at}, {what!r}, {lasting})"
     process = subprocess.run(
@@ -95,3 +95,13 @@ def test_a_disk_that_refuses_from_a_point_on_costs_no_checkpoint(case):
 def test_all_operations_of_a_run_are_tried():
     result = operations.covered()
     assert result.passed == 1, result.detail
+
+
+@pytest.mark.slow
+def test_a_fault_is_possible_after_other_goals_in_the_same_process():
+    code = (
+        "from reliability.children import call; from reliability.disk import lasting_fault; "
+        "print(call(abs, -1).value, lasting_fault('disk full', 20))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout == "1 Result(wanted=1, passed=1, detail='')\n"

@@ -247,6 +247,19 @@ def test_pointers_and_leftovers_are_mended_at_the_next_start(tmp_path, monkeypat
     assert [path for path in left if path.exists()] == []
 
 
+def test_the_deletion_of_old_checkpoints_is_finished_at_the_next_start(tmp_path):
+    """As after a kill while the last step's save was deleting one, of which a part is left."""
+    out = tmp_path / "run"
+    train(out)
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    half, damaged = (out / "checkpoints" / f"step-{step:08d}" for step in (1, 9))
+    for path in (half, damaged):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"half")
+    train(out)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [*kept, damaged.name]
+
+
 def test_a_damaged_best_pointer_does_not_cost_the_best_checkpoint(tmp_path):
     for step in (1, 2, 3, 4):
         checkpoint.save(tmp_path, step, tensors={"m": {"w": torch.ones(1)}}, state={}, keep=2, best=1)
