@@ -1,12 +1,13 @@
 """Backends of a convolution, each with the same four methods, and the one function that chooses between them.
 
 PyTorch's own convolution (oneDNN on CPUs, cuDNN on GPUs) is the default. On CPUs two others are used where they were
-measured to be faster: Winograd's algorithm for 3x3 convolutions (`winograd`), and the gradient of the weight as matrix
-products (`weight_gradient`). All give the same results to rounding.
+measured to be faster: Winograd's algorithm for 3x3 convolutions (`winograd`), and matrix products for the gradient of the
+weight (`weight_gradient`) and for 1x1 convolutions of few pixels. All give the same results to rounding.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,14 @@ from torch import Tensor
 from normfree.native.dispatch import can_bypass_dispatcher, eager_training, is_plain_cpu_tensor
 from normfree.ops import winograd
 from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_gradient
+
+
+# Pixels of all images up to which a 1x1 convolution is faster as a product. oneDNN first copies the filters into another
+# layout at each call, which pays for many pixels only: docs/speed.md has the measured layers.
+MOST_ROWS = 2048
+# Pixels of all outputs up to which patches and products are faster for the gradient of a 3x3 weight, by the widest
+# registers of the processor; without a limit on others.
+MOST_PATCHES = {"AVX512": 512}
 
 
 class Geometry(NamedTuple):
@@ -78,7 +87,10 @@ class TorchBackend:
 
 
 class ProductBackend(TorchBackend):
-    """`TorchBackend`, but the weight gradient as matrix products: training on CPUs, float32 channels_last."""
+    """Weight gradients, and 1x1 convolutions of few pixels, as matrix products; the rest is PyTorch's.
+
+    For training on CPUs in float32 and channels_last.
+    """
 
     def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
         return (
@@ -90,12 +102,36 @@ class ProductBackend(TorchBackend):
             and x.is_contiguous(memory_format=torch.channels_last)
         )
 
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        if not is_small_product(x, weight, geometry):
+            return super().forward(x, weight, bias, geometry)
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        if not is_small_product(x, weight, geometry):
+            return super().input_gradient(grad, x, weight, geometry)
+        rows = grad.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        return rows.matmul(weight.flatten(1)).permute(0, 3, 1, 2)
+
     def weight_gradient(
         self, grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, *, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         size = (weight.shape[2], weight.shape[3])
+        if size != (1, 1) and grad.numel() // grad.shape[1] > most_patches():
+            return super().weight_gradient(grad, x, weight, geometry, needs=needs)
         by_weight = weight_gradient(x, grad, kernel_size=size, **geometry._asdict()) if needs[0] else None
         return by_weight, grad.sum((0, 2, 3)) if needs[1] else None
+
+
+def is_small_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Return True if a convolution is one matrix product with at most MOST_ROWS rows."""
+    rows = len(x) * x.shape[2] * x.shape[3]
+    return weight.shape[2:] == (1, 1) and geometry == (1, (0, 0), 1) and rows <= MOST_ROWS
+
+
+def most_patches() -> float:
+    """Return the limit of MOST_PATCHES on this processor."""
+    return MOST_PATCHES.get(torch.backends.cpu.get_cpu_capability(), math.inf)
 
 
 class WinogradBackend:

@@ -9,7 +9,7 @@ from normfree.models.activations import ACTIVATIONS
 from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.zoo import create_model
 from normfree.native.library import library
-from normfree.ops.conv2d_backends import PRODUCTS, TORCH, WINOGRAD, Geometry, gradients
+from normfree.ops.conv2d_backends import PRODUCTS, TORCH, WINOGRAD, Geometry, gradients, is_small_product
 
 SMOOTH = ("gelu", "silu", "gelu_erf", "identity", "relu")
 
@@ -137,18 +137,24 @@ def test_a_network_needs_a_third_less_memory():
     assert many - few < 0.67 * (plain[1] - plain[0])  # of what grows with the batch
 
 
-@pytest.mark.parametrize("backend", [TORCH, PRODUCTS, WINOGRAD], ids=lambda b: type(b).__name__)
-def test_backends_have_the_gradients_of_autograd(backend):
-    """All four methods of each backend, on a convolution that all of them can compute."""
+@pytest.mark.parametrize(
+    ("backend", "kernel_size", "images"),
+    [(TORCH, 3, 2), (PRODUCTS, 3, 2), (WINOGRAD, 3, 2), (PRODUCTS, 1, 2), (PRODUCTS, 1, 9)],
+    ids=["torch", "products", "winograd", "one product", "many pixels"],
+)
+def test_backends_have_the_gradients_of_autograd(backend, kernel_size, images):
+    """All methods of each backend."""
     avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if backend is WINOGRAD and (library() is None or not avx2):
         pytest.skip("the kernels were not compiled, or the processor has no AVX2")
     torch.manual_seed(0)
-    x, weight = torch.randn(2, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    x, weight = torch.randn(images, 64, 16, 16), torch.randn(64, 64, kernel_size, kernel_size)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    bias, grad, geometry = torch.randn(64), torch.randn(2, 64, 16, 16), Geometry(1, (1, 1), 1)
+    padding = (kernel_size // 2,) * 2
+    bias, grad, geometry = torch.randn(64), torch.randn(images, 64, 16, 16), Geometry(1, padding, 1)
+    assert is_small_product(x, weight, geometry) == ((kernel_size, images) == (1, 2))
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]
-    y = F.conv2d(*exact, padding=1)
+    y = F.conv2d(*exact, padding=padding)
     wanted = [y.detach(), *torch.autograd.grad(y, exact, grad.double())]
     assert backend.supports(x, weight, bias, geometry)
     found = [
