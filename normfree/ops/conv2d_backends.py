@@ -18,7 +18,6 @@ from normfree.native.dispatch import can_bypass_dispatcher, eager_training, is_p
 from normfree.ops import winograd
 from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_gradient
 
-
 # Pixels of all images up to which a 1x1 convolution is faster as a product. oneDNN first copies the filters into another
 # layout at each call, which pays for many pixels only: docs/speed.md has the measured layers.
 MOST_ROWS = 2048
