@@ -1,8 +1,8 @@
 """Backends of a convolution, each with the same four methods, and the one function that chooses between them.
 
 PyTorch's own convolution (oneDNN on CPUs, cuDNN on GPUs) is the default. On CPUs two others are used where they were
-measured to be faster: Winograd's algorithm for 3x3 convolutions (`winograd`), and matrix products for the gradient of the
-weight (`weight_gradient`) and for 1x1 convolutions of few pixels. All give the same results to rounding.
+measured to be faster: Winograd's algorithm for 3x3 convolutions (`winograd`), and matrix products for the gradient of
+the weight (`weight_gradient`) and for 1x1 convolutions of few pixels. All give the same results to rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from normfree.native.dispatch import can_bypass_dispatcher, eager_training, is_p
 from normfree.ops import winograd
 from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_gradient
 
-# Pixels of all images up to which a 1x1 convolution is faster as a product. oneDNN first copies the filters into another
+# Pixels of all images up to which a 1x1 convolution is faster as a product. oneDNN copies the filters into another
 # layout at each call, which pays for many pixels only: docs/speed.md has the measured layers.
 MOST_ROWS = 2048
 # Pixels of all outputs up to which patches and products are faster for the gradient of a 3x3 weight, by the widest
