@@ -101,7 +101,10 @@ class Job:
         if process.exitcode is not None:
             return False
         assert process.pid is not None
-        os.kill(process.pid, number)
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:  # it has ended meanwhile
+            return False
         return True
 
     def ready(self) -> bool:
