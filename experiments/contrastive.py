@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -28,21 +28,10 @@ from torch import Tensor, nn
 
 from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
 from experiments.checkpoint import StateFile
+from experiments.contrastive_page import ARMS, draw, findings, page
 from experiments.networks import build, on_devices_, variant_for
-from experiments.pages import command_of, machine, markdown
+from experiments.pages import command_of, machine
 from experiments.parts import open_part, packed_parts
-from experiments.verdicts import (
-    FAILS,
-    HOLDS,
-    RULE,
-    UNDECIDED,
-    Compared,
-    Finding,
-    Scores,
-    both,
-    expect,
-    spread,
-)
 from normfree import SGD, NonFiniteGradientError, clip_grad_, nt_xent, parameter_groups
 from normfree.data.loader import Batch, train_batches
 from normfree.data.seeds import key, permutation
@@ -58,19 +47,6 @@ from normfree.preprocessing import Preprocessing
 from normfree.training.allocator import keep_freed_memory
 from normfree.training.projection import project_
 from normfree.training.stop import stop_signals
-from normfree.uncertainty import mean_interval
-
-ARMS = ("nf", "bn_device", "bn_shuffled", "bn_global")
-LEAK, QUIET = 0.1, 1e-3  # nats: what is called a leak, and what is called none
-LEAKS, DOES_NOT_LEAK = "leaks", "does not leak"
-NUMBERS = (
-    "train_loss",
-    "loss",
-    "loss_shuffled",
-    "leak",
-    "knn",
-    "probe",
-)  # of a cell, in the order of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,104 +345,9 @@ class Contrastive:
             "seeds": self.size.seeds,
             "findings": [finding.as_json() for finding in findings(rows)],
         }
-        text, stem = page(self.size, found), setup.stem(self.name)
+        stem = setup.stem(self.name)
+        text = page(found, image=f"{stem}.png")
         atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
         atomic_write_text(results / f"{stem}.md", text)
+        atomic_write(results / f"{stem}.png", lambda path: draw(found, path))
         return text
-
-
-# --- the verdict, fixed before the runs -------------------------------------------------------------------
-
-
-def leak_of(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Return whether the runs of an arm leak.
-
-    "Leaks": the 95 % interval of the leak over seeds lies above 0.1 nats. "Does not leak": the leak of each run is
-    below 0.001 nats. "Undecided": neither, or a run diverged, or there are fewer than two runs.
-    """
-    leaks = [cell["leak"] for cell in cells if cell["status"] == "done"]
-    if len(leaks) < max(2, len(cells)):
-        return UNDECIDED
-    if mean_interval(leaks).low > LEAK:
-        return LEAKS
-    return DOES_NOT_LEAK if all(abs(leak) < QUIET for leak in leaks) else UNDECIDED
-
-
-def probe_against_nf(cells: Mapping[str, Sequence[Mapping[str, Any]]], arm: str) -> Compared:
-    """Return how the linear probe of an arm compares with that of `nf`, paired by seed."""
-    rows = ({**cell, "arm": name, "point": ""} for name in (arm, "nf") for cell in cells.get(name, ()))
-    return Scores(rows, key="probe").compare((arm, ""), ("nf", ""))
-
-
-def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
-    """Batch norm leaks, and NF does not, if `bn_device` leaks and `nf` does not leak. The leak costs accuracy if the
-    linear probe of `bn_device` is behind that of `nf`. NF needs no exchange if it does not leak and the probe of
-    `bn_global` is behind that of `nf` or equal to it within 1 point."""
-    state = {arm: leak_of(cells.get(arm, ())) for arm in ARMS}
-    leaks = {LEAKS: HOLDS, DOES_NOT_LEAK: FAILS}.get(state["bn_device"], UNDECIDED)
-    quiet = {DOES_NOT_LEAK: HOLDS, LEAKS: FAILS}.get(state["nf"], UNDECIDED)
-    device, whole = (probe_against_nf(cells, arm) for arm in ("bn_device", "bn_global"))
-    numbers = ", ".join(
-        f"{arm} {spread([c['leak'] for c in own if 'leak' in c], digits=3)}" for arm, own in cells.items()
-    )
-    return [
-        Finding("contrastive-leak", both(leaks, quiet), f"leak in nats: {numbers}"),
-        Finding(
-            "contrastive-harm", expect(device, "behind"), f"linear probe, bn_device against nf: {device}"
-        ),
-        Finding(
-            "contrastive-exchange",
-            both(quiet, expect(whole, "behind", "equal")),
-            f"linear probe, bn_global against nf: {whole}",
-        ),
-    ]
-
-
-def page(size: Size, found: Mapping[str, Any]) -> str:
-    """Return the page of results, from what the JSON holds."""
-    cells, chance = found["cells"], math.log(2 * size.batch - 1)
-    rule = " ".join(f"{leak_of.__doc__} {findings.__doc__}".partition("\n")[2].split())
-    rows = []
-    for arm, own in cells.items():
-        good = [cell for cell in own if cell["status"] == "done"]
-        values = [
-            spread([cell[name] for cell in good], digits=1 if name in ("knn", "probe") else 3)
-            for name in NUMBERS
-        ]
-        shown = leak_of(own)
-        shown += f"; probe against nf: {probe_against_nf(cells, arm)}" if arm != "nf" else ""
-        shown += f"; {len(own) - len(good)} of {len(own)} diverged" if len(good) < len(own) else ""
-        rows.append([arm, f"{own[0]['rate']:g}", *values, shown])
-    head = [
-        "arm",
-        "rate",
-        "training loss",
-        "test loss",
-        "shuffled",
-        "leak, nats",
-        "neighbors %",
-        "linear probe %",
-        "verdict",
-    ]
-    return "\n".join(
-        [
-            "# What batch statistics leak in contrastive learning",
-            "",
-            f"`{found['command']}`: a small network and its batch-norm twin, {size.train} training images, batches of "
-            f"{size.batch} images on {size.devices} virtual devices, {size.epochs:g} epochs, temperature "
-            f"{size.temperature:g}, scored on {size.test} test images. A loss of {chance:.3f} nats is chance; "
-            f"{math.log(2 * size.batch / size.devices - 1):.3f} is that of a network that recognizes the device alone. "
-            "The leak is the loss with second views shuffled over the devices minus the loss without, of "
-            "the same network "
-            f"with batch statistics. Mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
-            "",
-            *(f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]),
-            "",
-            *markdown(head, rows),
-            "",
-            f"The rule, fixed before the runs: {rule} {RULE}",
-            "",
-            f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
-            "",
-        ]
-    )

@@ -127,13 +127,13 @@ class Scores:
 def spread(values: Sequence[float], *, digits: int = 1) -> str:
     """Return mean ± standard deviation as text.
 
-    >>> spread([1.0, 2.0, 3.0]), spread([1.0]), spread([])
-    ('2.0 ± 1.0', '1.0', '–')
+    >>> spread([1.0, 2.0, 3.0]), spread([-1e-9]), spread([])
+    ('2.0 ± 1.0', '0.0', '–')
     """
     if not values:
         return "–"
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
+    return f"{fmean(values):z.{digits}f}{deviation}"
 
 
 def both(*verdicts: str) -> str:

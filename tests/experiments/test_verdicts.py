@@ -7,7 +7,7 @@ import pytest
 from experiments import pages
 from experiments.catalog import SWEEPS, experiment
 from experiments.claim_list import CLAIMS
-from experiments.contrastive import ARMS, findings, leak_of
+from experiments.contrastive_page import ARMS, findings, leak_of
 from experiments.latency import PAIR
 from experiments.latency import findings as latency_findings
 from experiments.privacy import findings as privacy_findings
