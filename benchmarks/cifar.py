@@ -131,9 +131,8 @@ def race(
     net = net.to(memory_format=FORMATS["NHWC"]).train()
     assert isinstance(net, Net)
     update = our_update(
-        net, lr=recipe.lr, decay=recipe.average, clipping=recipe.clipping, weight_decay=recipe.weight_decay,
-        kernels=True,
-    )  # fmt: skip
+        net, lr=recipe.lr, decay=recipe.average, clipping=recipe.clipping, weight_decay=recipe.weight_decay
+    )
     optimizer = update.optimizer
     assert isinstance(optimizer, SGD)
     steps, spent, accuracy = len(train.labels) // recipe.batch_size, 0.0, 0.0

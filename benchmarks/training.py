@@ -138,7 +138,7 @@ def _compared(
     network: Network,
     rate: float,
     half: bool,
-    base: Callable[..., float],
+    base: Callable[[], float],
     *,
     only: set[str] | None,
 ) -> Iterator[Comparison]:
@@ -162,7 +162,7 @@ def _compared(
 
 
 def _arms(
-    bench: Bench, network: Network, rate: float, half: bool, base: Callable[..., float]
+    bench: Bench, network: Network, rate: float, half: bool, base: Callable[[], float]
 ) -> Iterator[Arm]:
     """Yield timm's network in both formats and ours as in `normfree train`; on a GPU also compiled ones and anchors."""
     theirs, ours = (net.to(bench.device) for net in pair(network.name, stochdepth=rate))
@@ -181,22 +181,12 @@ def _arms(
     yield make("normfree NHWC", ours, "NHWC", distance=partial(gate, "NHWC"))
     if gpu:
         yield make("normfree, compiled NHWC", ours, "NHWC", compiled=True, distance=partial(gate, "NHWC"))
-        yield our_fastest(make, ours, partial(gate, "NHWC", kernels=True))
     for anchor, size, images in network.anchors if gpu and not rate else ():
         net = shaken(timm.create_model(anchor)).train()
         for extra in (False, True):
             label = f"{anchor} {size} px{', compiled' if extra else ''} NHWC"
             yield _arm(bench.device, size, images, label, net, "NHWC", half=half, alike=False, compiled=extra,
                        allowed=0.0, distance=lambda: 0.0)  # fmt: skip
-
-
-def our_fastest(make: Callable[..., Arm], ours: Net, distance: Callable[[], float]) -> Arm:
-    """Return our fastest arm for a whole step on a GPU: blocks compiled separately, the update in two launches.
-
-    `make` is `_arm` with the settings of the network.
-    """
-    return make("normfree, compiled with fused update NHWC", ours, "NHWC", compiled=True, kernels=True,
-                distance=distance)  # fmt: skip
 
 
 def _arm(
@@ -212,12 +202,11 @@ def _arm(
     allowed: float,
     distance: Callable[[], float],
     compiled: bool = False,
-    kernels: bool | None = None,
 ) -> Arm:
     """Return the arm of one network with its update."""
     placed = copied(net, layout, device)
     x, y = batch(size, images, device, layout)
-    update = our_update(placed, kernels=kernels) if isinstance(placed, Net) else timm_update(placed)
+    update = our_update(placed) if isinstance(placed, Net) else timm_update(placed)
     blocks = CompiledBlocks(placed) if compiled and isinstance(placed, Net) else None
     forward = torch.compile(placed) if compiled and blocks is None else None
     run = partial(forward_backward, placed, x, y, half=half, forward=forward, blocks=blocks)
@@ -283,19 +272,17 @@ def _distance(
     theirs: nn.Module,
     ours: Net,
     size: int,
-    base: Callable[..., float],
+    base: Callable[[], float],
     layout: str,
-    *,
-    kernels: bool | None = None,
 ) -> float:
     """Return the distance of gradients (two images, float32, format `layout`) and `base`, combined in quadrature."""
     device = next(ours.parameters()).device
     x, y = batch(size, 2, device, layout)
     gradients = gradient_distance(copied(theirs, layout, device), copied(ours, layout, device), x, y)
-    return math.hypot(gradients, base(kernels=kernels))
+    return math.hypot(gradients, base())
 
 
-def _base(network: Network, device: torch.device, *, kernels: bool | None = None) -> float:
+def _base(network: Network, device: torch.device) -> float:
     """Return the distance of updates, after a check of float64 gradients.
 
     Raises:
@@ -307,4 +294,4 @@ def _base(network: Network, device: torch.device, *, kernels: bool | None = None
     exact = gradient_distance(theirs, ours, x.double(), y)
     if not exact <= EXACT:
         raise GateError(f"{network.name}: gradients in float64 differ by {exact:.1e}, allowed is {EXACT:g}")
-    return update_distance(theirs, ours, kernels=kernels)
+    return update_distance(theirs, ours)

@@ -100,19 +100,12 @@ def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
 
 
 def update_arms(theirs: nn.Module, ours: Net, *, gpu: bool) -> list[Arm]:
-    """Return the arms of the whole update, fused and as three calls; the first of our arms is the one that runs use.
-
-    The fused update has two launches that read and write memory once.
-    """
+    """Return the arms of the whole update; on a CPU ours are the compiled kernels, which runs use, and three calls."""
     drawn, arms = gradients(theirs, ours), []
     for label in ("timm",) if gpu else ("timm", "timm, SGD(fused=True)"):
         net = copy.deepcopy(theirs)
         arms.append(_arm(label, net, drawn[0], timm_update(net, fastest=label != "timm").step, lambda: 0.0))
-    others = (
-        {False: "normfree", True: "normfree, two launches"}
-        if gpu
-        else {True: "normfree", False: "normfree, three calls"}
-    )
+    others = {False: "normfree"} if gpu else {True: "normfree", False: "normfree, three calls"}
     for kernels, label in others.items():
         net = copy.deepcopy(ours)
         update = our_update(net, kernels=kernels).step

@@ -17,7 +17,6 @@ from benchmarks.networks import distance, in_our_names
 from normfree import SGD, Ema, clip_grad_, parameter_groups
 from normfree.models.net import Net
 from normfree.optim.fused import FusedUpdate
-from normfree.optim.fused_native import NativeUpdate
 
 # [B] section 4.3, except the rate, which is small enough to keep the weights of all arms close to each other.
 LR, DECAY, CLIPPING, AVERAGE = 1e-3, 2e-5, 0.01, 0.99999
@@ -61,7 +60,7 @@ def our_update(
     decay: float = AVERAGE,
     clipping: float = CLIPPING,
     weight_decay: float = DECAY,
-    kernels: bool | None = None,
+    kernels: bool = True,
 ) -> Update:
     """Return this library's update of `net`.
 
@@ -71,15 +70,11 @@ def our_update(
         decay: decay of the average.
         clipping: λ of AGC.
         weight_decay: weight decay.
-        kernels: use the fused update (compiled kernels on a CPU, Triton on a GPU) instead of three calls. None does as
-            training runs do: fused on a CPU.
+        kernels: use the compiled kernels instead of three calls, if they exist. Training runs use them on a CPU.
     """
-    on_cpu = next(net.parameters()).device.type == "cpu"
-    if kernels is None:
-        kernels = on_cpu
     optimizer = SGD(parameter_groups(net, weight_decay=weight_decay, clipping=clipping), lr)
     average = Ema(net, decay=decay, ramp=False)
-    fused = _fused_update(optimizer, net, average, on_cpu=on_cpu) if kernels else None
+    fused = FusedUpdate.create(optimizer, model=net, ema=average) if kernels else None
 
     def update() -> None:
         if fused is not None:
@@ -90,15 +85,6 @@ def our_update(
             average.update(net)
 
     return Update(update, average.module, optimizer)
-
-
-def _fused_update(optimizer: SGD, net: Net, average: Ema, *, on_cpu: bool) -> FusedUpdate | None:
-    """Return the fused update of the device, or None if it cannot do this update."""
-    if on_cpu:
-        return NativeUpdate.create(optimizer, model=net, ema=average)
-    from normfree.optim.fused_triton import TritonUpdate
-
-    return TritonUpdate.create(optimizer, model=net, ema=average)
 
 
 def gradients(theirs: nn.Module, ours: Net) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -122,7 +108,7 @@ def give(net: nn.Module, drawn: dict[str, Tensor]) -> None:
         p.grad.copy_(drawn[name])
 
 
-def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool | None = None) -> float:
+def update_distance(theirs: nn.Module, ours: Net, *, kernels: bool = True) -> float:
     """Return the distance of the changes of weights and averages by two updates, at a large rate, same gradients.
 
     Gains and biases are left out: their unit is one number in timm and the whole vector in the released code, so the

@@ -55,24 +55,6 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpret(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`interpret(module, *names)`: Triton's functions `names` of a module run in its interpreter, on the CPU."""
-    pytest.importorskip("triton", reason="Triton is not installed; torch's wheels for Linux bring it")
-
-    def wrap(module: str, *names: str) -> None:
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpretedFunction
-
-        kernels = importlib.import_module(module)
-        for name in names:
-            monkeypatch.setattr(kernels, name, InterpretedFunction(getattr(kernels, name).fn))
-        # tl.sum is itself a compiled function unless Triton was imported for interpreting.
-        monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
-
-    return wrap
-
-
-@pytest.fixture
 def with_random_norms() -> Callable[..., nn.Module]:
     """`with_random_norms(net, std=0.3)`: `net` in evaluation mode, its batch norms with random numbers.
 

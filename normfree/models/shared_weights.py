@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from normfree.models.layers import WSConv2d
 from normfree.native.dispatch import is_transformed
-from normfree.ops.standardize import Engine, standardize_all
+from normfree.ops.standardize import standardize_all
 from normfree.suggest import problem
 
 
 @contextmanager
-def standardized_once(net: nn.Module, *, engine: Engine | None = None) -> Iterator[dict[str, Tensor]]:
+def standardized_once(net: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within this context, every `WSConv2d` of `net` uses one standardized weight in all forward passes.
 
     Gradients accumulate in the standardized weights; leaving the context propagates their sum to weights and gains in
@@ -25,7 +25,6 @@ def standardized_once(net: nn.Module, *, engine: Engine | None = None) -> Iterat
 
     Args:
         net: any module that contains `WSConv2d`.
-        engine: see `standardize_all`.
 
     Yields:
         The standardized weights by module name. Their `.grad` may be changed until the end, for example summed over
@@ -51,7 +50,7 @@ def standardized_once(net: nn.Module, *, engine: Engine | None = None) -> Iterat
                 weights, gains, scales = zip(
                     *((c.weight, c.gain, c.input_scale) for c in some.values()), strict=True
                 )
-                standardized = standardize_all(weights, gains, scales, eps=eps, engine=engine)
+                standardized = standardize_all(weights, gains, scales, eps=eps)
                 made |= dict(zip(some, standardized, strict=True))
     leaves = {name: weight.detach().requires_grad_(weight.requires_grad) for name, weight in made.items()}
     try:

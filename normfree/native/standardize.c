@@ -1,5 +1,6 @@
-/* Weight standardization, one filter at a time. `normfree.ops.standardize` calls it; `normfree.ops.standardize_triton`
- * is the same in Triton and describes `table`, `owner` and `numbers`. `floor` is the lower bound of v·N. */
+/* Weight standardization, one filter at a time. `normfree.ops.standardize` calls it. `normfree.native.table` describes
+ * `table` and `owner`; `numbers` are scale and the constant added to v·N of each weight, `floor` the lower bound of v·N.
+ */
 
 #include "share.h"
 

@@ -1,5 +1,6 @@
-/* One optimizer step, one unit of AGC at a time. `normfree.optim.units` and `normfree.optim.fused` call it;
- * `normfree.optim.fused_triton` is the same in Triton and describes `table`, `owner` and `numbers`. */
+/* One optimizer step, one unit of AGC at a time. `normfree.optim.units` and `normfree.optim.fused` call it.
+ * `normfree.native.table` describes `table` and `owner`; `numbers` are 1 - d of the average, then GROUP_NUMBERS of each
+ * group. */
 
 #include "share.h"
 

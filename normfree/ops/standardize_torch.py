@@ -1,7 +1,7 @@
 """Weight standardization of one weight in PyTorch ops, forward and backward, for `normfree.ops.standardize`.
 
-The equivalent of the kernels in `native/standardize.c` and `standardize_triton`, with as few passes over memory as
-possible. A filter is one row of a matrix, in memory order, for any memory format.
+The equivalent of the kernels in `native/standardize.c`, with as few passes over memory as possible. A filter is one row
+of a matrix, in memory order, for any memory format.
 """
 
 from __future__ import annotations

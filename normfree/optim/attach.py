@@ -14,7 +14,6 @@ from normfree.optim.agc import adaptive_clip_grad_
 from normfree.optim.classifier import find_classifier
 from normfree.optim.ema import Ema
 from normfree.optim.fused import FusedUpdate
-from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.named_gradients import ClipReport, check_limit
 from normfree.optim.parameter_kinds import CLASSIFIER, parameter_kinds
 from normfree.optim.sgd import SGD
@@ -102,7 +101,7 @@ class AgcHandle:
         made_for = [(id(p), p.device, p.dtype) for group in optimizer.param_groups for p in group["params"]]
         if made_for != self._made_for:
             self._made_for = made_for
-            self._made = NativeUpdate.create(optimizer, model=self._model, ema=self._ema, eps=self._eps)
+            self._made = FusedUpdate.create(optimizer, model=self._model, ema=self._ema, eps=self._eps)
         return self._made
 
     def _fused_step(self) -> None:

@@ -1,21 +1,20 @@
-"""The optimizer step in two kernel launches: clipping, SGD and EMA in one pass over memory.
+"""The optimizer step in two calls of the compiled kernels, on a CPU: clipping, SGD and EMA in one pass over memory.
 
-The first launch reads the gradients for their norms. The second reads weights, gradients, momentum and average once,
-writes all of them except the gradients; it writes nothing if the global norm is not finite. Together they move 32 bytes
-for each parameter. `fused_native` runs on CPUs; `fused_triton` on CUDA devices, only if it is requested. `clip_grad_`,
-`SGD.step` and `Ema.update` compute the same in three calls.
+The first call reads the gradients for their norms. The second reads weights, gradients, momentum and average once, and
+writes all of them except the gradients. Together they move 32 bytes for each parameter. `clip_grad_`, `SGD.step` and
+`Ema.update` compute the same in three calls.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from normfree.native.dispatch import same_layout
-from normfree.native.table import PointerTable, TableEntry, is_aligned, pointer_table, upload
+from normfree.native.library import library, run
+from normfree.native.table import PointerTable, TableEntry, pointer_table
 from normfree.optim.dtensor import is_sharded
 from normfree.optim.ema import Ema, ema_decay
 from normfree.optim.named_gradients import ClipReport, NonFiniteGradientError, sparse_gradient
@@ -37,12 +36,12 @@ class _Entry(NamedTuple):
     stride: tuple[int, ...]
 
 
-class FusedUpdate(ABC):
+class FusedUpdate:
     """Clip, decay, step and average all parameters of `optimizer` that have a gradient.
 
     A step equals `adaptive_clip_grad_(optimizer.param_groups)`, `optimizer.step()` and `ema.update(model)` to rounding,
     except that the gradients are only read. The settings of the groups are read at every step. Momentum is stored in
-    the optimizer and the average in `ema`. Subclasses run the two launches on one kind of device.
+    the optimizer and the average in `ema`.
 
     Args:
         optimizer: built from groups with names and `clipping`, as `parameter_groups` returns them.
@@ -66,7 +65,6 @@ class FusedUpdate(ABC):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 units = p.shape[0] if len(_layout(p)) > 1 else 1
                 self._all.append(_Entry(name, index, p, averages.get(id(p)), units, p.stride()))
-        self._device = self._all[0].parameter.device
         # The table of the current gradients, the entries that it was built from, and the tensors without a gradient.
         self._table: PointerTable | None = None
         self._made_from: list[TableEntry] = []
@@ -75,18 +73,12 @@ class FusedUpdate(ABC):
         self._others: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    @abstractmethod
-    def supports_device(cls, kind: str) -> bool:
-        """Return True if the kernels exist for devices of this kind ("cpu", "cuda")."""
-
-    @classmethod
     def create(
         cls, optimizer: SGD, *, model: nn.Module, ema: Ema | None = None, eps: float = 1e-3
     ) -> Self | None:
         """Return an update if the kernels can do all the work of `optimizer`, else None."""
         groups = optimizer.param_groups
-        kinds = {p.device.type for group in groups for p in group["params"]}
-        if len(kinds) != 1 or not cls.supports_device(*kinds):
+        if library() is None:
             return None
         if not all("param_names" in group and "clipping" in group for group in groups):
             return None
@@ -96,20 +88,17 @@ class FusedUpdate(ABC):
     def fits(self) -> bool:
         """Return True if the kernels can process all tensors.
 
-        They need one device, float32, momentum in every group, no shards, no gaps in memory, dimension 0 outermost,
-        and the average in the memory format of the weights.
+        They need a CPU, float32, momentum in every group, no shards, no gaps in memory, dimension 0 outermost, and the
+        average in the memory format of the weights.
         """
-        return (
-            len({e.parameter.device for e in self._all}) == 1
-            and all(group["momentum"] for group in self.optimizer.param_groups)
-            and all(
-                e.parameter.dtype == torch.float32
-                and not is_sharded(e.parameter)
-                and _units_are_runs(e.parameter)
-                and (e.average is None) == (self.ema is None)
-                and (e.average is None or same_layout(e.average, e.parameter))
-                for e in self._all
-            )
+        return all(group["momentum"] for group in self.optimizer.param_groups) and all(
+            e.parameter.device.type == "cpu"
+            and e.parameter.dtype == torch.float32
+            and not is_sharded(e.parameter)
+            and _units_are_runs(e.parameter)
+            and (e.average is None) == (self.ema is None)
+            and (e.average is None or same_layout(e.average, e.parameter))
+            for e in self._all
         )
 
     @torch.no_grad()
@@ -117,8 +106,8 @@ class FusedUpdate(ABC):
         """Take one step and count it in `ema.num_updates`. Return what `adaptive_clip_grad_` would.
 
         Args:
-            error_if_nonfinite: raise for Inf and NaN, which waits for the device, but only after all work is queued.
-                If False, such a step changes no tensor but is counted, and `grad_norm` of the report is not finite.
+            error_if_nonfinite: raise for Inf and NaN. If False, such a step changes no tensor but is counted, and
+                `grad_norm` of the report is not finite.
 
         Raises:
             NonFiniteGradientError: the global norm is not finite in float32; nothing was changed.
@@ -129,7 +118,7 @@ class FusedUpdate(ABC):
         if table is None:
             report = ClipReport(torch.zeros_like(numbers[0]), 0, torch.zeros_like(numbers[0]))
         else:
-            report = self._launch(table, numbers)
+            report = self._run(table, numbers)
         del grads  # some may be copies in the memory format of their parameter, needed until here
         self._average_others_(report.grad_norm, numbers[0])
         if error_if_nonfinite:
@@ -138,29 +127,19 @@ class FusedUpdate(ABC):
             self.ema.num_updates += 1
         return report
 
-    def _launch(self, table: PointerTable, numbers: Tensor) -> ClipReport:
-        squares = torch.empty(table.units, device=self._device)
-        clipped = torch.empty(table.units, dtype=torch.int8, device=self._device)
-        self._square_(table, squares)
+    def _run(self, table: PointerTable, numbers: Tensor) -> ClipReport:
+        squares = torch.empty(table.units)  # of the gradient of each unit
+        clipped = torch.zeros(table.units, dtype=torch.int8)
+        size = {"count": table.units, "elements": sum(e.parameter.numel() for e in self._with_gradient)}
+        run("unit_squares", table.table, table.owner, squares, **size)
         grad_norm = squares.sum().sqrt_()
-        self._update_(table, numbers, squares, grad_norm, clipped)
+        if torch.isfinite(grad_norm):
+            average = int(self.ema is not None)
+            run("update", table.table, table.owner, numbers, squares, clipped, self.eps, average, **size)
         groups = self.optimizer.param_groups
         units = sum(e.units for e in self._with_gradient if groups[e.group]["clipping"] > 0.0)
         fraction = clipped.sum() / units if units else torch.zeros_like(grad_norm)
         return ClipReport(fraction.to(torch.float32), units, grad_norm)
-
-    @abstractmethod
-    def _square_(self, table: PointerTable, squares: Tensor) -> None:
-        """First launch: write the sum of squares of the gradient of each unit to `squares`."""
-
-    @abstractmethod
-    def _update_(
-        self, table: PointerTable, numbers: Tensor, squares: Tensor, grad_norm: Tensor, clipped: Tensor
-    ) -> None:
-        """Second launch: update weights, momentum and average, and write to `clipped` which units were clipped.
-
-        If `grad_norm` is not finite, write zeros to `clipped` and nothing else.
-        """
 
     def _raise_if_nonfinite(self, report: ClipReport) -> None:
         if not torch.isfinite(report.grad_norm):
@@ -169,13 +148,13 @@ class FusedUpdate(ABC):
             raise NonFiniteGradientError(names or list(grads), len(grads))
 
     def _numbers(self) -> Tensor:
-        """Return the weight of the next update of the average and the settings of all groups, on the device."""
+        """Return the weight of the next update of the average and the settings of all groups."""
         weight = 0.0
         if self.ema is not None:
             weight = 1.0 - ema_decay(self.ema.num_updates, decay=self.ema.decay, ramp=self.ema.ramp)
         groups = self.optimizer.param_groups
         settings = (float(group[name]) for group in groups for name in GROUP_NUMBERS)
-        return upload([weight, *settings], torch.float32, self._device)
+        return torch.tensor([weight, *settings])
 
     def _current_table(self) -> tuple[PointerTable | None, list[Tensor]]:
         """Return the table of all gradients, and the gradients that it points to; None if there are none."""
@@ -198,12 +177,10 @@ class FusedUpdate(ABC):
                 momentum = self.optimizer.named_state()[entry.name]  # creates it
             average = momentum if entry.average is None else entry.average
             w, g, m, e = (t.data_ptr() for t in (p, grads[-1], momentum, average))
-            length = p.numel() // entry.units
-            aligned = is_aligned(w, g, m, e, 4 * length)
-            found.append(TableEntry((w, g, m, e), entry.units, length, extra=entry.group, aligned=aligned))
+            found.append(TableEntry((w, g, m, e), entry.units, p.numel() // entry.units, extra=entry.group))
             entries.append(entry)
         if found != self._made_from:
-            self._table = pointer_table(found, self._device) if found else None
+            self._table = pointer_table(found) if found else None
         names = [e.name for e in entries]
         if names != self._names:
             self._names, self._others = names, self._without_gradient(entries)
@@ -211,7 +188,7 @@ class FusedUpdate(ABC):
         return self._table, grads
 
     def _without_gradient(self, entries: list[_Entry]) -> list[tuple[Tensor, Tensor]]:
-        """Return what the launches do not average: pairs of a tensor of the model and its average."""
+        """Return what the kernels do not average: pairs of a tensor of the model and its average."""
         if self.ema is None:
             return []
         done = {id(e.parameter) for e in entries}

@@ -1,4 +1,4 @@
-"""The update after the gradients: clipping, decay, momentum and average, by fused kernels or by three calls."""
+"""The update after the gradients: clipping, decay, momentum and average, by compiled kernels or by three calls."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from torch import nn
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.fused import FusedUpdate
-from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.named_gradients import ClipReport
 from normfree.optim.sgd import SGD
 from normfree.optim.torch_optimizers import TorchOptimizer
-from normfree.suggest import unknown
 from normfree.training.choices import CLIPS, parse_choice
 from normfree.training.config import OptimConfig
 from normfree.training.profile import span
-
-ENGINES = ("auto", "torch", "native", "triton")
 
 
 class Update:
@@ -24,43 +20,22 @@ class Update:
 
     Args:
         config: how gradients are clipped.
-        engine: "native": the fused update by compiled kernels, on a CPU. "triton": the fused update by Triton kernels,
-            on a CUDA device; off by default, since it has not been measured on one. "torch": three calls. "auto":
-            "native" where it can do all the work, else "torch".
 
-    Raises:
-        ValueError: the engine is unknown, or cannot do all the work.
+    Attributes:
+        fused: the update by compiled kernels, where they can do all the work; None: three calls.
     """
 
     def __init__(
-        self,
-        optimizer: SGD | TorchOptimizer,
-        *,
-        model: nn.Module,
-        ema: Ema,
-        config: OptimConfig,
-        engine: str = "auto",
+        self, optimizer: SGD | TorchOptimizer, *, model: nn.Module, ema: Ema, config: OptimConfig
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(unknown("engine", engine, ENGINES))
         self.optimizer, self.model, self.ema = optimizer, model, ema
         clip = parse_choice(config.clip, CLIPS)
         # private: the gradients of examples were clipped before they were added up
         self.mode = "off" if clip.name == "private" else clip.name
         self.clipping, self.eps = config.clipping, clip.options.get("eps", 1e-3)
-        self.fused = self._fused("native" if engine == "auto" else engine)
-        if self.fused is None and engine not in ("auto", "torch"):
-            raise ValueError(f"engine {engine!r} cannot do this update. Allowed here: 'auto', 'torch'.")
-
-    def _fused(self, engine: str) -> FusedUpdate | None:
-        if self.mode != "agc" or engine == "torch" or not isinstance(self.optimizer, SGD):
-            return None
-        kind: type[FusedUpdate] = NativeUpdate
-        if engine == "triton":
-            from normfree.optim.fused_triton import TritonUpdate
-
-            kind = TritonUpdate
-        return kind.create(self.optimizer, model=self.model, ema=self.ema, eps=self.eps)
+        self.fused: FusedUpdate | None = None
+        if self.mode == "agc" and isinstance(optimizer, SGD):
+            self.fused = FusedUpdate.create(optimizer, model=model, ema=ema, eps=self.eps)
 
     def step(self, step: int) -> ClipReport:
         """Move weights, momentum and average in step number `step`, and drop the gradients.

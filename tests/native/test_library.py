@@ -24,7 +24,7 @@ from normfree.ops.standardize import standardize_all
 from normfree.ops.winograd import filter_planes
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
-from normfree.optim.fused_native import NativeUpdate
+from normfree.optim.fused import FusedUpdate
 from normfree.optim.groups import parameter_groups
 from normfree.optim.sgd import SGD
 
@@ -76,8 +76,8 @@ def all_results() -> list[Tensor]:
     torch.autograd.backward(maps, ups)
     optimizer = SGD(parameter_groups(net, weight_decay=0.02, clipping=0.3), 0.1)
     ema, found = Ema(net), [*made, *maps, *(p.grad.clone() for p in net.parameters())]
-    update = NativeUpdate.create(optimizer, model=net, ema=ema)
-    assert isinstance(update, NativeUpdate)
+    update = FusedUpdate.create(optimizer, model=net, ema=ema)
+    assert isinstance(update, FusedUpdate)
     found += [update.step().grad_norm for _ in range(2)]
     report = clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
     assert 0.0 < float(report) < 1.0

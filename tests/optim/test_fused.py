@@ -1,11 +1,10 @@
-"""Tests of the fused update against three calls: Triton kernels, interpreted on the CPU, and kernels in C."""
+"""Tests of the update by compiled kernels against three calls."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,42 +14,11 @@ from normfree.models.layers import WSConv2d
 from normfree.optim.clipping import clip_grad_
 from normfree.optim.ema import Ema
 from normfree.optim.fused import FusedUpdate
-from normfree.optim.fused_native import NativeUpdate
 from normfree.optim.groups import parameter_groups
 from normfree.optim.named_gradients import NonFiniteGradientError
 from normfree.optim.sgd import SGD
 
-Kind = type[FusedUpdate]
-
-
-@pytest.fixture
-def triton(request: pytest.FixtureRequest, interpret: Callable[..., None]) -> Kind:
-    """`TritonUpdate`; without a GPU the kernels are interpreted, in short blocks so that units span several of them."""
-    if request.node.get_closest_marker("gpu"):
-        pytest.importorskip(
-            "triton", reason="Triton is not installed; the Linux wheels of PyTorch install it"
-        )
-        from normfree.optim.fused_triton import TritonUpdate
-
-        return TritonUpdate
-    interpret("normfree.optim.fused_triton", "unit_squares", "update")
-    from normfree.optim.fused_triton import TritonUpdate
-
-    class ShortBlocks(TritonUpdate):
-        block = 32
-
-    return ShortBlocks
-
-
-@pytest.fixture
-def native(compiled: None) -> Kind:
-    """`NativeUpdate`, with the kernels in C."""
-    return NativeUpdate
-
-
-@pytest.fixture(params=["triton", "native"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return request.getfixturevalue(request.param)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 class Small(nn.Module):
@@ -70,12 +38,12 @@ class Small(nn.Module):
 Made = tuple[Small, SGD, Ema]
 
 
-def make(*, double: bool = False, device: str = "cpu", nesterov: bool = True) -> Made:
+def make(*, double: bool = False, nesterov: bool = True) -> Made:
     torch.manual_seed(0)
     model = Small()
     with torch.no_grad():
         model.conv.weight[:2] = 0.0  # below eps
-    model = model.to(device, torch.float64 if double else torch.float32)
+    model = model.to(torch.float64 if double else torch.float32)
     groups = parameter_groups(
         model, weight_decay=0.02, clipping=0.05, classifier="head", lr_multipliers={r"^stem\.": 0.3}
     )
@@ -120,20 +88,10 @@ def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert error <= 4e-6 * scale, (name, error, scale)  # momenta cancel
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_on_a_gpu_several_steps_equal_the_plain_path_in_float64(triton: Kind, nesterov: bool) -> None:
-    compare_with_float64(triton, nesterov, device="cuda")
-
-
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_several_steps_equal_the_plain_path_in_float64(kind: Kind, nesterov: bool) -> None:
-    compare_with_float64(kind, nesterov, device="cpu")
-
-
-def compare_with_float64(kind: Kind, nesterov: bool, *, device: str) -> None:
-    ours, exact = make(device=device, nesterov=nesterov), make(double=True, nesterov=nesterov)
-    update = kind(ours[1], model=ours[0], ema=ours[2])
+def test_several_steps_equal_the_plain_path_in_float64(nesterov: bool) -> None:
+    ours, exact = make(nesterov=nesterov), make(double=True, nesterov=nesterov)
+    update = FusedUpdate(ours[1], model=ours[0], ema=ours[2])
     assert update.fits()
     for step in range(3):
         for made in (ours, exact):
@@ -151,9 +109,9 @@ def compare_with_float64(kind: Kind, nesterov: bool, *, device: str) -> None:
     ("where", "bad"),
     [("skip_gain", float("inf")), ("head.weight", float("-inf")), ("grouped.weight", float("nan"))],
 )
-def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, bad: float) -> None:
+def test_nothing_changes_when_a_gradient_is_not_finite(where: str, bad: float) -> None:
     made = make()
-    update = kind(made[1], model=made[0], ema=made[2])
+    update = FusedUpdate(made[1], model=made[0], ema=made[2])
     set_grads_(made[0], 0)
     update.step()
     made[0].norm.num_batches_tracked += 1  # both differ from their averages
@@ -179,29 +137,29 @@ def test_nothing_changes_when_a_gradient_is_not_finite(kind: Kind, where: str, b
         assert torch.equal(tensor, before[name]), name
 
 
-def test_below_the_limit_the_gradient_is_used_bit_for_bit(kind: Kind) -> None:
+def test_below_the_limit_the_gradient_is_used_bit_for_bit() -> None:
     free, loose = make(), make()
     for made, clipping in ((free, 0.0), (loose, 1e9)):
         for group in made[1].param_groups:
             group["clipping"] = clipping
         set_grads_(made[0], 0)
-        kind(made[1], model=made[0], ema=made[2]).step()
+        FusedUpdate(made[1], model=made[0], ema=made[2]).step()
     for (name, one), two in zip(state(free).items(), state(loose).values(), strict=True):
         assert torch.equal(one, two), name
 
 
-def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
+def test_memory_formats_and_alignment_do_not_matter() -> None:
     plain, odd = make(), make()
     odd[0].to(memory_format=torch.channels_last)
     odd = (odd[0], odd[1], Ema(odd[0]))
-    update = kind(odd[1], model=odd[0], ema=odd[2])
+    update = FusedUpdate(odd[1], model=odd[0], ema=odd[2])
     assert update.fits()
 
     def shift(name: str, grad: Tensor) -> Tensor:
         """Return the gradient in contiguous memory that starts 4 bytes after a multiple of 16."""
         return torch.empty(grad.numel() + 1)[1:].view(grad.shape).copy_(grad)
 
-    reference = kind(plain[1], model=plain[0], ema=plain[2])
+    reference = FusedUpdate(plain[1], model=plain[0], ema=plain[2])
     for step, change in enumerate((None, shift, None, shift)):
         set_grads_(plain[0], step)
         set_grads_(odd[0], step, change=change)
@@ -211,46 +169,12 @@ def test_memory_formats_and_alignment_do_not_matter(kind: Kind) -> None:
     assert odd[0].grouped.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-class Recorder:
-    """A stand-in for a kernel that records the number of units of each launch and whether they are aligned."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, bool]] = []
-
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.seen.append((grid[0], kwargs["ALIGNED"]))
-
-
-def test_only_units_on_16_byte_boundaries_are_launched_as_aligned(
-    triton: Kind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from normfree.optim import fused_triton
-
-    model, optimizer, ema = make()
-    update = triton(optimizer, model=model, ema=ema)
-    recorders = Recorder(), Recorder()
-    monkeypatch.setattr(fused_triton, "unit_squares", recorders[0])
-    monkeypatch.setattr(fused_triton, "update", recorders[1])
-    units = {"stem.weight": 4, "conv.weight": 4, "grouped.weight": 6, "head.weight": 3}
-    total = sum(units.get(name, 1) for name, _ in model.named_parameters())
-    # Lengths divisible by 4: six rows of 36 weights, and gain and bias of stem and conv.
-    whole = 6 + 4
-    for behind in (0, 1):
-        for p in model.parameters():
-            p.grad = torch.zeros(p.numel() + behind)[behind:].view(p.shape)
-        update.step(error_if_nonfinite=False)
-        expected = [(total, False)] if behind else [(whole, True), (total - whole, False)]
-        for recorder in recorders:
-            assert recorder.seen == expected
-            recorder.seen.clear()
-
-
-def test_weights_without_a_gradient_are_kept_and_averaged_with_the_buffers(kind: Kind) -> None:
+def test_weights_without_a_gradient_are_kept_and_averaged_with_the_buffers() -> None:
     def drop(name: str, grad: Tensor) -> Tensor | None:
         return None if name.startswith("conv") else grad
 
     ours, exact = make(), make(double=True)
-    update = kind(ours[1], model=ours[0], ema=ours[2])
+    update = FusedUpdate(ours[1], model=ours[0], ema=ours[2])
     for step in range(3):
         for model, _, _ in (ours, exact):
             set_grads_(model, step, change=drop if step < 2 else None)
@@ -263,35 +187,35 @@ def test_weights_without_a_gradient_are_kept_and_averaged_with_the_buffers(kind:
         assert_near(state(ours), state(exact))
 
 
-def test_without_an_average_and_without_gradients(kind: Kind) -> None:
+def test_without_an_average_and_without_gradients() -> None:
     ours, exact = make(), make(double=True)
-    report = kind(ours[1], model=ours[0], ema=ours[2]).step()
+    report = FusedUpdate(ours[1], model=ours[0], ema=ours[2]).step()
     assert (float(report), report.units, float(report.grad_norm)) == (0.0, 0, 0.0)
     plain_step(exact, 0)
     assert_near(state(ours), state(exact))
     average = ours[2].module.state_dict()["head.weight"].clone()
     for made in (ours, exact):
         set_grads_(made[0], 0)
-    kind(ours[1], model=ours[0]).step()
+    FusedUpdate(ours[1], model=ours[0]).step()
     assert torch.equal(ours[2].module.state_dict()["head.weight"], average)
     plain_step(exact, 0)
     assert_near(dict(ours[0].state_dict()), dict(exact[0].state_dict()))
 
 
-def test_the_norm_of_a_tiny_gradient_counts_as_1e_6(kind: Kind) -> None:
+def test_the_norm_of_a_tiny_gradient_counts_as_1e_6() -> None:
     ours, exact = make(), make(double=True)
     for made in (ours, exact):
         for group in made[1].param_groups:
             group.update(clipping=1e-8, weight_decay=0.0)  # so that the momentum has only gradients
         set_grads_(made[0], 0, change=lambda name, grad: 1e-8 * grad)
-    kind(ours[1], model=ours[0], ema=ours[2]).step()
+    FusedUpdate(ours[1], model=ours[0], ema=ours[2]).step()
     assert plain_step(exact, 0)[0] > 0.3
     assert_near(state(ours), state(exact))
 
 
-def test_a_changed_memory_format_is_an_error(kind: Kind) -> None:
+def test_a_changed_memory_format_is_an_error() -> None:
     model, optimizer, ema = make()
-    update = kind(optimizer, model=model, ema=ema)
+    update = FusedUpdate(optimizer, model=model, ema=ema)
     model.to(memory_format=torch.channels_last)
     set_grads_(model, 0)
     before = state((model, optimizer, ema))
@@ -304,65 +228,38 @@ def test_a_changed_memory_format_is_an_error(kind: Kind) -> None:
     assert all(torch.equal(t, before[name]) for name, t in state((model, optimizer, ema)).items())
 
 
-def test_create_returns_none_for_what_the_kernels_cannot_process(kind: Kind) -> None:
+def test_create_returns_none_for_what_the_kernels_cannot_process(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, ema = make()
-    assert isinstance(kind.create(optimizer, model=model, ema=ema), kind)
-    assert kind.create(SGD(model.parameters(), 0.1), model=model, ema=ema) is None  # no names, no clipping
+    assert isinstance(FusedUpdate.create(optimizer, model=model, ema=ema), FusedUpdate)
+    assert (
+        FusedUpdate.create(SGD(model.parameters(), 0.1), model=model, ema=ema) is None
+    )  # no names, no clipping
     double = make(double=True)
-    assert kind.create(double[1], model=double[0], ema=double[2]) is None
+    assert FusedUpdate.create(double[1], model=double[0], ema=double[2]) is None
     still = SGD(parameter_groups(model, weight_decay=0.0, clipping=0.0), 0.1, momentum=0.0, nesterov=False)
-    assert kind.create(still, model=model, ema=ema) is None
+    assert FusedUpdate.create(still, model=model, ema=ema) is None
     model.to(memory_format=torch.channels_last)
-    assert kind.create(optimizer, model=model, ema=ema) is None  # the average has the other memory format
+    assert (
+        FusedUpdate.create(optimizer, model=model, ema=ema) is None
+    )  # the average has the other memory format
+    elsewhere = make()
+    elsewhere[0].to("meta")
+    groups = parameter_groups(elsewhere[0], weight_decay=0.0, clipping=0.0)
+    assert FusedUpdate.create(SGD(groups, 0.1), model=elsewhere[0]) is None
     turned = copy.deepcopy(model)
     turned.head.weight = nn.Parameter(torch.randn(10, 3).T)
     assert (
-        kind.create(SGD(parameter_groups(turned, weight_decay=0.0, clipping=0.0), 0.1), model=turned) is None
+        FusedUpdate.create(SGD(parameter_groups(turned, weight_decay=0.0, clipping=0.0), 0.1), model=turned)
+        is None
     )
+    model, optimizer, ema = make()
+    monkeypatch.setattr("normfree.optim.fused.library", lambda: None)
+    assert FusedUpdate.create(optimizer, model=model, ema=ema) is None
 
 
-def test_devices_are_those_of_the_kernels(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # compiled, not interpreted
-    device = "cpu" if kind is NativeUpdate else "cuda"
-    assert [name for name in ("cpu", "cuda", "mps") if kind.supports_device(name)] == [device]
-    monkeypatch.setattr("normfree.optim.fused_native.library", lambda: None)
-    assert not NativeUpdate.supports_device("cpu")
-
-
-def test_a_sparse_gradient_is_an_error(kind: Kind) -> None:
+def test_a_sparse_gradient_is_an_error() -> None:
     model, optimizer, ema = make()
     model.head.weight.grad = torch.zeros(3, 10).to_sparse()
     message = "the gradient of 'head.weight' is sparse. Allowed: dense gradients."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        kind(optimizer, model=model, ema=ema).step()
-
-
-def test_aligned_units_pass_through_memory_in_16_byte_accesses(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The kernels are compiled for sm_90, which needs no GPU. Only accesses to single numbers, outside the loops, have
-    4 bytes."""
-    monkeypatch.undo()  # compiled, not interpreted
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from normfree.optim import fused_triton
-
-    types = {"table": "*i64", "owner": "*i32", "clipped": "*i8", "start": "i32", "eps": "fp32"}
-    wide, narrow = {}, {}
-    for aligned in (True, False):
-        constants = {"BLOCK": fused_triton.BLOCK, "ALIGNED": aligned, "EMA": True}
-        names = fused_triton.update.arg_names
-        signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
-        ptx = triton.compile(
-            ASTSource(fused_triton.update, signature, {(names.index(n),): v for n, v in constants.items()}),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": fused_triton.WARPS, "enable_fp_fusion": False},
-        ).asm["ptx"]
-        wide[aligned] = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx))
-        narrow[aligned] = len(re.findall(r"st\.global\.b32", ptx))
-    # 2048 elements over 8 warps are two accesses for each lane: p is read twice, g, m and e once; p, m, e are written.
-    assert wide == {True: 2 * (5 + 3), False: 0}
-    assert narrow == {True: 0, False: 8 * 3}
+        FusedUpdate(optimizer, model=model, ema=ema).step()

@@ -1,4 +1,4 @@
-"""Fixtures of several tests of training: a trainer of a small network, its batches, and the Triton update on a CPU."""
+"""Fixtures of several tests of training: a trainer of a small network and its batches."""
 
 from __future__ import annotations
 
@@ -50,9 +50,3 @@ def some_batch() -> Callable[[int], Batch]:
         return Batch(images, labels, torch.arange(IMAGES), ("one.png",) * IMAGES, step=step, epoch=0)
 
     return make
-
-
-@pytest.fixture
-def interpreted_update(interpret: Callable[..., None]) -> None:
-    """Run the kernels of `Update(..., engine="triton")` in Triton's interpreter, which works on the CPU."""
-    interpret("normfree.optim.fused_triton", "unit_squares", "update")

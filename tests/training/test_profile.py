@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
         patch.setattr(run_folder, "draw_curves", lambda *args, **kwargs: None)
         out = tmp_path_factory.mktemp("runs")
         texts = train(out / "plain"), train(out / "profiled", "--log.to", "profile=2")
-        patch.setattr("normfree.training.update.NativeUpdate.create", lambda *args, **kwargs: None)
+        patch.setattr("normfree.training.update.FusedUpdate.create", lambda *args, **kwargs: None)
         train(out / "calls", "--log.to", "profile=2")
         return out, *texts
 
