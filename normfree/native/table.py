@@ -47,7 +47,8 @@ def pointer_table(entries: Sequence[TableEntry]) -> PointerTable:
     units = tuple(e.units for e in entries)
     firsts = accumulate(units, initial=0)
     rows = [[*e.addresses, e.length, first, e.extra, 0] for e, first in zip(entries, firsts, strict=False)]
-    return PointerTable(torch.tensor(rows, dtype=torch.int64), owner_of(units), sum(units))
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return PointerTable(table, owner_of(units), sum(units))
 
 
 @lru_cache(maxsize=8)
@@ -57,5 +58,5 @@ def owner_of(units: tuple[int, ...]) -> Tensor:
     >>> owner_of((2, 1)).tolist()
     [0, 0, 1]
     """
-    index = torch.arange(len(units), dtype=torch.int32)
-    return index.repeat_interleave(torch.tensor(units, dtype=torch.long))
+    index = torch.arange(len(units), dtype=torch.int32, device="cpu")
+    return index.repeat_interleave(torch.tensor(units, dtype=torch.long, device="cpu"))

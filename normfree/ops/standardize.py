@@ -122,5 +122,6 @@ def _run(name: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float]
         entries.append(TableEntry((w, gain, result, by_weight), len(weight), weight[0].numel(), by_gain))
         numbers.append([scale, constants(weight, eps)[0]])
     made, floor = pointer_table(entries), constants(weights[0], eps)[1]
+    values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     elements = sum(w.numel() for w in weights)
-    run(name, made.table, made.owner, torch.tensor(numbers), floor, count=made.units, elements=elements)
+    run(name, made.table, made.owner, values, floor, count=made.units, elements=elements)

@@ -124,11 +124,16 @@ class _Scratch(threading.local):
         """Return a float32 tensor of at least `count` numbers, which the next call for the same purpose overwrites."""
         kept = self.kept.get(purpose)
         if kept is None or len(kept) < count:
-            kept = self.kept[purpose] = torch.empty(count)
+            kept = self.kept[purpose] = float32_memory(count)
         return kept
 
 
 _SCRATCH = _Scratch()
+
+
+def float32_memory(count: int) -> Tensor:
+    """Return new memory for `count` numbers, whatever PyTorch's default type and device are."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 def count_tiles(x: Tensor, side: int) -> int:
@@ -191,7 +196,7 @@ def filter_planes(
     each = filters // groups
     matrix = (inputs, each) if rotated else (each, inputs)
     count, distance = (side + 2) ** 2 * groups, each * inputs + PAD
-    memory = _SCRATCH.numbers("planes", count * distance) if reuse else torch.empty(count * distance)
+    memory = _SCRATCH.numbers("planes", count * distance) if reuse else float32_memory(count * distance)
     planes = memory[: count * distance].view(count, distance)[:, :-PAD].unflatten(1, matrix)
     run(
         "winograd_filters", weight, planes, inputs, each, planes.stride(0), int(rotated), side,

@@ -77,10 +77,8 @@ class FusedUpdate:
         cls, optimizer: SGD, *, model: nn.Module, ema: Ema | None = None, eps: float = 1e-3
     ) -> Self | None:
         """Return an update if the kernels can do all the work of `optimizer`, else None."""
-        groups = optimizer.param_groups
-        if library() is None:
-            return None
-        if not all("param_names" in group and "clipping" in group for group in groups):
+        named = all("param_names" in group and "clipping" in group for group in optimizer.param_groups)
+        if library() is None or not named:
             return None
         update = cls(optimizer, model=model, ema=ema, eps=eps)
         return update if update.fits() else None
@@ -128,8 +126,8 @@ class FusedUpdate:
         return report
 
     def _run(self, table: PointerTable, numbers: Tensor) -> ClipReport:
-        squares = torch.empty(table.units)  # of the gradient of each unit
-        clipped = torch.zeros(table.units, dtype=torch.int8)
+        squares = torch.empty(table.units, dtype=torch.float32, device="cpu")  # of the gradient of each unit
+        clipped = torch.zeros(table.units, dtype=torch.int8, device="cpu")
         size = {"count": table.units, "elements": sum(e.parameter.numel() for e in self._with_gradient)}
         run("unit_squares", table.table, table.owner, squares, **size)
         grad_norm = squares.sum().sqrt_()
@@ -154,7 +152,7 @@ class FusedUpdate:
             weight = 1.0 - ema_decay(self.ema.num_updates, decay=self.ema.decay, ramp=self.ema.ramp)
         groups = self.optimizer.param_groups
         settings = (float(group[name]) for group in groups for name in GROUP_NUMBERS)
-        return torch.tensor([weight, *settings])
+        return torch.tensor([weight, *settings], dtype=torch.float32, device="cpu")
 
     def _current_table(self) -> tuple[PointerTable | None, list[Tensor]]:
         """Return the table of all gradients, and the gradients that it points to; None if there are none."""

@@ -138,7 +138,7 @@ class NativeUnits(Units):
         return bool(tensors) and all(map(is_plain_cpu_tensor, tensors)) and library() is not None
 
     def norms(self) -> Tensor:
-        squares = torch.empty(self._table.units)
+        squares = torch.empty(self._table.units, dtype=torch.float32, device="cpu")
         self._run("unit_squares", squares)
         return squares.sqrt_()
 

@@ -94,6 +94,49 @@ def all_results() -> list[Tensor]:
     return [t.detach().clone() for t in found]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")], ids=str
+)
+def test_no_kernel_depends_on_the_default_type_and_device(compiled, dtype, device) -> None:
+    """Libraries change them while they load a model; memory of another type would be too small."""
+    torch.manual_seed(3)
+    net = WSConv2d(64, 64, kernel_size=3, bias=False)
+    x, grad = (torch.randn(2, 64, 12, 12).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    optimizer = SGD(parameter_groups(net, weight_decay=0.02, clipping=0.3), 0.1)
+    averages = [Ema(net) for _ in range(2)]
+    updates = [FusedUpdate.create(optimizer, model=net, ema=ema) for ema in averages]
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def results(update: FusedUpdate) -> list[Tensor]:
+        winograd._SCRATCH.kept.clear()
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                p.copy_(start[name])
+        optimizer.state.clear()
+        found = standardize_all([net.weight], [net.gain], [1.5])
+        gradients = torch.autograd.grad(found[0], [net.weight, net.gain], net.weight.detach())
+        for p, made in zip((net.weight, net.gain), gradients, strict=True):
+            p.grad = made.clone()
+        found += gradients
+        for side in (2, 4):
+            found.append(winograd.conv2d(x, start["weight"], None, groups=1, side=side))
+            found.append(winograd.input_gradient(grad, start["weight"], groups=1, side=side))
+            found.append(winograd.weight_gradient(x, grad, groups=1, side=side))
+        found += [update.step().grad_norm, *(p.detach().clone() for p in net.parameters())]
+        clip_grad_(optimizer.param_groups, mode="agc", clipping=0.3)
+        return [*found, *(p.grad.clone() for p in net.parameters())]
+
+    wanted, before = results(updates[0]), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = results(updates[1])
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def compile_again(compiler: str, flags: list[str], to: Path) -> None:
     """Compile the sources with the flags of setup.py and these."""
     if not (ROOT / "normfree" / "native" / "share.h").exists():
