@@ -109,7 +109,8 @@ class Units:
         pairs = list(zip(self.tensors, factors.split(self.sizes), strict=True))
         if factors.device.type == "cpu":
             # On the CPU, reading a value does not wait for a device; tensors without a changed unit are skipped.
-            before = F.pad(changed.cumsum(0), (1, 0))[F.pad(torch.tensor(self.sizes).cumsum(0), (1, 0))]
+            sizes = torch.tensor(self.sizes, device="cpu")
+            before = F.pad(changed.cumsum(0), (1, 0))[F.pad(sizes.cumsum(0), (1, 0))]
             pairs = [pair for pair, hits in zip(pairs, before.diff().tolist(), strict=True) if hits]
         if pairs:
             torch._foreach_mul_([t for t, _ in pairs], [f.view(scale_shape(f, t)) for t, f in pairs])
