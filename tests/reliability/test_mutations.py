@@ -24,7 +24,7 @@ def test_names_are_unique():
 
 @pytest.mark.slow
 def test_a_protection_taken_out_is_noticed_and_a_change_of_a_comment_is_not(monkeypatch):
-    monkeypatch.setattr(mutations, "passes", lambda test: True)
+    monkeypatch.setattr(mutations, "passes", lambda test: 20.0)
     (real,) = [mutation for mutation in MUTATIONS if mutation.name == "a CSV has no formulas"]
     assert noticed(real).passed == 1
     harmless = Mutation("harmless", real.file, '"""Atomic writes, in which', '"""Writes, in which', real.test)

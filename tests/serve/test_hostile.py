@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.data.transforms.decode import load_image
+from normfree.data.transforms.decode import _BLOCK, load_image
 from normfree.serve.decoding import Decoders
 from normfree.serve.limits import Limits, RequestError
 
@@ -576,6 +576,7 @@ def test_decoding_is_given_up_between_blocks(kind):
     asked = []
     whole = load_image(out.getvalue(), given_up=lambda: asked.append(0))
     assert np.array_equal(whole, load_image(out.getvalue()))
+    assert len(asked) > len(out.getvalue()) // (2 * _BLOCK)
     for stop_after in (len(asked) // 2, len(asked) - 1):
         calls = iter(range(len(asked)))
         with pytest.raises(CancelledError):
