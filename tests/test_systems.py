@@ -46,7 +46,7 @@ def run_on(system: str, folder: Path, *commands: list[str]) -> subprocess.Comple
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="imitates other systems on Linux")
-@pytest.mark.parametrize("system", ["nt", "darwin"])
+@pytest.mark.parametrize("system", ["nt", pytest.param("darwin", marks=pytest.mark.slow)])
 def test_a_run_trains_continues_predicts_and_is_exported(photos: Path, tmp_path: Path, system: str) -> None:
     steps = [
         ["train", "--data", "photos", *TINY, "--length", "2st", "--out", "runs/a"],

@@ -139,6 +139,7 @@ def test_evaluation_has_one_graph_for_each_shape_and_the_same_logits() -> None:
     assert_one_graph_a_shape(counter)
 
 
+@pytest.mark.slow
 def test_without_shared_weights_blocks_are_compiled_for_each_beta() -> None:
     """The reason for `standardized_once`: without it the test above fails."""
     net, counter = small_net(depths=(1, 4, 1, 1)), CompileCounterWithBackend("eager")
