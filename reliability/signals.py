@@ -92,8 +92,8 @@ def launched(seed: int, *, kills: str) -> Result:
         out, mark = Path(folder) / "run", f"{os.getpid()}-{kills}-{seed}"
         with (Path(folder) / "output.txt").open("wb") as output:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                 str(free_port()), "-m", "normfree", "train", *LONG, "--out", str(out)],
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 "-m", "normfree", "train", *LONG, "--out", str(out)],
                 env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: mark}, stdout=output, stderr=output,
             )  # fmt: skip
         _wait_for_step(out, rng.randrange(1, 50), launcher)
