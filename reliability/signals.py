@@ -21,7 +21,6 @@ from reliability.runs import (
     STOP_SIGNALS,
     differences,
     finish,
-    free_port,
     scratch,
     train,
     uninterrupted,
