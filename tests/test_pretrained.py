@@ -303,6 +303,9 @@ def test_an_edited_config_is_accepted_once_its_line_is_deleted(tmp_path: Path) -
     assert [line[66:] for line in lines] == ["config.json", "model.safetensors"]
     sums.write_text(lines[1] + "\n")
     assert from_pretrained(tmp_path).classes != CLASSES
+    sums.write_text("")
+    with pytest.raises(ValueError, match="SHA256SUMS is empty"):
+        from_pretrained(tmp_path)
     sums.write_text("x" * 64 + "  config.json\n")
     with pytest.raises(ValueError, match="Allowed: a SHA-256 and a file name"):
         from_pretrained(tmp_path)

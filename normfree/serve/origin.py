@@ -7,6 +7,7 @@ Without this, a web page that a user visits could read predictions and class nam
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from normfree.suggest import problem
 
 ANY = "*"
+# A name, an IPv4 address, or an IPv6 address in brackets; then perhaps a port.
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\[\]@:/?#\s]+)(?::\d{1,5})?")
 
 
 class HostGuard:
@@ -45,11 +48,11 @@ class HostGuard:
         headers = Headers(scope=scope)
         fix = "start the server with --allow-host NAME"
         host = headers.get("host", "")
-        if host and not self._allows(f"http://{host}"):
+        if host and not (_HOST.fullmatch(host) and self._allows(f"http://{host}")):
             return problem(f"the host {host[:100]!r} is not this server", fix=fix)
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return ""
-        origin = headers.get("origin")
+        origin = ", ".join(found) if (found := headers.getlist("origin")) else None
         # An allowed host name, or an address on the same port: other addresses may belong to other sites.
         if origin is not None and _netloc(origin) != host.lower() and not self._named(origin):
             return problem(f"requests from {origin[:100]!r} are not answered", fix=fix)

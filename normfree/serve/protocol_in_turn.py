@@ -66,6 +66,10 @@ class ProtocolInTurn(H11Protocol):
             if tiny and (b"transfer-encoding", b"chunked") in self.headers:
                 self.transport.abort()
                 return
+        if cycle is not None and {b"transfer-encoding", b"content-length"} <= {
+            name for name, _ in self.headers
+        }:
+            cycle.keep_alive = False  # a proxy may have taken the other length (RFC 9112, section 6.1)
         if self._at_work and cycle is not None and not cycle.more_body and self.conn.trailing_data[0]:
             # Requests that were sent before the response to this one would need no turn.
             cycle.keep_alive = False

@@ -63,6 +63,7 @@ LOGGERS = ("tensorboard", "wandb")
 _PROFILE = re.compile(r"profile=([1-9]\d{0,5})")
 # A config may come from others. This is far above what machines can take, and far below what stops one.
 MAX_BATCH = 1_000_000
+MAX_EVERY = 1_000_000_000  # steps
 
 
 def _check_length(value: str) -> str:
@@ -335,7 +336,7 @@ class OptimConfig(ConfigSection):
 class LogConfig(ConfigSection):
     """Logging, evaluation and checkpoints."""
 
-    every: int = Field(default=10, ge=1)
+    every: int = Field(default=10, ge=1, le=MAX_EVERY)
     """Steps between two lines of metrics.jsonl."""
     evaluate_every: str = "1ep"
     """Epochs (1ep) or steps (500st) between evaluations."""

@@ -50,6 +50,7 @@ class Checkpoints:
         self._trainer, self._folder, self._run_log = trainer, folder, run_log
         self._identity, self._metrics = identity, metrics
         self._retry: int | None = None  # step of the next attempt
+        self._run = _identity_of(folder.parent) if trainer.world.is_main else None
 
     def retry(self, step: int) -> bool:
         """Return True if an earlier attempt has failed and it is time for another."""
@@ -94,6 +95,8 @@ class Checkpoints:
     ) -> str:
         """Write the checkpoint of `step` and the files that name it; return why the disk refused, or ""."""
         try:
+            if _identity_of(self._folder.parent) != self._run:
+                return "the run folder was moved or removed"  # the path would become a second, incomplete run
             self._metrics.flush()
             whole = {**self._identity, **state, "metrics": self._metrics.state()}
             checkpoint.save(
@@ -104,6 +107,15 @@ class Checkpoints:
         except OSError as error:
             return error.strerror or str(error)
         return ""
+
+
+def _identity_of(folder: Path) -> tuple[int, int] | None:
+    """Return what identifies a folder whatever its path is: device and inode; None if it does not exist."""
+    try:
+        about = folder.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_dev, about.st_ino
 
 
 def restore_newest(

@@ -35,7 +35,13 @@ def verify(folder: Path, name: str) -> None:
         raise ValueError(problem(f"{file} was damaged after the download", fix=f"delete {blob}"))
     if not sums.exists():
         return
-    for line in read_text(sums, limit=100_000).splitlines():
+    lines = read_text(sums, limit=100_000).splitlines()
+    if not lines:
+        raise ValueError(
+            problem(f"{sums} is empty", allowed="a SHA-256 and a file name in each line",
+                    fix=f"restore the folder, or delete {SUMS_FILE} to accept its files as they are")
+        )  # fmt: skip
+    for line in lines:
         match = _LINE.fullmatch(line)
         if match is None:
             raise ValueError(

@@ -455,6 +455,18 @@ def test_a_body_of_tiny_chunks_is_cut_off(serving, colors):
         assert sent < 6_000_000
 
 
+def test_a_request_with_two_lengths_ends_its_connection(serving, colors):
+    image = encoded("PNG")
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(image), image)
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 4\r\n"
+    with serving(colors, limits=PATIENT) as (port, _), Client(port).connect() as sock:
+        sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        answer = b""
+        while part := sock.recv(65_536):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     ("host", "more", "status"),
     [
@@ -463,6 +475,10 @@ def test_a_body_of_tiny_chunks_is_cut_off(serving, colors):
         ("[::1]:8000", "", 200),
         ("model.example", "Origin: http://model.example\r\n", 200),
         ("evil.example", "", 403),
+        ("[::1]evil.example", "", 403),
+        ("user@localhost", "", 403),
+        ("127.0.0.1:80:80", "", 403),
+        ("localhost:8000", "Origin: http://localhost:8000\r\nOrigin: http://evil.example\r\n", 403),
         ("127.0.0.1.evil.example", "", 403),
         ("localhost", "Origin: http://evil.example\r\n", 403),
         ("localhost", "Origin: null\r\n", 403),

@@ -260,6 +260,7 @@ def test_a_config_is_immutable():
          "them :deadline=SECONDS above 0, for example 4:deadline=600."),
         ("--input.batch_size 2000000", "input.batch_size='2000000'. Allowed: less than or equal to 1000000."),
         ("--input.image_size 9999999x9999999", f"input.image_size='9999999x9999999'. Allowed: {SIZES}"),
+        ("--log.every 1000000000000", "log.every='1000000000000'. Allowed: less than or equal to 1000000000."),
         (f"--seed {2**63}", f"seed='{2**63}'. Allowed: less than {2**63}."),
         (f"--length {'9' * 400}ep", f"length='{'9' * 400}ep'. Allowed: a number of epochs or steps, for example '90ep' "
          "or '5000st'."),

@@ -247,6 +247,26 @@ def test_pointers_and_leftovers_are_mended_at_the_next_start(tmp_path, monkeypat
     assert [path for path in left if path.exists()] == []
 
 
+def test_a_run_folder_that_is_moved_in_mid_run_does_not_become_two(tmp_path, monkeypatch):
+    out, moved, step = tmp_path / "run", tmp_path / "moved", Trainer.step
+
+    def stepping(trainer, batch, index):
+        if index == 3:
+            out.rename(moved)
+        return step(trainer, batch, index)
+
+    monkeypatch.setattr(Trainer, "step", stepping)
+    with pytest.raises(
+        ValueError, match=r"checkpoint of step 6 could not be written: the run folder was moved or"
+    ):
+        train(out)
+    assert not out.exists()
+    assert (moved / "checkpoints" / "last").read_text() == "step-00000002\n"
+    monkeypatch.setattr(Trainer, "step", step)
+    train(moved)
+    assert (moved / "checkpoints" / "last").read_text() == "step-00000006\n"
+
+
 def test_the_deletion_of_old_checkpoints_is_finished_at_the_next_start(tmp_path):
     """As after a kill while the last step's save was deleting one, of which a part is left."""
     out = tmp_path / "run"

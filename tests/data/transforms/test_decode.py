@@ -107,6 +107,24 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     assert load_image(encode(photo(), "PNG"), max_pixels=1200).size == (40, 30)
 
 
+def test_an_image_of_many_parts_is_refused() -> None:
+    """Pillow reads each chunk of a PNG and each segment of a JPEG by calls in Python."""
+    text = struct.pack(">I", 3) + b"tEXtk\0v" + struct.pack(">I", zlib.crc32(b"tEXtk\0v"))
+    png, jpeg = encode(photo(), "PNG"), encode(photo(), "JPEG")
+    for start, part, end in ((png[:33], text, png[33:]), (jpeg[:2], b"\xff\xfe\0\2", jpeg[2:])):
+        assert load_image(start + 1_000 * part + end).size == (40, 30)
+        assert reason(start + 30_000 * part + end) == "damaged: it consists of too many parts"
+    pieces = [encode(photo((900, 900)), "PNG")]
+    body = pieces[0][33:-12]
+    while body:  # as encoders write them, in chunks of a kilobyte
+        length = struct.unpack(">I", body[:4])[0]
+        data, body = body[8 : 8 + length], body[12 + length :]
+        for at in range(0, length, 1024):
+            piece = b"IDAT" + data[at : at + 1024]
+            pieces.append(struct.pack(">I", len(piece) - 4) + piece + struct.pack(">I", zlib.crc32(piece)))
+    assert load_image(pieces[0][:33] + b"".join(pieces[1:]) + png[-12:]).size == (900, 900)
+
+
 def test_transparency_is_laid_over_the_background() -> None:
     image = Image.new("RGBA", (3, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
