@@ -110,6 +110,15 @@ def test_eval_leaves_out_the_images_that_the_run_was_trained_on(trained, photos,
     count, told = images(str(copied))
     assert count == 5
     assert f"8 of the 13 images of {copied} are left out because {trained} was trained on them" in told
+    cut = tmp_path / "cut"
+    shutil.copytree(trained, cut)
+    lines = (cut / "samples.csv").read_text().splitlines(keepends=True)
+    (cut / "samples.csv").write_text("".join(lines[:6]))
+    assert main(["eval", str(cut), str(copied)]) == 2
+    assert capsys.readouterr().err == (
+        f"normfree: {cut / 'samples.csv'} is damaged: it has 5 of the 8 training images. "
+        "Fix: restore it, or delete it and score with --part all.\n"
+    )
     for file in copied.glob("*/*.png"):
         if file.name == "new.png" or file.read_bytes() not in _trained_bytes(trained, photos):
             file.unlink()

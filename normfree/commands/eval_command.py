@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from normfree.commands.usage import UsageError, check_target, tell, with_classes
 from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
+    from normfree.data.record import SampleRecord
     from normfree.data.source import Source
     from normfree.pretrained import TrainedModel
     from normfree.scores import Evaluation
@@ -164,10 +166,10 @@ def _open_other(arguments: EvalArguments, model: TrainedModel) -> Source:
 
 def _without_trained(source: Source, run: Path, shown: str) -> Source:
     """Return the images that the run was not trained on, or all of them with a warning if there are no others."""
-    from normfree.data.record import SAMPLES_FILE, read_records, trained_on
+    from normfree.data.record import trained_on
     from normfree.data.subset import Subset
 
-    trained = set(trained_on(source, read_records(run / SAMPLES_FILE) or []))
+    trained = set(trained_on(source, _samples_of(run)))
     if not trained:
         return source
     others = [index for index in range(len(source)) if index not in trained]
@@ -179,6 +181,28 @@ def _without_trained(source: Source, run: Path, shown: str) -> Source:
     tell(f"{len(trained)} of the {len(source)} images of {shown} {verb} left out because {run} was trained on "
          f"{'it' if verb == 'is' else 'them'} (--part all scores {'it' if verb == 'is' else 'them'} too)")  # fmt: skip
     return Subset(source, others)
+
+
+def _samples_of(run: Path) -> list[SampleRecord]:
+    """Return the samples in the run's samples.csv; none if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged: among others, its number of training images is not that of the checkpoint.
+    """
+    from normfree.data.record import SAMPLES_FILE, read_records
+    from normfree.training import checkpoint
+
+    records = read_records(run / SAMPLES_FILE)
+    if records is None:
+        return []
+    trained, expected = sum(sample.part == "train" for sample in records), None
+    if last := checkpoint.pointed(run / "checkpoints", "last"):
+        with contextlib.suppress(KeyError, TypeError):  # of an older version
+            expected = checkpoint.read_state(run / "checkpoints" / last)["data"]["train"]["samples"]
+    if expected not in (None, trained):
+        given = f"{run / SAMPLES_FILE} is damaged: it has {trained} of the {expected} training images"
+        raise ValueError(problem(given, fix="restore it, or delete it and score with --part all"))
+    return records
 
 
 # --- output ---------------------------------------------------------------------------------------------------

@@ -157,7 +157,16 @@ def read(path: Path) -> Checkpoint:
     tensors = {Path(n).stem: read_tensors(path / n) for n in listed if n.endswith(".safetensors")}
     if wrong := not_finite(tensors):
         raise ValueError(f"{path}: values are not finite: {some_names(wrong)}.")
-    return Checkpoint(step, tensors, read_json(path / "state.json", limit=_STATE_BYTES))
+    return Checkpoint(step, tensors, read_state(path))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the JSON state of the checkpoint in a step folder, without comparing its checksum.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    return read_json(path / "state.json", limit=_STATE_BYTES)
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
