@@ -66,6 +66,11 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+def float32_memory(count: int) -> Tensor:
+    """Return new memory for `count` numbers, whatever PyTorch's default type and device are."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
 def run(name: str, *arguments: Tensor | float, count: int, elements: int) -> None:
     """Call a kernel, with as many threads as PyTorch uses, or one if there is little work.
 

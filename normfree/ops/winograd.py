@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normfree.native.library import library, run
+from normfree.native.library import float32_memory, library, run
 
 # Constants of winograd.c: channels and filters of a group are multiples of PANEL, blocks of tiles of ROWS; PAD numbers
 # separate the planes.
@@ -129,11 +129,6 @@ class _Scratch(threading.local):
 
 
 _SCRATCH = _Scratch()
-
-
-def float32_memory(count: int) -> Tensor:
-    """Return new memory for `count` numbers, whatever PyTorch's default type and device are."""
-    return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 def count_tiles(x: Tensor, side: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.native.dispatch import same_layout
-from normfree.native.library import library, run
+from normfree.native.library import float32_memory, library, run
 from normfree.native.table import PointerTable, TableEntry, pointer_table
 from normfree.optim.dtensor import is_sharded
 from normfree.optim.ema import Ema, ema_decay
@@ -126,7 +126,7 @@ class FusedUpdate:
         return report
 
     def _run(self, table: PointerTable, numbers: Tensor) -> ClipReport:
-        squares = torch.empty(table.units, dtype=torch.float32, device="cpu")  # of the gradient of each unit
+        squares = float32_memory(table.units)  # of the gradient of each unit
         clipped = torch.zeros(table.units, dtype=torch.int8, device="cpu")
         size = {"count": table.units, "elements": sum(e.parameter.numel() for e in self._with_gradient)}
         run("unit_squares", table.table, table.owner, squares, **size)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.native.dispatch import is_plain_cpu_tensor
-from normfree.native.library import library, run
+from normfree.native.library import float32_memory, library, run
 from normfree.native.table import TableEntry, pointer_table
 from normfree.suggest import unknown
 
@@ -139,7 +139,7 @@ class NativeUnits(Units):
         return bool(tensors) and all(map(is_plain_cpu_tensor, tensors)) and library() is not None
 
     def norms(self) -> Tensor:
-        squares = torch.empty(self._table.units, dtype=torch.float32, device="cpu")
+        squares = float32_memory(self._table.units)
         self._run("unit_squares", squares)
         return squares.sqrt_()
 
