@@ -32,7 +32,7 @@ from benchmarks.networks import (
 )
 from benchmarks.summary import Comparison
 from benchmarks.update_arms import AVERAGE, CLIPPING, DECAY, LR, our_update, timm_update, update_distance
-from normfree import SGD, Ema, attach_agc, create_model, parameter_groups
+from normfree import SGD, Ema, attach_agc, create_model, parameter_groups, standardized_once
 from normfree.models.net import Net
 from normfree.training.compiled import CompiledBlocks
 
@@ -256,8 +256,9 @@ def own_loop(net: Net, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     attach_agc(optimizer, model=model, ema=Ema(model, decay=AVERAGE, ramp=False))
 
     def step() -> Tensor:
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        with standardized_once(model):
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()

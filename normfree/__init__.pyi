@@ -15,6 +15,7 @@ from .models.activations import gain_of as gain_of
 from .models.activations import scaled_activation as scaled_activation
 from .models.layers import WSConv2d as WSConv2d
 from .models.layers import standardize as standardize
+from .models.shared_weights import standardized_once as standardized_once
 from .models.variants import VARIANTS as VARIANTS
 from .models.variants import list_models as list_models
 from .models.zoo import create_model as create_model

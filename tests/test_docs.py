@@ -107,6 +107,12 @@ def test_the_api_reference_lists_every_public_name():
     assert set(normfree.__all__) - listed - {"__version__"} == set()
 
 
+def test_the_table_of_the_api_reference_has_every_public_name():
+    table = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`(\w+)`\]\(\w+\.md#normfree\.[\w.]+\)", table, flags=re.M)
+    assert sorted(listed) == sorted(set(normfree.__all__) - {"__version__"})
+
+
 def test_the_files_named_in_paper_md_exist_and_define_the_names():
     text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     cells = re.findall(r"`((?:\w+/)+\w+\.py)`((?:[:,] `\w[\w.]*`)*)", text)

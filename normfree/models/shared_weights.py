@@ -18,6 +18,10 @@ from normfree.suggest import problem
 def standardized_once(net: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within this context, every `WSConv2d` of `net` uses one standardized weight in all forward passes.
 
+    `normfree train` computes each step like this. In a loop of your own it saves time if the network or the batch is
+    small, or if several micro-batches share a step, also under `DistributedDataParallel`. Step the optimizer after the
+    context.
+
     Gradients accumulate in the standardized weights; leaving the context propagates their sum to weights and gains in
     one backward pass. This is exact, since the gradient of the weights is linear in that of the standardized weights.
     After an error nothing is propagated. Weights and gains must not change inside, and their `.grad` is complete only
@@ -35,6 +39,17 @@ def standardized_once(net: nn.Module) -> Iterator[dict[str, Tensor]]:
         ValueError: parameters are sharded over processes, the context is open already, or it is opened inside a
             transform of `torch.func`. (Such a transform may be applied inside the context; it then standardizes the
             weights itself.)
+
+    Examples:
+        >>> import torch
+        >>> from normfree import create_model, standardized_once
+        >>> model = create_model("nf_resnet_nano", num_classes=3)
+        >>> images = torch.randn(4, 3, 32, 32)
+        >>> with standardized_once(model):
+        ...     for micro_batch in images.split(2):
+        ...         model(micro_batch).square().sum().backward()
+        >>> model.stem.conv0.weight.grad.shape
+        torch.Size([32, 3, 3, 3])
     """
     if is_transformed():
         given = "standardized_once inside a transform of torch.func or forward-mode AD"

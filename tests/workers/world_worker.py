@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import shutil
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
 
 from normfree.data.loader import train_batches
 from normfree.data.source import ArraySource
 from normfree.data.sources.open import open_source
 from normfree.data.transforms.train import train_transform
 from normfree.inference import evaluate
+from normfree.models.shared_weights import standardized_once
 from normfree.models.zoo import create_model
 from normfree.preprocessing import Preprocessing
 from normfree.training import loop
@@ -45,6 +49,8 @@ def everything(world: World, folder: str, flags: list[str], layouts: dict[str, l
     found: Found = {"rank": (world.rank, world.size, world.backend)}
     gradients(world, found, flags, layouts.get(str(world.size), []))
     cached_gradients(world, found, layouts.get(str(world.size), []))
+    if world.size == 2:
+        standardized_once_under_ddp(world, found)
     scores(world, found)
     if world.size in (1, 3):
         loop.train(config(flags, "--input.batch_size", "12"), path / f"twelve{world.size}", console=console)
@@ -121,6 +127,25 @@ def cached_gradients(world: World, found: Found, layouts: list[int]) -> None:
             world.sum_(grads)
             found["cached", name, cuts] = [value, *grads]
             net.zero_grad(set_to_none=True)
+
+
+def standardized_once_under_ddp(world: World, found: Found) -> None:
+    """Compute the gradient of a batch shared by the processes, of two steps, with small and with large buckets."""
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(8) % 3
+    torch.manual_seed(0)
+    net = create_model("nf_resnet_nano", num_classes=3, skip_gain=0.5, stochdepth_rate=0.0).double()
+    whole = copy.deepcopy(net)
+    F.cross_entropy(whole(images), labels).backward()
+    found["whole batch"] = [p.grad for p in whole.parameters()]
+    mine, own = (t.split(8 // world.size)[world.rank] for t in (images, labels))
+    for mebibytes in (25, 0.001):
+        spread = DistributedDataParallel(copy.deepcopy(net), bucket_cap_mb=mebibytes)
+        for _ in range(2):
+            spread.zero_grad()
+            with standardized_once(spread):
+                F.cross_entropy(spread(mine), own).backward()
+        found["standardized once", mebibytes] = [p.grad for p in spread.parameters()]
 
 
 def scores(world: World, found: Found) -> None:

@@ -84,6 +84,13 @@ def test_all_processes_hold_the_same_bits_of_the_gradient(found, size):
             assert all(map(torch.equal, found[size, size - 1][name], value)), name
 
 
+@pytest.mark.parametrize("mebibytes", [25, 0.001])
+def test_standardized_once_under_ddp_gives_the_gradient_of_the_whole_batch(found, mebibytes):
+    for rank in range(2):
+        got, whole = found[2, rank]["standardized once", mebibytes], found[2, rank]["whole batch"]
+        assert max(map(distance, got, whole)) <= 1e-12
+
+
 def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     files = sorted((run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
     assert [f.stem for f in files] == ["ema", "model", "optim"]
