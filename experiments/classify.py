@@ -37,6 +37,7 @@ from normfree import (
     evaluate,
     parameter_groups,
     signal_propagation,
+    standardized_once,
 )
 from normfree.data.loader import Batch, train_batches
 from normfree.data.seeds import key
@@ -227,8 +228,9 @@ class Training:
     def _backward(self, images: Tensor, targets: Tensor, step: int) -> float:
         """Add the gradients of the mean loss and return it."""
         torch.manual_seed(key(self.seed, "step", step))  # dropout and stochastic depth
-        loss = F.cross_entropy(self.net(images), targets)
-        loss.backward()
+        with standardized_once(self.net):
+            loss = F.cross_entropy(self.net(images), targets)
+            loss.backward()
         return float(loss.detach())
 
     def clip_(self) -> float:

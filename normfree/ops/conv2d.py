@@ -17,6 +17,7 @@ from torch import Tensor
 
 from normfree.native.dispatch import eager_training
 from normfree.ops.conv2d_backends import TORCH, Backend, Geometry, choose_backend, gradients
+from normfree.ops.gelu import activation_gradient
 from normfree.ops.padding import Border, borders, without_border, zero_border
 
 Activation = Callable[[Tensor], Tensor]
@@ -102,10 +103,7 @@ class _Conv2d(torch.autograd.Function):
                 x, weight, grad, ctx.act, ctx.border, ctx.geometry, needs
             )
             return by_x, None, by_weight, by_bias, *(None,) * 4
-        source = x.detach().requires_grad_(needs_x)
-        with torch.enable_grad():
-            activated = source if ctx.act is None else ctx.act(source)
-        a = _with_border(activated.detach(), ctx.border)
+        a = _with_border(x if ctx.act is None else ctx.act(x), ctx.border)
         grad_a, grad_weight, grad_bias = gradients(
             ctx.backend, grad, a, weight, ctx.geometry, (needs_x, needs_weight, needs_bias)
         )
@@ -113,7 +111,9 @@ class _Conv2d(torch.autograd.Function):
         if grad_a is not None:
             if ctx.border is not None:
                 grad_a = without_border(grad_a, ctx.border).clone()
-            (grad_x,) = torch.autograd.grad(activated, source, grad_a.to(a.dtype))
+            grad_x = grad_a.to(a.dtype)
+            if ctx.act is not None:
+                grad_x = activation_gradient(ctx.act, x, grad_x)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, None, grad_weight, grad_bias, *(None,) * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +23,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def gelu_erf(x: Tensor) -> Tensor:
     """Return x (1 + erf(x / √2)) / 2, the exact form, which timm uses."""
-    # oneDNN's GELU takes a third of the time in both directions, but needs contiguous float32 tensors; a permuted
-    # channels_last tensor is contiguous. Graphs that are compiled or exported keep the plain function.
-    if (
-        not (torch.compiler.is_compiling() or is_transformed())
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.ndim == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return F.gelu(x)
+    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if _is_faster_permuted(x) else F.gelu(x)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -40,9 +31,41 @@ def silu(x: Tensor) -> Tensor:
     return _gated(x, "silu") if _has_kernel(x) else F.silu(x)
 
 
+def activation_gradient(act: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of `x` for the gradient `grad` of `act(x)`, which will not be differentiated again.
+
+    Autograd computes it for any function. For those of this module a direct call saves the recording of a graph.
+    """
+    if act is gelu_erf and type(grad) is Tensor and grad.dtype == x.dtype and _is_faster_permuted(x):
+        found: Tensor = torch.ops.aten.gelu_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
+        return found.permute(0, 3, 1, 2)
+    if act in _KERNELS and _has_kernel(x):
+        return _gated_gradient(_KERNELS[act], x, grad)
+    source = x.detach().requires_grad_()
+    with torch.enable_grad():
+        activated = act(source)
+    return torch.autograd.grad(activated, source, grad)[0]
+
+
+# Names of the kernels in activations.c, `NAME`_forward and `NAME`_backward.
+_KERNELS: dict[Callable[[Tensor], Tensor], str] = {gelu_tanh: "gelu", silu: "silu"}
+
+
 def _has_kernel(x: Tensor) -> bool:
     # `can_bypass_dispatcher` comes first: a compiler that traces this must not evaluate the others
     return can_bypass_dispatcher() and is_plain_cpu_tensor(x) and library() is not None
+
+
+def _is_faster_permuted(x: Tensor) -> bool:
+    # oneDNN's GELU takes a third of the time in both directions, but needs contiguous float32 tensors; a permuted
+    # channels_last tensor is contiguous. Graphs that are compiled or exported keep the plain function.
+    return (
+        not (torch.compiler.is_compiling() or is_transformed())
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _gated(x: Tensor, name: str) -> Tensor:
@@ -50,8 +73,26 @@ def _gated(x: Tensor, name: str) -> Tensor:
     return y
 
 
+def _gated_gradient(name: str, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of `x` by a kernel, or by plain operations where it cannot be used or is differentiated."""
+    if (
+        torch.is_grad_enabled()
+        or type(grad) is not Tensor
+        or grad.dtype != x.dtype
+        or not can_bypass_dispatcher()
+    ):
+        if name == "gelu":
+            found: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+            return found
+        gate = torch.sigmoid(x)
+        return grad * gate * (1.0 + x * (1.0 - gate))
+    out, grad = torch.empty_like(x), laid_out_as(x, grad)
+    run(f"{name}_backward", x, grad, out, count=x.numel(), elements=x.numel())
+    return out
+
+
 class _Gated(torch.autograd.Function):
-    """Calls the kernels `name`_forward and `name`_backward of activations.c."""
+    """Calls the kernels of one activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
@@ -64,17 +105,4 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-            or type(grad) is not Tensor
-            or grad.dtype != x.dtype
-            or not can_bypass_dispatcher()
-        ):
-            # for example when the gradient itself is differentiated
-            if ctx.function == "gelu":
-                return torch.ops.aten.gelu_backward(grad, x, approximate="tanh"), None
-            gate = torch.sigmoid(x)
-            return grad * gate * (1.0 + x * (1.0 - gate)), None
-        out, grad = torch.empty_like(x), laid_out_as(x, grad)
-        run(f"{ctx.function}_backward", x, grad, out, count=x.numel(), elements=x.numel())
-        return out, None
+        return _gated_gradient(ctx.function, x, grad), None
