@@ -29,7 +29,7 @@ PUBLIC = {
     "fold_with_report", "from_pretrained", "gain_of", "grad_cam", "gradient_report", "keep_freed_memory",
     "list_models", "load_weights", "nt_xent", "open_source", "parameter_groups", "per_example_gradients",
     "predict", "push_to_hub", "quantize", "save_pretrained", "scaled_activation", "signal_propagation",
-    "standardize", "train", "train_folds", "triplet_loss", "warmup_cosine",
+    "standardize", "standardized_once", "train", "train_folds", "triplet_loss", "warmup_cosine",
 }  # fmt: skip
 
 
