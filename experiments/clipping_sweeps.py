@@ -103,6 +103,7 @@ def batch_size() -> Sweep:
         decide=_batch_size_rule,
         seeds=5,
         paper=FIGURE_2A,
+        paper_points={"32": "256", "128": "1,024", "512": "4,096"},
         source="[B] figure 2a, ResNet-50 on ImageNet at batches 256, 1,024 and 4,096, read off the figure",
     )
 

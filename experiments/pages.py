@@ -186,11 +186,14 @@ def _candidates(chosen: Sequence[Mapping[str, Any]], sweep: Sweep) -> list[str]:
 
 
 def draw(sweep: Sweep, found: Mapping[str, Any], path: Path) -> None:
-    """Draw our scores, and those of the paper where it has numbers, over the points of the axis."""
+    """Draw our scores, and those of the paper where it has numbers, over the points of the axis.
+
+    Both panels show the same number of percentage points. A number that the paper gives as text is a failure.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    paper = {key: value for key, value in sweep.paper.items() if isinstance(value, int | float)}
+    paper = {key: [float(value)] for key, value in sweep.paper.items() if not isinstance(value, str)}
     figure = Figure(figsize=(9 if paper else 6, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2 if paper else 1, squeeze=False)[0]
@@ -201,10 +204,17 @@ def draw(sweep: Sweep, found: Mapping[str, Any], path: Path) -> None:
         sweep,
         ours,
         {key: scores.diverged(*key) for key in ours},
+        labels=list(sweep.points),
         title=f"ours, {found['seeds']} seeds",
     )
     if paper:
-        _panel(axes[1], sweep, {key: [float(value)] for key, value in paper.items()}, {}, title="the paper")
+        failed = {key: 1 for key, value in sweep.paper.items() if isinstance(value, str)}
+        labels = [sweep.paper_points.get(point, point) for point in sweep.points]
+        _panel(axes[1], sweep, paper, failed, labels=labels, title="the paper, on ImageNet")
+        limits = [axis.get_ylim() for axis in axes]
+        half = max(high - low for low, high in limits) / 2
+        for axis, (low, high) in zip(axes, limits, strict=True):
+            axis.set_ylim((low + high) / 2 - half, (low + high) / 2 + half)
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130, format="png")
 
@@ -215,13 +225,14 @@ def _panel(
     scores: Mapping[tuple[str, str], Sequence[float]],
     diverged: Mapping[tuple[str, str], int],
     *,
+    labels: Sequence[str],
     title: str,
 ) -> None:
     """Draw mean and standard deviation of each arm; a cross at the bottom is a point at which runs diverged."""
-    labels, single = list(sweep.points), len(sweep.points) == 1
+    single = len(sweep.points) == 1
     for number, arm in enumerate(sweep.arms):
         at, means, errors = [], [], []
-        for position, point in enumerate(labels):
+        for position, point in enumerate(sweep.points):
             own = scores.get((arm, point), [])
             x = float(number if single else position)
             if own:

@@ -86,7 +86,8 @@ class Sweep:
         pairs: (arm, baseline) that are compared at each point.
         decide: the rule: scores to findings; its docstring is on the page.
         seeds: of each cell of the table.
-        paper: numbers of a paper by (arm, point), in percent or as text.
+        paper: numbers of a paper by (arm, point), in percent, or text that says how it failed.
+        paper_points: the paper's labels of the points, where they are not ours.
         source: of these numbers.
         pretraining: None: from random weights.
     """
@@ -104,6 +105,7 @@ class Sweep:
     pairs: Sequence[tuple[str, str]] = ()
     seeds: int = 3
     paper: Mapping[tuple[str, str], float | str] = field(default_factory=dict)
+    paper_points: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     pretraining: Pretraining | None = None
     alone: ClassVar[bool] = False
