@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normfree.native.library import library
 from normfree.ops import gelu
-from normfree.ops.gelu import gelu_tanh, silu
+from normfree.ops.gelu import activation_gradient, gelu_erf, gelu_tanh, silu
 
 pytestmark = pytest.mark.skipif(
     library() is None, reason="no C compiler was found when the package was installed"
@@ -123,3 +123,17 @@ def test_without_the_kernels_the_functions_are_those_of_torch(
 @both
 def test_an_empty_tensor_gives_an_empty_tensor(function: Function, reference: Function) -> None:
     assert function(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("function", [gelu_tanh, gelu_erf, silu, torch.tanh, F.elu], ids=lambda f: f.__name__)
+def test_the_gradient_by_a_direct_call_has_the_bits_of_autograd(
+    function: Function, memory_format: torch.memory_format, kind: torch.dtype
+) -> None:
+    x, up = (torch.randn(2, 5, 4, 3, dtype=kind).contiguous(memory_format=memory_format) for _ in range(2))
+    (wanted,) = torch.autograd.grad(function(source := x.clone().requires_grad_()), source, up)
+    with torch.no_grad():
+        found = activation_gradient(function, x, up)
+    assert torch.equal(found, wanted)
+    assert found.stride() == wanted.stride()
