@@ -359,3 +359,31 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         ),
     ),
 }
+
+# Key of a claim that does not hold -> what we think the reason is.
+REASONS: dict[str, str] = {
+    "contrastive-exchange": (
+        "The gap is small, 0.1 to 1.5 points of the probe after a short training. Statistics of all devices do "
+        "not leak, and their noise regularizes; NF had nothing instead of it. That NF needs no exchange does "
+        "hold: it has no statistics, and its leak is 0."
+    ),
+    "nf-variance-pooled": (
+        "The prediction assumes that average pooling keeps the variance. It does for smooth maps, and reduces "
+        "that of noise, whose neighbors are independent. `normfree diagnose` says so."
+    ),
+    "agc-large-batch-shared": (
+        "The one rate suits batch norm, and λ was chosen on the reported images. With a rate and λ for each arm, "
+        "chosen on other images, the difference is within the noise (`agc-large-batch` of `batch_size`)."
+    ),
+    "nf-competitive": (
+        "Ten epochs of 8,000 images are far from convergence, and batch norm trains faster at first: it is ahead "
+        "on the training images as well (68.5 against 68.0 % at batch 32, 68.7 against 66.3 % at 128), so its "
+        "regularization is not the cause. The paper trains 90 epochs and more."
+    ),
+    "test-resolution-elpv": (
+        "At a larger size more pixels enter the mean of the last map, and padding takes a smaller share, so "
+        "statistics of activations differ from those in training. Batch norm's running statistics fix the scale "
+        "in every layer; NF has none. The papers change the test size by a third, not twofold, and fine-tune at "
+        "the larger size."
+    ),
+}

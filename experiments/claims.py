@@ -10,13 +10,13 @@ yet". `python -m experiments.run` writes the page after its experiments.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.catalog import DEFAULT, NAMES, experiment
-from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
+from experiments.claim_list import CLAIMS, NOT_RUN, REASONS, Claim, Evidence
 from experiments.pages import markdown
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, expect
 from normfree.files import atomic_write_text
@@ -179,29 +179,57 @@ def table(results: Path = RESULTS) -> str:
                 ]
             )
         lines += [f"## {section}", "", *markdown(head, rows), ""]
-    return "\n".join([*lines, *_experiments(results)]) + "\n"
+    failed = [(claim, e) for own in each.values() for claim, e in own if e.verdict == FAILS]
+    return "\n".join([*lines, *_reasons(failed), *_experiments(results)]) + "\n"
+
+
+def _reasons(failed: Sequence[tuple[Claim, Evidence]]) -> list[str]:
+    """Return the section on claims that do not hold: what we think the reason is."""
+    return [
+        "## What does not hold here, and why we think so",
+        "",
+        "Reasons are hypotheses, unless an experiment is named.",
+        "",
+        *markdown(
+            ["claim", "ours", "why"],
+            [[claim.text, own.numbers, REASONS.get(claim.key, "–")] for claim, own in failed],
+        ),
+        "",
+    ]
 
 
 def _experiments(results: Path) -> list[str]:
-    """Return the section on the experiments: cells, and estimated minutes on two cores."""
+    """Return the section on the experiments: cells, and measured or estimated minutes on two cores."""
     rows, total = [], 0.0
     for name in NAMES:
         one = experiment(name, "cpu")
         cells = one.all_cells()
-        minutes = sum(map(one.minutes, cells)) / (1 if one.alone else CORES)
+        measured = _read(results / f"{name}.json").get("cpu_minutes")
+        work = sum(map(one.minutes, cells)) if measured is None else measured
+        minutes = work / (1 if one.alone else CORES)
         total += minutes if name in DEFAULT else 0.0
         done = (
             f"[results](../experiments/results/{name}.md)" if (results / f"{name}.md").exists() else NOT_RUN
         )
         command = "make reproduce" if name in DEFAULT else f"--only {name}"
-        rows.append([f"`{name}`", one.title, str(len(cells)), f"{minutes:.0f}", command, done])
+        rows.append(
+            [
+                f"`{name}`",
+                one.title,
+                str(len(cells)),
+                f"{'~ ' * (measured is None)}{minutes:.0f}",
+                command,
+                done,
+            ]
+        )
     return [
         "## The experiments",
         "",
         f"`make reproduce DATA=FOLDER` runs those of the papers, about {total / 60:.1f} hours on {CORES} cores, and "
         'continues after an interruption; `OPTIONS="--only NAME"` runs one, also one of the others, and '
         "`OPTIONS=--dry-run` prints the cells. `make privacy DATA=FOLDER` is `--only privacy` with the extra that it "
-        "needs, the accountants of Opacus. The minutes are estimates from short measured steps. FOLDER has the images "
+        "needs, the accountants of Opacus. Minutes are measured CPU time divided by the number of cores, or, after ~, "
+        "an estimate from short measured steps. FOLDER has the images "
         "of CIFAR-10 in train/ and test/; the name `cifar10` uses those in data/.",
         "",
         *markdown(["name", "title", "cells", "minutes", "run by", "state"], rows),
