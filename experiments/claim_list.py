@@ -380,6 +380,11 @@ REASONS: dict[str, str] = {
         "on the training images as well (68.5 against 68.0 % at batch 32, 68.7 against 66.3 % at 128), so its "
         "regularization is not the cause. The paper trains 90 epochs and more."
     ),
+    "stem-unclipped": (
+        "This rate is one that the network cannot bear without clipping, and the stem is one convolution that all "
+        "gradients pass through: unclipped, it is the part that costs most. The paper's stem has four convolutions, "
+        "and its rates are less extreme. So AGC clips the stem by default here, as the released code does."
+    ),
     "test-resolution-elpv": (
         "At a larger size more pixels enter the mean of the last map, and padding takes a smaller share, so "
         "statistics of activations differ from those in training. Batch norm's running statistics fix the scale "

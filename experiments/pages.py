@@ -215,7 +215,8 @@ def draw(sweep: Sweep, found: Mapping[str, Any], path: Path) -> None:
         half = max(high - low for low, high in limits) / 2
         for axis, (low, high) in zip(axes, limits, strict=True):
             axis.set_ylim((low + high) / 2 - half, (low + high) / 2 + half)
-    axes[0].legend(frameon=False, fontsize=8)
+    if len(sweep.points) > 1:  # else the arms are named below the axis
+        axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130, format="png")
 
 
