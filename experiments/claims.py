@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.catalog import DEFAULT, NAMES, experiment
-from experiments.claim_list import CLAIMS, NOT_RUN, REASONS, Claim, Evidence
+from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
 from experiments.pages import markdown
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, expect
 from normfree.files import atomic_write_text
@@ -192,7 +192,7 @@ def _reasons(failed: Sequence[tuple[Claim, Evidence]]) -> list[str]:
         "",
         *markdown(
             ["claim", "ours", "why"],
-            [[claim.text, own.numbers, REASONS.get(claim.key, "–")] for claim, own in failed],
+            [[claim.text, own.numbers, claim.reason or "–"] for claim, own in failed],
         ),
         "",
     ]
@@ -205,23 +205,15 @@ def _experiments(results: Path) -> list[str]:
         one = experiment(name, "cpu")
         cells = one.all_cells()
         measured = _read(results / f"{name}.json").get("cpu_minutes")
-        work = sum(map(one.minutes, cells)) if measured is None else measured
-        minutes = work / (1 if one.alone else CORES)
+        estimate = sum(map(one.minutes, cells)) / (1 if one.alone else CORES)
+        minutes = estimate if measured is None else measured / CORES
+        shown = f"~ {minutes:.0f}" if measured is None else f"{minutes:.0f}"
         total += minutes if name in DEFAULT else 0.0
         done = (
             f"[results](../experiments/results/{name}.md)" if (results / f"{name}.md").exists() else NOT_RUN
         )
         command = "make reproduce" if name in DEFAULT else f"--only {name}"
-        rows.append(
-            [
-                f"`{name}`",
-                one.title,
-                str(len(cells)),
-                f"{'~ ' * (measured is None)}{minutes:.0f}",
-                command,
-                done,
-            ]
-        )
+        rows.append([f"`{name}`", one.title, str(len(cells)), shown, command, done])
     return [
         "## The experiments",
         "",
