@@ -83,7 +83,7 @@ def small_batches() -> Sweep:
 def depths() -> dict[str, dict[str, Any]]:
     """Return points of three stages of bottleneck blocks: 2 + 3 · blocks convolutions on the way, shortcuts not
     counted."""
-    blocks = {"8": (1, 1, 0), "20": (2, 2, 2), "56": (6, 6, 6), "110": (12, 12, 12), "218": (24, 24, 24)}
+    blocks = {"8": (1, 1, 0), "20": (2, 2, 2), "56": (6, 6, 6), "218": (24, 24, 24)}
     found: dict[str, dict[str, Any]] = {}
     for label, each in blocks.items():
         kept = [depth for depth in each if depth]
@@ -161,7 +161,7 @@ def _holds(condition: bool, *, known: bool) -> str:
 
 def depth() -> Sweep:
     """Depths of 8 to 218 layers, and signal propagation before and after the training (table 1 of [A])."""
-    tried = rates(0.05, 0.1, 0.3)
+    tried = rates(0.1, 0.3, 1.0, 3.0)
     arms = {
         "NF": Arm(candidates=tried),
         "NF, gain 0": Arm(changes={"fields": {"skip_gain": 0.0}}, candidates=tried),
@@ -169,20 +169,19 @@ def depth() -> Sweep:
         "FixUp": Arm(changes={"method": "fixup"}, candidates=tried),
         BN: Arm(changes={"method": "batch"}, candidates=tried),
         "no weight standardization": Arm(changes={"method": "unstandardized"}, candidates=tried),
-        "nothing": Arm(changes={"method": "plain", "clip": "agc"}, candidates=rates(0.01, 0.1)),
+        "nothing": Arm(changes={"method": "plain", "clip": "agc"}, candidates=rates(0.01, 0.1, 0.3)),
     }
     return Sweep(
         name="depth",
         title="Depth, with and without norms",
-        about="Bottleneck networks with ReLU of 8 to 218 layers. Rates are chosen at 56 layers. `nothing` "
+        about="Bottleneck networks with ReLU of 8 to 218 layers. Each arm has its own rate at each depth. `nothing` "
         "has neither norms nor the "
         "scalars α and β, and is trained with AGC.",
         base=Settings(base="deep", images=4_000, epochs=3.0, batch=64, signal=True),
         images=STANDARD,
         arms=arms,
         axis="layers",
-        points={k: v for k, v in depths().items() if k != "110"},
-        choose_at="56",
+        points=depths(),
         pairs=tuple((name, BN) for name in arms if name != BN),
         decide=_depth_rule,
         source="[A] table 1, ResNets on ImageNet; published values not checked, so none is quoted",
