@@ -58,7 +58,7 @@ bench: .venv/.bench ## CPU speed against timm and others, under 20 minutes; writ
 
 DATA ?= cifar10
 OPTIONS ?=
-reproduce: .venv/.demo ## the papers' experiments, about four hours on two cores: make reproduce DATA=FOLDER OPTIONS="--only depth"
+reproduce: .venv/.demo ## the papers' experiments, five to six hours on two cores: make reproduce DATA=FOLDER OPTIONS="--only depth"
 	$(BIN)/python -m experiments.run --data $(DATA) $(OPTIONS)
 
 privacy: .venv/.demo .venv/.private ## accuracy under differential privacy, about two hours on two cores: make privacy DATA=FOLDER

@@ -1,6 +1,6 @@
 """All experiments that `python -m experiments.run` knows, in three sizes.
 
-`cpu` is for two cores and about four hours in total, `gpu` for one GPU, `tiny` for the tests. The sweeps are written
+`cpu` is for two cores and five to six hours in total, `gpu` for one GPU, `tiny` for the tests. The sweeps are written
 for `cpu`; the other two sizes change their numbers by one rule for all.
 """
 

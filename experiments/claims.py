@@ -18,7 +18,7 @@ from typing import Any
 from experiments.catalog import DEFAULT, NAMES, experiment
 from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
 from experiments.pages import markdown
-from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, expect
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, as_good, expect
 from normfree.files import atomic_write_text
 
 ROOT = Path(__file__).parents[1]
@@ -59,13 +59,13 @@ def _shared_rate(results: Path) -> dict[tuple[str, str], Evidence]:
     return {
         ("batch_size_shared_rate", "agc-large-batch-shared"): replace(
             about,
-            verdict=expect(large, "ahead", "equal"),
+            verdict=as_good(large),
             numbers=f"batch 512, NF + AGC against BN: {large}; NF diverged in "
             f"{scores.diverged('nf', '512')} of 3; {note}",
         ),
         ("batch_size_shared_rate", "nf-competitive-shared"): replace(
             about,
-            verdict=expect(small, "ahead", "equal"),
+            verdict=as_good(small),
             numbers=f"batch 32, NF against BN: {small}; {note}",
         ),
     }
@@ -104,7 +104,7 @@ def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
         ),
         ("finetune", "test-resolution-elpv"): replace(
             about,
-            verdict=expect(far, "ahead", "equal"),
+            verdict=as_good(far),
             numbers=f"trained at 64, tested at 128 px, NF + AGC against BN: {far}",
         ),
     }
@@ -142,8 +142,11 @@ def table(results: Path = RESULTS) -> str:
         "the committed results. Networks "
         "and data are small (CIFAR-10 at 32 px unless stated), so a claim that does not hold here may hold "
         "on ImageNet, and the "
-        "other way round. The rules of the verdicts were fixed before the runs and are on the pages of the "
-        "experiments; "
+        "other way round. The rules of the verdicts are on the pages of the experiments. They were fixed before the "
+        "runs, except for rows without an experiment of `make reproduce`, and one change: the rule for `as good as` "
+        "used to ignore its margin where an interval excludes 0. With the present rule three claims that did not hold "
+        "became undecided: that NF matches BN at small batches, that NF with AGC matches BN with one rate for all, and "
+        "that NF is as good as synchronized BN. With so many intervals of 95 %, some verdicts are wrong by chance. "
         "`make reproduce DATA=FOLDER` runs those that are missing. Numbers of [B] are those of its tables, and of its "
         "figure 2a as read off. No copy of [A] was at hand: its sections and tables are named, its numbers are not "
         "checked, and the pages quote none of them, except two from a summary that are marked as such.",

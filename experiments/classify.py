@@ -39,7 +39,7 @@ from normfree import (
     signal_propagation,
     standardized_once,
 )
-from normfree.data.loader import Batch, train_batches
+from normfree.data.loader import Batch, eval_batches, train_batches
 from normfree.data.seeds import key
 from normfree.data.source import Source
 from normfree.data.subset import Subset, spread_indices
@@ -365,6 +365,21 @@ def accuracy_on_trained(net: Net, source: Source, settings: Settings, device: st
     part = Subset(source, spread_indices(len(source), 2000))
     found = hits_of(net, part, size=settings.size, device=device)
     return 100 * found["hits"] / found["count"]
+
+
+def measure_statistics_(net: Net, source: Source, settings: Settings) -> None:
+    """Set the running statistics of batch norm to the average over up to 2,000 training images, 100 at a time."""
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all batches
+        norm.train()
+    part = Subset(source, spread_indices(len(source), 2000))
+    transform = Preprocessing(image_size=settings.size, crop="squash").transform()
+    with torch.no_grad():
+        for batch in eval_batches(part, transform, batch_size=100):
+            net(normalize(batch.images))
+    net.eval()
 
 
 def save_weights(net: torch.nn.Module, path: Path) -> None:

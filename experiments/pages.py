@@ -71,6 +71,10 @@ def page(sweep: Sweep, found: Mapping[str, Any]) -> str:
         ]
     else:
         lines += [f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]]
+        if at_edge := edges(found["chosen"], sweep):
+            lines += [
+                f"- The best rate is the last that was tried, so another may be better: {', '.join(at_edge)}."
+            ]
         lines += ["", f"![Our scores]({found['stem']}.png)", "", *_table(sweep, rows), ""]
     if sweep.source:
         lines += [f"The paper's numbers: {sweep.source}.", ""]
@@ -113,6 +117,8 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     more = {f"top1@{size}": f"at {size} px" for size in sizes}
     if any("average_top1" in row for row in rows):
         more["average_top1"] = "averaged weights"
+    if any("measured_top1" in row for row in rows):
+        more["measured_top1"] = "statistics measured again"
     with_paper, with_axis = bool(sweep.paper), bool(sweep.axis)
     with_advice = any("recommended" in row for row in rows)
     head = [
@@ -161,6 +167,20 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 ]
             )
     return markdown(head, lines)
+
+
+def edges(chosen: Sequence[Mapping[str, Any]], sweep: Sweep) -> list[str]:
+    """Return the arms and points whose best rate on V is the smallest or the largest of those that were tried."""
+    found = []
+    for entry in chosen:
+        tried = {one["changes"]["rate"] for one in entry["tried"] if "rate" in one["changes"]}
+        best = (entry["best"] or {}).get("rate")
+        if len(tried) < 2 or best not in (min(tried), max(tried)):
+            continue
+        end = "smallest" if best == min(tried) else "largest"
+        at = f" at {sweep.axis} {entry['point']}" if sweep.choose_at is None and sweep.axis else ""
+        found.append(f"{entry['arm']}{at} ({best:g}, the {end})")
+    return list(dict.fromkeys(found))
 
 
 def _candidates(chosen: Sequence[Mapping[str, Any]], sweep: Sweep) -> list[str]:

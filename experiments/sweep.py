@@ -34,6 +34,7 @@ from normfree.models.cost import count
 # results/batch_size_shared_rate.md take the 44 minutes that they took.
 STEP_S, BLOCK_S, IMAGE_S, MAC_S = 5e-3, 1e-3, 0.28e-3, 1.3e-10
 SCORING_S = 3.0  # start of the process, choice or test
+FEW_IMAGES = 32  # in a batch, below which running statistics are estimates from few images
 
 Changes = Mapping[str, Any]
 
@@ -62,10 +63,12 @@ class Pretraining:
 
     Attributes:
         changes: of the settings of the cell.
+        by_method: further changes, by the method of the cell.
         classes: numbers of the classes; the cell itself trains on all others.
     """
 
     changes: Changes
+    by_method: Mapping[str, Changes]
     classes: tuple[int, ...]
 
 
@@ -210,7 +213,7 @@ class Sweep:
             fields=settings.fields,
             clip=settings.clip,
             clipping=settings.clipping,
-        ).changed(self.pretraining.changes)
+        ).changed({**self.pretraining.changes, **self.pretraining.by_method.get(settings.method, {})})
         shared = Cell.of(
             self.name, "pretraining", point=settings.method, seed=cell.seed, settings=asdict(first)
         )
@@ -273,7 +276,8 @@ class Sweep:
         if not left:
             return
         print(f"{self.name}: scoring {len(left)} networks on the test images", flush=True)
-        source = self.own_classes(open_part(packed_parts(setup, **asdict(self.images)), "test"))
+        files = packed_parts(setup, **asdict(self.images))
+        source = self.own_classes(open_part(files, "test"))
         for cell in left:
             folder, settings = setup.folder_of(cell), Settings().changed(cell.options["training"])
             found = {}
@@ -283,6 +287,11 @@ class Sweep:
                 net = classify.load_network(settings, folder / f"{name}.pt", classes=len(source.classes))
                 for size in settings.sizes or (settings.size,):
                     found[f"{name}@{size}"] = classify.hits_of(net, source, size=size, device=setup.device)
+            if settings.method == "batch" and settings.batch < FEW_IMAGES:
+                net = classify.load_network(settings, folder / "weights.pt", classes=len(source.classes))
+                classify.measure_statistics_(net, self.own_classes(open_part(files, "train")), settings)
+                key = f"measured@{settings.size}"
+                found[key] = classify.hits_of(net, source, size=settings.size, device=setup.device)
             atomic_write_text(folder / "test.json", json.dumps(found, indent=1) + "\n")
 
     def _row(self, cell: Cell, result: Result, setup: Setup) -> dict[str, Any]:
@@ -309,8 +318,9 @@ class Sweep:
                     row["status"] = "diverged"
                     continue
                 top1 = 100 * found["hits"] / found["count"]
-                row.setdefault("top1" if kind == "weights" else "average_top1", top1)
-                row[f"{'top1' if kind == 'weights' else 'average_top1'}@{size}"] = top1
+                key = {"weights": "top1", "average": "average_top1", "measured": "measured_top1"}[kind]
+                row.setdefault(key, top1)
+                row[f"{key}@{size}"] = top1
         return row
 
     def _tried_row(self, arm: str, point: str, done: Results) -> dict[str, Any]:

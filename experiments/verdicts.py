@@ -3,6 +3,7 @@
 Arms with the same seed share the order of the images, the crops and the initial weights of common layers, so they are
 compared seed by seed by a paired t interval. An arm is "ahead" or "behind" if the 95 % interval of the difference
 excludes 0, "equal" if the interval lies within the margin of 1 point on both sides of 0, and otherwise "undecided".
+An arm is as good as another if the interval lies above -1 point, and is not if the interval lies below it.
 The smallest gap that as many seeds with this spread see in 8 of 10 experiments is given after "sees". A run whose
 loss or gradient is not finite has diverged. That is counted, and never averaged with accuracies: a comparison with a
 diverged run has no interval. An arm of which two or more runs diverged is behind one of which none did. A comparison
@@ -150,9 +151,21 @@ def both(*verdicts: str) -> str:
 def expect(found: Compared, *allowed: str) -> str:
     """Return HOLDS if a comparison has one of the allowed verdicts, FAILS if it has another one, else UNDECIDED.
 
-    >>> expect(Compared("behind"), "ahead", "equal"), expect(Compared("undecided"), "ahead")
+    >>> expect(Compared("behind"), "ahead"), expect(Compared("undecided"), "ahead")
     ('does not hold', 'undecided')
     """
     if found.verdict == UNDECIDED:
         return UNDECIDED
     return HOLDS if found.verdict in allowed else FAILS
+
+
+def as_good(found: Compared, *, margin: float = MARGIN) -> str:
+    """Return HOLDS if an arm is at most `margin` points worse than the other, FAILS if it is more, else UNDECIDED.
+
+    >>> as_good(Compared("behind", compare_paired([1.0, 1.2, 1.1], [1.2, 1.5, 1.3], margin=1.0)))
+    'holds'
+    """
+    if found.paired is None:
+        return expect(found, "ahead")
+    low, high = found.paired.interval
+    return HOLDS if low > -margin else FAILS if high < -margin else UNDECIDED

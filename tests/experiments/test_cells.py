@@ -152,16 +152,17 @@ def test_a_diverged_training_is_counted_and_has_no_score(setup):
     assert "top1" not in one._row(cell, done[cell], setup)
 
 
-def test_the_plan_lists_every_cell_with_minutes_and_all_fit_into_four_hours(tmp_path, capsys):
+def test_the_plan_lists_every_cell_with_minutes_and_all_fit_into_six_hours(tmp_path, capsys):
     setup = Setup(data="cifar10", runs=tmp_path)
     text = plan([experiment(name, "cpu") for name in DEFAULT], setup, jobs=2)
     total = float(text.splitlines()[-1].split()[3])
-    assert 120 <= total <= 270
+    assert 120 <= total <= 360
     assert main(["--dry-run", "--only", "depth", "--runs", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     own = experiment("depth", "cpu")
     assert printed.startswith(f"depth: {len(own.all_cells())} cells, 0 finished, about ")
-    assert printed.count("(chooses)") == sum(len(arm.candidates) for arm in own.arms.values())
+    candidates = sum(len(arm.candidates) for arm in own.arms.values())
+    assert printed.count("(chooses)") == candidates * len(own.points)
     assert not any(tmp_path.iterdir())
 
 

@@ -3,12 +3,18 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
+from experiments import classify
 from experiments.catalog import SWEEPS, experiment
 from experiments.claim_list import CLAIMS
 from experiments.classify import Settings
+from experiments.networks import build
+from experiments.pages import edges
 from experiments.sweep import training_seconds
+from normfree.data.source import ArraySource
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -39,6 +45,35 @@ def test_other_test_sizes_and_averaged_weights_have_columns(reported):
     assert "| averaged weights |" in reported("optimizers")[2]
 
 
+def test_batch_norm_of_small_batches_is_also_scored_with_statistics_of_many_images(reported):
+    sweep, _, page, folder = reported("small_batches")
+    assert "| statistics measured again |" in page
+    rows = json.loads((folder / "small_batches_tiny.json").read_text())["cells"]
+    assert {row["arm"] for row in rows if "measured_top1" in row} == {"BN"}
+    settings = sweep.settings("BN", "2", {})
+    net = build(settings.base, "batch", classes=10, seed=0)
+    norm = next(module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    pixels = np.random.default_rng(0).integers(0, 255, (250, 16, 16, 3), dtype=np.uint8)
+    images = ArraySource(pixels, [0] * 250, classes=tuple("abcdefghij"), names=tuple(map(str, range(250))))
+    classify.measure_statistics_(net, images, settings)
+    assert len(seen) == 3
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-6)
+    assert not any(module.training for module in net.modules())
+
+
+def test_rates_at_the_edge_of_those_that_were_tried_are_named():
+    sweep = experiment("batch_size", "cpu")
+    tried = [{"changes": {"rate": rate}} for rate in (0.1, 0.2, 0.4)]
+    chosen = [
+        {"arm": arm, "point": "32", "tried": tried, "best": {"rate": rate}}
+        for arm, rate in (("BN", 0.4), ("NF", 0.2), ("NF + AGC", 0.1))
+    ]
+    expected = ["BN at batch 32 (0.4, the largest)", "NF + AGC at batch 32 (0.1, the smallest)"]
+    assert edges(chosen, sweep) == expected
+
+
 def test_the_test_images_stay_closed_until_all_cells_are_finished(reported, setup, tmp_path):
     sweep, done, _, _ = reported("skip_gain")
     sweep = replace(sweep, seeds=sweep.seeds + 1)
@@ -56,10 +91,10 @@ def test_the_best_candidate_on_the_choice_images_is_used_and_a_diverged_one_neve
     tried = [cell for _, cell in sweep.tried(arm, point)]
     done = {
         cell: {"status": "done", "choice_top1": score}
-        for cell, score in zip(tried, (50.0, 60.0, 60.0), strict=False)
+        for cell, score in zip(tried, (40.0, 50.0, 60.0, 60.0, 30.0), strict=False)
     }
     assert sweep.chosen(arm, point, done) is None  # one is missing
-    done[tried[3]] = {"status": "diverged"}
+    done[tried[5]] = {"status": "diverged"}
     assert sweep.chosen(arm, point, done) == {"rate": 0.2}
     assert {c.seed for c in tried} == {100}
     table = [cell for cell in sweep.cells(done) if not cell.chooses]
