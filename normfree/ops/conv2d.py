@@ -24,6 +24,10 @@ Activation = Callable[[Tensor], Tensor]
 
 # The gradient of these depends only on their output, which the convolution saves anyway: recomputing gains nothing.
 SAVED_ANYWAY: frozenset[Activation] = frozenset({F.relu, torch.relu})
+# Multiplications on a CPU below which plain ops are faster: a backward pass in Python takes about 50 µs, more than
+# another backend saves (docs/speed.md has the measured layers). Nor is there much memory to save: 1 MB for a 1x1
+# convolution of 64 channels.
+LEAST_WORK = 1 << 24
 
 
 def conv2d(
@@ -48,12 +52,13 @@ def conv2d(
         padding: "same" or "symmetric", see `pad_input`.
     """
     training = eager_training()
-    recompute = training and act is not None and act not in SAVED_ANYWAY
+    small = training and is_small(x, weight, stride)
+    recompute = training and not small and act is not None and act not in SAVED_ANYWAY
     with torch.no_grad() if recompute else contextlib.nullcontext():
         a = x if act is None else act(x)
     border, sides = borders(a, weight.shape[-1], stride, padding=padding)
     geometry = Geometry(stride, sides, groups)
-    backend = choose_backend(a, weight, bias, geometry)
+    backend = TORCH if small else choose_backend(a, weight, bias, geometry)
     if not recompute and (not training or backend is TORCH):
         return backend.forward(a if border is None else F.pad(a, border), weight, bias, geometry)
     source = x if recompute else a
@@ -63,6 +68,12 @@ def conv2d(
         source, a.detach(), weight, bias, act if recompute else None, border, backend, geometry
     )
     return y
+
+
+def is_small(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Return True if a convolution on a CPU has fewer than LEAST_WORK multiplications."""
+    pixels = len(x) * x.shape[2] * x.shape[3] // stride**2
+    return x.device.type == "cpu" and pixels * weight.numel() < LEAST_WORK
 
 
 def _with_border(a: Tensor, border: Border | None) -> Tensor:

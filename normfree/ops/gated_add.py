@@ -13,6 +13,8 @@ from torch import Tensor
 
 from normfree.native.dispatch import eager_training
 
+# Elements on a CPU below which autograd's own gradients are faster: see LEAST_WORK of `conv2d`.
+LEAST_ELEMENTS = 1 << 16
 # Elements multiplied at a time on a CPU (at least one image's), so that they stay in the cache: 4 MB in float32, as
 # `weight_gradient.PATCHES`.
 PRODUCTS = 1 << 20
@@ -30,7 +32,8 @@ def gated_add(shortcut: Tensor, branch: Tensor, gate: Tensor | float, *, kept: T
     if not isinstance(gate, Tensor):
         return torch.add(shortcut, branch, alpha=gate)
     gate = gate.to(branch.dtype)
-    if eager_training():
+    small = branch.device.type == "cpu" and branch.numel() < LEAST_ELEMENTS
+    if eager_training() and not small:
         y: Tensor = _GatedAdd.apply(shortcut, branch, gate, kept)
         return y
     return _gated_add(shortcut, branch, gate, kept)

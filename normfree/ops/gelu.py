@@ -18,7 +18,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
     On a CPU a compiled kernel takes at most half the time of PyTorch's, forward and backward (`docs/speed.md`).
     """
-    return _gated(x, "gelu") if _has_kernel(x) else F.gelu(x, approximate="tanh")
+    return _gated(x, "gelu") if _has_kernel("gelu", x) else F.gelu(x, approximate="tanh")
 
 
 def gelu_erf(x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def gelu_erf(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """Return x / (1 + exp(-x)). On a CPU a compiled kernel takes four fifths of the time of PyTorch's."""
-    return _gated(x, "silu") if _has_kernel(x) else F.silu(x)
+    return _gated(x, "silu") if _has_kernel("silu", x) else F.silu(x)
 
 
 def activation_gradient(act: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def activation_gradient(act: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor
     if act is gelu_erf and type(grad) is Tensor and grad.dtype == x.dtype and _is_faster_permuted(x):
         found: Tensor = torch.ops.aten.gelu_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
         return found.permute(0, 3, 1, 2)
-    if act in _KERNELS and _has_kernel(x):
+    if act in _KERNELS and _has_kernel(_KERNELS[act], x):
         return _gated_gradient(_KERNELS[act], x, grad)
     source = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -47,13 +47,20 @@ def activation_gradient(act: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor
     return torch.autograd.grad(activated, source, grad)[0]
 
 
+# Elements below which PyTorch's own functions are faster with their gradients: docs/speed.md has the times.
+_LEAST = {"gelu": 1 << 13, "silu": 1 << 15, "permuted": 1 << 17}
 # Names of the kernels in activations.c, `NAME`_forward and `NAME`_backward.
 _KERNELS: dict[Callable[[Tensor], Tensor], str] = {gelu_tanh: "gelu", silu: "silu"}
 
 
-def _has_kernel(x: Tensor) -> bool:
+def _has_kernel(name: str, x: Tensor) -> bool:
     # `can_bypass_dispatcher` comes first: a compiler that traces this must not evaluate the others
-    return can_bypass_dispatcher() and is_plain_cpu_tensor(x) and library() is not None
+    return (
+        can_bypass_dispatcher()
+        and is_plain_cpu_tensor(x)
+        and x.numel() >= _LEAST[name]
+        and library() is not None
+    )
 
 
 def _is_faster_permuted(x: Tensor) -> bool:
@@ -65,6 +72,7 @@ def _is_faster_permuted(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() >= _LEAST["permuted"]
     )
 
 

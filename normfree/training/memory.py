@@ -30,8 +30,8 @@ from normfree.suggest import problem
 USABLE_FRACTIONS = {"cpu": 0.5}
 USABLE_FRACTION = 0.9
 # Batch sizes from which the memory of a pass is extrapolated linearly. They are large, so that the peak is at the same
-# layer as for larger batches.
-_SIZES = (16, 32)
+# layer as for larger batches, and few convolutions are small (`ops.conv2d.is_small`), which save more for each image.
+_SIZES = (64, 128)
 
 
 class Ledger(TorchDispatchMode):
