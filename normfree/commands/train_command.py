@@ -141,10 +141,15 @@ def _number_of_folds(text: str) -> int:
 def _private(options: str) -> list[str]:
     """Return the config keys that --privacy sets: clip=C is the value of a key of its own."""
     given = [part for part in options.split(",") if part]
-    clips = [part.partition("=")[2] for part in given if part.startswith("clip=")]
+    names = [part.partition("=")[0] for part in given]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(
+            problem(f"--privacy has {twice[0]} {names.count(twice[0])} times", fix=_VALUES["--privacy"])
+        )
+    # The default is not that of a recipe without privacy, whose clipping is the λ of AGC.
+    clip = next((part.partition("=")[2] for part in given if part.startswith("clip=")), "1.0")
     others = ",".join(part for part in given if not part.startswith("clip="))
-    overrides = ["--optim.clip", "private" + f":{others}" * bool(others)]
-    return [*overrides, *(text for clip in clips for text in ("--optim.clipping", clip))]
+    return ["--optim.clip", "private" + f":{others}" * bool(others), "--optim.clipping", clip]
 
 
 def train(args: Sequence[str]) -> int:

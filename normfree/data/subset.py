@@ -199,7 +199,7 @@ def hash_split(
     if not (part == 1).any():
         raise ValueError(
             problem(
-                f"{what} has one sample per class, which leaves none for validation",
+                f"{what} has one sample{' per class' * (len(source.classes) > 1)}, which leaves none for validation",
                 allowed="two or more in at least one class",
                 fix=fix,
             )

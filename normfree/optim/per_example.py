@@ -41,8 +41,10 @@ def per_example_gradients(
         The gradients by parameter name, each of shape (B / copies, *parameter.shape).
 
     Raises:
-        ValueError: the model has a layer that uses batch statistics or draws random numbers, so that the gradient of
-            an example is not defined by the example; `targets` do not match `images`; or B is no multiple of `copies`.
+        ValueError: the model has a layer that is known to use batch statistics or to draw random numbers, so that the
+            gradient of an example is not defined by the example; `targets` do not match `images`; or B is no multiple
+            of `copies`. Operations inside of a `forward` that mix examples are not found: `normfree.batch_dependence`
+            measures whether they do.
 
     Examples:
         >>> import torch
@@ -67,6 +69,8 @@ def per_example_gradients(
     def loss_of_one(learned: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
         return loss(torch.func.functional_call(model, {**learned, **fixed}, (image,)), target)
 
+    if len(images) == 0:
+        return {name: parameter.new_zeros(0, *parameter.shape) for name, parameter in parameters.items()}
     images, targets = (t.unflatten(0, (-1, copies)) for t in (images, targets))
     gradient = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0), chunk_size=chunk)
     found: dict[str, Tensor] = gradient(parameters, images, targets)
@@ -125,18 +129,27 @@ def clipping_factors(gradients: dict[str, Tensor], max_norm: float) -> Tensor:
     return torch.where(norms > max_norm, max_norm / norms * (1 - 2 * rounding), 1.0)
 
 
+def using_batch_statistics(model: nn.Module) -> list[str]:
+    """Return the names of batch norms in training mode, or without running statistics."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and (module.training or module.running_mean is None)
+    ]
+
+
 def _check_independent(model: nn.Module) -> None:
-    modules = [(name, module) for name, module in model.named_modules() if module.training]
-    batch = [n for n, m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    batch = using_batch_statistics(model)
     if batch:
         raise ValueError(
             problem(
-                f"batch norm in training mode: {some_names(batch)}",
+                f"batch norm in training mode, or without running statistics: {some_names(batch)}",
                 allowed="modules that treat examples independently",
                 fix="normfree.convert_batchnorm(model), or model.eval() for running statistics",
             )
         )
-    random = [n for n, m in modules if _draws(m)]
+    random = [n for n, m in model.named_modules() if m.training and _draws(m)]
     if random:
         raise ValueError(
             problem(

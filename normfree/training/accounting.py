@@ -48,7 +48,7 @@ def epsilon_of(noise: float, *, delta: float, sample_rate: float, steps: int, ac
     account.history = [(noise, sample_rate, steps)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return float(account.get_epsilon(delta=delta))
+        return max(0.0, float(account.get_epsilon(delta=delta)))
 
 
 def _opacus_accountants() -> ModuleType:

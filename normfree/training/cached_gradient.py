@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normfree.optim.per_example import using_batch_statistics
 from normfree.suggest import problem, some_names
 
 # Largest relative difference of the embeddings of both passes. Rounding may differ where autograd is on; it is 4e-3 in
@@ -39,8 +39,9 @@ def cached_backward(
     """Add the gradient of `loss(model(images))` to the parameters, `micro_batch` images at a time.
 
     The gradient equals that of a single pass over all images, up to rounding, while activations of only one micro-batch
-    are in memory. Dropout and stochastic depth draw the same masks in both passes, from PyTorch's default generators.
-    With several processes, each calls this with its own images; add the gradients up over the processes afterwards.
+    are in memory. Parameters of the loss, such as a learned temperature, get their gradient too. Dropout and stochastic
+    depth draw the same masks in both passes, from PyTorch's default generators. With several processes, each calls this
+    with its own images; add the gradients up over the processes afterwards.
 
     Args:
         model: maps images B ... to embeddings B D, each from its own image alone.
@@ -54,8 +55,10 @@ def cached_backward(
         The loss, 0-dim, without a graph.
 
     Raises:
-        ValueError: `micro_batch` is below 1, the model has batch norm in training mode, or it gives other embeddings in
-            the second pass.
+        ValueError: `micro_batch` is below 1, there are no images, the loss is not 0-dim or has no gradient, or the
+            model has batch norm that uses the statistics of the batch, or gives other embeddings in the second pass.
+            Operations inside of a `forward` that mix images are not found: `normfree.batch_dependence` measures
+            whether they do.
 
     Examples:
         >>> import torch
@@ -69,8 +72,12 @@ def cached_backward(
 
     Source: Gao et al. 2021 (arXiv 2101.06983).
     """
-    if micro_batch < 1:
-        raise ValueError(problem(f"micro_batch is {micro_batch}", allowed="1 or more", fix="pass 32"))
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise ValueError(
+            problem(f"micro_batch is {micro_batch!r}", allowed="an integer from 1", fix="pass 32")
+        )
+    if len(images) == 0:
+        raise ValueError(problem("there are no images", allowed="1 or more", fix="skip the step"))
     parts, states = images.split(micro_batch), list[list[Tensor]]()
     if len(parts) > 1:
         refuse_batch_statistics(model)
@@ -125,8 +132,15 @@ def two_passes(
     every = gather(own).requires_grad_()
     with torch.enable_grad():
         value = loss(every)
-    (gradient,) = torch.autograd.grad(value, every)
-    gradient = gradient[rank * len(own) : (rank + 1) * len(own)]
+    if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        given = f"the loss returned a {'constant' if kind == 'shape ()' else kind}"
+        raise ValueError(problem(given, allowed="a 0-dim tensor that depends on the embeddings"))
+    # Parameters of the loss get their gradient too. Each process computes the whole loss, so it adds its share of that.
+    processes = len(every) // len(own)
+    (value / processes).backward()
+    assert every.grad is not None
+    gradient = processes * every.grad[rank * len(own) : (rank + 1) * len(own)]
     furthest = own.new_zeros(())
     for number, part in enumerate(gradient.split([len(z) for z in first])):
         again = first[number] if keep_graph else encode(number)
@@ -144,16 +158,17 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     """Check that no embedding depends on other images of its micro-batch.
 
     Raises:
-        ValueError: the model has batch norm in training mode.
+        ValueError: the model has batch norm that uses the statistics of the batch.
     """
-    names = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
-    if names:
+    if names := using_batch_statistics(model):
         given = (
             f"{some_names(names, limit=2)} normalize with the statistics of a micro-batch, so that the gradient would "
             f"not be that of the batch ({BATCH_NORM_ERROR})"
         )
         fix = "use a normalizer-free model, or one micro-batch in one process"
-        raise ValueError(problem(given, allowed="no batch norm in training mode", fix=fix))
+        raise ValueError(
+            problem(given, allowed="no batch norm in training mode, nor without running statistics", fix=fix)
+        )
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -96,7 +96,10 @@ def parse_choice(text: str, choices: Choices) -> Choice:
     for part in re.split(r",(?=\w+=)", rest) if colon else ():
         option, _, value = part.partition("=")
         empty = not value and not isinstance(defaults.get(option), str)
-        if option not in defaults or option in values or empty:
+        if option in values or (empty and option in defaults):
+            what = "a value" if empty else "one value"
+            raise ValueError(f"{what} for {option}, as in {_form(name, defaults)}")
+        if option not in defaults:
             raise ValueError(f"{_form(name, defaults)}.{did_you_mean(option, defaults)}")
         values[option] = _value(option, value, defaults[option])
     return Choice(name, {**defaults, **values})

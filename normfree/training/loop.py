@@ -272,7 +272,7 @@ def _steps(
                             or checkpoints.retry(at.step)):  # fmt: skip
                 state = {"best": at.best.state(), "evaluated": at.evaluated, "seed": config.seed,
                          "total_steps": total, "meter": meter.state(), "rollbacks": at.rollbacks,
-                         **state_of(trainer.privacy)}  # fmt: skip
+                         **state_of(trainer.privacy, trainer.secret)}  # fmt: skip
                 required = bool(reason or ended)
                 unsaved = not checkpoints.save(at.step, state, best=at.best, required=required)
             if ended:

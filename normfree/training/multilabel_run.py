@@ -27,12 +27,11 @@ def check_labels(split: Split, config: Config) -> None:
         raise ValueError(problem(given, fix="--patience 0"))
     if as_multilabel(split.train) is not None and not uses_sigmoid(config.objective):
         several = (targets_of(split.train, [i])[0] for i in range(len(split.train)))
-        index, row = next((i, row) for i, row in enumerate(several) if row.sum() != 1)
-        names = ", ".join(repr(split.classes[k]) for k in row.nonzero()[:, 0].tolist())
-        has = f"has the classes {names}" if names else "has no class"
-        given = (
-            f"{split.train.name(index)} {has}, and objective={config.objective!r} learns one for each image"
-        )
+        index, row = next(((i, row) for i, row in enumerate(several) if row.sum() != 1), (0, None))
+        names = [] if row is None else [repr(split.classes[k]) for k in row.nonzero()[:, 0].tolist()]
+        has = f"has the classes {', '.join(names)}" if names else "has no class"
+        given = f"{split.train.name(index)} {has}" if row is not None else "images may have several classes"
+        given += f", and objective={config.objective!r} learns one for each image"
         raise ValueError(problem(given, allowed="objective='bce'", fix="--objective bce"))
 
 

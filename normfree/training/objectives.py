@@ -41,10 +41,12 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5) -> Tenso
 
     Source: Chen et al. 2020 (arXiv 2002.05709), equation 1.
     """
-    if first.ndim != 2 or first.shape != second.shape:
+    if first.ndim != 2 or first.shape != second.shape or not len(first):
         given = f"first is {tuple(first.shape)} and second {tuple(second.shape)}"
         raise ValueError(
-            problem(given, allowed="two tensors of one shape N x D", fix="pass one row for each image")
+            problem(
+                given, allowed="two tensors of one shape N x D, N from 1", fix="pass one row for each image"
+            )
         )
     if not temperature > 0:
         raise ValueError(
@@ -68,9 +70,9 @@ def triplet_loss(
         labels: N integers. An anchor's positives have its label, its negatives another one.
         margin: smallest wanted difference of the distances, in [0, 2].
         mining: which triplets count. "all": every one. "hard": for each anchor the farthest positive with the nearest
-            negative. "semihard": for each anchor and positive, the negatives that are farther than the positive, by
-            less than the margin.
-        swap: use min(d(a, n), d(p, n)) in place of d(a, n).
+            negative. "semihard": for each anchor and positive, the negatives that are farther from the anchor than the
+            positive, by less than the margin.
+        swap: use min(d(a, n), d(p, n)) in place of d(a, n) in the loss; the triplets are chosen without it.
 
     Returns:
         The mean loss, 0-dim; 0 with a zero gradient if no triplet has a loss.
@@ -99,13 +101,14 @@ def triplet_loss(
         a, p, n = (t[anchors] for t in (torch.arange(len(labels), device=labels.device), positive, negative))
     else:
         a, p, n = (same[:, :, None] & other[:, None, :]).nonzero(as_tuple=True)
+    if mining == "semihard":
+        gap = (distance[a, p] - distance[a, n]).detach()
+        near = ((gap < 0) & (gap > -margin)) | gap.isnan()
+        a, p, n = a[near], p[near], n[near]
     to_positive, to_negative = distance[a, p], distance[a, n]
     if swap:
         to_negative = torch.minimum(to_negative, distance[p, n])
-    gap = to_positive - to_negative
-    if mining == "semihard":
-        gap = gap[(gap < 0) & (gap > -margin)]
-    losses = F.relu(gap + margin)
+    losses = F.relu(to_positive - to_negative + margin)
     return losses.sum() / torch.count_nonzero(losses).clamp(min=1)
 
 
@@ -150,16 +153,25 @@ def contrastive_loss(
 
 
 def _check(embeddings: Tensor, labels: Tensor, *, margin: float) -> None:
-    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
+    if not isinstance(labels, Tensor) or not embeddings.is_floating_point():
+        given = f"labels are a {type(labels).__name__} and embeddings of type {embeddings.dtype}"
+        raise ValueError(
+            problem(given, allowed="tensors, embeddings of floats", fix="torch.as_tensor(labels)")
+        )
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or not len(labels):
         given = f"embeddings are {tuple(embeddings.shape)} and labels {tuple(labels.shape)}"
-        raise ValueError(problem(given, allowed="N x D and N", fix="pass one label for each embedding"))
+        allowed = "N x D and N, N from 1"
+        raise ValueError(problem(given, allowed=allowed, fix="pass one label for each embedding"))
     if not 0 <= margin <= 2:
         allowed = "0 to 2, the distances of unit vectors"
         raise ValueError(problem(f"a margin is {margin}", allowed=allowed, fix="pass margin=0.05"))
 
 
 def _distances(embeddings: Tensor) -> Tensor:
-    """Return the N N Euclidean distances of the normalized embeddings; the gradient of a distance of 0 is 0."""
+    """Return the N N Euclidean distances of the normalized embeddings, in float32 or wider; the gradient of a distance
+    of 0 is 0."""
+    if embeddings.dtype in (torch.float16, torch.bfloat16):  # `cdist` has no implementation for them on CPUs
+        embeddings = embeddings.float()
     unit = F.normalize(embeddings, dim=1)
     # Not by a matrix product: |u|² + |v|² - 2uv rounds small distances to 3e-4 in float32.
     return torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist")

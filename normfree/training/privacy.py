@@ -22,6 +22,9 @@ from normfree.training.config import Config
 from normfree.training.distributed.world import World
 from normfree.training.secret import KEY_FILE, SecretKey
 
+# A larger epsilon bounds nothing, and the accountants are not made for its tiny noise: PRV takes gigabytes at 1e6.
+LARGEST_EPSILON = 100.0
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
@@ -176,6 +179,11 @@ def plan_of(config: Config, *, samples: int, steps: int, world: World) -> Privac
         fix = f"--input.batch_size {samples * config.augment.repeats}"
         raise ValueError(problem(given, allowed="at most all of them in a step", fix=fix))
     chosen, epsilon, rate = parse_choice(config.optim.clip, CLIPS), _epsilon(config), examples / samples
+    if chosen["delta"] >= 1 / samples:
+        given = (
+            f"delta={chosen['delta']:g} with {samples:,} training images: publishing one would be as private"
+        )
+        raise ValueError(problem(given, allowed=f"below 1/{samples:,}", fix=f"delta={0.1 / samples:.1g}"))
     noise = noise_for(
         epsilon, delta=chosen["delta"], sample_rate=rate, steps=steps, accountant=chosen["accountant"]
     )
@@ -229,12 +237,20 @@ def open_secret(
     if key is None and not ended:
         given = f"{path} is gone, so the noise of the remaining steps cannot be the same"
         raise ValueError(problem(given, allowed="a run with its key", fix="start another run with --out"))
+    # Checkpoints of earlier versions have no fingerprint.
+    if key is not None and saved.get("privacy_key", key.fingerprint) != key.fingerprint:
+        given = f"{path} is not the key that this run began with, so its noise would be another one"
+        raise ValueError(problem(given, allowed="the key of the run", fix="start another run with --out"))
     return key, replace(plan, noise_multiplier=began["noise_multiplier"])
 
 
-def state_of(plan: PrivacyPlan | None) -> dict[str, Any]:
-    """Return the entry of a checkpoint's state: all that the accountant needs besides the step, nothing of the key."""
-    return {} if plan is None else {"privacy": {**asdict(plan), "epsilon": str(plan.epsilon)}}
+def state_of(plan: PrivacyPlan | None, key: SecretKey | None) -> dict[str, Any]:
+    """Return the entries of a checkpoint's state: what the accountant needs besides the step, and a digest of the key,
+    from which the key does not follow."""
+    if plan is None:
+        return {}
+    state: dict[str, Any] = {"privacy": {**asdict(plan), "epsilon": str(plan.epsilon)}}
+    return state if key is None else {**state, "privacy_key": key.fingerprint}
 
 
 def _epsilon(config: Config) -> float:
@@ -244,11 +260,16 @@ def _epsilon(config: Config) -> float:
         ValueError: an option of the privacy is not allowed.
     """
     chosen = parse_choice(config.optim.clip, CLIPS)
-    for given, allowed, fix in _wrong_options(chosen.options):
+    for given, allowed, fix in (*_wrong_options(chosen.options), *_wrong_clip(config.optim.clipping)):
         raise ValueError(problem(f"optim.clip={config.optim.clip!r} with {given}", allowed=allowed, fix=fix))
     if chosen["accountant"] not in ACCOUNTANTS:
         raise ValueError(unknown("accountant", chosen["accountant"], ACCOUNTANTS))
     return float(chosen["epsilon"])
+
+
+def _wrong_clip(clip: float) -> Iterator[tuple[str, str, str]]:
+    if not 1e-6 <= clip <= 1e6:  # so that gradients and noise are far from the limits of float32
+        yield f"optim.clipping={clip:g}", "1e-6 to 1e6", "--optim.clipping 1.0"
 
 
 def _wrong_options(options: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -256,10 +277,11 @@ def _wrong_options(options: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         epsilon = float(options["epsilon"])
     except ValueError:
         epsilon = math.nan
-    if not epsilon > 0:
+    written = str(options["epsilon"]).strip().lower()
+    if not (0 < epsilon <= LARGEST_EPSILON or written == "inf") or "_" in written:
         yield (
             f"epsilon={options['epsilon']}",
-            "a number above 0, or inf for clipping without noise",
+            f"a number above 0 and up to {LARGEST_EPSILON:g}, or inf for clipping without noise",
             "epsilon=8",
         )
     if not 0 < options["delta"] < 1:

@@ -75,11 +75,11 @@ def resolve(config: Config, *, starts: bool = True) -> Resolved:
         weights = PREFIX + repository_of(config.model)
     repeats, batch_size = config.augment.repeats, config.input.batch_size
     if batch_size % repeats:
-        nearest = max(d for d in range(1, min(repeats, batch_size) + 1) if batch_size % d == 0)
         given = f"augment.repeats={repeats} with input.batch_size={batch_size}"
-        raise ValueError(
-            problem(given, allowed="a divisor of the batch size", fix=f"--augment.repeats {nearest}")
-        )
+        fix = f"--input.batch_size {batch_size // repeats * repeats}"
+        if repeats > batch_size:
+            fix = f"--augment.repeats {batch_size}"
+        raise ValueError(problem(given, allowed="a divisor of the batch size", fix=fix))
     if uses_sigmoid(config.objective) and config.optim.class_balance:
         given = f"optim.class_balance={config.optim.class_balance:g} with objective={config.objective!r}"
         raise ValueError(problem(given, allowed="0, or objective='classify'", fix="--optim.class_balance 0"))

@@ -67,6 +67,11 @@ class SecretKey:
             raise ValueError(problem(given, allowed="mode 0600", fix="start another run with --out"))
         return cls(secret) if len(secret) == _BYTES else None
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest that tells keys apart, and reveals nothing of the key or of the numbers that follow from it."""
+        return self._digest(16, "fingerprint").hex()
+
     def members(self, count: int, rate: float, *, step: int) -> np.ndarray:
         """Return the indices of a Poisson sample: each of `count` samples by itself, with probability `rate`."""
         if rate >= 1.0:

@@ -203,6 +203,11 @@ class Trainer:
         self.privacy = self.gradients.plan = plan
         self.gradients.key = key
 
+    @property
+    def secret(self) -> SecretKey | None:
+        """The key of a private run, None for other runs."""
+        return self.gradients.key if isinstance(self.gradients, PrivateGradient) else None
+
     def members(self, count: int) -> Callable[[int], np.ndarray] | None:
         """Return the function of a step that draws its Poisson sample of `count` images, None if the run is not private
         or has no steps left."""

@@ -52,9 +52,12 @@ def test_triplets_equal_those_of_pytorch_metric_learning(pml):
     for swap in (False, True):
         theirs = losses.TripletMarginLoss(margin=0.3, swap=swap)(z, labels)
         same(triplet_loss(z, labels, margin=0.3, swap=swap), theirs, z)
-    hard = miners.BatchHardMiner()(z, labels)
-    theirs = losses.TripletMarginLoss(margin=0.3)(z, labels, hard)
-    same(triplet_loss(z, labels, margin=0.3, mining="hard"), theirs, z)
+        for mining, miner in (
+            ("hard", miners.BatchHardMiner()),
+            ("semihard", miners.TripletMarginMiner(margin=0.3, type_of_triplets="semihard")),
+        ):
+            theirs = losses.TripletMarginLoss(margin=0.3, swap=swap)(z, labels, miner(z, labels))
+            same(triplet_loss(z, labels, margin=0.3, mining=mining, swap=swap), theirs, z)
 
 
 @pytest.mark.works(PML, "contrastive_loss")

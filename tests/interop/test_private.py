@@ -64,4 +64,4 @@ def test_the_smallest_setting_of_the_experiment_adds_noise_at_a_finite_epsilon(t
     assert 7.8 < spent <= 8.0
     assert noise["inf"] == 0.0
     assert "- dp: **" in page
-    assert "epsilon 8 " in page
+    assert "mean over epsilon 8: " in page

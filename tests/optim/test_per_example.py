@@ -51,7 +51,10 @@ def test_frozen_parameters_are_left_out_and_soft_targets_are_taken():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: create_model("resnet_nano", num_classes=3), "batch norm in training mode: 'stages"),
+        (
+            lambda: create_model("resnet_nano", num_classes=3),
+            "batch norm in training mode, or without running statistics: 'stages",
+        ),
         (
             lambda: create_model("nf_resnet_nano", num_classes=3, stochdepth_rate=0.1),
             "dropout or stochastic depth",
@@ -65,6 +68,20 @@ def test_modules_that_mix_or_randomize_examples_are_refused_in_training_mode_onl
     with pytest.raises(ValueError, match=message):
         per_example_gradients(net, images, targets)
     assert per_example_gradients(net.eval(), images, targets)
+
+
+def test_batch_norm_without_running_statistics_is_refused_in_evaluation_mode_too():
+    net = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten(), nn.Linear(48, 2)).eval()
+    with pytest.raises(
+        ValueError, match=r"^batch norm in training mode, or without running statistics: '0'\."
+    ):
+        per_example_gradients(net, torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))
+
+
+def test_no_examples_have_no_gradients():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    found = per_example_gradients(net, torch.randn(0, 3, 4, 4), torch.zeros(0, dtype=torch.long), copies=2)
+    assert {name: tuple(g.shape) for name, g in found.items()} == {"1.weight": (0, 2, 48), "1.bias": (0, 2)}
 
 
 def test_as_many_targets_as_images_are_needed():

@@ -6,6 +6,7 @@ tests/training/distributed/test_world.py has the law for several processes.
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from normfree import cached_backward, create_model, nt_xent, triplet_loss
@@ -119,6 +120,55 @@ def test_batch_norm_is_refused_because_the_gradient_would_be_another_one():
     assert 0.25 < errors[0] < errors[-1] < 1.1, errors
 
 
-def test_a_micro_batch_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"^micro_batch is 0\. Allowed: 1 or more"):
-        cached_backward(network(), views(), contrast, micro_batch=0)
+@pytest.mark.parametrize("size", [0, -1, 2.5])
+def test_a_micro_batch_that_is_no_number_of_images_is_refused(size):
+    with pytest.raises(ValueError, match=rf"^micro_batch is {size}\. Allowed: an integer from 1"):
+        cached_backward(network(), views(), contrast, micro_batch=size)
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match=r"^there are no images\."):
+        cached_backward(network(), views()[:0], contrast, micro_batch=2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [
+        (lambda z: z.square().mean(1), r"shape \(\d+,\)"),
+        (lambda z: z.sum().detach(), "constant"),
+        (lambda z: 1.0, "float"),
+        (lambda z: None, "NoneType"),
+    ],
+)
+def test_a_loss_without_a_gradient_is_refused(loss, given):
+    with pytest.raises(ValueError, match=f"^the loss returned a {given}. Allowed: a 0-dim tensor"):
+        cached_backward(network(), views(), loss, micro_batch=2)
+
+
+def test_parameters_of_the_loss_get_their_gradient():
+    """With several processes, the sum over the processes is the gradient: each computes the whole loss."""
+    net, x = network(), views()
+    half = len(x) // 2
+    temperature = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def loss(z):
+        return F.cross_entropy(z[:half] @ z[half:].T / temperature, torch.arange(half))
+
+    (expected,) = torch.autograd.grad(loss(net(x)), temperature)
+    cached_backward(net, x, loss, micro_batch=3)
+    torch.testing.assert_close(temperature.grad, expected, rtol=1e-12, atol=1e-14)
+    temperature.grad = None
+    for rank in range(2):
+        with torch.no_grad():
+            every = net(x)
+        own = x[rank * half : (rank + 1) * half]
+        cached_backward(net, own, loss, micro_batch=3, rank=rank, gather=lambda _, every=every: every.clone())
+    torch.testing.assert_close(temperature.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_batch_norm_without_running_statistics_is_refused_in_evaluation_mode_too():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, track_running_stats=False), torch.nn.Flatten()
+    ).eval()
+    with pytest.raises(ValueError, match="normalize with the statistics of a micro-batch"):
+        cached_backward(net, torch.randn(4, 3, 8, 8), lambda z: z.sum(), micro_batch=2)

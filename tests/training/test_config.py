@@ -272,6 +272,12 @@ def test_numbers_that_would_stop_the_machine_are_refused(flag, problem):
     assert error.value.problems == (problem,)
 
 
+def test_a_batch_that_does_not_hold_all_copies_is_refused():
+    config = with_overrides(Config(), ["--augment.repeats", "2", "--input.batch_size", "33"])
+    with pytest.raises(ValueError, match=r"a divisor of the batch size\. Fix: --input\.batch_size 32\.$"):
+        resolve(config)
+
+
 def test_a_huge_number_of_repeats_is_refused_at_once():
     config = with_overrides(Config(), ["--augment.repeats", str(10**18)])
     with pytest.raises(ValueError, match=r"Fix: --augment\.repeats 64\.$"):

@@ -153,6 +153,23 @@ def test_one_class_for_each_image_is_refused(folder, tmp_path):
         train(config(folder, objective="classify"), tmp_path / "run", console=Console(file=io.StringIO()))
 
 
+def test_an_objective_for_one_class_is_refused_where_each_image_has_one(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((16, 16, 3), 40 * i, np.uint8)).save(
+                tmp_path / "data" / name / f"{i}.png"
+            )
+    with pytest.raises(
+        ValueError, match=r"^images may have several classes, and objective='classify'.* --objective bce"
+    ):
+        train(
+            config(tmp_path / "data", objective="classify"),
+            tmp_path / "run",
+            console=Console(file=io.StringIO()),
+        )
+
+
 def test_parts_have_the_same_classes(folder, tmp_path):
     write(tmp_path / "train", 2)
     write(tmp_path / "val", 1)

@@ -88,6 +88,36 @@ def test_semihard_mining_takes_negatives_within_the_margin(embeddings):
     assert_same_value_and_gradient(found, mean_of_positive(losses), embeddings)
 
 
+def test_semihard_triplets_are_chosen_before_the_swap(embeddings):
+    """As pytorch-metric-learning's miner and loss in sequence."""
+    distance = unit_distances(embeddings)
+    losses = [
+        F.relu(distance[a][p] - torch.minimum(distance[a][n], distance[p][n]) + 0.4)
+        for a, p, n in triplets(LABELS)
+        if 0 < distance[a][n] - distance[a][p] < 0.4
+    ]
+    found = triplet_loss(embeddings, LABELS, margin=0.4, mining="semihard", swap=True)
+    assert_same_value_and_gradient(found, mean_of_positive(losses), embeddings)
+    assert any(float(loss.detach()) > 0.4 for loss in losses)  # with the swap, farther than the negative
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(embeddings, dtype):
+    half = embeddings.detach().to(dtype).requires_grad_()
+    for loss in (contrastive_loss, triplet_loss):
+        found = loss(half, LABELS)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, loss(half.detach().float(), LABELS))
+        assert torch.autograd.grad(found, half)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("mining", ["all", "hard", "semihard"])
+def test_embeddings_that_are_no_numbers_are_not_a_loss_of_0(embeddings, mining):
+    broken = embeddings.detach().clone()
+    broken[0] = math.nan
+    assert triplet_loss(broken, LABELS, mining=mining).isnan()
+
+
 @pytest.mark.parametrize(("positive_margin", "negative_margin"), [(0.0, 1.0), (0.3, 1.6)])
 def test_contrastive_loss_is_the_mean_over_each_kind_of_pair(embeddings, positive_margin, negative_margin):
     d = unit_distances(embeddings)

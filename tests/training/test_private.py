@@ -15,6 +15,7 @@ from rich.console import Console
 
 import normfree
 from normfree.cli import main
+from normfree.commands.train_command import parse
 from normfree.data.loader import Batch, train_batches
 from normfree.data.sources.synthetic import open_synthetic
 from normfree.optim.per_example import clipped_gradient_sum, clipping_factors
@@ -171,7 +172,11 @@ def test_batches_hold_the_drawn_images_with_their_copies_for_any_number_of_worke
         (("--on_divergence", "rollback"), r"on_divergence=rollback in a private run\. .* noise of a step twice"),
         (("--input.bad_images", "skip"), r"input\.bad_images=skip in a private run"),
         (("--objective", "triplet"), r"objective=triplet in a private run"),
-        (("--optim.clip", "private:epsilon=0"), r"epsilon=0\. Allowed: a number above 0, or inf"),
+        (("--optim.clip", "private:epsilon=0"), r"epsilon=0\. Allowed: a number above 0 and up to 100, or inf"),
+        (("--optim.clip", "private:epsilon=1e6"), r"epsilon=1e6\. Allowed: a number above 0 and up to 100"),
+        (("--optim.clip", "private:epsilon=1e400"), r"epsilon=1e400\. Allowed"),
+        (("--optim.clip", "private:epsilon=8_0"), r"epsilon=8_0\. Allowed"),
+        (("--optim.clipping", "1e300"), r"optim\.clipping=1e\+300\. Allowed: 1e-6 to 1e6"),
         (("--optim.clip", "private:delta=1"), r"delta=1\. Allowed: above 0 and below 1"),
         (("--optim.clip", "private:accountant=rdb"), r"rdb.*Did you mean 'rdp'"),
     ],
@@ -186,6 +191,31 @@ def test_a_batch_above_the_data_and_several_processes_are_refused():
         trainer("--input.batch_size", "200")
     with pytest.raises(ValueError, match="one process, because noise and sampling come from one secret key"):
         privacy.plan_of(config(), samples=48, steps=4, world=World(device=torch.device("cpu"), size=2))
+
+
+def test_a_delta_that_lets_one_image_be_published_is_refused():
+    with pytest.raises(
+        ValueError, match=r"delta=0\.03 with 48 training images.* Allowed: below 1/48\. Fix: delta=0\.002\."
+    ):
+        trainer("--optim.clip", "private:epsilon=8,delta=0.03")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("epsilon=8,clip=1,clip=2", "--privacy has clip 2 times"),
+        ("epsilon=8,epsilon=3", "--privacy has epsilon 2 times"),
+        ("epsilon=8,delta=", "a value for delta, as in private:"),
+    ],
+)
+def test_options_of_privacy_are_given_once_and_with_a_value(options, message, capsys):
+    assert main(["train", "private", *SMALL, "--privacy", options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_clip_the_bound_is_one_whatever_the_recipe():
+    found = parse(["scratch", "--privacy", "epsilon=8"]).overrides
+    assert found[found.index("--optim.clipping") + 1] == "1.0"
 
 
 def test_data_without_validation_images_are_refused():
@@ -275,6 +305,10 @@ def test_a_run_that_was_stopped_goes_on_exactly_with_its_key_and_not_without(tmp
     text = key.read_text()
     key.unlink()
     with pytest.raises(ValueError, match=r"privacy\.key is gone"):
+        run(parts, "--log.checkpoint_every", "2st")
+    SecretKey.create(key)
+    key.write_text("00" * 32)
+    with pytest.raises(ValueError, match=r"privacy\.key is not the key that this run began with"):
         run(parts, "--log.checkpoint_every", "2st")
     key.write_text(text)
     key.chmod(0o600)

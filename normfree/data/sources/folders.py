@@ -293,7 +293,8 @@ def _listing(root: Path, *, training: bool = False) -> _Listing:
             problem(
                 f"{root} holds one class, {top.folders[0]!r}",
                 allowed="two classes or more",
-                fix="add a folder with images of something else",
+                fix="add a folder with images of something else, or, to train without labels, "
+                f"pass {root / top.folders[0]}",
             )
         )
     files = {name: entries.images for name, entries in contents.items()}

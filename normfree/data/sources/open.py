@@ -141,7 +141,9 @@ def _open_folder(
     path = path.expanduser()
     _check_folder(path)
     if not labels and is_flat(path):
-        return open_unlabeled(path, val_fraction=val_fraction, seed=seed, limits=limits)
+        return open_unlabeled(
+            path, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, limits=limits
+        )
     if (table := find_roboflow(path)) is not None:
         return open_listed(
             table,

@@ -201,8 +201,19 @@ def test_one_class_only(tmp_path: Path) -> None:
     fill(tmp_path, cat=5)
     assert message(tmp_path) == (
         f"{tmp_path} holds one class, 'cat'. Allowed: two classes or more. "
-        "Fix: add a folder with images of something else."
+        f"Fix: add a folder with images of something else, or, to train without labels, pass {tmp_path / 'cat'}."
     )
+
+
+def test_a_flat_folder_has_the_parts_that_the_fractions_ask_for(tmp_path: Path) -> None:
+    fill(tmp_path, cat=20)
+    flat = tmp_path / "cat"
+    split = open_source(flat, val_fraction=0.2, test_fraction=0.1, labels=False)
+    assert split.test is not None
+    assert (len(split.train), len(split.val), len(split.test), split.held_out) == (14, 4, 2, True)
+    assert split.notes[0] == f"{flat}: 14 images without labels to train on, 4 to validate, 2 to test"
+    split = open_source(flat, val_fraction=0.0, labels=False)
+    assert (len(split.train), len(split.val), split.held_out) == (20, 2, False)
 
 
 def test_one_image_per_class(tmp_path: Path) -> None:
