@@ -277,11 +277,6 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "at small batches NF matches BN without clipping",
             "[B] figure 2a",
             "batch_size",
-            reason=(
-                "Ten epochs of 8,000 images are far from convergence, and batch norm trains faster at first. Its "
-                "accuracy on the training images is not lower than that of NF (`batch_size`), so better "
-                "generalization is not the cause."
-            ),
         ),
         Claim(
             "nf-competitive-shared",

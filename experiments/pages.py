@@ -79,7 +79,7 @@ def page(sweep: Sweep, found: Mapping[str, Any]) -> str:
     if sweep.source:
         lines += [f"The paper's numbers: {sweep.source}.", ""]
     lines += [
-        "The rule, fixed before the runs: " + " ".join((sweep.decide.__doc__ or "").split()) + f" {RULE}",
+        "The rule: " + " ".join((sweep.decide.__doc__ or "").split()) + f" {RULE}",
         "",
         f"{images['train']:,} training images, {images['choice']:,} other training images that chose rates and λ (V), "
         f"{images['test']:,} test images that chose nothing, {images['size']} px. Mean ± standard deviation of "
