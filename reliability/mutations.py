@@ -199,7 +199,7 @@ MUTATIONS = (
              "ge=1, le=MAX_BATCH)", "ge=1)",
              CONFIG + "test_numbers_that_would_stop_the_machine_are_refused"),
     Mutation("a huge number of repeats is refused at once", "training/resolve.py",
-             "range(1, min(repeats, batch_size) + 1)", "range(1, repeats + 1)",
+             "if repeats > batch_size:", "if repeats < batch_size:",
              CONFIG + "test_a_huge_number_of_repeats_is_refused_at_once"),
     Mutation("the images of a step fit in memory", "training/memory.py",
              "    if count * each > free:\n", "    if False:\n",
