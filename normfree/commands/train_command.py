@@ -146,10 +146,10 @@ def _private(options: str) -> list[str]:
         raise UsageError(
             problem(f"--privacy has {twice[0]} {names.count(twice[0])} times", fix=_VALUES["--privacy"])
         )
-    # The default is not that of a recipe without privacy, whose clipping is the λ of AGC.
-    clip = next((part.partition("=")[2] for part in given if part.startswith("clip=")), "1.0")
+    clips = [part.partition("=")[2] for part in given if part.startswith("clip=")]
     others = ",".join(part for part in given if not part.startswith("clip="))
-    return ["--optim.clip", "private" + f":{others}" * bool(others), "--optim.clipping", clip]
+    overrides = ["--optim.clip", "private" + f":{others}" * bool(others)]
+    return [*overrides, *(text for clip in clips for text in ("--optim.clipping", clip))]
 
 
 def train(args: Sequence[str]) -> int:
@@ -280,12 +280,12 @@ def _start_folds(arguments: TrainArguments) -> tuple[Config, Path, int]:
 
 def _config(arguments: TrainArguments) -> tuple[Config, str]:
     """Return the config of a recipe or file with the overrides applied, and its name."""
-    from normfree.training.config_io import load_config, with_overrides
+    from normfree.training.config_io import load_config
     from normfree.training.recipes import DEFAULT_RECIPE, RECIPES
 
     source = str(arguments.run_config or arguments.source)
     if source.endswith(".toml"):
-        return with_overrides(load_config(Path(source)), arguments.overrides), Path(source).stem
+        return _changed(load_config(Path(source)), arguments), Path(source).stem
     if not source:
         has_data, has_weights = "data" in arguments.keys, "weights" in arguments.keys
         source = DEFAULT_RECIPE if not has_data else "finetune" if has_weights else "scratch"
@@ -299,7 +299,24 @@ def _config(arguments: TrainArguments) -> tuple[Config, str]:
             problem(f"{source!r} is not a recipe, a run folder or a .toml file.{did_you_mean(source, RECIPES)}",
                     allowed=f"the recipes {', '.join(list(RECIPES)[:7])}, those of `normfree list recipes`", fix=fix)
         )  # fmt: skip
-    return with_overrides(RECIPES[source](), arguments.overrides), source
+    return _changed(RECIPES[source](), arguments), source
+
+
+def _changed(base: Config, arguments: TrainArguments) -> Config:
+    """Return a config with the overrides applied.
+
+    If they make it private, it clips to the norm of the recipe `private` unless they say otherwise: the clipping of
+    another config is the λ of AGC.
+    """
+    from normfree.training.choices import is_private
+    from normfree.training.config_io import with_overrides
+    from normfree.training.recipes import RECIPES
+
+    config = with_overrides(base, arguments.overrides)
+    new = is_private(config.optim.clip) and not is_private(base.optim.clip)
+    if new and "optim.clipping" not in arguments.keys:
+        config = with_overrides(config, ["--optim.clipping", str(RECIPES["private"]().optim.clipping)])
+    return config
 
 
 def _free_folder(name: str) -> Path:

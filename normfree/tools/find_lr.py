@@ -25,13 +25,13 @@ from normfree.diagnose.plotting import BLUE, GRAY, GREEN, ORANGE, new_figure
 from normfree.files import atomic_write_text
 from normfree.suggest import problem
 from normfree.training import class_weights
+from normfree.training.choices import is_private
 from normfree.training.config import Config
 from normfree.training.console import RunLog
 from normfree.training.default_network import with_network
 from normfree.training.distributed.world import start_world
 from normfree.training.divergence import DivergedError
 from normfree.training.loading import loading
-from normfree.training.privacy import is_private
 from normfree.training.resolve import open_data, resolve
 from normfree.training.trainer import Trainer
 
@@ -136,7 +136,7 @@ def find_lr(config: Config, out: str | Path, *, console: Console | None = None) 
                 fix="run it without torchrun, with a smaller --input.micro_batch if it needs too much memory",
             )
         )
-    if is_private(config):
+    if is_private(config.optim.clip):
         given = (
             "--find-lr for a private run, whose rate would then depend on the training images without noise"
         )

@@ -110,6 +110,11 @@ def uses_sigmoid(objective: str) -> bool:
     return parse_choice(objective, OBJECTIVES).name == "bce"
 
 
+def is_private(clip: str) -> bool:
+    """Return True if this value of optim.clip asks for differentially private training."""
+    return parse_choice(clip, CLIPS).name == "private"
+
+
 def learns_embeddings(objective: str) -> bool:
     """Return True if this objective compares the embeddings of a batch with each other, and needs no classifier."""
     return parse_choice(objective, OBJECTIVES).name in EMBEDDINGS

@@ -22,7 +22,7 @@ from normfree.device import run_device
 from normfree.files import atomic_write_text, read_model
 from normfree.scores import Evaluation
 from normfree.suggest import problem
-from normfree.training.choices import learns_embeddings
+from normfree.training.choices import is_private, learns_embeddings
 from normfree.training.config import Config
 from normfree.training.config_io import load_config, to_toml
 from normfree.training.config_values import MAX_FOLDS, fold_in
@@ -31,7 +31,6 @@ from normfree.training.default_network import with_network
 from normfree.training.distributed.world import World
 from normfree.training.identity import decisive, require_same, with_free_keys
 from normfree.training.loop import train
-from normfree.training.privacy import is_private
 from normfree.training.run_data import located, open_config_data
 from normfree.training.run_folder import TrainResult, check_folder, in_markdown
 from normfree.uncertainty import accuracy_text
@@ -214,7 +213,7 @@ def _check(config: Config, folds: int) -> None:
     if learns_embeddings(config.objective):
         given = f"folds with objective={config.objective!r}"
         raise ValueError(problem(given, allowed="objectives that learn classes", fix="--objective classify"))
-    if is_private(config):  # an image trains all runs but one, and that one publishes scores on it
+    if is_private(config.optim.clip):  # an image trains all runs but one, and that one publishes scores on it
         fix = f"drop --folds, or --input.val_fraction fold:1/{folds} for a single run"
         allowed = "a single run, since the epsilons of the folds add up"
         raise ValueError(problem("folds with --privacy", allowed=allowed, fix=fix))

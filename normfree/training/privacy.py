@@ -17,7 +17,7 @@ from typing import Any
 from normfree.data.source import Split, as_streamed
 from normfree.suggest import problem, unknown
 from normfree.training.accounting import ACCOUNTANTS, epsilon_of, noise_for
-from normfree.training.choices import CLIPS, learns_embeddings, parse_choice
+from normfree.training.choices import CLIPS, is_private, learns_embeddings, parse_choice
 from normfree.training.config import Config
 from normfree.training.distributed.world import World
 from normfree.training.secret import KEY_FILE, SecretKey
@@ -98,11 +98,6 @@ def spent_so_far(plan: PrivacyPlan | None, step: int, log: Callable[[str], None]
     return {"epsilon": epsilon} if math.isfinite(epsilon) else {}  # JSON has no infinity
 
 
-def is_private(config: Config) -> bool:
-    """Return True if a config asks for differentially private training."""
-    return parse_choice(config.optim.clip, CLIPS).name == "private"
-
-
 def check_privacy(config: Config, *, norm: str, drop_rate: float, stochdepth_rate: float) -> None:
     """Check that a private run can have these settings; nothing is checked for other runs.
 
@@ -115,7 +110,7 @@ def check_privacy(config: Config, *, norm: str, drop_rate: float, stochdepth_rat
     Raises:
         ValueError: an option of the privacy is out of range, or settings do not fit; one line for each.
     """
-    if not is_private(config):
+    if not is_private(config.optim.clip):
         return
     _epsilon(config)
     augment, optim, inputs = config.augment, config.optim, config.input
@@ -162,7 +157,7 @@ def plan_of(config: Config, *, samples: int, steps: int, world: World) -> Privac
             noise is enough.
         ModuleNotFoundError: Opacus is not installed.
     """
-    if not is_private(config):
+    if not is_private(config.optim.clip):
         return None
     if world.size > 1:
         given = f"a private run with {world.size} processes"

@@ -15,12 +15,12 @@ from rich.console import Console
 
 import normfree
 from normfree.cli import main
-from normfree.commands.train_command import parse
+from normfree.commands.train_command import _config, parse
 from normfree.data.loader import Batch, train_batches
 from normfree.data.sources.synthetic import open_synthetic
 from normfree.optim.per_example import clipped_gradient_sum, clipping_factors
 from normfree.training import privacy
-from normfree.training.config_io import with_overrides
+from normfree.training.config_io import to_toml, with_overrides
 from normfree.training.distributed.world import World
 from normfree.training.private_gradient import PrivateGradient
 from normfree.training.recipes import RECIPES
@@ -213,9 +213,26 @@ def test_options_of_privacy_are_given_once_and_with_a_value(options, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_without_clip_the_bound_is_one_whatever_the_recipe():
-    found = parse(["scratch", "--privacy", "epsilon=8"]).overrides
-    assert found[found.index("--optim.clipping") + 1] == "1.0"
+@pytest.mark.parametrize(
+    ("arguments", "bound"),
+    [
+        (("scratch", "--privacy", "epsilon=8"), 1.0),  # not its λ of AGC
+        (("scratch", "--optim.clip", "private:epsilon=8"), 1.0),
+        (("private", "--privacy", "epsilon=8"), 1.0),
+        (("scratch", "--privacy", "epsilon=8,clip=0.5"), 0.5),
+        (("scratch", "--optim.clipping", "0.5", "--privacy", "epsilon=8"), 0.5),
+        (("private", "--privacy=epsilon=8", "--optim.clipping=0.5"), 0.5),
+    ],
+)
+def test_without_clip_the_bound_is_one_whatever_the_recipe(arguments, bound):
+    assert _config(parse(arguments))[0].optim.clipping == bound
+
+
+def test_without_clip_the_bound_of_a_private_config_stays(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(to_toml(config("--optim.clipping", "0.5")), encoding="utf-8")
+    found, _ = _config(parse([str(file), "--privacy", "epsilon=3"]))
+    assert (found.optim.clip, found.optim.clipping) == ("private:epsilon=3", 0.5)
 
 
 def test_data_without_validation_images_are_refused():
