@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -367,19 +367,12 @@ def accuracy_on_trained(net: Net, source: Source, settings: Settings, device: st
     return 100 * found["hits"] / found["count"]
 
 
-def measure_statistics_(net: Net, source: Source, settings: Settings) -> None:
-    """Set the running statistics of batch norm to the average over up to 2,000 training images, 100 at a time."""
-    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the average of all batches
-        norm.train()
+def training_inputs(source: Source, settings: Settings) -> Iterator[Tensor]:
+    """Yield up to 2,000 of the training images as inputs, 100 at a time, without augmentation."""
     part = Subset(source, spread_indices(len(source), 2000))
     transform = Preprocessing(image_size=settings.size, crop="squash").transform()
-    with torch.no_grad():
-        for batch in eval_batches(part, transform, batch_size=100):
-            net(normalize(batch.images))
-    net.eval()
+    for batch in eval_batches(part, transform, batch_size=100):
+        yield normalize(batch.images)
 
 
 def save_weights(net: torch.nn.Module, path: Path) -> None:

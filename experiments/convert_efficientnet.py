@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from experiments.networks import measure_statistics_
 from normfree import (
     SGD,
     adaptive_clip_grad_,
@@ -123,20 +124,6 @@ def top1(net: nn.Module) -> float:
     return 100 * right / len(labels)
 
 
-def measure_statistics_(net: nn.Module) -> None:
-    """Set running statistics to the plain average over 512 training images in batches of 64."""
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    with torch.no_grad():
-        net.eval()
-        for norm in norms:
-            norm.train()
-        for images in load_images("train", SIZE)[0][:IMAGES].split(64):
-            net(prepare(images))
-
-
 def fine_tune(method: str, batch: int, rate: float, seed: int) -> dict[str, Any]:
     """Train from the ImageNet weights with a new head, for one pass over 512 training emoji chosen by the seed."""
     torch.manual_seed(seed)
@@ -169,7 +156,7 @@ def fine_tune(method: str, batch: int, rate: float, seed: int) -> dict[str, Any]
         optimizer.step()
     result = {"top1": top1(net), "loss": float(loss.detach()), "seconds": time.process_time() - start}
     if method == "bn_train":
-        measure_statistics_(net)
+        measure_statistics_(net, map(prepare, images[:IMAGES].split(64)))
         result["precise"] = top1(net)
     return result
 

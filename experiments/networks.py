@@ -14,7 +14,7 @@ A twin has the convolutions, the depths and the widths of a variant. Its `method
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,20 @@ BASES: dict[str, Variant] = {
     "tiny": replace(_THIN, depths=(1, 1, 1), widths=(16, 16, 16)),  # for tests
     "tiny_f0": replace(_F0, depths=(1, 1, 1, 1)),
 }
+
+
+def measure_statistics_(net: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of batch norm to their average over batches of inputs; leave `net` in eval mode."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    net.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all batches
+        norm.train()
+    with torch.no_grad():
+        for inputs in batches:
+            net(inputs)
+    net.eval()
 
 
 def variant_for(base: str, method: str, fields: Mapping[str, Any]) -> Variant:

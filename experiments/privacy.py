@@ -29,7 +29,7 @@ from torch import nn
 
 from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
 from experiments.classify import hits_of
-from experiments.networks import build, variant_for
+from experiments.networks import build, measure_statistics_, variant_for
 from experiments.pages import command_of, machine, markdown
 from experiments.parts import open_part, packed_parts
 from experiments.verdicts import RULE, Finding, Scores, as_good, spread
@@ -107,12 +107,9 @@ def network(size: Size, arm: str, *, classes: int, seed: int) -> nn.Module:
     """Return the network of an arm with the initial weights of a seed."""
     net: nn.Module = build(size.base, ARMS[arm], classes=classes, seed=seed)
     if arm == "converted":
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0  # the statistics of the next batch alone
         generator = torch.Generator().manual_seed(key(seed, "statistics"))
-        with torch.no_grad():
-            net.train()(torch.randn(NOISE_IMAGES, 3, size.image_size, size.image_size, generator=generator))
+        noise = torch.randn(NOISE_IMAGES, 3, size.image_size, size.image_size, generator=generator)
+        measure_statistics_(net, [noise])
         net = convert_batchnorm(net).model
     return net.train()
 

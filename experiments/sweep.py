@@ -20,7 +20,7 @@ import torch
 from experiments import classify, pages
 from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
 from experiments.classify import Settings
-from experiments.networks import variant_for
+from experiments.networks import measure_statistics_, variant_for
 from experiments.parts import balanced, of_classes, open_part, packed_parts
 from experiments.verdicts import Finding, Scores
 from normfree.data.source import Source
@@ -289,7 +289,8 @@ class Sweep:
                     found[f"{name}@{size}"] = classify.hits_of(net, source, size=size, device=setup.device)
             if settings.method == "batch" and settings.batch < FEW_IMAGES:
                 net = classify.load_network(settings, folder / "weights.pt", classes=len(source.classes))
-                classify.measure_statistics_(net, self.own_classes(open_part(files, "train")), settings)
+                trained_on = self.own_classes(open_part(files, "train"))
+                measure_statistics_(net, classify.training_inputs(trained_on, settings))
                 key = f"measured@{settings.size}"
                 found[key] = classify.hits_of(net, source, size=settings.size, device=setup.device)
             atomic_write_text(folder / "test.json", json.dumps(found, indent=1) + "\n")

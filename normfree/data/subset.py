@@ -324,7 +324,8 @@ def make_split(
     everything = val is None and val_fraction == 0
     if test is None and test_fraction and (val is not None or everything):
         train, test = take_out(train, fraction=test_fraction, seed=seed, ident=ident)
-        notes = [f"the test part is {100 * test_fraction:g} % of each class of the training data"]
+        each = " of each class" * (len(train.classes) > 1)
+        notes = [f"the test part is {100 * test_fraction:g} %{each} of the training data"]
     if everything:
         val = Subset(train, spread_indices(len(train), max(1, len(train) // 10)))
         how = NOT_HELD_OUT

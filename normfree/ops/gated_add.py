@@ -32,8 +32,8 @@ def gated_add(shortcut: Tensor, branch: Tensor, gate: Tensor | float, *, kept: T
     if not isinstance(gate, Tensor):
         return torch.add(shortcut, branch, alpha=gate)
     gate = gate.to(branch.dtype)
-    small = branch.device.type == "cpu" and branch.numel() < LEAST_ELEMENTS
-    if eager_training() and not small:
+    # `eager_training` comes first: a compiled or exported graph must not depend on sizes
+    if eager_training() and not (branch.device.type == "cpu" and branch.numel() < LEAST_ELEMENTS):
         y: Tensor = _GatedAdd.apply(shortcut, branch, gate, kept)
         return y
     return _gated_add(shortcut, branch, gate, kept)

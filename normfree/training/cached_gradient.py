@@ -109,7 +109,7 @@ def two_passes(
     after: Callable[[], None] = lambda: None,
     keep_graph: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Add this process's share of the gradient of `loss` of all embeddings to the parameters behind `encode`.
+    """Add this process's share of the gradient of `loss` of all embeddings to the parameters of both functions.
 
     A single micro-batch keeps its graph, unless `keep_graph` is False, instead of being encoded twice.
 
@@ -123,7 +123,7 @@ def two_passes(
         The loss and the embeddings of all processes, without a graph.
 
     Raises:
-        ValueError: the second pass gave other embeddings.
+        ValueError: the second pass gave other embeddings, or the loss is not 0-dim or has no gradient.
     """
     keep_graph = keep_graph and count == 1
     with torch.set_grad_enabled(keep_graph):

@@ -26,13 +26,19 @@ def check_labels(split: Split, config: Config) -> None:
         given = f"patience={config.patience} with input.val_fraction=0, which holds out no images to choose a step by"
         raise ValueError(problem(given, fix="--patience 0"))
     if as_multilabel(split.train) is not None and not uses_sigmoid(config.objective):
-        several = (targets_of(split.train, [i])[0] for i in range(len(split.train)))
-        index, row = next(((i, row) for i, row in enumerate(several) if row.sum() != 1), (0, None))
-        names = [] if row is None else [repr(split.classes[k]) for k in row.nonzero()[:, 0].tolist()]
-        has = f"has the classes {', '.join(names)}" if names else "has no class"
-        given = f"{split.train.name(index)} {has}" if row is not None else "images may have several classes"
-        given += f", and objective={config.objective!r} learns one for each image"
+        given = f"{_several_classes(split)}, and objective={config.objective!r} learns one for each image"
         raise ValueError(problem(given, allowed="objective='bce'", fix="--objective bce"))
+
+
+def _several_classes(split: Split) -> str:
+    """Return the first training image without exactly one class, with its classes, or that there may be such images."""
+    for index in range(len(split.train)):
+        classes = targets_of(split.train, [index])[0].nonzero()[:, 0].tolist()
+        if len(classes) != 1:
+            names = ", ".join(repr(split.classes[k]) for k in classes)
+            has = f"has the classes {names}" if names else "has no class"
+            return f"{split.train.name(index)} {has}"
+    return "images may have several classes"
 
 
 def deciding_score(average: Evaluation, class_weights: Tensor | None) -> float:

@@ -33,16 +33,10 @@ def check_objective(config: Config, *, norm: str) -> None:
             "2, because two views of each image are compared",
         )
         found.append((given, allowed, "--augment.repeats 2"))
-    images = config.input.batch_size // max(1, augment.repeats)
-    if images < 2:
+    if config.input.batch_size < 2 * augment.repeats:
         given = f"input.batch_size={config.input.batch_size}, one image"
-        found.append(
-            (
-                given,
-                "two images or more, since an image is compared with others",
-                f"--input.batch_size {4 * VIEWS}",
-            )
-        )
+        allowed = "two images or more, since an image is compared with others"
+        found.append((given, allowed, f"--input.batch_size {4 * VIEWS}"))
     for key, value in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
         if value:
             given = f"augment.{key}={value:g}"

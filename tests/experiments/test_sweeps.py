@@ -11,7 +11,7 @@ from experiments import classify
 from experiments.catalog import SWEEPS, experiment
 from experiments.claim_list import CLAIMS
 from experiments.classify import Settings
-from experiments.networks import build
+from experiments.networks import build, measure_statistics_
 from experiments.pages import edges
 from experiments.sweep import training_seconds
 from normfree.data.source import ArraySource
@@ -57,7 +57,7 @@ def test_batch_norm_of_small_batches_is_also_scored_with_statistics_of_many_imag
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
     pixels = np.random.default_rng(0).integers(0, 255, (250, 16, 16, 3), dtype=np.uint8)
     images = ArraySource(pixels, [0] * 250, classes=tuple("abcdefghij"), names=tuple(map(str, range(250))))
-    classify.measure_statistics_(net, images, settings)
+    measure_statistics_(net, classify.training_inputs(images, settings))
     assert len(seen) == 3
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-6)
     assert not any(module.training for module in net.modules())

@@ -47,7 +47,7 @@ def open_unlabeled(
     counts = f"{root}: {number_of(len(split.train), 'image')} without labels to train on"
     counts += f", {len(split.val)} to validate" if split.held_out else ""
     counts += f", {len(split.test)} to test" if split.test is not None else ""
-    _, how, *more = (note.replace(" of each class", "") for note in split.notes)
+    _, how, *more = split.notes
     return replace(
         split, notes=(counts, *([] if split.held_out else [how]), *left_out(entries.others), *more)
     )
