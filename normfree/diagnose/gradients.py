@@ -103,13 +103,15 @@ class GradientReport:
 
     @property
     def recommended(self) -> float:
-        """The λ that clips a fraction `SHARE` of the units with a nonzero gradient; NaN if there are none.
+        """The λ that clips a fraction `SHARE` of the units with a nonzero gradient.
+
+        NaN if there are none, or if it would be above `EXPLODING`, see `recommended_clipping`.
 
         It depends on the batch size, because the gradient of a small batch is mostly noise, which decreases with the
         square root of the size. It also depends on the time in training: gradients are small at initialization. Use
         `recommended_clipping` for the value over a whole run.
         """
-        return _quantile(_alive(self.ratios()), 1.0 - SHARE)
+        return _bounded(_quantile(_alive(self.ratios()), 1.0 - SHARE))
 
 
 def gradient_report(
@@ -201,14 +203,15 @@ def recommended_clipping(samples: Sequence[Mapping[str, Sequence[float]]]) -> fl
     clipped, not which λ gives the best accuracy; at small batch sizes a larger λ, or none, is often better.
 
     Returns:
-        NaN with fewer than `MIN_SAMPLES` samples, or if a ratio of a sample is infinite: the run diverged, and its
-        ratios say nothing about a λ that would have prevented it.
+        NaN with fewer than `MIN_SAMPLES` samples; if a ratio of a sample is infinite: the run diverged, and its
+        ratios say nothing about a λ that would have prevented it; or if the value is above `EXPLODING`: gradients
+        explode, and a limit above the weights themselves would not prevent it.
     """
     largest = [sample["all"][-1] for sample in samples]
     if len(largest) < MIN_SAMPLES or not all(map(math.isfinite, largest)):
         return math.nan
     kept = sorted(largest[len(largest) // 10 :])
-    return kept[len(kept) // 2]
+    return _bounded(kept[len(kept) // 2])
 
 
 def joined_quantile(parts: Iterable[Tensor], q: float) -> float:
@@ -270,6 +273,10 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
 def _alive(ratios: Tensor) -> Tensor:
     """Return the ratios that are not 0."""
     return ratios[ratios > 0]
+
+
+def _bounded(clipping: float) -> float:
+    return clipping if clipping <= EXPLODING else math.nan
 
 
 def _quantile(values: Tensor, q: float) -> float:

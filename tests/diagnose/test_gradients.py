@@ -120,11 +120,18 @@ def test_samples_of_a_run(net: Net) -> None:
 
 
 def test_the_recommendation_of_a_run_is_the_median_sample_after_warm_up() -> None:
-    samples = [{"all": [0.0, 0.0, float(x)]} for x in [100, 100, *range(1, 19)]]
-    assert recommended_clipping(samples) == 10.0
+    samples = [{"all": [0.0, 0.0, x / 100]} for x in [100, 100, *range(1, 19)]]
+    assert recommended_clipping(samples) == 0.1
     assert math.isnan(recommended_clipping([]))
     assert math.isnan(recommended_clipping(samples[:9]))
     assert math.isnan(recommended_clipping([*samples, {"all": [0.0, 0.0, math.inf]}]))
+
+
+def test_no_clipping_is_recommended_where_gradients_are_larger_than_weights(net: Net) -> None:
+    assert math.isnan(recommended_clipping([{"all": [0.0, 0.0, 1.5e6]}] * 20))
+    for p in net.parameters():
+        p.grad *= 1e6
+    assert math.isnan(gradient_report(net).recommended)
 
 
 @pytest.mark.parametrize(
