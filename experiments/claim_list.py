@@ -250,6 +250,12 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "skip_gain",
         ),
         Claim("skip-gain-long", "in longer trainings with AGC it does not", "[A], [B] use 0", "skip_gain"),
+        Claim(
+            "skip-gain-unclipped",
+            "with AGC, a skip gain of 0 trains better if the gain itself is not clipped",
+            "not stated by the papers",
+            "skip_gain",
+        ),
     ),
     "Adaptive gradient clipping": (
         Claim(

@@ -331,8 +331,8 @@ def transfer() -> Sweep:
         base=Settings(images=320, epochs=8.0, batch=32),
         images=STANDARD,
         arms={
-            AGC: Arm(changes={"clip": "agc", "clipping": 0.16}, candidates=rates(0.02, 0.06, 0.2, 0.6)),
-            BN: Arm(changes={"method": "batch"}, candidates=rates(0.02, 0.06, 0.2, 0.6)),
+            AGC: Arm(changes={"clip": "agc", "clipping": 0.16}, candidates=rates(0.06, 0.2, 0.6, 1.8)),
+            BN: Arm(changes={"method": "batch"}, candidates=rates(0.06, 0.2, 0.6, 1.8)),
         },
         axis="px",
         points={"32": {"sizes": (32, 40, 48, 64)}, "48": {"size": 48}, "64": {"size": 64}},
