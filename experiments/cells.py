@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,6 +138,8 @@ class Experiment(Protocol):
     title: str
     alone: bool
     """Whether its cells measure time, so that they run one at a time with all cores."""
+    seeds: int
+    """How many cells there are of each row of its table."""
 
     def cells(self, done: Results) -> list[Cell]:
         """Return the cells that are known now. After those that choose are done, it returns the others too."""
@@ -166,6 +168,14 @@ def read_result(cell: Cell, setup: Setup) -> Result | None:
     if not path.exists():
         return None
     found: Result = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def computed_once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON of a file; a missing file is computed and written."""
+    if not path.exists():
+        atomic_write_text(path, json.dumps(compute(), indent=1) + "\n")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 

@@ -15,7 +15,6 @@ images.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.checkpoint import StateFile
+from experiments.choices import Changes, Choices
 from experiments.contrastive_page import ARMS, draw, findings, page
 from experiments.networks import build, on_devices_, variant_for
-from experiments.pages import command_of, machine
+from experiments.pages import facts, write
 from experiments.parts import open_part, packed_parts
 from normfree import SGD, NonFiniteGradientError, clip_grad_, nt_xent, parameter_groups
 from normfree.data.loader import Batch, train_batches
@@ -40,7 +40,7 @@ from normfree.data.transforms.normalize import normalize
 from normfree.data.transforms.train import train_transform
 from normfree.device import run_device
 from normfree.embeddings import embed_source, knn_probabilities, linear_probe
-from normfree.files import atomic_write, atomic_write_text
+from normfree.files import atomic_write
 from normfree.models.net import Net
 from normfree.optim.schedule import warmup_cosine
 from normfree.preprocessing import Preprocessing
@@ -252,39 +252,37 @@ class Contrastive:
     def __init__(self, preset: str) -> None:
         self.size = SIZES[preset]
 
-    def cell(self, arm: str, rate: float, seed: int) -> Cell:
+    @property
+    def seeds(self) -> int:
+        """How many cells there are of each row of the table."""
+        return self.size.seeds
+
+    def cell(self, arm: str, point: str, candidate: Changes, seed: int) -> Cell:
         """Return a cell."""
-        network = asdict(
+        variant = asdict(
             variant_for(self.size.base, method_of(arm), {})
         )  # so that its change makes other cells
-        return Cell.of(
-            self.name, arm, seed=seed, settings={**asdict(self.size), "rate": rate, "network": network}
+        settings = {**asdict(self.size), **candidate, "network": variant}
+        return Cell.of(self.name, arm, point=point, seed=seed, settings=settings)
+
+    @property
+    def choices(self) -> Choices:
+        """The arms and the rates of each."""
+        return Choices(
+            rows=[(arm, "") for arm in ARMS],
+            candidates={arm: [{"rate": rate} for rate in self.size.rates] for arm in ARMS},
+            cell=self.cell,
+            score="probe",
+            seeds=self.seeds,
         )
 
-    def _choosing(self, arm: str) -> list[Cell]:
-        rates = self.size.rates
-        return [self.cell(arm, rate, CHOICE_SEED) for rate in rates] if len(rates) > 1 else []
-
     def cells(self, done: Results) -> list[Cell]:
-        """Return the cells that choose the rates, and for each arm with a rate those of the table."""
-        found = [cell for arm in ARMS for cell in self._choosing(arm)]
-        for seed in range(self.size.seeds):
-            for arm in ARMS:
-                tried = self._choosing(arm)
-                if all(cell in done for cell in tried):
-                    best = (
-                        max(tried, key=lambda c: done[c].get("probe", -1.0)).options["rate"]
-                        if tried
-                        else self.size.rates[0]
-                    )
-                    found.append(self.cell(arm, best, seed))
-        return found
+        """Return the cells that can be run."""
+        return self.choices.cells(done)
 
     def all_cells(self) -> list[Cell]:
         """Return as many cells as there will be."""
-        rate = self.size.rates[len(self.size.rates) // 2]
-        table = [self.cell(arm, rate, seed) for seed in range(self.size.seeds) for arm in ARMS]
-        return [cell for arm in ARMS for cell in self._choosing(arm)] + table
+        return self.choices.all_cells()
 
     def minutes(self, cell: Cell) -> float:
         """Return an estimate, from the CPU seconds of an epoch of 8,000 images at 32 px on an AMD EPYC."""
@@ -312,42 +310,33 @@ class Contrastive:
 
     def report(self, done: Results, setup: Setup, results: Path) -> str:
         """Score the networks on the test images, unless that was done, and write page and JSON."""
-        table = {cell: result for cell, result in done.items() if not cell.chooses}
-        if len(table) < self.size.seeds * len(ARMS):
+        if len(done) < len(self.all_cells()):
             return f"{self.title}: {len(done)} cells are finished; the test images were not opened.\n"
-        files, device = self._sources(setup), run_device(setup.device)
         rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-        for cell, result in table.items():
-            path = setup.folder_of(cell) / "test.json"
-            if result["status"] == "done" and not path.exists():
-                net = network(self.size, cell.arm, 0)
-                net.load_state_dict(
-                    torch.load(path.with_name("weights.pt"), map_location="cpu", weights_only=True)
-                )
-                scored = scores(
-                    net.to(device),
-                    self.size,
-                    open_part(files, "test"),
-                    open_part(files, "train"),
-                    device=device,
-                )
-                atomic_write_text(path, json.dumps(scored, indent=1) + "\n")
-            scored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            rows[cell.arm].append({"seed": cell.seed, "rate": cell.options["rate"], **result, **scored})
-        minutes = sum(result["cpu_seconds"] for result in done.values()) / 60
+        for cell, result in done.items():
+            if not cell.chooses:
+                own = {"seed": cell.seed, "rate": cell.options["rate"]}
+                rows[cell.arm].append({**own, **result, **self._tested(cell, result, setup)})
         found = {
+            **facts(self, setup, done),
             "size": asdict(self.size),
             "cells": rows,
-            "command": command_of(self.name, setup),
-            "machine": machine(),
-            "torch": str(torch.__version__),
-            "cpu_minutes": round(minutes, 1),
-            "seeds": self.size.seeds,
             "findings": [finding.as_json() for finding in findings(rows)],
         }
-        stem = setup.stem(self.name)
-        text = page(found, image=f"{stem}.png")
-        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
-        atomic_write_text(results / f"{stem}.md", text)
-        atomic_write(results / f"{stem}.png", lambda path: draw(found, path))
-        return text
+        image = f"{found['stem']}.png"
+        atomic_write(results / image, lambda path: draw(found, path))
+        return write(found, page(found, image=image), results)
+
+    def _tested(self, cell: Cell, result: Result, setup: Setup) -> Result:
+        """Return the scores of a network on the test images; empty if its training diverged."""
+        if result["status"] != "done":
+            return {}
+        folder, device = setup.folder_of(cell), run_device(setup.device)
+
+        def compute() -> Result:
+            files, net = self._sources(setup), network(self.size, cell.arm, 0)
+            net.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+            images, bank = open_part(files, "test"), open_part(files, "train")
+            return dict(scores(net.to(device), self.size, images, bank, device=device))
+
+        return computed_once(folder / "test.json", compute)

@@ -9,7 +9,6 @@ paper, so it is not part of `make reproduce`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import torch
 from rich.console import Console
 
 from experiments.cells import Cell, Result, Results, Setup
-from experiments.pages import command_of, machine, markdown
+from experiments.pages import command_of, facts, machine, markdown, write
 from experiments.verdicts import RULE, Scores
 from normfree import train
-from normfree.files import atomic_write_text
 from normfree.training.config_io import with_overrides
 from normfree.training.divergence import DivergedError
 from normfree.training.recipes import demo
@@ -112,7 +110,4 @@ class DemoSeeds:
                 "",
             ]
         )
-        stem = setup.stem(self.name)
-        atomic_write_text(results / f"{stem}.json", json.dumps({"cells": rows}, indent=1) + "\n")
-        atomic_write_text(results / f"{stem}.md", text)
-        return text
+        return write({**facts(self, setup, done), "cells": rows}, text, results)

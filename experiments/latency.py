@@ -9,7 +9,6 @@ accuracies are those of the papers, and were not measured here.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -24,11 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.cells import Cell, Result, Results, Setup
-from experiments.pages import command_of, machine, markdown
+from experiments.pages import facts, markdown, write
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, spread
 from normfree import SGD, adaptive_clip_grad_, create_model, parameter_groups
 from normfree.device import run_device
-from normfree.files import atomic_write_text
 from normfree.models.variants import VARIANTS
 from normfree.training.allocator import keep_freed_memory
 from normfree.uncertainty import mean_interval
@@ -130,19 +128,12 @@ class Latency:
             {"arm": cell.arm, "seed": cell.seed, **cell.options, **result} for cell, result in done.items()
         ]
         found = {
+            **facts(self, setup, done),
             "cells": cells,
-            "command": command_of(self.name, setup),
-            "machine": machine(),
-            "torch": str(torch.__version__),
-            "seeds": self.seeds,
-            "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
             "cores": os.cpu_count(),
             "findings": [finding.as_json() for finding in findings(cells)],
         }
-        text, stem = self.page(found), setup.stem(self.name)
-        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
-        atomic_write_text(results / f"{stem}.md", text)
-        return text
+        return write(found, self.page(found), results)
 
     def page(self, found: Mapping[str, Any]) -> str:
         """Return the page, from what the JSON holds."""

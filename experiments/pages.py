@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.cells import Results, Setup
+from experiments.cells import Experiment, Results, Setup
 from experiments.verdicts import RULE, Scores, spread
+from normfree.files import atomic_write_text
 from normfree.uncertainty import wilson_interval
 
 if TYPE_CHECKING:
@@ -36,22 +38,28 @@ def command_of(name: str, setup: Setup) -> str:
     return f"python -m experiments.run --only {name}{preset} --data {shown}"
 
 
-def facts(sweep: Sweep, setup: Setup, done: Results) -> dict[str, Any]:
-    """Return how the results of a sweep were made."""
+def facts(experiment: Experiment, setup: Setup, done: Results) -> dict[str, Any]:
+    """Return how the results of an experiment were made."""
     return {
-        "name": sweep.name,
-        "title": sweep.title,
-        "command": command_of(sweep.name, setup),
+        "name": experiment.name,
+        "title": experiment.title,
+        "command": command_of(experiment.name, setup),
         "preset": setup.preset,
-        "stem": setup.stem(sweep.name),
+        "stem": setup.stem(experiment.name),
         "machine": machine(),
         "torch": str(torch.__version__),
-        "seeds": sweep.seeds,
+        "seeds": experiment.seeds,
         "finished": len(done),
-        "expected": len(sweep.all_cells()),
-        "images": vars(sweep.images),
+        "expected": len(experiment.all_cells()),
         "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
     }
+
+
+def write(found: Mapping[str, Any], text: str, results: Path) -> str:
+    """Write the JSON and the page of an experiment, named by the `stem` of its facts; return the page."""
+    atomic_write_text(results / f"{found['stem']}.json", json.dumps(found, indent=1) + "\n")
+    atomic_write_text(results / f"{found['stem']}.md", text)
+    return text
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,7 +16,6 @@ The report scores the averaged weights on the test images.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,10 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.cells import Cell, Result, Results, Setup, computed_once
+from experiments.choices import Changes, Choices
 from experiments.classify import hits_of
 from experiments.networks import build, measure_statistics_, variant_for
-from experiments.pages import command_of, machine, markdown
+from experiments.pages import facts, markdown, write
 from experiments.parts import open_part, packed_parts
 from experiments.verdicts import RULE, Finding, Scores, as_good, spread
 from normfree import Ema, convert_batchnorm
@@ -41,7 +41,7 @@ from normfree.data.transforms.normalize import normalize
 from normfree.data.transforms.train import train_transform
 from normfree.device import run_device
 from normfree.diagnose.plotting import BLUE, GREEN, ORANGE, new_figure
-from normfree.files import atomic_write, atomic_write_text
+from normfree.files import atomic_write
 from normfree.optim.per_example import clipped_gradient_sum
 from normfree.training.accounting import noise_for
 from normfree.training.allocator import keep_freed_memory
@@ -169,37 +169,35 @@ class Privacy:
     def __init__(self, preset: str) -> None:
         self.size = SIZES[preset]
 
-    def cell(self, arm: str, epsilon: str, rate: float, seed: int) -> Cell:
+    @property
+    def seeds(self) -> int:
+        """How many cells there are of each row of the table."""
+        return self.size.seeds
+
+    def cell(self, arm: str, epsilon: str, candidate: Changes, seed: int) -> Cell:
         """Return a cell."""
         variant = asdict(variant_for(self.size.base, ARMS[arm], {}))  # so that its change makes other cells
-        settings = {**asdict(self.size), "rate": rate, "network": variant}
+        settings = {**asdict(self.size), **candidate, "network": variant}
         return Cell.of(self.name, arm, point=epsilon, seed=seed, settings=settings)
 
-    def _choosing(self, arm: str, epsilon: str) -> list[Cell]:
-        rates = self.size.rates
-        return [self.cell(arm, epsilon, rate, CHOICE_SEED) for rate in rates] if len(rates) > 1 else []
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        return [(arm, epsilon) for epsilon in self.size.epsilons for arm in ARMS]
+    @property
+    def choices(self) -> Choices:
+        """The rows of the table and the rates of each."""
+        return Choices(
+            rows=[(arm, epsilon) for epsilon in self.size.epsilons for arm in ARMS],
+            candidates={arm: [{"rate": rate} for rate in self.size.rates] for arm in ARMS},
+            cell=self.cell,
+            score="top1",
+            seeds=self.seeds,
+        )
 
     def cells(self, done: Results) -> list[Cell]:
-        """Return the cells that choose the rates, and for each arm and epsilon with a rate those of the table."""
-        found = [cell for pair in self._pairs() for cell in self._choosing(*pair)]
-        for seed in range(self.size.seeds):
-            for pair in self._pairs():
-                tried = self._choosing(*pair)
-                if not tried:
-                    found.append(self.cell(*pair, self.size.rates[0], seed))
-                elif all(cell in done for cell in tried):
-                    best = max(tried, key=lambda cell: done[cell].get("top1", -1.0))
-                    found.append(self.cell(*pair, best.options["rate"], seed))
-        return found
+        """Return the cells that can be run."""
+        return self.choices.cells(done)
 
     def all_cells(self) -> list[Cell]:
         """Return as many cells as there will be."""
-        rate = self.size.rates[len(self.size.rates) // 2]
-        table = [self.cell(*pair, rate, seed) for seed in range(self.size.seeds) for pair in self._pairs()]
-        return [cell for pair in self._pairs() for cell in self._choosing(*pair)] + table
+        return self.choices.all_cells()
 
     def minutes(self, cell: Cell) -> float:
         """Return an estimate: an image of 32 px takes 2.7 ms on one core of an Intel Xeon with AVX-512."""
@@ -237,37 +235,35 @@ class Privacy:
 
     def report(self, done: Results, setup: Setup, results: Path) -> str:
         """Score the networks on the test images, unless that was done, and write page, plot and JSON."""
-        table = {cell: result for cell, result in done.items() if not cell.chooses}
-        if len(table) < self.size.seeds * len(self._pairs()):
+        if len(done) < len(self.all_cells()):
             return f"{self.title}: {len(done)} cells are finished; the test images were not opened.\n"
-        files, device = self._files(setup), run_device(setup.device)
         rows = []
-        for cell, result in table.items():
-            path = setup.folder_of(cell) / "test.json"
-            if result["status"] == "done" and not path.exists():
-                source = open_part(files, "test")
-                net = network(self.size, cell.arm, classes=len(source.classes), seed=cell.seed)
-                weights = torch.load(path.with_name("weights.pt"), map_location="cpu", weights_only=True)
-                net.load_state_dict(weights)
-                atomic_write_text(path, json.dumps({"top1": self._top1(net, source, device)}) + "\n")
-            scored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            own = {"arm": cell.arm, "point": cell.point, "seed": cell.seed, "rate": cell.options["rate"]}
-            rows.append({**own, **result, **scored})
+        for cell, result in done.items():
+            if not cell.chooses:
+                own = {"arm": cell.arm, "point": cell.point, "seed": cell.seed, "rate": cell.options["rate"]}
+                rows.append({**own, **result, **self._tested(cell, result, setup)})
         found = {
+            **facts(self, setup, done),
             "size": asdict(self.size),
             "cells": rows,
-            "command": command_of(self.name, setup),
-            "machine": machine(),
-            "torch": str(torch.__version__),
-            "seeds": self.size.seeds,
-            "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
             "findings": [one.as_json() for one in findings(Scores(rows), self.size.epsilons)],
         }
-        text, stem = page(self.size, found), setup.stem(self.name)
-        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
-        atomic_write_text(results / f"{stem}.md", text)
-        plot(Scores(rows), self.size.epsilons, results / f"{stem}.png")
-        return text
+        plot(Scores(rows), self.size.epsilons, results / f"{found['stem']}.png")
+        return write(found, page(self.size, found), results)
+
+    def _tested(self, cell: Cell, result: Result, setup: Setup) -> Result:
+        """Return the score of a network on the test images; empty if its training diverged."""
+        if result["status"] != "done":
+            return {}
+        folder, device = setup.folder_of(cell), run_device(setup.device)
+
+        def compute() -> Result:
+            source = open_part(self._files(setup), "test")
+            net = network(self.size, cell.arm, classes=len(source.classes), seed=cell.seed)
+            net.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+            return {"top1": self._top1(net, source, device)}
+
+        return computed_once(folder / "test.json", compute)
 
 
 def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 
 from experiments import classify, pages
-from experiments.cells import CHOICE_SEED, Cell, Result, Results, Setup
+from experiments.cells import Cell, Result, Results, Setup
+from experiments.choices import Changes, Choices
 from experiments.classify import Settings
 from experiments.networks import measure_statistics_, variant_for
 from experiments.parts import balanced, of_classes, open_part, packed_parts
@@ -35,8 +36,6 @@ from normfree.models.cost import count
 STEP_S, BLOCK_S, IMAGE_S, MAC_S = 5e-3, 1e-3, 0.28e-3, 1.3e-10
 SCORING_S = 3.0  # start of the process, choice or test
 FEW_IMAGES = 32  # in a batch, below which running statistics are estimates from few images
-
-Changes = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,44 +130,25 @@ class Sweep:
             settings["pretraining"] = asdict(self.pretraining)
         return Cell.of(self.name, arm, point=point, seed=seed, settings=settings)
 
-    def tried(self, arm: str, point: str) -> list[tuple[Changes, Cell]]:
-        """Return the candidates of an arm with the cells that score them for a point; empty if there is no choice."""
-        candidates, at = self.arms[arm].candidates, point if self.choose_at is None else self.choose_at
-        if len(candidates) < 2:
-            return []
-        return [(changes, self.cell(arm, at, changes, CHOICE_SEED)) for changes in candidates]
-
-    def chosen(self, arm: str, point: str, done: Results) -> Changes | None:
-        """Return the candidate with the best score on V, the first of equals; None if some are not finished."""
-        tried = self.tried(arm, point)
-        if not tried:
-            return self.arms[arm].candidates[0]
-        if any(cell not in done for _, cell in tried):
-            return None
-        scores = [done[cell].get("choice_top1", -1.0) for _, cell in tried]
-        return tried[scores.index(max(scores))][0]
+    @property
+    def choices(self) -> Choices:
+        """The rows of the table and the candidates of each."""
+        return Choices(
+            rows=[(arm, point) for point in self.points for arm in self.arms],
+            candidates={name: arm.candidates for name, arm in self.arms.items()},
+            cell=self.cell,
+            score="choice_top1",
+            seeds=self.seeds,
+            choose_at=self.choose_at,
+        )
 
     def cells(self, done: Results) -> list[Cell]:
-        """Return the cells that choose, and for each choice that is made those of the table."""
-        order = [(arm, point) for point in self.points for arm in self.arms]
-        found = dict.fromkeys(cell for arm, point in order for _, cell in self.tried(arm, point))
-        for seed in range(self.seeds):
-            for arm, point in order:
-                if (candidate := self.chosen(arm, point, done)) is not None:
-                    found[self.cell(arm, point, candidate, seed)] = None
-        return list(found)
+        """Return the cells that can be run."""
+        return self.choices.cells(done)
 
     def all_cells(self) -> list[Cell]:
-        """Return as many cells as there will be, with the middle candidate in place of an unknown choice."""
-        found = dict.fromkeys(
-            cell for arm in self.arms for point in self.points for _, cell in self.tried(arm, point)
-        )
-        for arm, own in self.arms.items():
-            middle = own.candidates[len(own.candidates) // 2]
-            found |= dict.fromkeys(
-                self.cell(arm, point, middle, seed) for point in self.points for seed in range(self.seeds)
-            )
-        return list(found)
+        """Return as many cells as there will be."""
+        return self.choices.all_cells()
 
     # --- one cell ---
 
@@ -248,23 +228,20 @@ class Sweep:
             self._score(done, setup)
         found = {
             **pages.facts(self, setup, done),
+            "images": vars(self.images),
             "complete": complete,
             "cells": [self._row(cell, result, setup) for cell, result in done.items() if not cell.chooses],
             "chosen": [
                 self._tried_row(arm, point, done)
-                for point in self.points
-                for arm in self.arms
-                if self.tried(arm, point)
+                for arm, point in self.choices.rows
+                if self.choices.tried(arm, point)
             ],
         }
         table = Table(self, found["cells"], tried=found["chosen"])
         found["findings"] = [finding.as_json() for finding in self.decide(table)] if complete else []
-        text, stem = pages.page(self, found), found["stem"]
-        atomic_write_text(results / f"{stem}.json", json.dumps(found, indent=1) + "\n")
-        atomic_write_text(results / f"{stem}.md", text)
         if complete:
-            pages.draw(self, found, results / f"{stem}.png")
-        return text
+            pages.draw(self, found, results / f"{found['stem']}.png")
+        return pages.write(found, pages.page(self, found), results)
 
     def _score(self, done: Results, setup: Setup) -> None:
         """Write test.json into each folder of a finished network that has none."""
@@ -328,10 +305,10 @@ class Sweep:
         """Return what the JSON holds of the candidates of an arm at a point."""
         tried = [
             {"changes": dict(changes), "status": done[cell]["status"], "top1": done[cell].get("choice_top1")}
-            for changes, cell in self.tried(arm, point)
+            for changes, cell in self.choices.tried(arm, point)
             if cell in done
         ]
-        best = self.chosen(arm, point, done)
+        best = self.choices.chosen(arm, point, done)
         return {"arm": arm, "point": point, "tried": tried, "best": None if best is None else dict(best)}
 
 

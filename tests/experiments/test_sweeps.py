@@ -88,14 +88,14 @@ def test_the_test_images_stay_closed_until_all_cells_are_finished(reported, setu
 def test_the_best_candidate_on_the_choice_images_is_used_and_a_diverged_one_never(setup):
     sweep = experiment("batch_size", "cpu")
     arm, point = "NF", "32"
-    tried = [cell for _, cell in sweep.tried(arm, point)]
+    tried = [cell for _, cell in sweep.choices.tried(arm, point)]
     done = {
         cell: {"status": "done", "choice_top1": score}
         for cell, score in zip(tried, (40.0, 50.0, 60.0, 60.0, 30.0), strict=False)
     }
-    assert sweep.chosen(arm, point, done) is None  # one is missing
+    assert sweep.choices.chosen(arm, point, done) is None  # one is missing
     done[tried[5]] = {"status": "diverged"}
-    assert sweep.chosen(arm, point, done) == {"rate": 0.2}
+    assert sweep.choices.chosen(arm, point, done) == {"rate": 0.2}
     assert {c.seed for c in tried} == {100}
     table = [cell for cell in sweep.cells(done) if not cell.chooses]
     assert {(cell.arm, cell.point) for cell in table} == {(arm, point)}

@@ -93,8 +93,8 @@ CASES = {
         rows_of("clipped_layers", by_arm({"default": LOW, "not the stem": LOW - 5})),
     ),
     "skip_gain": (
-        rows_of("skip_gain", by_arm(GAIN_0)),
-        rows_of("skip_gain", by_arm({("NF + AGC, gain 0", "40 epochs"): LOW})),
+        rows_of("skip_gain", by_arm({**GAIN_0, "NF + AGC, gain 0 not clipped": HIGH + 5})),
+        rows_of("skip_gain", by_arm({("NF + AGC, gain 0", "40 epochs"): LOW, "NF + AGC, gain 0 not clipped": LOW - 5})),
     ),
     "optimizers": (
         rows_of("optimizers", by_arm({"SGD, AGC": LOW, "SGD": LOW, "Muon": LOW}), average_top1=lambda *_: HIGH),
@@ -173,7 +173,7 @@ def test_nothing_holds_where_all_runs_diverged(name):
         ("clipping_factor", ("none",), {"no-clipping": HOLDS, "small-lambda": FAILS}),
         ("clipped_layers", ("LARS", "all"), {"lars": HOLDS, "head-unclipped": HOLDS}),
         ("clipped_layers", ("default",), {"lars": FAILS, "head-unclipped": FAILS, "unit-wise": FAILS}),
-        ("skip_gain", ("NF + AGC, gain 0",), {"skip-gain-long": FAILS}),
+        ("skip_gain", ("NF + AGC, gain 0",), {"skip-gain-long": FAILS, "skip-gain-unclipped": HOLDS}),
         ("optimizers", ("SGD, AGC, SAM",), {"sam": FAILS}),
         ("small_batches", ("BN",), {"bn-small-batch": HOLDS}),
         ("small_batches", ("NF",), {"bn-small-batch": FAILS, "nf-small-batch": FAILS, "gn-small-batch": HOLDS}),
