@@ -313,12 +313,12 @@ def optimizers() -> Sweep:
     agc = {"clip": "agc", "clipping": 0.08}
     muon = {"optimizer": "muon", "scaled": False, "decay": 0.05}
     arms = {
-        "SGD": Arm(candidates=rates(0.2, 0.4, 0.8)),
-        "SGD, AGC": Arm(changes={**agc, "average": 0.99}, candidates=rates(0.2, 0.4, 0.8)),
-        "SGD, SAM": Arm(changes={"sam": 0.05}, candidates=rates(0.2, 0.4, 0.8)),
-        "SGD, AGC, SAM": Arm(changes={**agc, "sam": 0.05}, candidates=rates(0.2, 0.4, 0.8)),
-        "Muon": Arm(changes=muon, candidates=rates(0.001, 0.003, 0.01)),
-        "Muon, AGC": Arm(changes={**muon, **agc}, candidates=rates(0.001, 0.003, 0.01)),
+        "SGD": Arm(candidates=rates(0.2, 0.4, 0.8, 1.6)),
+        "SGD, AGC": Arm(changes={**agc, "average": 0.99}, candidates=rates(0.2, 0.4, 0.8, 1.6)),
+        "SGD, SAM": Arm(changes={"sam": 0.05}, candidates=rates(0.2, 0.4, 0.8, 1.6)),
+        "SGD, AGC, SAM": Arm(changes={**agc, "sam": 0.05}, candidates=rates(0.2, 0.4, 0.8, 1.6)),
+        "Muon": Arm(changes=muon, candidates=rates(0.001, 0.003, 0.01, 0.03)),
+        "Muon, AGC": Arm(changes={**muon, **agc}, candidates=rates(0.001, 0.003, 0.01, 0.03)),
     }
     return Sweep(
         name="optimizers",
