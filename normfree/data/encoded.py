@@ -43,11 +43,18 @@ class EncodedSource(ABC):
 
     def image(self, index: int, draw: int = 0) -> Image:
         """Return sample `index`, decoded; a file holds one image, so `draw` has no effect."""
-        return load_image(self.data(index), name=self.name(index), **self._options)
+        data, name = self._named(index)
+        return load_image(data, name=name, **self._options)
 
     def pixels(self, index: int, draw: int = 0) -> np.ndarray:
         """Return the same image as an array, uint8 H W 3."""
-        return load_array(self.data(index), name=self.name(index), **self._options)
+        data, name = self._named(index)
+        return load_array(data, name=name, **self._options)
+
+    def _named(self, index: int) -> tuple[str | bytes, str]:
+        """Return the data of a sample and its name, which is the path if there is one."""
+        data = self.data(index)
+        return data, data if isinstance(data, str) else self.name(index)
 
 
 def number_classes(count: int) -> tuple[str, ...]:

@@ -147,7 +147,9 @@ def read_file(source: str | os.PathLike[str]) -> bytes:
         if about.st_size > MAX_BYTES:  # a sparse file takes no space on the disk, but all the memory
             raise ImageError(path, f"{about.st_size:,} bytes, the limit is {MAX_BYTES:,}")
         with open(path, "rb") as file:
-            return file.read(MAX_BYTES)
+            # The size, since memory for the whole limit would be reserved first, which takes longer than reading a
+            # small file. Some file systems give a size of 0.
+            return file.read(about.st_size or MAX_BYTES)
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except OSError as error:

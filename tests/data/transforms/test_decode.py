@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normfree.data.transforms.decode import DRAFT_ABOVE, ImageError, formats, load_image, sixteen_bit_peak
+from normfree.data.transforms.decode import (
+    DRAFT_ABOVE,
+    ImageError,
+    formats,
+    load_image,
+    read_file,
+    sixteen_bit_peak,
+)
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -211,6 +218,16 @@ def test_random_damage_ends_in_a_image_or_an_image_error() -> None:
             outcomes[1] += 1
     assert sum(outcomes) == 300
     assert min(outcomes) > 20
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="no file system with sizes of 0 is at hand"
+)
+def test_a_file_whose_size_is_given_as_0_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(1000))
+    assert read_file(tmp_path / "a") == bytes(1000)
+    assert os.stat("/proc/self/status").st_size == 0
+    assert read_file("/proc/self/status").startswith(b"Name:")
 
 
 def test_a_sparse_file_of_40_gigabytes_is_refused_without_reading_it(tmp_path):
