@@ -272,7 +272,7 @@ def regularization() -> Sweep:
     """Batch norm's implicit regularization against dropout and stochastic depth."""
     arms = {
         f"{norm}, {kind}": Arm(changes={"fields": fields, "method": method}, candidates=tried)
-        for norm, method, tried in ((NF, "nf", rates(0.1, 0.2, 0.4)), (BN, "batch", rates(0.4, 0.8, 1.6)))
+        for norm, method, tried in ((NF, "nf", rates(0.2, 0.4, 0.8)), (BN, "batch", rates(0.8, 1.6, 3.2)))
         for kind, fields in KINDS.items()
     }
     return Sweep(
@@ -343,7 +343,7 @@ def transfer() -> Sweep:
         pretraining=Pretraining(
             changes={"images": 4_800, "epochs": 10.0, "batch": 128},
             # The best on V of batch_size at this batch.
-            by_method={"nf": {"rate": 0.4}, "batch": {"rate": 1.6}},
+            by_method={"nf": {"rate": 0.8}, "batch": {"rate": 1.6}},
             classes=(0, 1, 2, 3, 4, 5),
         ),
         paper={

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from experiments import classify, pages
-from experiments.cells import Cell, Result, Results, Setup
+from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.choices import Changes, Choices
 from experiments.classify import Settings
 from experiments.networks import measure_statistics_, variant_for
@@ -159,7 +159,12 @@ class Sweep:
         files = packed_parts(setup, **asdict(self.images))
         source = self.own_classes(open_part(files, "train"))
         source = balanced(source, min(settings.images, len(source)))
-        weights = self._pretrained(settings, files, cell, setup) if self.pretraining else None
+        weights = None
+        if self.pretraining is not None:
+            first, path = self._pretrained(settings, files, cell, setup)
+            if first["status"] == "diverged":
+                return first
+            weights = torch.load(path, map_location="cpu", weights_only=True)
         net, found = classify.train(
             settings, source, seed=cell.seed, folder=folder, setup=setup, weights=weights
         )
@@ -184,8 +189,8 @@ class Sweep:
 
     def _pretrained(
         self, settings: Settings, files: dict[str, Path], cell: Cell, setup: Setup
-    ) -> dict[str, torch.Tensor]:
-        """Return the weights after the pretraining, which cells of equal network and seed share."""
+    ) -> tuple[Result, Path]:
+        """Return the result of the pretraining and its weights; cells of equal network and seed share them."""
         assert self.pretraining is not None
         first = Settings(
             base=settings.base,
@@ -194,22 +199,23 @@ class Sweep:
             clip=settings.clip,
             clipping=settings.clipping,
         ).changed({**self.pretraining.changes, **self.pretraining.by_method.get(settings.method, {})})
-        shared = Cell.of(
-            self.name, "pretraining", point=settings.method, seed=cell.seed, settings=asdict(first)
+        options = {**cell.options, "training": asdict(first)}
+        folder = setup.folder_of(
+            Cell.of(self.name, "pretraining", point=settings.method, seed=cell.seed, settings=options)
         )
-        folder = setup.folder_of(shared)
+        classes = self.pretraining.classes
+
+        def train() -> Result:
+            source = of_classes(open_part(files, "train"), classes)
+            source = balanced(source, min(first.images, len(source)))
+            net, found = classify.train(first, source, seed=cell.seed, folder=folder, setup=setup)
+            classify.save_weights(net, folder / "weights.pt")
+            return found
+
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # the cells that need the same weights wait for the first one
-            if not (folder / "weights.pt").exists():
-                source = of_classes(open_part(files, "train"), self.pretraining.classes)
-                source = balanced(source, min(first.images, len(source)))
-                net, _ = classify.train(first, source, seed=cell.seed, folder=folder, setup=setup)
-                classify.save_weights(net, folder / "weights.pt")
-        state: dict[str, torch.Tensor] = torch.load(
-            folder / "weights.pt", map_location="cpu", weights_only=True
-        )
-        return state
+            return computed_once(folder / "result.json", train), folder / "weights.pt"
 
     def minutes(self, cell: Cell) -> float:
         """Return an estimate from the multiply-accumulates of the network."""
