@@ -321,8 +321,12 @@ class Contrastive:
             **facts(self, setup, done),
             "size": asdict(self.size),
             "cells": rows,
-            "findings": [finding.as_json() for finding in findings(rows)],
         }
+        return self.publish(found, results)
+
+    def publish(self, found: Mapping[str, Any], results: Path) -> str:
+        """Judge what the JSON holds, write page, plot and JSON, and return the page."""
+        found = {**found, "findings": [finding.as_json() for finding in findings(found["cells"])]}
         image = f"{found['stem']}.png"
         atomic_write(results / image, lambda path: draw(found, path))
         return write(found, page(found, image=image), results)

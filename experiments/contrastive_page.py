@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.pages import markdown
+from experiments.pages import markdown, verdict_lines
 from experiments.verdicts import (
     FAILS,
     HOLDS,
@@ -62,19 +62,24 @@ def compare_probes(
 
 def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
     """Batch norm leaks, and NF does not, if `bn_device` leaks and `nf` does not leak. The leak costs accuracy if the
-    linear probe of `bn_device` is behind that of `nf`. NF needs no exchange if it does not leak and the probe of
+    linear probe of `bn_device` is behind those of `bn_shuffled` and `bn_global`, the same network without the leak. NF
+    needs no exchange if it does not leak and the probe of
     `nf` is as good as that of `bn_global`."""
     state = {arm: leak_of(cells.get(arm, ())) for arm in ARMS}
     leaks = {LEAKS: HOLDS, DOES_NOT_LEAK: FAILS}.get(state["bn_device"], UNDECIDED)
     quiet = {DOES_NOT_LEAK: HOLDS, LEAKS: FAILS}.get(state["nf"], UNDECIDED)
-    device, whole = compare_probes(cells, "bn_device"), compare_probes(cells, "nf", "bn_global")
+    costs = {arm: compare_probes(cells, "bn_device", arm) for arm in ("bn_shuffled", "bn_global")}
+    whole = compare_probes(cells, "nf", "bn_global")
+    against = "; ".join(f"against {arm}: {one}" for arm, one in costs.items())
     numbers = ", ".join(
         f"{arm} {spread([c['leak'] for c in own if 'leak' in c], digits=3)}" for arm, own in cells.items()
     )
     return [
         Finding("contrastive-leak", both(leaks, quiet), f"leak in nats: {numbers}"),
         Finding(
-            "contrastive-harm", expect(device, "behind"), f"linear probe, bn_device against nf: {device}"
+            "contrastive-harm",
+            both(*(expect(one, "behind") for one in costs.values())),
+            f"linear probe of bn_device {against}",
         ),
         Finding(
             "contrastive-exchange",
@@ -123,7 +128,7 @@ def page(found: Mapping[str, Any], *, image: str) -> str:
             "same network with batch statistics. "
             f"Mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
-            *(f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]),
+            *verdict_lines(found),
             "",
             f"![Leak and accuracy of each arm]({image})",
             "",

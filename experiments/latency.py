@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from experiments.cells import Cell, Result, Results, Setup
-from experiments.pages import facts, markdown, write
+from experiments.pages import facts, markdown, verdict_lines, write
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, spread
 from normfree import SGD, adaptive_clip_grad_, create_model, parameter_groups
 from normfree.device import run_device
@@ -100,6 +100,7 @@ class Latency:
         torch.manual_seed(cell.seed)
         device, px, batch = run_device(setup.device), cell.options["px"], cell.options["batch"]
         ours = cell.arm in VARIANTS
+        clips = ours and VARIANTS[cell.arm].norm == "none"
         name = cell.arm.removeprefix("torchvision ")
         net: nn.Module = create_model(name, stochdepth_rate=0.0) if ours else torchvision_model(name)
         net = net.to(device).to(memory_format=torch.channels_last).train()
@@ -110,7 +111,7 @@ class Latency:
         for _ in range(STEPS + 1):
             start = time.perf_counter()
             F.cross_entropy(net(images), labels).backward()
-            if ours:
+            if clips:
                 adaptive_clip_grad_(optimizer.param_groups, error_if_nonfinite=False)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,7 +173,7 @@ class Latency:
             f"nothing of them was measured here. Mean ± standard deviation of {self.seeds} processes, "
             f"{found['cores']} cores each.",
             "",
-            *(f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]),
+            *verdict_lines(found),
             "",
             *markdown(head, rows),
             "",
@@ -214,5 +215,6 @@ def findings(cells: list[dict[str, Any]]) -> list[Finding]:
         ratio, (low, high) = math.exp(fmean(logs)), (math.exp(end) for end in interval)
         verdict = UNDECIDED if 0 in interval else HOLDS if interval.low > 0 else FAILS
         shown = f"{pair[1]} takes {ratio:.2f} ({low:.2f} to {high:.2f}) times as long as {pair[0]}"
-        found.append(Finding(claim, verdict, f"{shown}; the paper: {published} on TPUs"))
+        kernels = " (in it, this package's kernels)" if claim == "f1-b7" else ""
+        found.append(Finding(claim, verdict, f"{shown}{kernels}; the paper: {published} on TPUs"))
     return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments.cells import Experiment, Results, Setup
+from experiments.claim_list import TEXTS
 from experiments.verdicts import RULE, Scores, spread
 from normfree.files import atomic_write_text
 from normfree.uncertainty import wilson_interval
@@ -62,6 +63,13 @@ def write(found: Mapping[str, Any], text: str, results: Path) -> str:
     return text
 
 
+def verdict_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a list item for each claim: its text, the verdict and our numbers."""
+    return [
+        f"- {TEXTS[found['name'], f['claim']]}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]
+    ]
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -71,6 +79,7 @@ def page(sweep: Sweep, found: Mapping[str, Any]) -> str:
     """Return the page, from what the JSON holds."""
     images, rows = found["images"], found["cells"]
     seconds = [row["cpu_seconds"] for row in rows]
+    trained_on = min(sweep.base.images, images["train"])
     lines = [f"# {found['title']}", "", sweep.about, ""]
     if not found["complete"]:
         lines += [
@@ -78,18 +87,17 @@ def page(sweep: Sweep, found: Mapping[str, Any]) -> str:
             "",
         ]
     else:
-        lines += [f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]]
+        lines += verdict_lines(found)
         if at_edge := edges(found["chosen"], sweep):
-            lines += [
-                f"- The best rate is the last that was tried, so another may be better: {', '.join(at_edge)}."
-            ]
+            named = ", ".join(arm + where for arm, where in at_edge)
+            lines += [f"- Best on V at an end of those that were tried, so another may be better: {named}."]
         lines += ["", f"![Our scores]({found['stem']}.png)", "", *_table(sweep, rows), ""]
     if sweep.source:
         lines += [f"The paper's numbers: {sweep.source}.", ""]
     lines += [
         "The rule: " + " ".join((sweep.decide.__doc__ or "").split()) + f" {RULE}",
         "",
-        f"{images['train']:,} training images, {images['choice']:,} other training images that chose rates and λ (V), "
+        f"{trained_on:,} training images, {images['choice']:,} other training images that chose rates and λ (V), "
         f"{images['test']:,} test images that chose nothing, {images['size']} px. Mean ± standard deviation of "
         f"{found['seeds']} seeds. {_image_note(rows)}",
         "",
@@ -177,17 +185,21 @@ def _table(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return markdown(head, lines)
 
 
-def edges(chosen: Sequence[Mapping[str, Any]], sweep: Sweep) -> list[str]:
-    """Return the arms and points whose best rate on V is the smallest or the largest of those that were tried."""
+def edges(chosen: Sequence[Mapping[str, Any]], sweep: Sweep) -> list[tuple[str, str]]:
+    """Return each arm whose best candidate on V is at an end of those that were tried, with where and which.
+
+    Each value of a candidate, such as its rate or λ, is compared with those of the candidates that differ in it alone.
+    """
     found = []
     for entry in chosen:
-        tried = {one["changes"]["rate"] for one in entry["tried"] if "rate" in one["changes"]}
-        best = (entry["best"] or {}).get("rate")
-        if len(tried) < 2 or best not in (min(tried), max(tried)):
-            continue
-        end = "smallest" if best == min(tried) else "largest"
+        best = entry["best"] or {}
         at = f" at {sweep.axis} {entry['point']}" if sweep.choose_at is None and sweep.axis else ""
-        found.append(f"{entry['arm']}{at} ({best:g}, the {end})")
+        for key, value in best.items():
+            tried = {one["changes"][key] for one in entry["tried"] if {**one["changes"], key: value} == best}
+            if len(tried) > 1 and value in (min(tried), max(tried)):
+                end = "smallest" if value == min(tried) else "largest"
+                name = {"clipping": "λ"}.get(key, key)
+                found.append((entry["arm"], f"{at} ({name} {value:g}, the {end})"))
     return list(dict.fromkeys(found))
 
 

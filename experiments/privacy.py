@@ -9,7 +9,10 @@ weights with epsilon 1, 3, 8 and infinity (clipping without noise), at delta 1e-
 of examples averaged over augmented copies, noise by the RDP accountant of Opacus, plain SGD, a weight average.
 
 Each arm has its own learning rate for each epsilon, chosen on V. The images are public, so that the choice spends no
-privacy here; with private images it would. Noise and sampling follow from the seed, so that a cell can be repeated.
+privacy here; with private images it would. The clipping norm is so small that in each arm nearly all gradients are
+clipped. A step then depends on the rate times the clipping norm alone, so no arm is favored by the size of its
+gradients, which at the start differs fourfold between them. Noise and sampling follow from the seed, so that a cell can
+be repeated.
 The report scores the averaged weights on the test images.
 """
 
@@ -30,7 +33,7 @@ from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.choices import Changes, Choices
 from experiments.classify import hits_of
 from experiments.networks import build, measure_statistics_, variant_for
-from experiments.pages import facts, markdown, write
+from experiments.pages import facts, markdown, verdict_lines, write
 from experiments.parts import open_part, packed_parts
 from experiments.verdicts import RULE, Finding, Scores, as_good, spread
 from normfree import Ema, convert_batchnorm
@@ -66,9 +69,9 @@ class Size:
     epochs: float = 8
     epsilons: tuple[str, ...] = ("1", "3", "8", "inf")
     delta: float = 1e-5
-    clip: float = 1.0
+    clip: float = 0.1
     average: float = 0.95
-    rates: tuple[float, ...] = (0.5, 1.5, 4.5)
+    rates: tuple[float, ...] = (1.5, 5.0, 15.0, 45.0)
     seeds: int = 3
     chunk: int = 64  # examples whose gradients are in memory at a time
 
@@ -207,9 +210,12 @@ class Privacy:
         size = self.size
         return packed_parts(setup, train=size.train, choice=size.choice, test=size.test, size=size.image_size)
 
-    def _top1(self, net: nn.Module, source: Source, device: torch.device) -> float:
+    def _scored(self, net: nn.Module, source: Source, device: torch.device) -> Result:
+        """Return the accuracy of a network, or that it diverged, which its logits show."""
         found = hits_of(net, source, size=self.size.image_size, device=str(device))
-        return 100 * float(found["hits"]) / found["count"]
+        if not math.isfinite(found["loss"]):
+            return {"status": "diverged"}
+        return {"top1": 100 * float(found["hits"]) / found["count"]}
 
     def measure(self, cell: Cell, folder: Path, setup: Setup) -> Result:
         """Train; a cell that chooses is scored on V, the others keep their weights for the report."""
@@ -229,7 +235,7 @@ class Privacy:
             return {"status": "diverged", "noise": noise}
         found: Result = {"status": "done", "noise": noise}
         if cell.chooses:
-            return {**found, "top1": self._top1(net, open_part(files, "choice"), device)}
+            return {**found, **self._scored(net, open_part(files, "choice"), device)}
         atomic_write(folder / "weights.pt", lambda path: torch.save(net.state_dict(), path))
         return found
 
@@ -237,18 +243,22 @@ class Privacy:
         """Score the networks on the test images, unless that was done, and write page, plot and JSON."""
         if len(done) < len(self.all_cells()):
             return f"{self.title}: {len(done)} cells are finished; the test images were not opened.\n"
-        rows = []
+        rows, tried = [], []
         for cell, result in done.items():
-            if not cell.chooses:
-                own = {"arm": cell.arm, "point": cell.point, "seed": cell.seed, "rate": cell.options["rate"]}
+            own = {"arm": cell.arm, "point": cell.point, "seed": cell.seed, "rate": cell.options["rate"]}
+            if cell.chooses:
+                tried.append({**own, "top1": result.get("top1")})
+            else:
                 rows.append({**own, **result, **self._tested(cell, result, setup)})
-        found = {
-            **facts(self, setup, done),
-            "size": asdict(self.size),
-            "cells": rows,
-            "findings": [one.as_json() for one in findings(Scores(rows), self.size.epsilons)],
-        }
-        plot(Scores(rows), self.size.epsilons, results / f"{found['stem']}.png")
+        return self.publish(
+            {**facts(self, setup, done), "size": asdict(self.size), "cells": rows, "tried": tried}, results
+        )
+
+    def publish(self, found: Mapping[str, Any], results: Path) -> str:
+        """Judge what the JSON holds, write page, plot and JSON, and return the page."""
+        scores = Scores(found["cells"])
+        found = {**found, "findings": [one.as_json() for one in findings(scores, self.size.epsilons)]}
+        plot(scores, self.size.epsilons, results / f"{found['stem']}.png")
         return write(found, page(self.size, found), results)
 
     def _tested(self, cell: Cell, result: Result, setup: Setup) -> Result:
@@ -261,16 +271,17 @@ class Privacy:
             source = open_part(self._files(setup), "test")
             net = network(self.size, cell.arm, classes=len(source.classes), seed=cell.seed)
             net.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
-            return {"top1": self._top1(net, source, device)}
+            return self._scored(net, source, device)
 
         return computed_once(folder / "test.json", compute)
 
 
 def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
-    """The accuracy of a seed is its mean over the finite epsilons. A normalizer-free network reaches the accuracy of
-    group norm if `nf` is as good as `group`. A network whose batch norm was folded trains privately as well as a
-    normalizer-free one if `converted` is as good as `nf`."""
-    finite = [epsilon for epsilon in epsilons if math.isfinite(float(epsilon))]
+    """The accuracy of a seed is its mean over epsilon 3 and 8; with 1, networks may be little better than random, which
+    would hide differences. A normalizer-free network reaches the accuracy of group norm if `nf` is as good as `group`.
+    A network whose batch norm was folded trains privately as well as a normalizer-free one if `converted` is as good as
+    `nf`."""
+    finite = [epsilon for epsilon in epsilons if 1 < float(epsilon) < math.inf]
     means = []
     for arm in ARMS:
         each = [scores.by_seed(arm, epsilon) for epsilon in finite]
@@ -281,7 +292,7 @@ def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
     found = []
     for claim, arm, baseline in (("dp", "nf", "group"), ("dp-converted", "converted", "nf")):
         one = Scores(means).compare((arm, ""), (baseline, ""))
-        over = f"mean over epsilon {', '.join(finite)}: {one}" if finite else "no finite epsilon"
+        over = f"mean over epsilon {', '.join(finite)}: {one}" if finite else "no epsilon of 3 or 8"
         shown = f"{arm} against {baseline}, {over}"
         found.append(Finding(claim, as_good(one), shown))
     return found
@@ -311,9 +322,17 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             f"each, clipping norm {size.clip:g}, delta {size.delta:g}, scored on {size.test} test images. Top-1 in "
             f"percent, mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
-            *(f"- {f['claim']}: **{f['verdict']}**. {f['numbers']}" for f in found["findings"]),
+            *verdict_lines(found),
+            "",
+            f"![Accuracy over epsilon]({found['stem']}.png)",
             "",
             *markdown(["epsilon", "noise", *ARMS, "nf"], rows),
+            "",
+            "## Rates that were tried, top-1 on V in percent",
+            "",
+            "A best rate at an end of those that were tried is marked with *: another may be better.",
+            "",
+            *markdown(["epsilon", *ARMS], _tried(size, found["tried"])),
             "",
             f"The rule, fixed before the runs: {' '.join((findings.__doc__ or '').split())} {RULE}",
             "",
@@ -321,6 +340,24 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _tried(size: Size, tried: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each epsilon: the rates with their accuracies on V, the best in bold."""
+    rows = []
+    for epsilon in size.epsilons:
+        row = [epsilon]
+        for arm in ARMS:
+            own = {one["rate"]: one["top1"] for one in tried if (one["arm"], one["point"]) == (arm, epsilon)}
+            best = max(own, key=lambda rate: -1.0 if own[rate] is None else own[rate], default=0.0)
+            shown = []
+            for rate, top1 in own.items():
+                text = f"{rate:g}: {'diverged' if top1 is None else f'{top1:.1f}'}"
+                mark = "*" * (rate in (min(own), max(own)))
+                shown.append(f"**{text}**{mark}" if rate == best else text)
+            row.append("; ".join(shown) or "–")
+        rows.append(row)
+    return rows
 
 
 def plot(scores: Scores, epsilons: tuple[str, ...], path: Path) -> None:

@@ -243,9 +243,14 @@ class Sweep:
                 if self.choices.tried(arm, point)
             ],
         }
+        return self.publish(found, results)
+
+    def publish(self, found: Mapping[str, Any], results: Path) -> str:
+        """Judge what the JSON holds, write page, plot and JSON, and return the page."""
         table = Table(self, found["cells"], tried=found["chosen"])
-        found["findings"] = [finding.as_json() for finding in self.decide(table)] if complete else []
-        if complete:
+        judged = self.decide(table) if found["complete"] else []
+        found = {**found, "findings": [finding.as_json() for finding in judged]}
+        if judged:
             pages.draw(self, found, results / f"{found['stem']}.png")
         return pages.write(found, pages.page(self, found), results)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.catalog import experiment
-from experiments.claim_list import CLAIMS, NOT_RUN
-from experiments.claims import PAGE, evidence_for, findings, table
+from experiments.claim_list import CLAIMS, NOT_RUN, Evidence
+from experiments.claims import PAGE, _mark, evidence_for, findings, judge_again, table
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,28 @@ ALL = [claim for claims in CLAIMS.values() for claim in claims]
 
 def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == table()
+
+
+def test_committed_results_are_judged_by_todays_rules(tmp_path):
+    results = ROOT / "experiments" / "results"
+    for name in ("depth.json", "contrastive.json"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    judge_again(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{kind}" for name in ("depth", "contrastive") for kind in ("json", "md", "png")
+    }
+    for path in tmp_path.glob("*.[jm]*"):
+        assert path.read_text(encoding="utf-8") == (results / path.name).read_text(encoding="utf-8")
+
+
+def test_a_verdict_on_an_arm_whose_best_rate_is_at_an_end_is_marked():
+    at_edge = {"a.md": {"NF + AGC": True, "BN": False, "NF": False}}
+    marks = {
+        numbers: _mark(Evidence(numbers=numbers, page="a.md"), at_edge)
+        for numbers in ("NF + AGC against BN: 1", "NF against BN: 1")
+    }
+    assert list(marks.values()) == [" †", ""]
+    assert _mark(Evidence(numbers="NF + AGC", page="b.md"), at_edge) == ""
 
 
 @pytest.mark.parametrize("claim", [c for c in ALL if c.known], ids=lambda c: c.key)

@@ -44,7 +44,7 @@ def test_the_smallest_setting_runs_writes_a_page_and_continues(reported):
     found = json.loads((folder / "contrastive_tiny.json").read_text())
     assert [f"| {arm} | 0.1 |" in page for arm in contrastive.ARMS] == [True] * 4
     assert abs(found["cells"]["nf"][0]["leak"]) < 1e-5
-    assert "- contrastive-leak: **undecided**. leak in nats: nf 0.000" in page  # one seed decides nothing
+    assert "NF does not: **undecided**. leak in nats: nf 0.000" in page  # one seed decides nothing
     claims = {
         claim.key for section in CLAIMS.values() for claim in section if claim.experiment == "contrastive"
     }

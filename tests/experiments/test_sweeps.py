@@ -70,8 +70,28 @@ def test_rates_at_the_edge_of_those_that_were_tried_are_named():
         {"arm": arm, "point": "32", "tried": tried, "best": {"rate": rate}}
         for arm, rate in (("BN", 0.4), ("NF", 0.2), ("NF + AGC", 0.1))
     ]
-    expected = ["BN at batch 32 (0.4, the largest)", "NF + AGC at batch 32 (0.1, the smallest)"]
+    expected = [
+        ("BN", " at batch 32 (rate 0.4, the largest)"),
+        ("NF + AGC", " at batch 32 (rate 0.1, the smallest)"),
+    ]
     assert edges(chosen, sweep) == expected
+
+
+def test_a_value_is_at_the_edge_of_those_that_were_tried_with_the_same_other_values():
+    sweep = experiment("batch_size", "cpu")
+    grid = [(0.1, 0.02), (0.2, 0.02), (0.4, 0.02), (0.2, 0.08), (0.8, 0.08)]
+    tried = [{"changes": {"rate": rate, "clipping": clipping}} for rate, clipping in grid]
+
+    def found(rate, clipping):
+        best = {"rate": rate, "clipping": clipping}
+        entry = {"arm": "BN", "point": "32", "tried": tried, "best": best}
+        return [where for _, where in edges([entry], sweep)]
+
+    assert found(0.4, 0.02) == [
+        " at batch 32 (rate 0.4, the largest)"
+    ]  # 0.8 was tried with another clipping only
+    assert found(0.2, 0.02) == [" at batch 32 (λ 0.02, the smallest)"]
+    assert len(found(0.2, 0.08)) == 2
 
 
 def test_the_test_images_stay_closed_until_all_cells_are_finished(reported, setup, tmp_path):

@@ -208,6 +208,7 @@ def test_a_page_is_made_of_arms_that_diverged(name, arm, tmp_path):
     found = {
         **dict.fromkeys(("command", "machine", "torch"), "x"),
         **dict.fromkeys(("finished", "expected", "cpu_minutes"), 1),
+        "name": name,
         "title": sweep.title,
         "stem": name,
         "images": vars(sweep.images),
@@ -305,7 +306,7 @@ def cells(leaks, probes):
 
 NF = cells([0.0, 0.0, 0.0], [48.8, 48.2, 49.1])
 DEVICE = cells([1.12, 1.05, 1.2], [45.6, 44.9, 46.1])
-SHUFFLED = cells([0.07, 0.2, -0.1], [47.2, 49.5, 48.0])
+SHUFFLED = cells([0.07, 0.2, -0.1], [48.6, 48.3, 48.9])
 WHOLE = cells([0.0, 0.0, 0.0], [48.9, 48.1, 49.3])
 LEAKING = dict(zip(ARMS, (NF, DEVICE, SHUFFLED, WHOLE), strict=True))
 
@@ -319,7 +320,8 @@ def test_the_rule_on_the_leak():
     assert list(map(leak_of, LEAKING.values())) == ["does not leak", "leaks", "undecided", "does not leak"]
     assert contrastive() == (HOLDS, HOLDS, HOLDS)
     assert contrastive(bn_device=NF) == (FAILS, FAILS, HOLDS)
-    assert contrastive(nf=DEVICE, bn_device=DEVICE) == (FAILS, FAILS, FAILS)
+    assert contrastive(nf=DEVICE) == (FAILS, HOLDS, FAILS)
+    assert contrastive(bn_shuffled=DEVICE, bn_global=DEVICE) == (HOLDS, FAILS, HOLDS)
     assert contrastive(bn_global=cells([0.0] * 3, [52.8, 52.1, 53.2])) == (HOLDS, HOLDS, FAILS)
     balanced = cells([1.0, -1.0, 0.0], [48.8, 48.2, 49.1])  # a mean of 0 is no absence of a leak
     assert contrastive(nf=balanced) == (UNDECIDED, HOLDS, UNDECIDED)
@@ -328,9 +330,9 @@ def test_the_rule_on_the_leak():
 def test_a_leak_is_not_decided_by_missing_or_diverged_runs():
     nothing = {arm: [] for arm in ARMS}
     assert contrastive(**nothing) == (UNDECIDED,) * 3
-    assert contrastive(nf=NF[:1]) == (UNDECIDED,) * 3
+    assert contrastive(nf=NF[:1]) == (UNDECIDED, HOLDS, UNDECIDED)
     assert contrastive(bn_device=DEVICE[:1]) == (UNDECIDED, UNDECIDED, HOLDS)
-    assert contrastive(nf=cells([0.0, None, 0.0], [48.8, 0, 49.1])) == (UNDECIDED,) * 3
+    assert contrastive(nf=cells([0.0, None, 0.0], [48.8, 0, 49.1])) == (UNDECIDED, HOLDS, UNDECIDED)
     assert contrastive(bn_device=cells([1.1, None, None], [45, 0, 0])) == (UNDECIDED, HOLDS, HOLDS)
 
 
@@ -352,14 +354,14 @@ def test_the_rule_on_times_is_on_the_interval_of_their_ratio():
 
 
 def private(**arms):
-    """Return the verdicts on privacy, with the same scores at epsilon 1 and 8."""
+    """Return the verdicts on privacy, with the same scores at epsilon 3 and 8, and 0 at 1."""
     rows = [
         {"arm": arm, "point": point, "seed": seed, "status": "diverged" if x is None else "done", "top1": x}
         for arm, own in arms.items()
-        for point in ("1", "8")
-        for seed, x in enumerate(own)
+        for point in ("1", "3", "8")
+        for seed, x in enumerate(own if point != "1" else [0.0] * len(own))
     ]
-    return {one.claim: one.verdict for one in privacy_findings(Scores(rows), ("1", "8", "inf"))}
+    return {one.claim: one.verdict for one in privacy_findings(Scores(rows), ("1", "3", "8", "inf"))}
 
 
 def test_the_rule_on_privacy():
@@ -369,4 +371,4 @@ def test_the_rule_on_privacy():
     assert private(nf=nf, group=lost, converted=low) == {"dp": HOLDS, "dp-converted": FAILS}
     assert private(nf=nf, group=low[:2], converted=[]) == {"dp": UNDECIDED, "dp-converted": UNDECIDED}
     (dp, _) = privacy_findings(Scores([]), ("inf",))
-    assert (dp.verdict, dp.numbers) == (UNDECIDED, "nf against group, no finite epsilon")
+    assert (dp.verdict, dp.numbers) == (UNDECIDED, "nf against group, no epsilon of 3 or 8")
