@@ -27,7 +27,7 @@ ABOUT = (
     "Milliseconds on the parameters and random gradients of a network, with about half of the units above the "
     "clipping limit; gradients are reset before each call, which is not timed. `whole update`: clipping, SGD with "
     "Nesterov momentum and decay, average; timm's side does what `--clip-mode agc --opt nesterov --model-ema` "
-    "does, on a CPU also with PyTorch's fused SGD. `weight standardization`: all weights, forward and backward; "
+    "does, on a CPU with PyTorch's fused SGD and without. `weight standardization`: all weights, forward and backward; "
     "timm's side is `F.batch_norm` layer by layer, as in its convolutions. The gate compares clipped gradients, "
     "the changes of weights and averages by two updates, and gradients. Floors are bytes at the measured rate of "
     "a copy: 28 per parameter for the update (weight, gradient, momentum and average are read, three of them are "
@@ -102,7 +102,7 @@ def clipping_arms(theirs: nn.Module, ours: Net) -> list[Arm]:
 def update_arms(theirs: nn.Module, ours: Net, *, gpu: bool) -> list[Arm]:
     """Return the arms of the whole update; on a CPU ours are the compiled kernels, which runs use, and three calls."""
     drawn, arms = gradients(theirs, ours), []
-    for label in ("timm",) if gpu else ("timm", "timm, SGD(fused=True)"):
+    for label in ("timm",) if gpu else ("timm, SGD(fused=True)", "timm"):
         net = copy.deepcopy(theirs)
         arms.append(_arm(label, net, drawn[0], timm_update(net, fastest=label != "timm").step, lambda: 0.0))
     others = {False: "normfree"} if gpu else {True: "normfree", False: "normfree, three calls"}

@@ -89,6 +89,10 @@ def test_a_pick_becomes_a_row_with_ratio_interval_and_command(
     assert (empty, processor) == ("", "AVX2: A, torch 2, today.")
     report.write(replace(avx2, machine=avx2.machine | {"capability": "AVX512"}), tmp_path)
     assert f"| {shown.format('suite')} | {shown.format('suite_avx512')} |" in page.table(tmp_path)
+    for noise, mark in ((0.3, ""), (0.4, " ~")):  # of a difference of 1.00
+        noisy = replace(avx2, comparisons=tuple(replace(c, noise=noise) for c in avx2.comparisons))
+        report.write(noisy, tmp_path)
+        assert f"| 2.00 (2.00 … 2.00){mark}: 105 ms" in page.table(tmp_path)
 
 
 def test_docs_results_has_the_table_of_the_results(script: Script) -> None:
