@@ -73,6 +73,11 @@ UNDERFIT = (
     "that augmentation could prevent. The paper trains for 360 epochs."
 )
 
+SCALE = (
+    "At a larger size padding takes a smaller share of each map, so its statistics differ from those in training. "
+    "Batch norm's running statistics fix the scale in every layer; NF has none. NFNets are tested at a size that is "
+    "larger by a third, not twofold."
+)
 CLOSED = (
     "AGC limits the gradient of a gain below 10⁻³ to λ · 10⁻³, and where its sign changes from step to step the gain "
     "does not grow: after 312 steps most gains are below 0.03 with AGC, and 0.4 to 1.2 without it. With gains that are "
@@ -379,17 +384,14 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
             "NF tolerates a test size of twice the training size as well as BN",
             "not stated by the papers",
             "transfer",
+            reason=SCALE,
         ),
         Claim(
             "test-resolution-elpv",
             "the same on the photographs of solar cells",
             "not stated by the papers",
             "finetune",
-            reason=(
-                "At a larger size padding takes a smaller share of each map, so its statistics differ from those "
-                "in training. Batch norm's running statistics fix the scale in every layer; NF has none. NFNets "
-                "are tested at a size that is larger by a third, not twofold."
-            ),
+            reason=SCALE,
         ),
     ),
     "Privacy": (

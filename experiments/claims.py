@@ -56,9 +56,10 @@ without an experiment of `make reproduce`, and these changes after results had b
   NF is as good as synchronized BN.
 - Two claims were added: that BN allows larger rates, and that a skip gain of 0 should not be clipped.
 - Rates were added in `batch_size`, `transfer` and `optimizers`, after runs with fewer had been scored on the test
-  images.
+  images. In `transfer`, batch norm trains better at a larger rate: a claim that held, that NF transfers better,
+  became undecided.
 - An arm whose network learns nothing at a rate no longer bears it. The harm of the leak is judged by the same
-  network without the leak, no longer by NF. No verdict changed.
+  network without the leak, no longer by NF. These changed no verdict.
 """
 
 

@@ -332,7 +332,7 @@ def transfer() -> Sweep:
         images=STANDARD,
         arms={
             AGC: Arm(changes={"clip": "agc", "clipping": 0.16}, candidates=rates(0.06, 0.2, 0.6, 1.8)),
-            BN: Arm(changes={"method": "batch"}, candidates=rates(0.06, 0.2, 0.6, 1.8)),
+            BN: Arm(changes={"method": "batch"}, candidates=rates(0.06, 0.2, 0.6, 1.8, 5.4)),
         },
         axis="px",
         points={"32": {"sizes": (32, 40, 48, 64)}, "48": {"size": 48}, "64": {"size": 64}},
