@@ -81,7 +81,7 @@ SCALE = (
 CLOSED = (
     "AGC limits the gradient of a gain below 10⁻³ to λ · 10⁻³, and where its sign changes from step to step the gain "
     "does not grow: after 312 steps most gains are below 0.03 with AGC, and 0.4 to 1.2 without it. With gains that are "
-    "not clipped the loss vanishes (`skip_gain`). The papers train for a hundred thousand steps and more."
+    "not clipped the difference vanishes (`skip_gain`). The papers train for a hundred thousand steps and more."
 )
 
 # Section of the page -> its claims. [A] is arXiv 2101.08692, [B] is arXiv 2102.06171.

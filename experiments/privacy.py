@@ -281,10 +281,10 @@ def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
     would hide differences. A normalizer-free network reaches the accuracy of group norm if `nf` is as good as `group`.
     A network whose batch norm was folded trains privately as well as a normalizer-free one if `converted` is as good as
     `nf`."""
-    finite = [epsilon for epsilon in epsilons if 1 < float(epsilon) < math.inf]
+    judged = [epsilon for epsilon in epsilons if 1 < float(epsilon) < math.inf]
     means = []
     for arm in ARMS:
-        each = [scores.by_seed(arm, epsilon) for epsilon in finite]
+        each = [scores.by_seed(arm, epsilon) for epsilon in judged]
         for seed in set.intersection(*map(set, each)) if each else ():
             own = [top1 for one in each if (top1 := one[seed]) is not None]
             status = "done" if len(own) == len(each) else "diverged"
@@ -292,7 +292,7 @@ def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
     found = []
     for claim, arm, baseline in (("dp", "nf", "group"), ("dp-converted", "converted", "nf")):
         one = Scores(means).compare((arm, ""), (baseline, ""))
-        over = f"mean over epsilon {', '.join(finite)}: {one}" if finite else "no epsilon of 3 or 8"
+        over = f"mean over epsilon {', '.join(judged)}: {one}" if judged else "no epsilon of 3 or 8"
         shown = f"{arm} against {baseline}, {over}"
         found.append(Finding(claim, as_good(one), shown))
     return found

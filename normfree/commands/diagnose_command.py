@@ -164,8 +164,11 @@ def _recommend(arguments: DiagnoseArguments, subject: Subject, report: GradientR
         if losses and not losses[-1] < DIVERGED * losses[0]:
             return math.nan, "no λ is recommended: the run diverged"
         if math.isnan(recommended := recommended_clipping(samples)):
-            reason = f"the run has {len(samples)} finite samples of its gradients, {MIN_SAMPLES} are needed"
-            if len(samples) >= MIN_SAMPLES:
+            if len(samples) < MIN_SAMPLES:
+                reason = (
+                    f"the run has {len(samples)} finite samples of its gradients, {MIN_SAMPLES} are needed"
+                )
+            else:
                 reason = "typical gradients of the run are infinite or larger than the weights"
             return math.nan, f"no λ is recommended: {reason}"
         return recommended, f"according to {number_of(len(samples), 'sample')} of the run"
