@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from experiments.cells import CHOICE_SEED, Cell, Results
 
 Changes = Mapping[str, Any]
+TABLE = ("rates", "seeds", "epsilons")  # of a size: which cells there are, not what one of them does
+
+
+def settings_of(size: Any, candidate: Changes, network: Any) -> dict[str, Any]:
+    """Return the settings of a cell, from dataclasses: a longer list of rates leaves finished cells valid, and a
+    change of the network makes other ones."""
+    own = {key: value for key, value in asdict(size).items() if key not in TABLE}
+    return {**own, **candidate, "network": asdict(network)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.checkpoint import StateFile
-from experiments.choices import Changes, Choices
+from experiments.choices import Changes, Choices, settings_of
 from experiments.contrastive_page import ARMS, draw, findings, page
 from experiments.networks import build, on_devices_, variant_for
 from experiments.pages import facts, write
@@ -259,10 +259,7 @@ class Contrastive:
 
     def cell(self, arm: str, point: str, candidate: Changes, seed: int) -> Cell:
         """Return a cell."""
-        variant = asdict(
-            variant_for(self.size.base, method_of(arm), {})
-        )  # so that its change makes other cells
-        settings = {**asdict(self.size), **candidate, "network": variant}
+        settings = settings_of(self.size, candidate, variant_for(self.size.base, method_of(arm), {}))
         return Cell.of(self.name, arm, point=point, seed=seed, settings=settings)
 
     @property

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from experiments.cells import Cell, Result, Results, Setup, computed_once
-from experiments.choices import Changes, Choices
+from experiments.choices import Changes, Choices, settings_of
 from experiments.classify import hits_of
 from experiments.networks import build, measure_statistics_, variant_for
 from experiments.pages import facts, markdown, verdict_lines, write
@@ -179,8 +179,7 @@ class Privacy:
 
     def cell(self, arm: str, epsilon: str, candidate: Changes, seed: int) -> Cell:
         """Return a cell."""
-        variant = asdict(variant_for(self.size.base, ARMS[arm], {}))  # so that its change makes other cells
-        settings = {**asdict(self.size), **candidate, "network": variant}
+        settings = settings_of(self.size, candidate, variant_for(self.size.base, ARMS[arm], {}))
         return Cell.of(self.name, arm, point=epsilon, seed=seed, settings=settings)
 
     @property
