@@ -29,6 +29,7 @@ class Choices:
         cell: returns the cell of an arm, a point, a candidate and a seed.
         score: key of the number on V by which candidates are compared, the higher the better.
         seeds: of each row.
+        axis: what the points are, such as "batch".
         choose_at: the point at which an arm's candidates are tried; None: at each point by itself.
     """
 
@@ -37,6 +38,7 @@ class Choices:
     cell: Callable[[str, str, Changes, int], Cell]
     score: str
     seeds: int
+    axis: str = ""
     choose_at: str | None = None
 
     def tried(self, arm: str, point: str) -> list[tuple[Changes, Cell]]:

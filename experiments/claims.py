@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.candidates import edges
 from experiments.catalog import DEFAULT, NAMES, experiment
 from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
 from experiments.contrastive import Contrastive
-from experiments.pages import edges, markdown
+from experiments.pages import markdown
 from experiments.privacy import Privacy
 from experiments.sweep import Sweep
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Scores, as_good, expect
@@ -148,13 +149,15 @@ def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
 
 
 def _arms_at_edge(results: Path) -> dict[str, dict[str, bool]]:
-    """Return the arms of each sweep, by the path of its page, and whether the best candidate of each is at an end of
-    those that were tried; the longest names first."""
+    """Return the arms of each experiment that chooses, by the path of its page, and whether the best candidate of each
+    is at an end of those that were tried; the longest names first."""
     found = {}
     for name in NAMES:
-        if isinstance(one := experiment(name, "cpu"), Sweep):
-            at_edge = {arm for arm, _ in edges(_read(results / f"{name}.json").get("chosen", ()), one)}
-            arms = sorted(one.arms, key=len, reverse=True)
+        if isinstance(one := experiment(name, "cpu"), Sweep | Contrastive | Privacy):
+            at_edge = {
+                arm for arm, _ in edges(_read(results / f"{name}.json").get("chosen", ()), one.choices)
+            }
+            arms = sorted(one.choices.candidates, key=len, reverse=True)
             found[f"experiments/results/{name}.md"] = {arm: arm in at_edge for arm in arms}
     return found
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.candidates import tried_rows
 from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.checkpoint import StateFile
 from experiments.choices import Changes, Choices, settings_of
@@ -318,6 +319,7 @@ class Contrastive:
             **facts(self, setup, done),
             "size": asdict(self.size),
             "cells": rows,
+            "chosen": tried_rows(self.choices, done),
         }
         return self.publish(found, results)
 
@@ -326,7 +328,7 @@ class Contrastive:
         found = {**found, "findings": [finding.as_json() for finding in findings(found["cells"])]}
         image = f"{found['stem']}.png"
         atomic_write(results / image, lambda path: draw(found, path))
-        return write(found, page(found, image=image), results)
+        return write(found, page(found, self.choices, image=image), results)
 
     def _tested(self, cell: Cell, result: Result, setup: Setup) -> Result:
         """Return the scores of a network on the test images; empty if its training diverged."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from experiments.candidates import edge_lines, section
+from experiments.choices import Choices
 from experiments.pages import markdown, verdict_lines
 from experiments.verdicts import (
     FAILS,
@@ -89,9 +91,9 @@ def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
     ]
 
 
-def page(found: Mapping[str, Any], *, image: str) -> str:
+def page(found: Mapping[str, Any], choices: Choices, *, image: str) -> str:
     """Return the page of results, from what the JSON holds; `image` is the name of the file that `draw` writes."""
-    size, cells = found["size"], found["cells"]
+    size, cells, chosen = found["size"], found["cells"], found.get("chosen", ())  # old JSON has no "chosen"
     batch, devices = size["batch"], size["devices"]
     rule = " ".join(f"{leak_of.__doc__} {findings.__doc__}".partition("\n")[2].split())
     rows = []
@@ -129,11 +131,13 @@ def page(found: Mapping[str, Any], *, image: str) -> str:
             f"Mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
             *verdict_lines(found),
+            *edge_lines(chosen, choices),
             "",
             f"![Leak and accuracy of each arm]({image})",
             "",
             *markdown(head, rows),
             "",
+            *section(chosen, choices),
             f"The rule, fixed before the runs: {rule} {RULE}",
             "",
             f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from experiments.candidates import edge_lines, section, tried_rows
 from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.choices import Changes, Choices, settings_of
 from experiments.classify import hits_of
@@ -191,6 +192,7 @@ class Privacy:
             cell=self.cell,
             score="top1",
             seeds=self.seeds,
+            axis="epsilon",
         )
 
     def cells(self, done: Results) -> list[Cell]:
@@ -242,23 +244,25 @@ class Privacy:
         """Score the networks on the test images, unless that was done, and write page, plot and JSON."""
         if len(done) < len(self.all_cells()):
             return f"{self.title}: {len(done)} cells are finished; the test images were not opened.\n"
-        rows, tried = [], []
+        rows = []
         for cell, result in done.items():
             own = {"arm": cell.arm, "point": cell.point, "seed": cell.seed, "rate": cell.options["rate"]}
-            if cell.chooses:
-                tried.append({**own, "top1": result.get("top1")})
-            else:
+            if not cell.chooses:
                 rows.append({**own, **result, **self._tested(cell, result, setup)})
-        return self.publish(
-            {**facts(self, setup, done), "size": asdict(self.size), "cells": rows, "tried": tried}, results
-        )
+        found = {
+            **facts(self, setup, done),
+            "size": asdict(self.size),
+            "cells": rows,
+            "chosen": tried_rows(self.choices, done),
+        }
+        return self.publish(found, results)
 
     def publish(self, found: Mapping[str, Any], results: Path) -> str:
         """Judge what the JSON holds, write page, plot and JSON, and return the page."""
         scores = Scores(found["cells"])
         found = {**found, "findings": [one.as_json() for one in findings(scores, self.size.epsilons)]}
         plot(scores, self.size.epsilons, results / f"{found['stem']}.png")
-        return write(found, page(self.size, found), results)
+        return write(found, page(self, found), results)
 
     def _tested(self, cell: Cell, result: Result, setup: Setup) -> Result:
         """Return the score of a network on the test images; empty if its training diverged."""
@@ -297,9 +301,9 @@ def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
     return found
 
 
-def page(size: Size, found: Mapping[str, Any]) -> str:
+def page(experiment: Privacy, found: Mapping[str, Any]) -> str:
     """Return the page of results, from what the JSON holds."""
-    scores, rows = Scores(found["cells"]), []
+    size, scores, rows = experiment.size, Scores(found["cells"]), []
     for epsilon in size.epsilons:
         own = [cell for cell in found["cells"] if cell["point"] == epsilon]
         row = [epsilon, f"{own[0]['noise']:.3g}"]
@@ -322,41 +326,19 @@ def page(size: Size, found: Mapping[str, Any]) -> str:
             f"percent, mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
             *verdict_lines(found),
+            *edge_lines(found["chosen"], experiment.choices),
             "",
             f"![Accuracy over epsilon]({found['stem']}.png)",
             "",
             *markdown(["epsilon", "noise", *ARMS, "nf"], rows),
             "",
-            "## Rates that were tried, top-1 on V in percent",
-            "",
-            "A best rate at an end of those that were tried is marked with *: another may be better.",
-            "",
-            *markdown(["epsilon", *ARMS], _tried(size, found["tried"])),
-            "",
+            *section(found["chosen"], experiment.choices),
             f"The rule, fixed before the runs: {' '.join((findings.__doc__ or '').split())} {RULE}",
             "",
             f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
             "",
         ]
     )
-
-
-def _tried(size: Size, tried: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a row for each epsilon: the rates with their accuracies on V, the best in bold."""
-    rows = []
-    for epsilon in size.epsilons:
-        row = [epsilon]
-        for arm in ARMS:
-            own = {one["rate"]: one["top1"] for one in tried if (one["arm"], one["point"]) == (arm, epsilon)}
-            best = max(own, key=lambda rate: -1.0 if own[rate] is None else own[rate], default=0.0)
-            shown = []
-            for rate, top1 in own.items():
-                text = f"{rate:g}: {'diverged' if top1 is None else f'{top1:.1f}'}"
-                mark = "*" * (rate in (min(own), max(own)))
-                shown.append(f"**{text}**{mark}" if rate == best else text)
-            row.append("; ".join(shown) or "–")
-        rows.append(row)
-    return rows
 
 
 def plot(scores: Scores, epsilons: tuple[str, ...], path: Path) -> None:

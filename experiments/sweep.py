@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments import classify, pages
+from experiments import classify, pages, sweep_page
+from experiments.candidates import tried_rows
 from experiments.cells import Cell, Result, Results, Setup, computed_once
 from experiments.choices import Changes, Choices
 from experiments.classify import Settings
@@ -139,6 +140,7 @@ class Sweep:
             cell=self.cell,
             score="choice_top1",
             seeds=self.seeds,
+            axis=self.axis,
             choose_at=self.choose_at,
         )
 
@@ -237,11 +239,7 @@ class Sweep:
             "images": vars(self.images),
             "complete": complete,
             "cells": [self._row(cell, result, setup) for cell, result in done.items() if not cell.chooses],
-            "chosen": [
-                self._tried_row(arm, point, done)
-                for arm, point in self.choices.rows
-                if self.choices.tried(arm, point)
-            ],
+            "chosen": tried_rows(self.choices, done),
         }
         return self.publish(found, results)
 
@@ -251,8 +249,8 @@ class Sweep:
         judged = self.decide(table) if found["complete"] else []
         found = {**found, "findings": [finding.as_json() for finding in judged]}
         if judged:
-            pages.draw(self, found, results / f"{found['stem']}.png")
-        return pages.write(found, pages.page(self, found), results)
+            sweep_page.draw(self, found, results / f"{found['stem']}.png")
+        return pages.write(found, sweep_page.page(self, found), results)
 
     def _score(self, done: Results, setup: Setup) -> None:
         """Write test.json into each folder of a finished network that has none."""
@@ -311,16 +309,6 @@ class Sweep:
                 row.setdefault(key, top1)
                 row[f"{key}@{size}"] = top1
         return row
-
-    def _tried_row(self, arm: str, point: str, done: Results) -> dict[str, Any]:
-        """Return what the JSON holds of the candidates of an arm at a point."""
-        tried = [
-            {"changes": dict(changes), "status": done[cell]["status"], "top1": done[cell].get("choice_top1")}
-            for changes, cell in self.choices.tried(arm, point)
-            if cell in done
-        ]
-        best = self.choices.chosen(arm, point, done)
-        return {"arm": arm, "point": point, "tried": tried, "best": None if best is None else dict(best)}
 
 
 class Table(Scores):

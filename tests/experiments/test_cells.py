@@ -19,10 +19,27 @@ from experiments.cells import CHOICE_SEED, Cell, Setup, finish, known_cells, mea
 from experiments.classify import Settings
 from experiments.parts import balanced, of_classes, three_parts
 from experiments.run import main, plan
+from experiments.sweep import Sweep
 from normfree import open_source
 from normfree.training.stop import StoppedBySignal
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(experiment(name, "cpu"), "choices")])
+def test_one_more_candidate_makes_no_other_cell_invalid(name):
+    """What a cell does must not depend on which other cells there are, or a longer list would repeat all of them."""
+    one = experiment(name, "cpu")
+    more = experiment(name, "cpu")
+    if isinstance(one, Sweep):
+        longer = {k: replace(a, candidates=[*a.candidates, {"rate": 77.0}]) for k, a in one.arms.items()}
+        more = replace(one, arms=longer)
+    else:
+        more.size = replace(one.size, rates=(*one.size.rates, 77.0), seeds=one.size.seeds + 1)
+    cells = [one.cell(arm, point, one.choices.candidates[arm][0], 0) for arm, point in one.choices.rows]
+    again = [more.cell(arm, point, more.choices.candidates[arm][0], 0) for arm, point in more.choices.rows]
+    assert cells == again
+    assert len(more.all_cells()) > len(one.all_cells())
 
 
 class Doubling:

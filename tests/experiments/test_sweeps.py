@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from experiments import classify
+from experiments.candidates import edges, section
 from experiments.catalog import SWEEPS, experiment
 from experiments.claim_list import CLAIMS
 from experiments.classify import Settings
 from experiments.networks import build, measure_statistics_
-from experiments.pages import edges
 from experiments.sweep import training_seconds
 from normfree.data.source import ArraySource
 
@@ -74,7 +74,18 @@ def test_rates_at_the_edge_of_those_that_were_tried_are_named():
         ("BN", " at batch 32 (rate 0.4, the largest)"),
         ("NF + AGC", " at batch 32 (rate 0.1, the smallest)"),
     ]
-    assert edges(chosen, sweep) == expected
+    assert edges(chosen, sweep.choices) == expected
+
+
+def test_the_other_experiments_name_rates_at_the_edge_too():
+    tried = [{"changes": {"rate": rate}, "status": "done", "top1": rate} for rate in (5.0, 15.0, 45.0)]
+    for name, point, where in (("privacy", "3", " at epsilon 3"), ("contrastive", "", "")):
+        choices = experiment(name, "cpu").choices
+        chosen = [{"arm": "nf", "point": point, "tried": tried, "best": {"rate": 45.0}}]
+        assert edges(chosen, choices) == [("nf", f"{where} (rate 45, the largest)")]
+        assert any(
+            "rate 5: 5.0; rate 15: 15.0; **rate 45: 45.0**" in line for line in section(chosen, choices)
+        )
 
 
 def test_a_value_is_at_the_edge_of_those_that_were_tried_with_the_same_other_values():
@@ -85,7 +96,7 @@ def test_a_value_is_at_the_edge_of_those_that_were_tried_with_the_same_other_val
     def found(rate, clipping):
         best = {"rate": rate, "clipping": clipping}
         entry = {"arm": "BN", "point": "32", "tried": tried, "best": best}
-        return [where for _, where in edges([entry], sweep)]
+        return [where for _, where in edges([entry], sweep.choices)]
 
     assert found(0.4, 0.02) == [
         " at batch 32 (rate 0.4, the largest)"

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from experiments import pages
+from experiments import sweep_page
 from experiments.catalog import SWEEPS, experiment
 from experiments.claim_list import CLAIMS
 from experiments.contrastive_page import ARMS, findings, leak_of
@@ -218,11 +218,11 @@ def test_a_page_is_made_of_arms_that_diverged(name, arm, tmp_path):
         "chosen": [],
         "seeds": sweep.seeds,
     }
-    page = pages.page(sweep, found)
+    page = sweep_page.page(sweep, found)
     assert f"({sweep.seeds} of {sweep.seeds} diverged)" in page
     lost, others = (0, sweep.seeds) if name == "transfer" else (sweep.seeds, 0)  # there BN is the baseline
     assert f"{lost} of {sweep.seeds} runs diverged, against {others} of {sweep.seeds}" in page
-    pages.draw(sweep, found, tmp_path / "plot.png")
+    sweep_page.draw(sweep, found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
