@@ -72,7 +72,7 @@ class Size:
     delta: float = 1e-5
     clip: float = 0.1
     average: float = 0.95
-    rates: tuple[float, ...] = (1.5, 5.0, 15.0, 45.0)
+    rates: tuple[float, ...] = (5.0, 15.0, 45.0, 135.0)
     seeds: int = 3
     chunk: int = 64  # examples whose gradients are in memory at a time
 
