@@ -29,21 +29,27 @@ def tried_rows(choices: Choices, done: Results) -> list[dict[str, Any]]:
     return found
 
 
-def edges(chosen: Sequence[Mapping[str, Any]], choices: Choices) -> list[tuple[str, str]]:
-    """Return each arm whose best candidate on V is at an end of those that were tried, with where and which.
+def ends(entry: Mapping[str, Any]) -> list[str]:
+    """Return how the best candidate of a row is at an end of those that were tried, such as "rate 0.4, the largest".
 
     Each value of a candidate, such as its rate or λ, is compared with those of the candidates that differ in it alone.
     """
+    best, found = entry["best"] or {}, []
+    for key, value in best.items():
+        tried = {one["changes"][key] for one in entry["tried"] if {**one["changes"], key: value} == best}
+        if len(tried) > 1 and value in (min(tried), max(tried)):
+            end = "smallest" if value == min(tried) else "largest"
+            name = {"clipping": "λ"}.get(key, key)
+            found.append(f"{name} {value:g}, the {end}")
+    return found
+
+
+def edges(chosen: Sequence[Mapping[str, Any]], choices: Choices) -> list[tuple[str, str]]:
+    """Return each arm whose best candidate on V is at an end of those that were tried, with where and which."""
     found = []
     for entry in chosen:
-        best = entry["best"] or {}
         at = f" at {choices.axis} {entry['point']}" if choices.choose_at is None and choices.axis else ""
-        for key, value in best.items():
-            tried = {one["changes"][key] for one in entry["tried"] if {**one["changes"], key: value} == best}
-            if len(tried) > 1 and value in (min(tried), max(tried)):
-                end = "smallest" if value == min(tried) else "largest"
-                name = {"clipping": "λ"}.get(key, key)
-                found.append((entry["arm"], f"{at} ({name} {value:g}, the {end})"))
+        found += [(entry["arm"], f"{at} ({end})") for end in ends(entry)]
     return list(dict.fromkeys(found))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.classify import Settings
 from experiments.sweep import Arm, Images, Sweep, Table
-from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, Scores, as_good, both, expect
+from experiments.verdicts import FAILS, HOLDS, UNDECIDED, Finding, Scores, as_good, both, expect, rows_of
 
 STANDARD = Images(train=8_000, choice=2_000, test=5_000)
 BN, NF, AGC = "BN", "NF", "NF + AGC"
@@ -60,7 +60,7 @@ def _larger_rates(claim: str, table: Table, arm: str, point: str) -> Finding:
     verdict = FAILS if less or (lost and not gained) else HOLDS if gained else UNDECIDED
     stable = [max((rate for rate, good in tried.items() if good), default=0.0) for tried in (own, plain)]
     shown = f"{arm} up to {stable[0]:g}, {NF} up to {stable[1]:g}" if common else "no rates were tried"
-    return Finding(claim, verdict, f"batch {point}, one run for each rate: {shown}")
+    return Finding(claim, verdict, f"batch {point}, one run for each rate: {shown}", seeds=1)
 
 
 def _batch_size_rule(table: Table) -> list[Finding]:
@@ -74,12 +74,14 @@ def _batch_size_rule(table: Table) -> list[Finding]:
     gain, low = table.compare((AGC, large), (NF, large)), table.compare((NF, small), (BN, small))
     levels = ", ".join(f"{arm} {table.text(arm, large)}" for arm in (BN, NF, AGC))
     return [
-        Finding("nf-large-batch", expect(nf, "behind"), f"batch {large}: {levels}; NF against BN: {nf}"),
-        Finding("agc-large-batch", as_good(agc), f"batch {large}, NF + AGC against BN: {agc}"),
-        Finding("agc-gain", expect(gain, "ahead"), f"batch {large}, NF + AGC against NF: {gain}"),
+        Finding(
+            "nf-large-batch", expect(nf, "behind"), f"batch {large}: {levels}; NF against BN: {nf}", nf.rows
+        ),
+        Finding("agc-large-batch", as_good(agc), f"batch {large}, NF + AGC against BN: {agc}", agc.rows),
+        Finding("agc-gain", expect(gain, "ahead"), f"batch {large}, NF + AGC against NF: {gain}", gain.rows),
         _larger_rates("agc-rates", table, AGC, large),
         _larger_rates("bn-large-rates", table, BN, large),
-        Finding("nf-competitive", as_good(low), f"batch {small}, NF against BN: {low}"),
+        Finding("nf-competitive", as_good(low), f"batch {small}, NF against BN: {low}", low.rows),
     ]
 
 
@@ -140,10 +142,19 @@ def _factor_rule(table: Table) -> list[Finding]:
             "lambda-batch",
             both(smaller, expect(moved, "behind")),
             f"{numbers}; at {large}, {best[small]} against {best[large]}: {moved}",
+            moved.rows,
         ),
-        Finding("small-lambda", expect(tight, "behind"), f"batch {small}, {arms[0]} against none: {tight}"),
         Finding(
-            "no-clipping", expect(open_, "behind"), f"batch {large}, none against {best[large]}: {open_}"
+            "small-lambda",
+            expect(tight, "behind"),
+            f"batch {small}, {arms[0]} against none: {tight}",
+            tight.rows,
+        ),
+        Finding(
+            "no-clipping",
+            expect(open_, "behind"),
+            f"batch {large}, none against {best[large]}: {open_}",
+            open_.rows,
         ),
     ]
 
@@ -184,7 +195,7 @@ def _layers_rule(table: Table) -> list[Finding]:
 
     def finding(claim: str, arms: Sequence[str], verdict: Callable[[str], str] = behind) -> Finding:
         shown = "; ".join(f"{arm} {table.text(arm)}, {found[arm]}" for arm in arms)
-        return Finding(claim, both(*map(verdict, arms)), shown)
+        return Finding(claim, both(*map(verdict, arms)), shown, rows_of(*(found[arm] for arm in arms)))
 
     return [
         finding("head-unclipped", ["all"]),
@@ -256,9 +267,24 @@ def _gain_rule(table: Table) -> list[Finding]:
     lost = [found[arm, short] for arm in (NF, AGC)]
     shown = "; ".join(f"{arm}: {one}" for arm, one in zip((NF, AGC), lost, strict=True))
     return [
-        Finding("skip-gain-short", both(*(expect(one, "behind") for one in lost)), f"{short}, {shown}"),
-        Finding("skip-gain-long", as_good(found[AGC, long]), f"{long}, {AGC}: {found[AGC, long]}"),
-        Finding("skip-gain-unclipped", expect(free, "ahead"), f"{long}, not clipped against clipped: {free}"),
+        Finding(
+            "skip-gain-short",
+            both(*(expect(one, "behind") for one in lost)),
+            f"{short}, {shown}",
+            rows_of(*lost),
+        ),
+        Finding(
+            "skip-gain-long",
+            as_good(found[AGC, long]),
+            f"{long}, {AGC}: {found[AGC, long]}",
+            found[AGC, long].rows,
+        ),
+        Finding(
+            "skip-gain-unclipped",
+            expect(free, "ahead"),
+            f"{long}, not clipped against clipped: {free}",
+            free.rows,
+        ),
     ]
 
 
@@ -305,11 +331,14 @@ def _optimizer_rule(table: Table) -> list[Finding]:
     found = []
     for claim, (arm, baseline) in zip(("sam", "sam-unclipped", "muon-agc"), OPTIMIZER_PAIRS, strict=True):
         one = table.compare((arm, ""), (baseline, ""))
-        found.append(Finding(claim, expect(one, "ahead"), f"{arm} against {baseline}: {one}"))
+        found.append(Finding(claim, expect(one, "ahead"), f"{arm} against {baseline}: {one}", one.rows))
     last = [{**row, "arm": "weights"} for row in table.rows if row["arm"] == "SGD, AGC"]
     averaged = [{**row, "arm": "average", "top1": row.get("average_top1")} for row in last]
     own = Scores([*last, *averaged]).compare(("average", ""), ("weights", ""))
-    return [*found, Finding("ema", as_good(own), f"averaged against last weights: {own}")]
+    return [
+        *found,
+        Finding("ema", as_good(own), f"averaged against last weights: {own}", (("SGD, AGC", ""),)),
+    ]
 
 
 def optimizers() -> Sweep:

@@ -22,6 +22,7 @@ from experiments.verdicts import (
     as_good,
     both,
     expect,
+    rows_of,
     spread,
 )
 from normfree.diagnose.plotting import BLUE, GREEN, new_figure
@@ -77,16 +78,23 @@ def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
         f"{arm} {spread([c['leak'] for c in own if 'leak' in c], digits=3)}" for arm, own in cells.items()
     )
     return [
-        Finding("contrastive-leak", both(leaks, quiet), f"leak in nats: {numbers}"),
+        Finding(
+            "contrastive-leak",
+            both(leaks, quiet),
+            f"leak in nats: {numbers}",
+            (("nf", ""), ("bn_device", "")),
+        ),
         Finding(
             "contrastive-harm",
             both(*(expect(one, "behind") for one in costs.values())),
             f"linear probe of bn_device {against}",
+            rows_of(*costs.values()),
         ),
         Finding(
             "contrastive-exchange",
             both(quiet, as_good(whole)),
             f"linear probe, nf against bn_global: {whole}",
+            whole.rows,
         ),
     ]
 
@@ -138,7 +146,7 @@ def page(found: Mapping[str, Any], choices: Choices, *, image: str) -> str:
             *markdown(head, rows),
             "",
             *section(chosen, choices),
-            f"The rule, fixed before the runs: {rule} {RULE}",
+            f"The rule: {rule} {RULE}",
             "",
             f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
             "",

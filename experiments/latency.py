@@ -177,7 +177,7 @@ class Latency:
             "",
             *markdown(head, rows),
             "",
-            "The rule, fixed before the runs: " + " ".join((findings.__doc__ or "").split()),
+            "The rule: " + " ".join((findings.__doc__ or "").split()),
             "",
             f"`{found['command']}` on {found['machine']}; torch {found['torch']}.",
         ]

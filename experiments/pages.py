@@ -46,8 +46,13 @@ def facts(experiment: Experiment, setup: Setup, done: Results) -> dict[str, Any]
         "seeds": experiment.seeds,
         "finished": len(done),
         "expected": len(experiment.all_cells()),
-        "cpu_minutes": round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1),
+        "cpu_minutes": cpu_minutes(done),
     }
+
+
+def cpu_minutes(done: Results) -> float:
+    """Return the CPU time of trainings in minutes."""
+    return round(sum(result["cpu_seconds"] for result in done.values()) / 60, 1)
 
 
 def write(found: Mapping[str, Any], text: str, results: Path) -> str:

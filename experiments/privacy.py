@@ -297,7 +297,8 @@ def findings(scores: Scores, epsilons: Sequence[str]) -> list[Finding]:
         one = Scores(means).compare((arm, ""), (baseline, ""))
         over = f"mean over epsilon {', '.join(judged)}: {one}" if judged else "no epsilon of 3 or 8"
         shown = f"{arm} against {baseline}, {over}"
-        found.append(Finding(claim, as_good(one), shown))
+        rows = tuple((own, epsilon) for own in (arm, baseline) for epsilon in judged)
+        found.append(Finding(claim, as_good(one), shown, rows))
     return found
 
 
@@ -333,7 +334,7 @@ def page(experiment: Privacy, found: Mapping[str, Any]) -> str:
             *markdown(["epsilon", "noise", *ARMS, "nf"], rows),
             "",
             *section(found["chosen"], experiment.choices),
-            f"The rule, fixed before the runs: {' '.join((findings.__doc__ or '').split())} {RULE}",
+            f"The rule: {' '.join((findings.__doc__ or '').split())} {RULE}",
             "",
             f"{found['cpu_minutes']:.0f} minutes of CPU time on {found['machine']}; torch {found['torch']}.",
             "",

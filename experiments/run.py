@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.dry_run:
             print(plan(chosen, setup, jobs=given.jobs))
             return 0
+        given.results.mkdir(parents=True, exist_ok=True)
         for one in chosen:
             print(one.report(finish(one, setup, jobs=given.jobs), setup, given.results), flush=True)
         if given.results == RESULTS:

@@ -19,7 +19,7 @@ import torch
 
 from experiments import classify, pages, sweep_page
 from experiments.candidates import tried_rows
-from experiments.cells import Cell, Result, Results, Setup, computed_once
+from experiments.cells import Cell, Result, Results, Setup, computed_once, read_result
 from experiments.choices import Changes, Choices
 from experiments.classify import Settings
 from experiments.networks import measure_statistics_, variant_for
@@ -163,7 +163,7 @@ class Sweep:
         source = balanced(source, min(settings.images, len(source)))
         weights = None
         if self.pretraining is not None:
-            first, path = self._pretrained(settings, files, cell, setup)
+            first, path = self._pretrained(files, cell, setup)
             if first["status"] == "diverged":
                 return first
             weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -189,11 +189,10 @@ class Sweep:
         numbers = [n for n in range(len(source.classes)) if n not in self.pretraining.classes]
         return of_classes(source, numbers)
 
-    def _pretrained(
-        self, settings: Settings, files: dict[str, Path], cell: Cell, setup: Setup
-    ) -> tuple[Result, Path]:
-        """Return the result of the pretraining and its weights; cells of equal network and seed share them."""
+    def pretraining_of(self, cell: Cell) -> Cell:
+        """Return the pretraining of a cell; cells of equal network and seed share it."""
         assert self.pretraining is not None
+        settings = Settings().changed(cell.options["training"])
         first = Settings(
             base=settings.base,
             method=settings.method,
@@ -202,10 +201,13 @@ class Sweep:
             clipping=settings.clipping,
         ).changed({**self.pretraining.changes, **self.pretraining.by_method.get(settings.method, {})})
         options = {**cell.options, "training": asdict(first)}
-        folder = setup.folder_of(
-            Cell.of(self.name, "pretraining", point=settings.method, seed=cell.seed, settings=options)
-        )
-        classes = self.pretraining.classes
+        return Cell.of(self.name, "pretraining", point=settings.method, seed=cell.seed, settings=options)
+
+    def _pretrained(self, files: dict[str, Path], cell: Cell, setup: Setup) -> tuple[Result, Path]:
+        """Return the result of the pretraining of a cell, and its weights."""
+        assert self.pretraining is not None
+        classes, one = self.pretraining.classes, self.pretraining_of(cell)
+        first, folder = Settings().changed(one.options["training"]), setup.folder_of(one)
 
         def train() -> Result:
             source = of_classes(open_part(files, "train"), classes)
@@ -234,8 +236,13 @@ class Sweep:
         complete = len(done) == len(self.all_cells())
         if complete:
             self._score(done, setup)
+        trained = dict(done)
+        if self.pretraining is not None:
+            shared = {self.pretraining_of(cell) for cell in done}
+            trained |= {one: result for one in shared if (result := read_result(one, setup)) is not None}
         found = {
             **pages.facts(self, setup, done),
+            "cpu_minutes": pages.cpu_minutes(trained),
             "images": vars(self.images),
             "complete": complete,
             "cells": [self._row(cell, result, setup) for cell, result in done.items() if not cell.chooses],

@@ -1,4 +1,4 @@
-"""What experiments conclude from the scores of their seeds, by rules that are fixed before the runs.
+"""What experiments conclude from the scores of their seeds, by rules that are code.
 
 Arms with the same seed share the order of the images, the crops and the initial weights of common layers, so they are
 compared seed by seed by a paired t interval. An arm is "ahead" or "behind" if the 95 % interval of the difference
@@ -34,13 +34,17 @@ class Finding:
         claim: key of the claim.
         verdict: HOLDS, FAILS or UNDECIDED.
         numbers: our numbers, as text.
+        rows: (arm, point) of the table whose scores decide it.
+        seeds: how many runs of each arm decide it, 0 for those of the table.
     """
 
     claim: str
     verdict: str
     numbers: str
+    rows: tuple[tuple[str, str], ...] = ()
+    seeds: int = 0
 
-    def as_json(self) -> dict[str, str]:
+    def as_json(self) -> dict[str, Any]:
         """Return the finding as an object for JSON."""
         return asdict(self)
 
@@ -53,11 +57,13 @@ class Compared:
         verdict: ahead, behind, equal or undecided.
         paired: difference and interval; None if runs diverged or are missing.
         reason: why there is no interval.
+        rows: the two, each as (arm, point).
     """
 
     verdict: str
     paired: PairedComparison | None = None
     reason: str = ""
+    rows: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         if self.paired is None:
@@ -105,18 +111,18 @@ class Scores:
         """Compare two arms, each given as (arm, point), by the rule of this module."""
         ours, theirs = self.by_seed(*method), self.by_seed(*baseline)
         if ours.keys() != theirs.keys() or len(ours) < 2:
-            return Compared(UNDECIDED, reason="runs are missing")
+            return Compared(UNDECIDED, reason="runs are missing", rows=(method, baseline))
         lost, lost_by_other = self.diverged(*method), self.diverged(*baseline)
         if not lost and not lost_by_other:
             paired = compare_paired(self.good(*method), self.good(*baseline), margin=margin)
-            return Compared(paired.verdict, paired)
+            return Compared(paired.verdict, paired, rows=(method, baseline))
         verdict = UNDECIDED
         if lost >= LOST and not lost_by_other:
             verdict = "behind"
         elif lost_by_other >= LOST and not lost:
             verdict = "ahead"
         reason = f"{lost} of {len(ours)} runs diverged, against {lost_by_other} of {len(theirs)}"
-        return Compared(verdict, reason=reason)
+        return Compared(verdict, reason=reason, rows=(method, baseline))
 
     def text(self, arm: str, point: str = "", *, digits: int = 1) -> str:
         """Return mean ± standard deviation of the runs that did not diverge, and how many did."""
@@ -135,6 +141,15 @@ def spread(values: Sequence[float], *, digits: int = 1) -> str:
         return "–"
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{fmean(values):z.{digits}f}{deviation}"
+
+
+def rows_of(*compared: Compared) -> tuple[tuple[str, str], ...]:
+    """Return the rows of several comparisons, each once.
+
+    >>> rows_of(Compared("equal", rows=(("a", ""), ("b", ""))), Compared("equal", rows=(("b", ""), ("c", ""))))
+    (('a', ''), ('b', ''), ('c', ''))
+    """
+    return tuple(dict.fromkeys(row for one in compared for row in one.rows))
 
 
 def both(*verdicts: str) -> str:

@@ -102,10 +102,12 @@ def parse(args: Sequence[str]) -> TrainArguments:
     """Separate the options of the command from those that set config keys.
 
     Raises:
-        UsageError: --out, --folds or --privacy has no value, or a wrong one.
+        UsageError: --out, --folds or --privacy has no value, or a wrong one; or --privacy and another option set the
+            same key.
     """
     rest: list[str] = []
     out, find_lr, folds = "", False, 0
+    privacy: list[str] = []
     remaining = list(args)
     while remaining:
         arg = remaining.pop(0)
@@ -116,19 +118,25 @@ def parse(args: Sequence[str]) -> TrainArguments:
         elif arg.partition("=")[0] in _VALUES:
             name, equals, value = arg.partition("=")
             if not equals:
-                if not remaining or remaining[0].startswith("--"):
-                    raise UsageError(problem(f"{name} has no value", fix=_VALUES[name]))
-                value = remaining.pop(0)
+                value = "" if not remaining or remaining[0].startswith("--") else remaining.pop(0)
+            if not value:
+                raise UsageError(problem(f"{name} has no value", fix=_VALUES[name]))
             if name == "--out":
                 out = value
             elif name == "--privacy":
-                rest += _private(value)
+                privacy = _private(value)
+                rest += privacy
             else:
                 folds = _number_of_folds(value)
         else:
             rest.append(arg)
     source = rest.pop(0) if rest and not rest[0].startswith("--") else ""
-    return TrainArguments(source, out, find_lr, folds, tuple(rest))
+    found = TrainArguments(source, out, find_lr, folds, tuple(rest))
+    for option in privacy[::2]:
+        if found.keys.count(option.removeprefix("--")) > 1:  # the last one would win, perhaps without privacy
+            given = f"--privacy and {option}, or --privacy twice, set the same key"
+            raise UsageError(problem(given, allowed="one of them", fix=_VALUES["--privacy"]))
+    return found
 
 
 def _number_of_folds(text: str) -> int:
@@ -280,6 +288,7 @@ def _start_folds(arguments: TrainArguments) -> tuple[Config, Path, int]:
 
 def _config(arguments: TrainArguments) -> tuple[Config, str]:
     """Return the config of a recipe or file with the overrides applied, and its name."""
+    from normfree.training.choices import is_private
     from normfree.training.config_io import load_config
     from normfree.training.recipes import DEFAULT_RECIPE, RECIPES
 
@@ -299,7 +308,17 @@ def _config(arguments: TrainArguments) -> tuple[Config, str]:
             problem(f"{source!r} is not a recipe, a run folder or a .toml file.{did_you_mean(source, RECIPES)}",
                     allowed=f"the recipes {', '.join(list(RECIPES)[:7])}, those of `normfree list recipes`", fix=fix)
         )  # fmt: skip
-    return _changed(RECIPES[source](), arguments), source
+    config = _changed(RECIPES[source](), arguments)
+    if source == "private" and not is_private(config.optim.clip):
+        given = f"the recipe private with --optim.clip {config.optim.clip}, which is not private"
+        raise UsageError(
+            problem(
+                given,
+                allowed="--optim.clip private:...",
+                fix=f"{_VALUES['--privacy']}, or the recipe scratch",
+            )
+        )
+    return config, source
 
 
 def _changed(base: Config, arguments: TrainArguments) -> Config:

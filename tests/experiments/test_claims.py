@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.catalog import experiment
-from experiments.claim_list import CLAIMS, NOT_RUN, Evidence
-from experiments.claims import PAGE, _mark, evidence_for, findings, judge_again, table
+from experiments.catalog import NAMES, experiment
+from experiments.claim_list import CLAIMS, NOT_RUN
+from experiments.claims import PAGE, evidence_for, findings, judge_again, table
 from experiments.verdicts import FAILS, HOLDS, UNDECIDED
 
 ROOT = Path(__file__).parents[2]
@@ -30,14 +30,36 @@ def test_committed_results_are_judged_by_todays_rules(tmp_path):
         assert path.read_text(encoding="utf-8") == (results / path.name).read_text(encoding="utf-8")
 
 
-def test_a_verdict_on_an_arm_whose_best_rate_is_at_an_end_is_marked():
-    at_edge = {"a.md": {"NF + AGC": True, "BN": False, "NF": False}}
-    marks = {
-        numbers: _mark(Evidence(numbers=numbers, page="a.md"), at_edge)
-        for numbers in ("NF + AGC against BN: 1", "NF against BN: 1")
+def test_a_verdict_on_a_row_whose_best_rate_is_at_an_end_is_marked(tmp_path):
+    tried = [{"changes": {"rate": rate}} for rate in (0.1, 0.2, 0.4)]
+    best = {("SGD", ""): 0.2, ("SGD, SAM", ""): 0.4, ("SGD, AGC", ""): 0.1}
+    chosen = [
+        {"arm": arm, "point": point, "tried": tried, "best": {"rate": rate}}
+        for (arm, point), rate in best.items()
+    ]
+    rows = {
+        "sam-unclipped": [["SGD, SAM", ""], ["SGD", ""]],
+        "ema": [["SGD", ""]],
+        "sam": [["SGD, AGC", "1"]],
     }
-    assert list(marks.values()) == [" †", ""]
-    assert _mark(Evidence(numbers="NF + AGC", page="b.md"), at_edge) == ""
+    found = [{"claim": claim, "verdict": HOLDS, "numbers": "", "rows": own} for claim, own in rows.items()]
+    content = {"findings": found, "chosen": chosen, "command": "", "seeds": 3, "machine": ""}
+    (tmp_path / "optimizers.json").write_text(json.dumps(content))
+    marked = {claim: own.at_end for (_, claim), own in findings(tmp_path).items()}
+    assert marked == {"sam-unclipped": True, "ema": False, "sam": False}
+    assert "| SAM helps without AGC | Foret et al. 2021 | **holds** † |" in table(tmp_path)
+
+
+def test_the_rows_of_each_finding_are_those_of_its_table():
+    """Else a rate at an end would not be marked."""
+    for name in NAMES:
+        path = ROOT / "experiments" / "results" / f"{name}.json"
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        choices = getattr(experiment(name, "cpu"), "choices", None)
+        for finding in content.get("findings", ()) if choices else ():
+            rows = {tuple(row) for row in finding["rows"]}
+            assert rows <= set(choices.rows), finding["claim"]
+            assert rows or finding["seeds"] == 1, finding["claim"]
 
 
 @pytest.mark.parametrize("claim", [c for c in ALL if c.known], ids=lambda c: c.key)

@@ -178,7 +178,7 @@ def test_nothing_holds_where_all_runs_diverged(name):
         ("small_batches", ("BN",), {"bn-small-batch": HOLDS}),
         ("small_batches", ("NF",), {"bn-small-batch": FAILS, "nf-small-batch": FAILS, "gn-small-batch": HOLDS}),
         ("depth", ("nothing",), {"explosion": HOLDS}),
-        ("depth", ("NF",), {"nf-deep": UNDECIDED, "nf-bn-deep": FAILS, "explosion": FAILS, "mean-shift": FAILS}),
+        ("depth", ("NF",), {"nf-deep": UNDECIDED, "nf-bn-deep": FAILS, "explosion": UNDECIDED, "mean-shift": FAILS}),
         ("depth", ("NF", "nothing", "FixUp"), {"explosion": UNDECIDED, "nf-skipinit-fixup": HOLDS}),
         ("depth", ("NF, gain 0",), {"nf-skipinit-fixup": FAILS}),
     ],
@@ -224,6 +224,17 @@ def test_a_page_is_made_of_arms_that_diverged(name, arm, tmp_path):
     assert f"{lost} of {sweep.seeds} runs diverged, against {others} of {sweep.seeds}" in page
     sweep_page.draw(sweep, found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(("level", "expected"), [(10.0, HOLDS), (HIGH, FAILS)])
+def test_a_training_fails_if_each_run_diverges_or_guesses(level, expected):
+    rows = [
+        {**row, "top1": level} if row["arm"] == "nothing" and row["top1"] is not None else row
+        for row in CASES["depth"][0]
+    ]
+    first = next(row for row in rows if row["arm"] == "nothing" and row["point"] == "218")
+    first |= {"status": "diverged", "top1": None}
+    assert verdicts("depth", rows)["explosion"] == expected
 
 
 @pytest.mark.parametrize(

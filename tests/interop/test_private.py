@@ -12,6 +12,7 @@ from rich.console import Console
 import normfree
 from experiments.catalog import DATA, experiment
 from experiments.cells import Setup, finish
+from experiments.claim_list import TEXTS
 from normfree.training.accounting import ACCOUNTANTS, epsilon_of, noise_for
 from normfree.training.config_io import with_overrides
 from normfree.training.recipes import RECIPES
@@ -63,5 +64,5 @@ def test_the_smallest_setting_of_the_experiment_adds_noise_at_a_finite_epsilon(t
                        steps=round(size.epochs * size.train / size.batch), accountant="rdp")  # fmt: skip
     assert 7.8 < spent <= 8.0
     assert noise["inf"] == 0.0
-    assert "- dp: **" in page
+    assert f"- {TEXTS['privacy', 'dp']}: **" in page
     assert "mean over epsilon 8: " in page

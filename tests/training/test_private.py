@@ -206,11 +206,29 @@ def test_a_delta_that_lets_one_image_be_published_is_refused():
         ("epsilon=8,clip=1,clip=2", "--privacy has clip 2 times"),
         ("epsilon=8,epsilon=3", "--privacy has epsilon 2 times"),
         ("epsilon=8,delta=", "a value for delta, as in private:"),
+        ("", "--privacy has no value"),  # such as that of a shell variable that is not set
     ],
 )
 def test_options_of_privacy_are_given_once_and_with_a_value(options, message, capsys):
     assert main(["train", "private", *SMALL, "--privacy", options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--privacy", "epsilon=8", "--optim.clip", "agc"),
+        ("--optim.clip=agc", "--privacy", "epsilon=8"),
+        ("--privacy", "epsilon=8,clip=1", "--optim.clipping", "100"),
+        ("--privacy", "epsilon=8", "--privacy", "epsilon=3"),
+        ("--optim.clip", "agc"),
+    ],
+)
+def test_no_other_option_takes_the_privacy_away(more, capsys, tmp_path):
+    assert main(["train", "private", *SMALL, *more, "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert "set the same key" in message or "which is not private" in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
