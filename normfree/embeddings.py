@@ -141,7 +141,7 @@ def recall_at_1(embeddings: Tensor, labels: Tensor) -> float:
     """
     repeated = torch.bincount(labels)[labels] > 1
     hits = nearest_of_same_label(embeddings, labels)[repeated]
-    return 100.0 * float(hits.float().mean())
+    return 100.0 * float(hits.double().mean())
 
 
 # --- linear probe -----------------------------------------------------------------------------------------

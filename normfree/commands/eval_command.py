@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from normfree.commands.usage import UsageError, check_target, tell, with_classes
+from normfree.commands.usage import UsageError, check_classifies, check_target, tell, with_classes
 from normfree.suggest import number_of, problem
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _source(arguments: EvalArguments, model: TrainedModel) -> Source:
     """Return the images to score, with the model's classes."""
     from normfree.training.run_data import open_run_data, run_of
 
+    check_classifies(model.classes, arguments.model)
     run = run_of(arguments.model)
     if not arguments.data and run is None:
         raise UsageError(

@@ -45,6 +45,19 @@ def check_target(name: str, kinds: Sequence[str], option: str) -> str:
     return suffix
 
 
+def check_classifies(classes: Sequence[str], model: str = "MODEL") -> None:
+    """Check that a model has classes.
+
+    Raises:
+        UsageError: it computes embeddings alone.
+    """
+    if not classes:
+        raise UsageError(
+            problem("the model has no classes, only embeddings",
+                    fix=f"train a classifier with normfree train finetune --data FOLDER --weights {model}")
+        )  # fmt: skip
+
+
 def with_classes(data: str, source: Source, known: Sequence[str]) -> Source:
     """Return a source with the classes of the model, which are found by name; some may have no images.
 
@@ -53,11 +66,7 @@ def with_classes(data: str, source: Source, known: Sequence[str]) -> Source:
     """
     from normfree.data.multilabel import as_multilabel, targets_of
 
-    if not known:
-        raise UsageError(
-            problem("the model has no classes, only embeddings",
-                    fix=f"train a classifier with normfree train finetune --data {data} --weights MODEL")
-        )  # fmt: skip
+    check_classifies(known)
     if tuple(source.classes) == tuple(known):
         return source
     if as_multilabel(source) is not None:

@@ -1,7 +1,8 @@
 """Scores of a run that learns embeddings, and the files at its end.
 
 With labels: top-1 and top-5 of the nearest neighbors among the training images, and recall@1 on the validation images;
-at the end also a linear probe. Without labels: how often two views of a validation image find each other.
+at the end also a linear probe. Without labels: how often two views of a validation image find each other. Test images
+are scored once, at the end.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from normfree.models.net import Net
 from normfree.models.zoo import create_model
 from normfree.pretrained import TrainedModel, model_args
 from normfree.scores import Evaluation
+from normfree.suggest import number_of
 from normfree.training.config import Config
 from normfree.training.config_io import to_toml
 from normfree.training.console import RunLog
@@ -89,17 +91,22 @@ class EmbeddingEvaluation(Evaluation):
 
 
 def score_embeddings(
-    net: nn.Module, split: Split, trainer: Trainer, *, probe: bool = False
+    net: nn.Module, split: Split, trainer: Trainer, *, source: Source | None = None, probe: bool = False
 ) -> EmbeddingEvaluation:
-    """Return the scores of a network of `trainer` on the validation images. Every process makes the call.
+    """Return the scores of a network of `trainer`. Every process makes the call.
 
     Args:
+        net: whose embeddings are scored.
+        split: its training images are the neighbors, and those on which the probe is fitted.
+        trainer: of the network.
+        source: the images that are scored; None: the validation images of `split`.
         probe: also fit the linear probe.
     """
+    source = split.val if source is None else source
     if tuple(split.classes) == (UNLABELED,):
-        return _view_scores(net, split.val, trainer)
+        return _view_scores(net, source, trainer)
     bank, labels = _embedded(net, Subset(split.train, spread_indices(len(split.train), BANK)), trainer)
-    queries, truth = _embedded(net, split.val, trainer)
+    queries, truth = _embedded(net, source, trainer)
     classes = len(split.classes)
     votes = knn_probabilities(queries, bank, labels, classes=classes)
     found = _evaluation(votes.clamp(min=1e-6).log(), truth, tuple(split.classes))
@@ -187,6 +194,8 @@ def write_body(config: Config, split: Split, net: nn.Module, result: TrainResult
     main = {k: v for k, v in found.scores().items() if k in MAIN_SCORES}
     both = {"weights": result.weights.scores(), "average": found.scores()}
     results = {**main, **both, "steps": result.steps, "step": result.step}
+    if isinstance(result.test, EmbeddingEvaluation):
+        results["test"] = result.test.scores()
     atomic_write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     body = create_model(net.name, num_classes=0, in_channels=net.in_channels, **model_args(net))
     assert isinstance(body, Net)
@@ -197,7 +206,10 @@ def write_body(config: Config, split: Split, net: nn.Module, result: TrainResult
     with contextlib.suppress(ModuleNotFoundError):  # without matplotlib there is no plot
         metrics, title = read_metrics(out / "metrics.jsonl"), f"{config.model} on {config.data}"
         draw_curves(metrics, out / "curves.png", title=title)
-    run_log.info(f"{summary(found)} (averaged weights, {found.count} validation images)")
+    run_log.info(f"{summary(found)} (averaged weights, {number_of(found.count, 'validation image')})")
+    if isinstance(result.test, EmbeddingEvaluation):
+        tested = f"{number_of(result.test.count, 'test image')}, scored once"
+        run_log.info(f"{summary(result.test)} (averaged weights, {tested})")
     run_log.info(
         f"model:  {out}/model/    next: normfree train finetune --data FOLDER --weights {out}, "
         f"normfree predict {out} IMAGE... --embeddings FILE.npz"
@@ -211,7 +223,10 @@ def summary(found: EmbeddingEvaluation) -> str:
     if not found.labeled:
         return f"two views find each other: {accuracy_text(hits, found.count)} % of {found.count} images"
     probed = round(found.probe_top1 / 100 * found.count)
-    recall = "" if math.isnan(found.recall_at_1) else f", recall@1 {found.recall_at_1:.1f} %"
+    recall = ""
+    if not math.isnan(found.recall_at_1):
+        among = int((torch.bincount(found.labels)[found.labels] > 1).sum())  # as in `recall_at_1`
+        recall = f", recall@1 {accuracy_text(round(found.recall_at_1 / 100 * among), among)} %"
     return (
         f"{NEIGHBORS} nearest neighbors {accuracy_text(hits, found.count)} %, "
         f"linear probe {accuracy_text(probed, found.count)} %{recall}"
@@ -223,6 +238,10 @@ def _card(config: Config, split: Split, body: Net, result: TrainResult) -> str:
     found = result.average
     assert isinstance(found, EmbeddingEvaluation)
     credit = f"\nData: {split.credit}\n" if split.credit else ""
+    tested = ""
+    if isinstance(result.test, EmbeddingEvaluation):
+        images = f"{number_of(result.test.count, 'test image')}, which chose nothing and were scored once"
+        tested = f"On {images}: {summary(result.test)}.\n"
     return f"""---
 library_name: normfree
 tags: [image-feature-extraction, normalizer-free]
@@ -234,8 +253,8 @@ trained by normfree {__version__} on {len(split.train)} images; these are the av
 The network returns {body.num_features} features and has no classes: fine-tune it with `normfree train finetune
 --weights FOLDER`, or write embeddings with `normfree predict FOLDER IMAGES --embeddings FILE.npz`.
 
-On {found.count} validation images: {summary(found)}; 95 % intervals in parentheses.
-{credit}
+On {number_of(found.count, "validation image")}: {summary(found)}; 95 % intervals in parentheses.
+{tested}{credit}
 ## Config
 
 ```toml

@@ -407,9 +407,12 @@ def score(trainer: Trainer, split: Split, stop: Stop | None = None, *, probe: bo
 
 def score_test(trainer: Trainer, split: Split) -> Evaluation | None:
     """Return the evaluation of the averaged weights on the test images, None if there are none."""
-    if split.test is None or trainer.embeds:
+    if split.test is None:
         return None
     trainer.state.align_()
+    if trainer.embeds:
+        net = trainer.state.whole(trainer.ema.module)
+        return score_embeddings(net, split, trainer, source=split.test, probe=True)
     return _evaluated(trainer, trainer.ema.module, split.test, gather=trainer.world.gather, stopped=never)
 
 

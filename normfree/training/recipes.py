@@ -104,7 +104,7 @@ def simclr() -> Config:
         objective="simclr:temperature=0.2,dim=128",
         length="200ep",
         net=NetConfig(drop_rate=0.0, stochdepth_rate=0.0),
-        input=InputConfig(batch_size=batch_size, workers="auto"),
+        input=InputConfig(batch_size=batch_size, workers="auto", test_fraction=0.1),
         augment=AugmentConfig(repeats=2, randaugment="simclr:0.5"),
         optim=OptimConfig(
             lr=0.15 * batch_size / 256, weight_decay=1e-4, clipping=0.08, warmup="10ep", ema_decay=0.99
@@ -137,7 +137,9 @@ def private() -> Config:
         length=f"{15 * copies}ep",
         precision="float32",  # so that the norms of gradients are exact
         net=NetConfig(drop_rate=0.0, stochdepth_rate=0.0, skip_gain=1.0),
-        input=InputConfig(image_size=32, batch_size=512 * copies, micro_batch=64 * copies, workers=2),
+        input=InputConfig(
+            image_size=32, batch_size=512 * copies, micro_batch=64 * copies, workers=2, test_fraction=0.1
+        ),
         augment=AugmentConfig(crop_min=0.6, repeats=copies, label_smoothing=0.0),
         optim=OptimConfig(
             optimizer="sgd:momentum=0,nesterov=no",

@@ -19,7 +19,7 @@ from normfree.training.recipes import RECIPES
 from normfree.training.resolve import resolve
 from normfree.training.trainer import Trainer
 
-DATA = "synthetic:classes=3,size=16,train=24,val=9"
+DATA = "synthetic:classes=3,size=16,train=24,val=18"
 SMALL = ("--data", DATA, "--model", "nf_resnet_nano", "--input.image_size", "16", "--input.batch_size", "16",
          "--input.workers", "0", "--length", "4st", "--optim.warmup", "1st", "--device", "cpu",
          "--net.skip_gain", "0.5")  # fmt: skip
@@ -156,7 +156,10 @@ def test_a_run_writes_scores_of_neighbors_and_probe_and_a_body(run):
     model = from_pretrained(run)
     assert model.classes == ()
     assert model.net(torch.zeros(1, 3, 16, 16)).shape == (1, 256)
+    tested = results["test"]
+    assert tested["images"] == len(open_source(DATA, test_fraction=0.1).test)
     card = (run / "model" / "README.md").read_text()
+    assert "test images, which chose nothing and were scored once: " in card
     assert "256 features and has no classes" in card
     assert (run / "curves.png").exists()
 
@@ -208,15 +211,26 @@ def test_commands_say_what_a_body_is_for(run, photos, capsys):
         assert "the model has no classes, only embeddings. Fix: " in capsys.readouterr().err
 
 
+def test_eval_names_the_command_that_gives_a_body_classes(run, capsys):
+    assert main(["eval", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"Fix: train a classifier with normfree train finetune --data FOLDER --weights {run}." in error
+    assert "scored on" not in error
+
+
 def test_a_flat_folder_needs_no_labels(photos, tmp_path, capsys):
     out = tmp_path / "flat"
     flat = str(photos / "flat")
     assert main(["train", "simclr", *SMALL, "--data", flat, "--input.val_fraction", "0.4", "--length", "2st",
                  "--out", str(out)]) == 0  # fmt: skip
     printed = capsys.readouterr().out
-    assert f"{flat}: 7 images without labels to train on, 5 to validate" in printed
-    assert "two views find each other: " in printed
     results = json.loads((out / "results.json").read_text())
+    scored, tested = results["average"]["images"], results["test"]["images"]
+    counts = (
+        f"{12 - scored - tested} images without labels to train on, {scored} to validate, {tested} to test"
+    )
+    assert f"{flat}: {counts}" in printed
+    assert printed.count("two views find each other: ") == 2
     assert results["view_top1"] == results["average"]["top1"]
     assert "knn_top1" not in results
     assert (
