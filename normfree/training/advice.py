@@ -31,9 +31,11 @@ def advice(config: Config, size: RunSize) -> list[str]:
     batch_size, samples, steps = config.input.batch_size, size.samples, size.steps
     repeats = config.augment.repeats
     if batch_size > samples * repeats:
+        # The loss of simclr knows pairs of views, not images; the losses with labels compare classes.
+        views = ", and simclr pushes copies of an image apart" * config.objective.startswith("simclr")
         found.append(
             f"a batch of {batch_size} is more than the {samples} training images: every step takes some of them "
-            f"more than once; --input.batch_size {max(1, samples // 2) * repeats} would not"
+            f"more than once{views}; --input.batch_size {max(1, samples // 2) * repeats} would not"
         )
     exact = steps_of(config.length, samples=samples, batch_size=batch_size)
     if exact == 0:
