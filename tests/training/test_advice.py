@@ -38,7 +38,7 @@ def found(flags: str, *, samples: int = 100, parameters: int = 1_000_000) -> lis
         ("", ""),
         ("--input.batch_size 101 --optim.warmup 0st", "a batch of 101 is more than the 100 training images"),
         (
-            "--input.batch_size 202 --augment.repeats 2 --optim.warmup 0st --objective simclr",
+            "--input.batch_size 202 --augment.repeats 2 --length 120ep --optim.warmup 0st --objective simclr",
             "some of them more than once, and simclr pushes copies of an image apart; --input.batch_size 100",
         ),
         ("--input.batch_size 100 --length 60ep --optim.warmup 0st", ""),
