@@ -322,16 +322,16 @@ def page(experiment: Privacy, found: Mapping[str, Any]) -> str:
             "# Accuracy under differential privacy",
             "",
             f"`{found['command']}`: a small network and its twins, {size.train} training images, "
-            f"{size.epochs:g} epochs of Poisson samples of {size.batch} expected images with {size.copies} copies "
-            f"each, clipping norm {size.clip:g}, delta {size.delta:g}, scored on {size.test} test images. Top-1 in "
-            f"percent, mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
+            f"{size.epochs:g} epochs of Poisson samples of {size.batch} expected images (augmented copies of each: "
+            f"{size.copies}), clipping norm {size.clip:g}, delta {size.delta:g}, scored on {size.test} test images. "
+            f"Top-1 in percent, mean ± standard deviation of {found['seeds']} seeds; rates chosen on V.",
             "",
             *verdict_lines(found),
             *edge_lines(found["chosen"], experiment.choices),
             "",
             f"![Accuracy over epsilon]({found['stem']}.png)",
             "",
-            *markdown(["epsilon", "noise", *ARMS, "nf"], rows),
+            *markdown(["epsilon", "noise", *ARMS, "nf in points (95 %)"], rows),
             "",
             *section(found["chosen"], experiment.choices),
             f"The rule: {' '.join((findings.__doc__ or '').split())} {RULE}",
