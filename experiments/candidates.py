@@ -56,9 +56,9 @@ def edges(chosen: Sequence[Mapping[str, Any]], choices: Choices) -> list[tuple[s
 def edge_lines(chosen: Sequence[Mapping[str, Any]], choices: Choices) -> list[str]:
     """Return a list item that names the arms of `edges`; nothing if there are none."""
     named = ", ".join(arm + where for arm, where in edges(chosen, choices))
-    return [f"- Best on V at an end of those that were tried, so another may be better: {named}."] * bool(
-        named
-    )
+    if not named:
+        return []
+    return [f"- Best on V at an end of those that were tried, so another may be better: {named}."]
 
 
 def section(chosen: Sequence[Mapping[str, Any]], choices: Choices) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import candidates
 from experiments.pages import markdown, verdict_lines
 from experiments.verdicts import RULE, Scores, spread
+from normfree.diagnose.plotting import new_figure
 from normfree.uncertainty import wilson_interval
 
 if TYPE_CHECKING:
@@ -128,12 +129,8 @@ def draw(sweep: Sweep, found: Mapping[str, Any], path: Path) -> None:
 
     Both panels show the same number of percentage points. A number that the paper gives as text is a failure.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     paper = {key: [float(value)] for key, value in sweep.paper.items() if not isinstance(value, str)}
-    figure = Figure(figsize=(9 if paper else 6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9 if paper else 6, 3.8)
     axes = figure.subplots(1, 2 if paper else 1, squeeze=False)[0]
     scores = Scores(found["cells"])
     ours = {(arm, point): scores.good(arm, point) for arm in sweep.arms for point in sweep.points}
