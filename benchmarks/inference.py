@@ -20,9 +20,10 @@ ABOUT = (
     "by hand of timm's network, against the fastest of normfree's forms with the same weights. Each runtime is a "
     "comparison of its own; the arms that are timed are the fastest of either side in a round that is not counted. "
     "`PyTorch`: both memory formats; batch norm folded by torch.fx, standardized weights folded by `fold`. "
-    "`torch.compile`: NHWC, with constant weights (`freezing`). `onnxruntime`, `OpenVINO`: files of "
-    "torch.onnx.export and of `export`. `int8`: by NNCF with its defaults, and by `quantize`, calibrated on the same "
-    "24 random images. resnet50 and efficientnet_b0 have batch norm: they are what a user would deploy instead. "
+    "`torch.compile`: NHWC, with constant weights (`freezing`). `onnxruntime`: files of torch.onnx.export and of "
+    "`export`. `OpenVINO`: openvino.convert_model, and `export`. `int8`: by NNCF with its defaults, and by `quantize`, "
+    "calibrated on the same 24 random images. resnet50 and efficientnet_b0 have batch norm: they are what a user "
+    "would deploy instead. "
     "Logits are compared with timm's in float32 first: PyTorch to 1e-5, other runtimes to 1e-4, bfloat16 to 0.1 and "
     "int8 to 0.3, relative."
 )

@@ -17,9 +17,9 @@ from normfree import create_model, fold, load_weights
 
 ABOUT = (
     "Milliseconds of one batch of 12 spectrograms, 3 x 128 x 313, through eca_nfnet_l0 with random weights, on one "
-    "thread. By hand: timm's network in PyTorch, compiled with constant weights, exported with torch.onnx.export and "
-    "run by onnxruntime and OpenVINO, and quantized by NNCF with its defaults. normfree: `fold` of timm's module and "
-    "of our network with the same weights, files of `export`, and int8 files of `quantize`. Logits are compared "
+    "thread. By hand: timm's network in PyTorch, compiled with constant weights, in onnxruntime by torch.onnx.export, "
+    "in OpenVINO by openvino.convert_model, and quantized by NNCF with its defaults. normfree: `fold` of timm's module "
+    "and of our network with the same weights, files of `export`, and int8 files of `quantize`. Logits are compared "
     "first: float32 arms to 1e-4, bfloat16 to 0.1 and int8 to 0.3, relative; the weights are random, so the accuracy "
     "of int8 is measured elsewhere, by experiments/int8_accuracy.py. Both int8 forms are calibrated on 24 random "
     "inputs."
