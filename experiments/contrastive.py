@@ -65,7 +65,7 @@ class Size:
     temperature: float = 0.2
     dim: int = 64
     clipping: float = 0.08
-    rates: tuple[float, ...] = (0.1, 0.3, 0.9)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 0.9, 2.7)
     seeds: int = 3
 
 

@@ -101,7 +101,7 @@ def findings(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
 
 def page(found: Mapping[str, Any], choices: Choices, *, image: str) -> str:
     """Return the page of results, from what the JSON holds; `image` is the name of the file that `draw` writes."""
-    size, cells, chosen = found["size"], found["cells"], found.get("chosen", ())  # old JSON has no "chosen"
+    size, cells, chosen = found["size"], found["cells"], found["chosen"]
     batch, devices = size["batch"], size["devices"]
     rule = " ".join(f"{leak_of.__doc__} {findings.__doc__}".partition("\n")[2].split())
     rows = []
