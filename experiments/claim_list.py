@@ -377,7 +377,7 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         ),
         Claim(
             "nf-transfer-elpv",
-            "pretrained NF networks fine-tune better than BN networks on 1,311 photographs of solar cells, batch 8, "
+            "pretrained NF networks fine-tune better than BN networks on 1,313 photographs of solar cells, batch 8, "
             "one resolution",
             "[B] table 4",
             "finetune",

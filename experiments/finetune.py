@@ -5,9 +5,11 @@
     python -m experiments.finetune --data photos/
 
 1. Both networks are trained on the embedded emoji with the demo's recipe.
-2. The folder is split once, half of each class for validation, and packed at 128 px.
-3. Each arm tries the same learning rates, with a seed that is not used in the tables, and keeps its best.
-4. Each cell is one run of the recipe `finetune`; rate and averaging window scale linearly with the batch size.
+2. The folder is split once, half of each class for the test, and packed at 128 px. The test images choose nothing.
+3. Each arm tries the same learning rates with seeds that are not used in the tables, and keeps the best on a fifth of
+   the training images that these runs are not trained on (V).
+4. Each cell is one run of the recipe `finetune` on all training images; rate and averaging window scale linearly with
+   the batch size. Runs with a patience are trained without V, which chooses their step.
 
 One process with one thread. Finished runs are kept, and interrupted runs continue. The 2,624 photographs of solar cells
 (ELPV: Buerhop-Lutz et al. 2018, CC BY-NC-SA 4.0) are not part of this repository. Writes results/finetune.json and
@@ -20,26 +22,26 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from experiments.pages import markdown
-from experiments.verdicts import spread
+from experiments.pages import machine, markdown
+from experiments.verdicts import Scores, spread
 from normfree import Config, evaluate, from_pretrained, open_source, train
-from normfree.data.sources.packed import pack
+from normfree.data.sources.packed import PackedSource, pack
 from normfree.data.subset import Subset
 from normfree.preprocessing import Preprocessing
 from normfree.training.config_io import with_overrides
-from normfree.training.early_stopping import Best
 from normfree.training.recipes import RECIPES
 from normfree.training.stop import StoppedBySignal
 
@@ -54,15 +56,18 @@ GRADES = {
 ARMS = {"NF + AGC": ("nf_resnet_nano_64", "agc"), "BN twin": ("resnet_nano_64", "off")}
 BATCH_SIZES = (2, 8, 64)
 PLAIN = 8  # the batch size of all measurements at a single batch size
-RATES = (0.01, 0.02, 0.04)  # at batch size 32; the recipe's is 0.02
-LENGTH, PROBE_LENGTH, PROBE_SEED = "4ep", "2ep", 100
+RATES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # at batch size 32; the recipe's is 0.02
+LENGTH, PROBE_SEEDS = "4ep", (100, 101, 102)
 SIZES = (48, 64, 80, 96, 128)  # test sizes in px; training is at 64
 PACKED = 128  # px
 POWERS = (0.0, 0.5, 1.0)
 FEW = 75  # training images of each class in the small folder
 FEW_LENGTHS = ("30ep", "1000st")
 WHOLE = "30ep"  # length of the recipe
-PATIENCES = (2, 3, 5, 10)  # the recipe uses 10
+PATIENCES = (0, 3, 10)  # the recipe uses 10
+SCORES = ("top1", "balanced_top1")
+V_FRACTION = 0.2  # of the training images
+TRAIN, TEST, FEW_TRAIN = RUNS / "train.packed", RUNS / "test.packed", RUNS / "few.packed"
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Cell:
     pretrained: bool = True
     length: str = LENGTH
     few: bool = False
+    patience: int | None = None
 
     def name(self) -> str:
         """Return the name of the run folder."""
@@ -83,18 +89,20 @@ class Cell:
         parts += [f"balance{self.balance:g}"] if self.balance else []
         parts += [] if self.pretrained else ["scratch"]
         parts += ["few"] if self.few else []
+        parts += [] if self.patience is None else [f"patience{self.patience}"]
         return "-".join(parts + ([] if self.length == LENGTH else [self.length]))
 
-    def flags(self, data: str, rate: float) -> list[str]:
-        """Return the command-line options of the run; `rate` is for batch size 32."""
+    def flags(self, rate: float, *, held_out: float = 0.0) -> list[str]:
+        """Return the command-line options of a run; `rate` is for batch size 32, `held_out` the fraction that V is."""
         model, clip = ARMS[self.arm]
         scale = self.batch_size / 32
         start = str(RUNS / f"pretrained-{model}") if self.pretrained else ""
-        every = "1000st" if self.few else "1ep" if self.length == WHOLE else "2ep"
+        every = "1000st" if self.few else "2ep" if self.patience is None else "1ep"
         options = {
-            "data": data.replace("train.", "few.") if self.few else data, "model": model, "weights": start,
-            "seed": self.seed, "device": "cpu", "precision": "float32", "length": self.length, "patience": 0,
-            "input.workers": 0,
+            "data": f"packed:{FEW_TRAIN if self.few else TRAIN},test={TEST}", "model": model, "weights": start,
+            "seed": self.seed, "device": "cpu", "precision": "float32", "length": self.length,
+            "patience": self.patience or 0, "input.workers": 0,
+            "input.val_fraction": held_out if self.patience is None else V_FRACTION, "input.test_fraction": 0.0,
             "input.batch_size": self.batch_size, "optim.lr": rate * scale, "optim.clip": clip,
             "optim.ema_decay": 1 - 0.01 * scale, "optim.class_balance": self.balance,
             "log.evaluate_every": every, "log.checkpoint_every": every,
@@ -124,13 +132,12 @@ def cpu_seconds(out: Path) -> float:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """Return the scores of a finished run, evaluation by evaluation, and its CPU time."""
+    """Return the scores of a finished run on the test images, its number of evaluations, and its CPU time."""
     scores = json.loads((out / "results.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        "average": {k: scores["average"][k] for k in ("top1", "balanced_top1", "per_class_top1")},
-        "weights": {k: scores["weights"][k] for k in ("top1", "balanced_top1")},
-        "course": [(row["ema_top1"], row["ema_val_loss"]) for row in rows if "ema_top1" in row],
+        "test": {key: scores["test"][key] for key in (*SCORES, "per_class_top1")},
+        "evaluations": sum("ema_top1" in row for row in rows),
         "clipped": statistics.fmean(row["clipped"] for row in rows if "clipped" in row),
         "cpu_seconds": cpu_seconds(out),
     }
@@ -148,66 +155,79 @@ def unpack_elpv(wheel: Path) -> Path:
     return folder
 
 
-def packed(data: str) -> str:
-    """Pack the folder into two files, so that every run reads the same split; return their `--data` value."""
-    parts = [RUNS / "train.packed", RUNS / "val.packed"]
-    if not all(part.exists() for part in parts):
+def pack_parts(data: str) -> None:
+    """Split the folder into training and test images and pack them, so that every run reads the same ones.
+
+    Earlier versions chose the recipe on one half and trained on the other. The halves are exchanged, so that no test
+    image has chosen anything.
+    """
+    if not (TRAIN.exists() and TEST.exists()):
         split = open_source(data, val_fraction=0.5, seed=0)
-        for source, part in zip((split.train, split.val), parts, strict=True):
+        for source, part in ((split.val, TRAIN), (split.train, TEST)):
             pack(source, part, size=PACKED)
-    few = RUNS / "few.packed"
-    if not few.exists():
-        train_part = open_source(f"packed:{parts[0]},val={parts[1]}").train
-        labels = [train_part.label(i) for i in range(len(train_part))]
+    if not FEW_TRAIN.exists():
+        images = PackedSource(TRAIN)
+        labels = [images.label(i) for i in range(len(images))]
         first = [i for i, label in enumerate(labels) if labels[:i].count(label) < FEW]
-        pack(Subset(train_part, first), few, size=PACKED)
-    return f"packed:{parts[0]},val={parts[1]}"
+        pack(Subset(images, first), FEW_TRAIN, size=PACKED)
 
 
-def probe(data: str) -> dict[str, dict[float, float]]:
-    """Return top-1 of the averaged weights for each arm and rate, at batch size 8."""
+def probe() -> dict[str, dict[float, float]]:
+    """Return for each arm and rate top-1 on V at batch size 8, averaged over the seeds; each has a V of its own."""
     found: dict[str, dict[float, float]] = {}
     for arm in ARMS:
         for rate in RATES:
-            cell = Cell(arm, PLAIN, PROBE_SEED)
-            flags = [*cell.flags(data, rate), f"--length={PROBE_LENGTH}"]
-            out = run(with_overrides(RECIPES["finetune"](), flags), RUNS / f"probe-{cell.name()}-lr{rate:g}")
-            found.setdefault(arm, {})[rate] = read(out)["average"]["top1"]
+            scores = []
+            for seed in PROBE_SEEDS:
+                cell = Cell(arm, PLAIN, seed)
+                config = with_overrides(RECIPES["finetune"](), cell.flags(rate, held_out=V_FRACTION))
+                out = run(config, RUNS / f"probe-{cell.name()}-lr{rate:g}")
+                scores.append(json.loads((out / "results.json").read_text())["average"]["top1"])
+            found.setdefault(arm, {})[rate] = statistics.fmean(scores)
     return found
 
 
-def at_sizes(cell: Cell, data: str) -> dict[int, float]:
-    """Return top-1 of a finished cell's network on validation images of several sizes."""
-    trained, split = from_pretrained(RUNS / cell.name()), open_source(data)
+def at_sizes(cell: Cell) -> dict[int, float]:
+    """Return top-1 of a finished cell's network on the test images at several sizes."""
+    net, images = from_pretrained(RUNS / cell.name()).net, PackedSource(TEST)
     return {
-        size: evaluate(trained.net, split.val, preprocessing=Preprocessing(image_size=size, crop="squash"),
-                       device="cpu").top1
+        size: evaluate(
+            net, images, preprocessing=Preprocessing(image_size=size, crop="squash"), device="cpu"
+        ).top1
         for size in SIZES
-    }  # fmt: skip
+    }
 
 
-def stopped(course: list[tuple[float, float]], patience: int) -> tuple[int, float]:
-    """Return (evaluations used, best score) of a run with that patience, from its averaged (top-1, loss) values.
-
-    A patience of 0 is the whole run.
-    """
-    best = Best()
-    for number, (top1, loss) in enumerate(course, 1):
-        best = best.after(top1, loss, number)
-        if best.plateau(patience):
-            break
-    return number, best.score
-
-
-def patience_rows(courses: list[list[tuple[float, float]]]) -> list[list[str]]:
-    """Return the table rows on patience."""
-    rows = []
-    for patience in (0, *PATIENCES):
-        ends = [stopped(course, patience) for course in courses]
-        lost = [stopped(course, 0)[1] - score for course, (_, score) in zip(courses, ends, strict=True)]
-        rows.append([str(patience), spread([float(n) for n, _ in ends]), spread([score for _, score in ends]),
-                     f"{max(lost, default=0.0):.1f}"])  # fmt: skip
-    return rows
+def differences(cells: Mapping[Cell, Mapping[str, Any]]) -> list[list[str]]:
+    """Return table rows that compare kinds of cells, seed by seed."""
+    nf, bn = ARMS
+    balanced = [(Cell(arm, PLAIN, 0, balance=b), Cell(arm, PLAIN, 0)) for arm in ARMS for b in POWERS if b]
+    last = Cell(nf, 32, 0, length=WHOLE, patience=0)
+    pairs = [
+        *((Cell(nf, batch, 0), Cell(bn, batch, 0)) for batch in BATCH_SIZES),
+        *((Cell(arm, min(BATCH_SIZES), 0), Cell(arm, max(BATCH_SIZES), 0)) for arm in ARMS),
+        *balanced,
+        tuple(Cell(nf, 32, 0, length=length, few=True) for length in FEW_LENGTHS),
+        (Cell(nf, PLAIN, 0), Cell(nf, PLAIN, 0, pretrained=False)),
+        *((replace(last, patience=patience), last) for patience in PATIENCES if patience),
+    ]
+    rows = [
+        {
+            "arm": replace(cell, seed=0).name(),
+            "point": "",
+            "seed": cell.seed,
+            "status": "done",
+            **result["test"],
+        }
+        for cell, result in cells.items()
+    ]
+    return [
+        [
+            *(cell.name().replace("-s0", "") for cell in pair),
+            *(str(Scores(rows, key=key).compare(*((cell.name(), "") for cell in pair))) for key in SCORES),
+        ]
+        for pair in pairs
+    ]
 
 
 def page(found: dict[str, Any], seeds: int) -> str:
@@ -218,8 +238,8 @@ def page(found: dict[str, Any], seeds: int) -> str:
         return [cells[c] for s in range(seeds) if (c := Cell(arm, batch, s, **other)) in cells]
 
     def pair(arm: str, batch: int, **other: Any) -> list[str]:
-        scores = [cell["average"] for cell in of(arm, batch, **other)]
-        return [spread([x[kind] for x in scores]) for kind in ("top1", "balanced_top1")]
+        scores = [cell["test"] for cell in of(arm, batch, **other)]
+        return [spread([x[kind] for x in scores]) for kind in SCORES]
 
     rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found["rates"].items())
     tried = "; ".join(
@@ -228,14 +248,14 @@ def page(found: dict[str, Any], seeds: int) -> str:
     at_size = {arm: [found["sizes"].get(Cell(arm, PLAIN, s).name()) for s in range(seeds)] for arm in ARMS}
     lines = [
         "# Fine-tuning on a small folder", "",
-        f"`python -m experiments.finetune`: {found['images'][0]} training and {found['images'][1]} validation images "
+        f"`python -m experiments.finetune`: {found['images'][0]} training and {found['images'][1]} test images "
         f"in {found['classes']} classes; the largest has {found['largest']:.1f} % of the latter. Both networks were "
         f"trained on the emoji before. Recipe `finetune`, {LENGTH}, 64 px, no early stopping, averaged weights after "
         f"the last step; mean ± standard deviation of {seeds} seeds. The seed changes "
         "everything except the split. The BN twin has no clipping; all else is the same.", "",
         f"Learning rate at batch size 32: {rates}; scaled linearly at other batch sizes, as is the averaging window. "
-        f"Both arms tried the same rates at batch size {PLAIN} for {PROBE_LENGTH} with seed {PROBE_SEED}, on the same "
-        f"validation images; top-1 %: {tried}.", "",
+        f"Both arms tried the same rates at batch size {PLAIN} with {len(PROBE_SEEDS)} other seeds, each trained "
+        f"without a fifth of the training images, on which it was scored; top-1 %: {tried}.", "",
         *markdown(
             ["network", "batch", "top-1 %", "mean over classes %", "clipped units %", "CPU s per run"],
             [
@@ -245,24 +265,29 @@ def page(found: dict[str, Any], seeds: int) -> str:
                 for arm in ARMS for batch in BATCH_SIZES
             ],
         ), "",
-        f"The standard error of one validation figure is about {found['error']:.1f} points; all cells use the same "
+        f"The standard error of one figure is about {found['error']:.1f} points; all cells use the same "
         "images, so differences are more certain than that.", "", f"## Class balance, batch size {PLAIN}", "",
         *markdown(
             ["network", "class_balance", "top-1 %", "mean over classes %"],
             [[arm, f"{b:g}", *pair(arm, PLAIN, balance=b)] for arm in ARMS for b in POWERS],
         ), "", "## Few images, batch size 32", "",
-        f"The first {FEW} training images of each class, {FEW * found['classes']} in total; the validation images "
-        "are the same.", "",
+        f"The first {FEW} training images of each class, {FEW * found['classes']} in total; the test images are "
+        "the same.", "",
         *markdown(
             ["network", "length", "top-1 %", "mean over classes %"],
             [["NF + AGC", n, *pair("NF + AGC", 32, length=n, few=True)] for n in FEW_LENGTHS],
-        ), "", f"## Effect of patience, batch size 32, {WHOLE}", "",
-        f"Computed from complete runs with one evaluation per epoch. Averaged top-1 after the last step: "
-        f"{pair('NF + AGC', 32, length=WHOLE)[0]} %. The best score is chosen on the images on "
-        "which it is measured.", "",
+        ), "", f"## Patience, batch size 32, {WHOLE}", "",
+        "Trained without a fifth of the training images, on which the averaged weights are scored after each epoch: "
+        "the run ends when as many epochs in a row bring nothing better, and the best is kept. Patience 0 goes on to "
+        "the end and keeps the last.", "",
         *markdown(
-            ["patience", "epochs used", "best averaged top-1 %", "most points lost"],
-            patience_rows([c["course"] for c in of("NF + AGC", 32, length=WHOLE)]),
+            ["patience", "epochs run", "top-1 %", "mean over classes %"],
+            [
+                [str(patience),
+                 spread([float(c["evaluations"]) for c in of("NF + AGC", 32, length=WHOLE, patience=patience)]),
+                 *pair("NF + AGC", 32, length=WHOLE, patience=patience)]
+                for patience in PATIENCES
+            ],
         ), "", f"## Pretrained and random weights, batch size {PLAIN}", "",
         *markdown(
             ["network", "start", "top-1 %", "mean over classes %"],
@@ -277,9 +302,10 @@ def page(found: dict[str, Any], seeds: int) -> str:
                 [arm, *(spread([x[str(size)] for x in scores if x]) for size in SIZES)]
                 for arm, scores in at_size.items()
             ],
-        ), "",
-        f"{platform.machine()}, torch {torch.__version__}, CPU, one thread; {found['cpu_minutes']:.0f} core-minutes in "
-        "total.",
+        ), "", "## Differences, in points", "",
+        "Of the same seeds, with 95 % intervals.", "",
+        *markdown(["first", "second", "top-1", "mean over classes"], differences(cells)), "",
+        f"{found['machine']}, torch {found['torch']}, one thread; {found['cpu_minutes']:.0f} core-minutes in total.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -290,7 +316,8 @@ def every_cell(seeds: int) -> list[Cell]:
     rest = [Cell(arm, PLAIN, seed, balance=b) for b in POWERS if b for seed in range(seeds) for arm in ARMS]
     rest += [Cell("NF + AGC", PLAIN, seed, pretrained=False) for seed in range(seeds)]
     rest += [Cell("NF + AGC", 32, seed, length=n, few=True) for seed in range(seeds) for n in FEW_LENGTHS]
-    return table + rest + [Cell("NF + AGC", 32, seed, length=WHOLE) for seed in range(seeds)]
+    rest += [Cell("NF + AGC", 32, seed, length=WHOLE, patience=p) for seed in range(seeds) for p in PATIENCES]
+    return table + rest
 
 
 def main() -> None:
@@ -308,23 +335,24 @@ def main() -> None:
     for model, _ in ARMS.values():
         flags = [f"--model={model}", "--device=cpu", "--precision=float32"]
         run(with_overrides(RECIPES["demo"](), flags), RUNS / f"pretrained-{model}")
-    data = packed(arguments.data or str(unpack_elpv(arguments.elpv)))
-    probes = probe(data)
-    rates = {arm: max(tried, key=lambda rate, tried=tried: tried[rate]) for arm, tried in probes.items()}
+    pack_parts(arguments.data or str(unpack_elpv(arguments.elpv)))
+    probes = probe()
+    rates = {arm: max(tried.items(), key=itemgetter(1))[0] for arm, tried in probes.items()}
     print(probes, rates, flush=True)
-    split = open_source(data)
-    labels = torch.tensor([split.val.label(i) for i in range(len(split.val))])
+    train_part, test_part = PackedSource(TRAIN), PackedSource(TEST)
+    labels = torch.tensor([test_part.label(i) for i in range(len(test_part))])
     largest = float(torch.bincount(labels).max()) / len(labels)
     found = {
-        "images": [len(split.train), len(split.val)], "classes": len(split.classes), "largest": 100 * largest,
+        "machine": machine(), "torch": torch.__version__, "images": [len(train_part), len(test_part)],
+        "classes": len(test_part.classes), "largest": 100 * largest,
         "error": 100 * (largest * (1 - largest) / len(labels)) ** 0.5, "probes": probes, "rates": rates,
         "cells": [], "sizes": {},
     }  # fmt: skip
     for cell in every_cell(arguments.seeds):
-        config = with_overrides(RECIPES["finetune"](), cell.flags(data, rates[cell.arm]))
+        config = with_overrides(RECIPES["finetune"](), cell.flags(rates[cell.arm]))
         found["cells"].append({"cell": vars(cell), **read(run(config, RUNS / cell.name()))})
         if cell == Cell(cell.arm, PLAIN, cell.seed):
-            found["sizes"][cell.name()] = at_sizes(cell, data)
+            found["sizes"][cell.name()] = at_sizes(cell)
         found["cpu_minutes"] = sum(map(cpu_seconds, RUNS.iterdir())) / 60
         text = json.dumps(found)
         (RESULTS / "finetune.json").write_text(text.replace('{"cell"', '\n{"cell"') + "\n", encoding="utf-8")
