@@ -47,7 +47,9 @@ PICKS = (
     Pick("inference_runtimes", "eca_nfnet_l0, 224 px, batch 1, OpenVINO", "the same, ECA-NFNet-L0",
          "normfree, folded, OpenVINO", "timm, OpenVINO"),
     Pick("spectrogram", "eca_nfnet_l0, 12 x 3 x 128 x 313", "12 spectrograms of 128 × 313, ECA-NFNet-L0, one "
-         "thread, int8 in OpenVINO against timm in PyTorch", "normfree, int8, OpenVINO"),
+         "thread, both in onnxruntime", "normfree, folded, onnxruntime", "timm, onnxruntime"),
+    Pick("spectrogram", "eca_nfnet_l0, 12 x 3 x 128 x 313", "the same, int8 in OpenVINO by `quantize` and by NNCF",
+         "normfree, int8, OpenVINO", "timm, NNCF int8, OpenVINO"),
     Pick("training", "nf_resnet50, 224 px, batch 8, own loop", "a loop of public names against the trainer's step",
          "own loop", "trainer"),
     Pick("memory", "dm_nfnet_f0, 192 px, batch 8, allocated", "memory of a training step, NFNet-F0, 192 px, batch 8"),
@@ -119,7 +121,7 @@ def _cell(pick: Pick, path: Path) -> str:
             noisy = abs(ours.ratio - 1) < NOISES * comparison.noise
             ratio = f"{ours.ratio:.2f} ({low:.2f} … {high:.2f}){' ~' * noisy}"
         else:
-            ratio = f"{theirs.median / ours.median:.1f} (of medians)"
+            ratio = f"{theirs.median / ours.median:.2f} (of medians)"
         times = (f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))
         return f"{ratio}: {', '.join(times)}; [all](../benchmarks/results/{path.stem}.md)"
     return ""

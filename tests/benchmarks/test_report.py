@@ -95,6 +95,23 @@ def test_a_pick_becomes_a_row_with_ratio_interval_and_command(
         assert f"| 2.00 (2.00 … 2.00){mark}: 105 ms" in page.table(tmp_path)
 
 
+def test_an_arm_that_is_not_the_baseline_is_compared_by_medians(
+    script: Script, result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, report = script("results_page"), script("report")
+    (case,) = result.comparisons
+    other = replace(case.timings[0], arm="NNCF", median=84.0)
+    case = replace(case, timings=(*case.timings, other))
+    report.write(
+        replace(
+            result, comparisons=(case,), machine=result.machine | {"capability": "AVX2", "date": "today"}
+        ),
+        tmp_path,
+    )
+    monkeypatch.setattr(page, "PICKS", (page.Pick("suite", "a case", "what it is", theirs="NNCF"),))
+    assert "| 0.80 (of medians): 105 ms (normfree NHWC), 84 ms (NNCF);" in page.table(tmp_path)
+
+
 def test_docs_results_has_the_table_of_the_results(script: Script) -> None:
     """The table is written by `make bench`, not edited by hand."""
     page, report = script("results_page"), script("report")
