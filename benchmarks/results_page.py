@@ -110,21 +110,24 @@ def _cell(pick: Pick, path: Path) -> str:
         ours, theirs = _arm(comparison, pick.ours), _arm(comparison, pick.theirs)
         # Of an arm in two memory formats, the faster one is the baseline.
         if (
-            comparison.case != pick.case
-            or not ours
-            or not theirs
-            or theirs.arm not in (comparison.baseline, pick.theirs)
+            comparison.case == pick.case
+            and ours
+            and theirs
+            and theirs.arm in (comparison.baseline, pick.theirs)
         ):
-            continue
-        if theirs.arm == comparison.baseline:
-            low, high = ours.interval
-            noisy = abs(ours.ratio - 1) < NOISES * comparison.noise
-            ratio = f"{ours.ratio:.2f} ({low:.2f} … {high:.2f}){' ~' * noisy}"
-        else:
-            ratio = f"{theirs.median / ours.median:.2f} (of medians)"
-        times = (f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))
-        return f"{ratio}: {', '.join(times)}; [all](../benchmarks/results/{path.stem}.md)"
+            times = (f"{format_value(t.median, comparison.unit)} ({t.arm})" for t in (ours, theirs))
+            page = f"[all](../benchmarks/results/{path.stem}.md)"
+            return f"{_ratio(comparison, ours, theirs)}: {', '.join(times)}; {page}"
     return ""
+
+
+def _ratio(comparison: Comparison, ours: Timing, theirs: Timing) -> str:
+    """Return how many times as fast we are, with its interval if their arm is the baseline."""
+    if theirs.arm != comparison.baseline:
+        return f"{theirs.median / ours.median:.2f} (of medians)"
+    low, high = ours.interval
+    noisy = abs(ours.ratio - 1) < NOISES * comparison.noise
+    return f"{ours.ratio:.2f} ({low:.2f} … {high:.2f}){' ~' * noisy}"
 
 
 def _processors(results: Path, picks: Sequence[Pick]) -> Iterator[str]:

@@ -195,7 +195,7 @@ def frozen(net: nn.Module) -> Run:
 
 
 def in_openvino(source: Any, precision: str = "float32") -> Run:
-    """Return an ONNX file or a graph of OpenVINO in it, on PyTorch's number of threads."""
+    """Return an ONNX file or an OpenVINO graph in OpenVINO, on PyTorch's number of threads."""
     import openvino
 
     graph = openvino.Core().read_model(source) if isinstance(source, Path) else source

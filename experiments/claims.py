@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments import finetune
 from experiments.candidates import ends
 from experiments.catalog import DEFAULT, NAMES, experiment
 from experiments.claim_list import CLAIMS, NOT_RUN, Claim, Evidence
@@ -119,12 +120,6 @@ def _shared_rate(results: Path) -> dict[tuple[str, str], Evidence]:
     }
 
 
-def _ends(tried: Mapping[str, float]) -> tuple[float, float]:
-    """Return the smallest and the largest rate of those that were tried."""
-    rates = sorted(map(float, tried))
-    return rates[0], rates[-1]
-
-
 def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
     """Return what the fine-tuning on photographs of solar cells says."""
     content = _read(results / "finetune.json")
@@ -132,11 +127,17 @@ def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
         return {}
     rows: list[dict[str, Any]] = []
     for cell in content["cells"]:
-        own = cell["cell"]
-        if own == {**own, "batch_size": 8, "balance": 0.0, "pretrained": True, "length": "4ep"}:
-            name = f"{'nf_' if own['arm'].startswith('NF') else ''}resnet_nano_64-b8-s{own['seed']}"
-            row = {"arm": own["arm"], "point": "", "seed": own["seed"], "status": "done"}
-            rows.append({**row, **cell["test"], "twice": content["sizes"][name]["128"]})
+        own = finetune.Cell(**cell["cell"])
+        if own == finetune.Cell(own.arm, finetune.PLAIN, own.seed):
+            row = {"arm": own.arm, "point": "", "seed": own.seed, "status": "done"}
+            rows.append({**row, **cell["test"], "twice": content["sizes"][own.name()]["128"]})
+    chosen = [
+        {
+            "best": {"rate": content["rates"][arm]},
+            "tried": [{"changes": {"rate": float(rate)}} for rate in tried],
+        }
+        for arm, tried in content["probes"].items()
+    ]
     about = Evidence(
         "",
         "",
@@ -144,7 +145,7 @@ def _finetune(results: Path) -> dict[tuple[str, str], Evidence]:
         "3",
         content["machine"],
         "experiments/results/finetune.md",
-        at_end=any(content["rates"][arm] in _ends(tried) for arm, tried in content["probes"].items()),
+        at_end=any(map(ends, chosen)),
     )
     pair = ("NF + AGC", ""), ("BN twin", "")
     same, balanced, far = (Scores(rows, key=key).compare(*pair) for key in ("top1", "balanced_top1", "twice"))

@@ -81,7 +81,7 @@ class Cell:
     pretrained: bool = True
     length: str = LENGTH
     few: bool = False
-    patience: int | None = None
+    patience: int | None = None  # None: trained on all images, without V, to the end
 
     def name(self) -> str:
         """Return the name of the run folder."""
@@ -201,12 +201,11 @@ def at_sizes(cell: Cell) -> dict[int, float]:
 def differences(cells: Mapping[Cell, Mapping[str, Any]]) -> list[list[str]]:
     """Return table rows that compare kinds of cells, seed by seed."""
     nf, bn = ARMS
-    balanced = [(Cell(arm, PLAIN, 0, balance=b), Cell(arm, PLAIN, 0)) for arm in ARMS for b in POWERS if b]
     last = Cell(nf, 32, 0, length=WHOLE, patience=0)
     pairs = [
         *((Cell(nf, batch, 0), Cell(bn, batch, 0)) for batch in BATCH_SIZES),
         *((Cell(arm, min(BATCH_SIZES), 0), Cell(arm, max(BATCH_SIZES), 0)) for arm in ARMS),
-        *balanced,
+        *((Cell(arm, PLAIN, 0, balance=b), Cell(arm, PLAIN, 0)) for arm in ARMS for b in POWERS if b),
         tuple(Cell(nf, 32, 0, length=length, few=True) for length in FEW_LENGTHS),
         (Cell(nf, PLAIN, 0), Cell(nf, PLAIN, 0, pretrained=False)),
         *((replace(last, patience=patience), last) for patience in PATIENCES if patience),
@@ -221,10 +220,11 @@ def differences(cells: Mapping[Cell, Mapping[str, Any]]) -> list[list[str]]:
         }
         for cell, result in cells.items()
     ]
+    scores = [Scores(rows, key=key) for key in SCORES]
     return [
         [
             *(cell.name().replace("-s0", "") for cell in pair),
-            *(str(Scores(rows, key=key).compare(*((cell.name(), "") for cell in pair))) for key in SCORES),
+            *(str(one.compare(*((cell.name(), "") for cell in pair))) for one in scores),
         ]
         for pair in pairs
     ]

@@ -164,7 +164,7 @@ def depth() -> Sweep:
         "NF, gain 0": Arm(changes={"fields": {"skip_gain": 0.0}}, candidates=tried),
         "SkipInit": Arm(changes={"method": "skipinit"}, candidates=tried),
         "FixUp": Arm(changes={"method": "fixup"}, candidates=tried),
-        BN: Arm(changes={"method": "batch"}, candidates=rates(0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
+        BN: Arm(changes={"method": "batch"}, candidates=(*tried, *rates(10.0, 30.0))),
         "no weight standardization": Arm(changes={"method": "unstandardized"}, candidates=tried),
         "nothing": Arm(
             changes={"method": "plain", "clip": "agc"}, candidates=rates(0.003, 0.01, 0.1, 0.3, 1.0)

@@ -52,9 +52,8 @@ def test_no_test_image_of_the_fine_tuning_is_trained_on_or_chooses(tmp_path, mon
         parts = [{part.name(i) for i in range(len(part))} for part in (split.train, split.val, split.test)]
         assert not parts[2] & (parts[0] | parts[1])
         assert len(parts[2]) == 40
-        assert bool(parts[0] & parts[1]) == (
-            held_out == 0 and longer is None
-        )  # then V is a part of the training
+        only_trained_on = held_out == 0 and longer is None  # then V is a part of the training images
+        assert bool(parts[0] & parts[1]) == only_trained_on
 
 
 def test_the_demo_and_its_twin_are_scored_on_the_test_part_of_the_recipe(reported):
