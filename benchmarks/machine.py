@@ -16,6 +16,7 @@ import torch
 
 from normfree.native.library import library
 from normfree.tools.speed import matmul_rate
+from normfree.training.precision import native_precision
 
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "numpy")
 # Bytes of the buffer that is copied: several times the largest cache.
@@ -58,6 +59,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": "native" if native_precision(torch.device("cpu")).name == "bfloat16" else None,
         "threads": torch.get_num_threads(),
         "kernels in C": "compiled" if library() else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

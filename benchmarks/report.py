@@ -55,10 +55,15 @@ def write(result: Result, folder: Path = RESULTS) -> Path:
 
 
 def suffix(machine: Mapping[str, Any]) -> str:
-    """Return the end of a file name for results of `machine`: "" for a CPU with AVX2, "_avx512" or "_cuda"."""
+    """Return the end of a file name for results of `machine`: "_cuda", or for a CPU the kind of its instructions.
+
+    That is "" for AVX2, "_avx512", or "_avx512_bf16" if `precision = "auto"` is bfloat16.
+    """
     if machine["device"] == "cuda":
         return "_cuda"
-    return "_avx512" if machine["capability"].startswith("AVX512") else ""
+    if not machine["capability"].startswith("AVX512"):
+        return ""
+    return "_avx512_bf16" if machine.get("bfloat16") else "_avx512"
 
 
 def read(path: Path) -> Result:

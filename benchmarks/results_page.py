@@ -14,7 +14,7 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 # A difference below so many times that of the baseline from itself is marked: it may be noise.
 NOISES = 3
 # Kinds of processors, and the ends of the names of their files (`report.suffix`).
-PROCESSORS = {"AVX2": "", "AVX-512": "_avx512"}
+PROCESSORS = {"AVX2": "", "AVX-512": "_avx512", "AVX-512 with bfloat16": "_avx512_bf16"}
 
 
 @dataclass(frozen=True)
