@@ -52,6 +52,8 @@ def conv2d(
         padding: "same" or "symmetric", see `pad_input`.
     """
     training = eager_training()
+    if training:  # the backward pass then reads what the forward pass has converted
+        weight, bias = _as_under_autocast(weight), None if bias is None else _as_under_autocast(bias)
     small = training and is_small(x, weight, stride)
     recompute = training and not small and act is not None and act not in SAVED_ANYWAY
     with torch.no_grad() if recompute else contextlib.nullcontext():
@@ -74,6 +76,14 @@ def is_small(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Return True if a convolution on a CPU has fewer than LEAST_WORK multiplications."""
     pixels = len(x) * x.shape[2] * x.shape[3] // stride**2
     return x.device.type == "cpu" and pixels * weight.numel() < LEAST_WORK
+
+
+def _as_under_autocast(parameter: Tensor) -> Tensor:
+    """Return `parameter` in the dtype that autocast would convert it to."""
+    device = parameter.device.type
+    if device == "meta" or parameter.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return parameter
+    return parameter.to(torch.get_autocast_dtype(device))
 
 
 def _with_border(a: Tensor, border: Border | None) -> Tensor:

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.native.dispatch import can_bypass_dispatcher, eager_training, is_plain_cpu_tensor
+from normfree.native.processor import processor_kind
 from normfree.ops import winograd
 from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_gradient
 
 # Pixels of all images up to which a 1x1 convolution is faster as a product. oneDNN copies the filters into another
 # layout at each call, which pays for many pixels only: docs/speed.md has the measured layers.
 MOST_ROWS = 2048
-# Pixels of all outputs up to which patches and products are faster for the gradient of a 3x3 weight, by the widest
-# registers of the processor; without a limit on others.
+# Pixels of all outputs up to which patches and products are faster for the gradient of a 3x3 weight, by the kind of
+# processor; without a limit on others.
 MOST_PATCHES = {"AVX512": 512}
+# Processors where a product in float32 takes twice the time of the same convolution.
+SLOW_PRODUCTS = frozenset({"AVX512 AMD"})
 
 
 class Geometry(NamedTuple):
@@ -88,14 +91,18 @@ class TorchBackend:
 class ProductBackend(TorchBackend):
     """Weight gradients, and 1x1 convolutions of few pixels, as matrix products; the rest is PyTorch's.
 
-    For training on CPUs in float32 and channels_last.
+    For training on CPUs in channels_last: in float32, and in bfloat16 for 1x1 convolutions of few pixels.
     """
 
     def supports(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
         return (
             eager_training()
             and x.device.type == "cpu"
-            and x.dtype == weight.dtype == torch.float32
+            and x.dtype == weight.dtype
+            and (
+                (x.dtype == torch.float32 and processor_kind() not in SLOW_PRODUCTS)
+                or (x.dtype == torch.bfloat16 and is_small_product(x, weight, geometry))
+            )
             and len(weight) // geometry.groups >= LEAST_FILTERS
             and weight.shape[1] >= LEAST_CHANNELS
             and x.is_contiguous(memory_format=torch.channels_last)
@@ -130,7 +137,7 @@ def is_small_product(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
 
 def most_patches() -> float:
     """Return the limit of MOST_PATCHES on this processor."""
-    return MOST_PATCHES.get(torch.backends.cpu.get_cpu_capability(), math.inf)
+    return MOST_PATCHES.get(processor_kind(), math.inf)
 
 
 class WinogradBackend:

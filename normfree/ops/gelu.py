@@ -36,10 +36,9 @@ def activation_gradient(act: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor
 
     Autograd computes it for any function. For those of this module a direct call saves the recording of a graph.
     """
-    if act is gelu_erf and type(grad) is Tensor and grad.dtype == x.dtype and _is_faster_permuted(x):
-        found: Tensor = torch.ops.aten.gelu_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
-        return found.permute(0, 3, 1, 2)
-    if act in _KERNELS and _has_kernel(_KERNELS[act], x):
+    if act is gelu_erf and grad.dtype == x.dtype:
+        return _gelu_erf_gradient(x, grad)
+    if act in _KERNELS:
         return _gated_gradient(_KERNELS[act], x, grad)
     source = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -64,16 +63,25 @@ def _has_kernel(name: str, x: Tensor) -> bool:
 
 
 def _is_faster_permuted(x: Tensor) -> bool:
-    # oneDNN's GELU takes a third of the time in both directions, but needs contiguous float32 tensors; a permuted
+    # oneDNN's GELU takes a third to a half of the time in both directions, but needs contiguous tensors; a permuted
     # channels_last tensor is contiguous. Graphs that are compiled or exported keep the plain function.
     return (
         not (torch.compiler.is_compiling() or is_transformed())
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() >= _LEAST["permuted"]
     )
+
+
+def _gelu_erf_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    found: Tensor
+    if type(grad) is Tensor and _is_faster_permuted(x):
+        found = torch.ops.aten.gelu_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
+        return found.permute(0, 3, 1, 2)
+    found = torch.ops.aten.gelu_backward(grad, x)
+    return found
 
 
 def _gated(x: Tensor, name: str) -> Tensor:
@@ -87,10 +95,14 @@ def _gated_gradient(name: str, x: Tensor, grad: Tensor) -> Tensor:
         torch.is_grad_enabled()
         or type(grad) is not Tensor
         or grad.dtype != x.dtype
-        or not can_bypass_dispatcher()
+        or not _has_kernel(name, x)
     ):
+        found: Tensor
         if name == "gelu":
-            found: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+            found = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+            return found
+        if not torch.is_grad_enabled() and grad.dtype == x.dtype:
+            found = torch.ops.aten.silu_backward(grad, x)
             return found
         gate = torch.sigmoid(x)
         return grad * gate * (1.0 + x * (1.0 - gate))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from normfree.native.library import float32_memory, library, run
+from normfree.native.processor import processor_kind
 
 # Constants of winograd.c: channels and filters of a group are multiples of PANEL, blocks of tiles of ROWS; PAD numbers
 # separate the planes.
@@ -51,6 +52,7 @@ class TileLimits(NamedTuple):
         packed: as `small`, if the planes of the filters have been computed already.
         matrix: largest matrix for outputs and the gradient of the input.
         weight_large, weight_small: as `large` and `small`, for the gradient of the weight.
+        weight_channels: channels and filters of a group from which on it uses tiles.
         weight_matrix: largest matrix for the gradient of the weight.
     """
 
@@ -61,13 +63,15 @@ class TileLimits(NamedTuple):
     matrix: int
     weight_large: int
     weight_small: int
+    weight_channels: int
     weight_matrix: int
 
 
-# By the widest registers of the processor: docs/speed.md has the measurements.
+# By the kind of processor: docs/speed.md has the measurements.
 LIMITS = {
-    "AVX2": TileLimits(64, 64, 32, 36, 256 * 256, 64, 64, 256 * 256),
-    "AVX512": TileLimits(144, 320, 64, 64, 256 * 256, sys.maxsize, 64, 192 * 192),
+    "AVX2": TileLimits(64, 64, 32, 36, 256 * 256, 64, 64, 32, 256 * 256),
+    "AVX512": TileLimits(144, 320, 64, 64, 256 * 256, sys.maxsize, 64, 32, 192 * 192),
+    "AVX512 AMD": TileLimits(48, 64, 128, 64, 256 * 256, 48, 36, 64, 384 * 384),
 }
 
 
@@ -78,7 +82,7 @@ def limits() -> TileLimits | None:
     """
     if library() is None or sys.platform == "win32":
         return None
-    return LIMITS.get(torch.backends.cpu.get_cpu_capability())
+    return LIMITS.get(processor_kind())
 
 
 def output_side(x: Tensor, weight: Tensor, *, groups: int, packed: bool = False) -> int:
@@ -103,6 +107,8 @@ def weight_side(x: Tensor, weight: Tensor, *, groups: int) -> int:
     """Return the side of the tiles that compute the gradient of the weight fastest; 0: PyTorch is faster."""
     own, each, found = weight.shape[1], len(weight) // groups, limits()
     if found is None or not _fits(own, each) or own * each > found.weight_matrix:
+        return 0
+    if min(own, each) < found.weight_channels:
         return 0
     if count_tiles(x, 4) >= found.weight_large:
         return 4

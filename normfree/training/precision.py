@@ -27,8 +27,8 @@ from normfree.training.distributed.world import World
 # family 26, model 2) these layers reach 1.4 to 1.5 and whole training steps 1.1 (the demo's network) to 2.1
 # (NF-ResNet-50). A gain below this would not be worth the rounding, and could be noise.
 LEAST_GAIN = 1.2
-# The measured layers: a 3x3 and a 1x1 convolution, at a size that takes a few milliseconds in float32. With 64 channels,
-# the conversions around the products take as long as the products.
+# The measured layers: a 3x3 and a 1x1 convolution, at a size that takes a few milliseconds in float32. With 64
+# channels, the conversions around the products take as long as the products.
 CHANNELS, SIDE, IMAGES, ROUNDS = 128, 14, 8, 5
 # One image comes first. If bfloat16 takes this many times as long already, a larger batch would only cost time.
 HOPELESS = 2.0

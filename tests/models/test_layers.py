@@ -198,3 +198,16 @@ def test_stochastic_depth_drops_whole_images_and_does_not_rescale():
     assert mask.mean().item() == pytest.approx(0.75, abs=0.02)
     assert layer.eval()(x) is None
     assert StochasticDepth(0.0).train()(x) is None
+
+
+def test_under_autocast_the_gate_of_squeeze_and_excite_is_computed_in_float32():
+    """For few rows, conversions of weights and of their gradients cost more than the products."""
+    se = SqueezeExcite(32, hidden=8)
+    x = torch.randn(2, 32, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        gate = se(x)
+        half = se.bfloat16()(x.bfloat16())
+    assert gate.dtype == torch.float32
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), gate, rtol=0.02, atol=0.0)
+    torch.testing.assert_close(gate, se.float()(x), rtol=0.02, atol=0.0)

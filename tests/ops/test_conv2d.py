@@ -1,14 +1,18 @@
 """Recomputing the activation in the backward pass changes neither results nor gradients, and saves memory."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.models.activations import ACTIVATIONS
 from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.zoo import create_model
 from normfree.native.library import library
+from normfree.ops.conv2d import conv2d
 from normfree.ops.conv2d_backends import PRODUCTS, TORCH, WINOGRAD, Geometry, gradients, is_small_product
 
 SMOOTH = ("gelu", "silu", "gelu_erf", "identity", "relu")
@@ -142,8 +146,9 @@ def test_a_network_needs_a_third_less_memory():
     [(TORCH, 3, 2), (PRODUCTS, 3, 2), (WINOGRAD, 3, 2), (PRODUCTS, 1, 2), (PRODUCTS, 1, 9)],
     ids=["torch", "products", "winograd", "one product", "many pixels"],
 )
-def test_backends_have_the_gradients_of_autograd(backend, kernel_size, images):
+def test_backends_have_the_gradients_of_autograd(backend, kernel_size, images, monkeypatch):
     """All methods of each backend."""
+    monkeypatch.setattr("normfree.ops.conv2d_backends.processor_kind", lambda: "AVX2")
     avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if backend is WINOGRAD and (library() is None or not avx2):
         pytest.skip("the kernels were not compiled, or the processor has no AVX2")
@@ -181,3 +186,25 @@ def test_gradients_under_autocast_are_those_of_float32_to_its_precision(dtype):
         loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*found, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_under_autocast_a_weight_is_converted_once_in_each_direction(size):
+    class Conversions(TorchDispatchMode):
+        shapes: ClassVar[list[torch.Size]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                self.shapes.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 32, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(64, 32, size, size, requires_grad=True)
+    options = {"stride": 1, "groups": 1, "padding": "same"}
+    with Conversions() as found:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv2d(x, weight, None, act=F.silu, **options)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert found.shapes.count(weight.shape) == 2
+    assert weight.grad.dtype == torch.float32

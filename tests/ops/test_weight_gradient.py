@@ -49,6 +49,7 @@ def test_gradients_of_a_layer_do_not_depend_on_it(trains, half, monkeypatch):
     conv.gain.requires_grad_(trains != "not the weight")
     found, calls = [], []
     real = module.weight_gradient
+    monkeypatch.setattr("normfree.ops.conv2d_backends.processor_kind", lambda: "AVX2")
     monkeypatch.setattr(
         "normfree.ops.conv2d_backends.weight_gradient", lambda *a, **k: calls.append(1) or real(*a, **k)
     )
@@ -70,7 +71,10 @@ def test_gradients_of_a_layer_do_not_depend_on_it(trains, half, monkeypatch):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_it_supports_wide_groups_in_float32_on_a_cpu_in_channels_last():
+def test_it_supports_wide_groups_in_float32_on_a_cpu_in_channels_last(monkeypatch):
+    kind = "AVX2"
+    monkeypatch.setattr("normfree.ops.conv2d_backends.processor_kind", lambda: kind)
+
     def supports(x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
         return PRODUCTS.supports(x, weight, None, Geometry(1, (1, 1), groups))
 
@@ -83,6 +87,25 @@ def test_it_supports_wide_groups_in_float32_on_a_cpu_in_channels_last():
     assert not supports(x, torch.empty(64, 8, 3, 3), 1)
     with torch.no_grad():
         assert not supports(x, weight, 2)
+    kind = "AVX512 AMD"  # whose products take twice the time of convolutions
+    assert not supports(x, weight, 2)
+
+
+def test_in_bfloat16_it_supports_small_products(monkeypatch):
+    """On any processor: PyTorch's products in bfloat16 are oneDNN's, as convolutions are."""
+
+    def supports(x: torch.Tensor, weight: torch.Tensor, **geometry: int) -> bool:
+        x, weight = (t.bfloat16().contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return PRODUCTS.supports(
+            x, weight, None, Geometry(**{"stride": 1, "padding": (0, 0), "groups": 1} | geometry)
+        )
+
+    monkeypatch.setattr("normfree.ops.conv2d_backends.processor_kind", lambda: "AVX512 AMD")
+    x, matrix = torch.empty(8, 64, 16, 16), torch.empty(128, 64, 1, 1)
+    assert supports(x, matrix)
+    assert not supports(torch.empty(9, 64, 16, 16), matrix)  # 2304 pixels
+    assert not supports(x, matrix, stride=2)
+    assert not supports(x, torch.empty(128, 64, 3, 3), padding=(1, 1))
 
 
 def test_errors_are_smaller_than_those_of_a_long_float32_sum():

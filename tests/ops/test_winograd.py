@@ -189,6 +189,12 @@ def test_supported_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
         ("AVX512", 2, 128, 14, 0, 2, 2),
         ("AVX512", 8, 256, 14, 2, 2, 0),
         ("AVX512", 8, 32, 12, 0, 0, 2),
+        ("AVX512 AMD", 8, 128, 48, 4, 4, 4),
+        ("AVX512 AMD", 2, 128, 12, 2, 2, 2),
+        ("AVX512 AMD", 1, 128, 14, 0, 0, 2),
+        ("AVX512 AMD", 8, 64, 8, 0, 0, 2),
+        ("AVX512 AMD", 8, 32, 14, 4, 4, 0),
+        ("AVX512 AMD", 8, 320, 14, 0, 0, 4),
         ("DEFAULT", 8, 128, 48, 0, 0, 0),
     ],
 )
@@ -197,7 +203,7 @@ def test_tiles_by_processor_and_size(
     registers: str, batch: int, channels: int, side: int, output: int, packed: int, weight: int,
 ) -> None:  # fmt: skip
     """Sizes next to those that were measured, docs/speed.md."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: registers)
+    monkeypatch.setattr(winograd, "processor_kind", lambda: registers)
     x, filters = torch.empty(batch, channels, side, side), torch.empty(channels, channels, 3, 3)
     assert winograd.output_side(x, filters, groups=1) == output
     assert winograd.output_side(x, filters, groups=1, packed=True) == packed
@@ -209,7 +215,7 @@ def test_where_only_some_results_are_faster_the_others_are_those_of_torch(
     monkeypatch: pytest.MonkeyPatch, registers: str
 ) -> None:
     """At this size AVX-512 uses tiles only for the gradient of the weight."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: registers)
+    monkeypatch.setattr(winograd, "processor_kind", lambda: registers)
     case = (2, 64, 64, 12, 12, 1)
     x, weight, bias, grad = operands(case)
     geometry = Geometry(1, (1, 1), 1)
