@@ -28,6 +28,7 @@ from benchmarks.summary import Comparison, spread, timing
 from normfree.data.walk import walk_images
 from normfree.files import atomic_write_text
 from normfree.suggest import problem
+from normfree.training.precision import native_precision
 from normfree.training.recipes import cifar
 
 ABOUT = (
@@ -35,9 +36,10 @@ ABOUT = (
     "class folders (`--data FOLDER` with train/ and test/), and peak memory of its main process. The first images of "
     "each class are used. `normfree`: `normfree train cifar`. `timm`: timm's class with the same depths and widths, "
     "its loader, Mixup, optimizer, schedule, AGC and average, in the order of timm's train.py, with the numbers of "
-    "our recipe, in float32. `torchvision`: a ResNet of basic blocks with batch norm and as many parameters, SGD by "
+    "our recipe. `torchvision`: a ResNet of basic blocks with batch norm and as many parameters, SGD by "
     "the recipe of torchvision's references. All arms have the same images, epochs, batch size, two loading "
-    "processes, and are scored on the test images after every epoch; the time includes that, and the imports. Of "
+    "processes, and are scored on the test images after every epoch; the time includes that, and the imports. They "
+    'compute in bfloat16 where `precision = "auto"` does, else in float32. Of '
     "weights and average the better one counts. `accuracy` is that after the last epoch, mean of the seeds. Each run "
     "writes a file, so the suite goes on where it was stopped."
 )
@@ -50,13 +52,17 @@ NAMES = {"torchvision": "torchvision ResNet, batch norm", "timm": "timm, NF netw
 
 @dataclass(frozen=True)
 class Job:
-    """The size of the job: images of each class, and epochs. On two cores a run of the default takes some minutes."""
+    """The size of the job: images of each class, and epochs; and whether the arms compute in bfloat16.
+
+    On two cores a run of the default takes some minutes.
+    """
 
     train: int = 2000
     test: int = 500
     epochs: int = 12
     seeds: int = 3
     workers: int = 2
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Outcome:
 
 def cases(device: torch.device, *, data: Path | None = None) -> list[Case]:
     """Return the only case; `data` has train/ and test/ with one folder per class."""
-    return [case(data, Job())]
+    return [case(data, Job(half=native_precision(device).name == "bfloat16"))]
 
 
 def case(data: Path | None, job: Job, *, runs: Path = RUNS) -> Case:
@@ -137,6 +143,7 @@ def command(arm: str, seed: int, folder: Path, runs: Path, job: Job) -> list[str
     """Return the command of one run."""
     if arm != "normfree":
         options = ["--seed", str(seed), "--epochs", str(job.epochs), "--workers", str(job.workers)]
+        options += ["--half"] * job.half
         return [sys.executable, "-m", "benchmarks.whole_job_arms", arm, str(folder), *options]
     out = (
         runs / f"normfree-{seed}-{time.time_ns()}"
@@ -146,6 +153,7 @@ def command(arm: str, seed: int, folder: Path, runs: Path, job: Job) -> list[str
         f"--length={job.epochs}ep",
         f"--seed={seed}",
         f"--input.workers={job.workers}",
+        f"--precision={'bfloat16' if job.half else 'float32'}",
     ]
     return [sys.executable, "-m", "normfree", "train", "cifar", *options, f"--out={out}"]
 

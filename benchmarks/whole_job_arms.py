@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--half", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--batch-size", type=int, default=cifar().input.batch_size)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
@@ -99,7 +100,8 @@ def train_timm(options: argparse.Namespace) -> None:
         net.train()
         for images, labels in loaders["train"]:
             mixed, targets = mixing(images.to(memory_format=torch.channels_last), labels)
-            loss = loss_of(net(mixed), targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.half):  # --amp --amp-dtype bfloat16
+                loss = loss_of(net(mixed), targets)
             optimizer.zero_grad()
             loss.backward()
             dispatch_clip_grad(model_parameters(net, exclude_head=True), value=optim.clipping, mode="agc")
@@ -107,7 +109,7 @@ def train_timm(options: argparse.Namespace) -> None:
             updates += 1
             average.update(net, step=updates)
             scheduler.step_update(num_updates=updates)
-        scores = [top1(each, loaders["val"]) for each in (net, average.module)]
+        scores = [top1(each, loaders["val"], options.half) for each in (net, average.module)]
         scheduler.step(epoch + 1)
         report(epoch + 1, *scores)
     assert epochs >= options.epochs
@@ -173,24 +175,27 @@ def train_torchvision(options: argparse.Namespace) -> None:
     for epoch in range(options.epochs):
         net.train()
         for images, labels in loaders["train"]:
-            loss = F.cross_entropy(net(images.to(memory_format=torch.channels_last)), labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.half):
+                loss = F.cross_entropy(net(images.to(memory_format=torch.channels_last)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         scheduler.step()
-        report(epoch + 1, top1(net, loaders["val"]))
+        report(epoch + 1, top1(net, loaders["val"], options.half))
 
 
 # --- both -------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def top1(net: nn.Module, batches: Batches) -> float:
-    """Return the accuracy in percent."""
+def top1(net: nn.Module, batches: Batches, half: bool) -> float:
+    """Return the accuracy in percent; `half` uses autocast to bfloat16."""
     net.eval()
     right = total = 0
     for images, labels in batches:
-        right += int((net(images.to(memory_format=torch.channels_last)).argmax(dim=1) == labels).sum())
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = net(images.to(memory_format=torch.channels_last))
+        right += int((logits.argmax(dim=1) == labels).sum())
         total += len(labels)
     return 100.0 * right / total
 

@@ -108,18 +108,24 @@ def test_the_networks_have_as_many_parameters_as_ours(script: Script) -> None:
     assert maps == [32, 16, 8]  # those of our stages
 
 
-@pytest.mark.slow
-def test_each_arm_learns(script: Script, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_all_arms_compute_in_the_same_precision(script: Script, tmp_path: Path, half: bool) -> None:
     job = script("whole_job")
-    size = job.Job(train=8, test=4, epochs=2, seeds=1, workers=0)
+    size = job.Job(half=half)
+    for arm in job.NAMES:
+        args = job.command(arm, 0, tmp_path, tmp_path, size)
+        assert ("--half" in args or "--precision=bfloat16" in args) == half
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True])
+def test_each_arm_learns(script: Script, data: Path, tmp_path: Path, half: bool) -> None:
+    job = script("whole_job")
+    size = job.Job(train=8, test=4, epochs=2, seeds=1, workers=0, half=half)
     folder = job.subset(data, tmp_path / "few", size)
     for arm in job.NAMES:
         args = job.command(arm, 0, folder, tmp_path, size)
-        args += (
-            ["--input.batch_size", "8", "--precision", "float32"]
-            if arm == "normfree"
-            else ["--batch-size", "8"]
-        )
+        args += ["--input.batch_size", "8"] if arm == "normfree" else ["--batch-size", "8"]
         found = job.run(args)
         assert len(found.curve) == 2
         assert found.peak_mib > 100
