@@ -24,7 +24,7 @@ from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_g
 MOST_ROWS = 2048
 # Pixels of all outputs up to which patches and products are faster for the gradient of a 3x3 weight, by the kind of
 # processor; without a limit on others.
-MOST_PATCHES = {"AVX512": 512}
+MOST_PATCHES = {"AVX512": 512, "AVX512 AMD": 0}
 # Processors where a product in float32 takes twice the time of the same convolution.
 SLOW_PRODUCTS = frozenset({"AVX512 AMD"})
 

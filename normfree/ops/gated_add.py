@@ -18,6 +18,9 @@ LEAST_ELEMENTS = 1 << 16
 # Elements multiplied at a time on a CPU (at least one image's), so that they stay in the cache: 4 MB in float32, as
 # `weight_gradient.PATCHES`.
 PRODUCTS = 1 << 20
+# The part of the images from which on it pays to leave them out: selecting the others and adding to them is a pass over
+# memory in each direction. docs/speed.md has the measurement.
+LEAST_DROPPED = 0.1
 
 
 def gated_add(shortcut: Tensor, branch: Tensor, gate: Tensor | float, *, kept: Tensor | None) -> Tensor:
@@ -43,8 +46,8 @@ def kept_images(mask: Tensor | None, *, independent: bool) -> tuple[Tensor | Non
     """Return the mask of the images whose branch must be computed, and their indices; None means all.
 
     At least one image is kept, so that the branch's parameters get gradients, which are then 0. All images are kept
-    without gradients or under a compiler, which need one shape; on a GPU, where reading the mask would make the host
-    wait; and for fake tensors, which have no values to read.
+    if few are dropped; without gradients or under a compiler, which need one shape; on a GPU, where reading the mask
+    would make the host wait; and for fake tensors, which have no values to read.
 
     Args:
         mask: B 1 1 1 from `StochasticDepth`, 0 for images without the branch; None if the branch is never dropped.
@@ -53,7 +56,7 @@ def kept_images(mask: Tensor | None, *, independent: bool) -> tuple[Tensor | Non
     if type(mask) is not Tensor or mask.device.type != "cpu" or not independent or not eager_training():
         return mask, None
     kept = mask.flatten().nonzero().flatten()
-    if len(kept) == len(mask):
+    if len(mask) - len(kept) < max(1, LEAST_DROPPED * len(mask)):
         return mask, None
     kept = kept if len(kept) else kept.new_zeros(1)
     return mask[kept], kept

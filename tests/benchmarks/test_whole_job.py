@@ -44,7 +44,7 @@ def test_time_to_the_target_and_runs_that_miss_it(script: Script) -> None:
     never = outcome((1.0, 20.0), (2.0, 30.0))
     assert (fast.seconds_to(75.0), never.seconds_to(75.0), slow.final) == (2.0, float("inf"), 74.0)
     found = job.comparison({"torchvision": [slow] * 2, "timm": [never] * 2, "normfree": [fast] * 2})
-    assert found.case.endswith("72.0 % top-1")  # 90 % of the best final accuracy
+    assert found.notes[0].startswith("to 72.0 % top-1;")  # 90 % of the best final accuracy
     assert [(t.arm, t.median) for t in found.timings] == [
         (job.NAMES["torchvision"], 6000.0 / 1000), (job.NAMES["normfree"], 2.0),
     ]  # fmt: skip

@@ -118,3 +118,13 @@ def test_the_gradient_of_the_mean_is_a_view(dtype):
     x = torch.randn(2, 7, 12, 12, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     (found,) = torch.autograd.grad(spatial_mean(x).sum(), x)
     assert found.untyped_storage().nbytes() <= 2 * 7 * x.element_size()
+
+
+@pytest.mark.parametrize(("dropped", "left_out"), [(0, 0), (3, 0), (4, 4), (40, 39)])
+def test_images_are_left_out_if_at_least_a_tenth_is_dropped(dropped, left_out):
+    mask = torch.ones(40, 1, 1, 1)
+    mask[:dropped] = 0.0
+    found, kept = kept_images(mask, independent=True)
+    assert len(found) == 40 - left_out
+    assert (kept is None) == (left_out == 0)
+    assert found.sum() == mask.sum()
