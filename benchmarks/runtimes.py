@@ -114,6 +114,13 @@ class Runtimes:
         return quantize(self.our_onnx, path, calibration=self.calibration).path
 
     @cached_property
+    def our_openvino_int8(self) -> Path:
+        """The same for OpenVINO."""
+        return quantize(
+            self.our_onnx, Path(self._folder.name) / "normfree.int8.xml", calibration=self.calibration
+        ).path
+
+    @cached_property
     def their_int8(self) -> Any:
         """Their network in 8 bits by NNCF with its defaults.
 
@@ -173,7 +180,7 @@ class Runtimes:
         else:
             yield "timm, NNCF int8, OpenVINO", in_openvino(self.their_int8)
             yield "normfree, int8, onnxruntime", open_graph(self.our_int8)
-            yield "normfree, int8, OpenVINO", in_openvino(self.our_int8)
+            yield "normfree, int8, OpenVINO", in_openvino(self.our_openvino_int8)
 
     def _copied(self, net: nn.Module, layout: str) -> nn.Module:
         return copied(net, layout, self.example.device)
@@ -195,7 +202,7 @@ def frozen(net: nn.Module) -> Run:
 
 
 def in_openvino(source: Any, precision: str = "float32") -> Run:
-    """Return an ONNX file or an OpenVINO graph in OpenVINO, on PyTorch's number of threads."""
+    """Return a file or a graph in OpenVINO, on PyTorch's number of threads."""
     import openvino
 
     graph = openvino.Core().read_model(source) if isinstance(source, Path) else source

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from normfree.models.zoo import create_model
 from normfree.training.recipes import cifar
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
+WARMUP = 2  # epochs, as in the recipe
 BASIC_LAYERS = (2, 2, 2)  # blocks at 32, 16 and 8 px
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -62,7 +64,6 @@ def train_timm(options: argparse.Namespace) -> None:
     from timm.loss import SoftTargetCrossEntropy
     from timm.models import model_parameters
     from timm.optim import create_optimizer_v2
-    from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3, dispatch_clip_grad
 
     recipe = cifar()
@@ -85,10 +86,7 @@ def train_timm(options: argparse.Namespace) -> None:
     )
     average = ModelEmaV3(net, decay=optim.ema_decay, use_warmup=True)
     steps = len(loaders["train"])
-    scheduler, epochs = create_scheduler_v2(
-        optimizer, sched="cosine", num_epochs=options.epochs, warmup_epochs=2, warmup_lr=0.0, warmup_prefix=True,
-        step_on_epochs=False, updates_per_epoch=steps,
-    )  # fmt: skip
+    scheduler = cosine(optimizer, options.epochs, steps)
     mixing = Mixup(
         mixup_alpha=0.0,
         cutmix_alpha=augment.cutmix,
@@ -112,7 +110,20 @@ def train_timm(options: argparse.Namespace) -> None:
         scores = [top1(each, loaders["val"], options.half) for each in (net, average.module)]
         scheduler.step(epoch + 1)
         report(epoch + 1, *scores)
-    assert epochs >= options.epochs
+
+
+def cosine(optimizer: torch.optim.Optimizer, epochs: int, steps: int) -> Any:
+    """Return timm's schedule of our recipe: a linear warm-up of two epochs, then a cosine to 0 at the last step.
+
+    With `warmup_prefix`, timm adds the warm-up to the number of epochs.
+    """
+    from timm.scheduler import create_scheduler_v2
+
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=max(1, epochs - WARMUP), warmup_epochs=WARMUP, warmup_lr=0.0,
+        warmup_prefix=True, step_on_epochs=False, updates_per_epoch=steps,
+    )  # fmt: skip
+    return scheduler
 
 
 # --- torchvision ------------------------------------------------------------------------------------------------

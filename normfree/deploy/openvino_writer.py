@@ -19,13 +19,27 @@ def write_openvino(onnx_path: Path, path: Path, metadata: str) -> Counter[str]:
     Raises:
         ModuleNotFoundError: openvino is not installed.
     """
-    runtime = openvino()
-    with silence():
-        model = runtime.convert_model(onnx_path)
-    model.set_rt_info(metadata, [METADATA_KEY])
-    runtime.save_model(model, path, compress_to_fp16=False)
+    model = read_onnx_graph(onnx_path)
+    save_openvino(model, path, metadata)
     kinds = (node.get_type_name() for node in model.get_ops())
     return Counter(kind for kind in kinds if kind not in ("Constant", "Parameter", "Result"))
+
+
+def read_onnx_graph(path: Path) -> Any:
+    """Return the OpenVINO graph of an ONNX file.
+
+    Raises:
+        ModuleNotFoundError: openvino is not installed.
+    """
+    runtime = openvino()
+    with silence():
+        return runtime.convert_model(path)
+
+
+def save_openvino(model: Any, path: Path, metadata: str) -> None:
+    """Write a graph with metadata; its weights keep their types."""
+    model.set_rt_info(metadata, [METADATA_KEY])
+    openvino().save_model(model, path, compress_to_fp16=False)
 
 
 def write_two_files(target: Path, write: Callable[[Path], Any]) -> None:

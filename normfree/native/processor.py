@@ -22,6 +22,6 @@ def processor_kind() -> str:
 
 @cache
 def _is_amd() -> bool:
-    info = Path("/proc/cpuinfo")  # of Linux; elsewhere the name of the processor has the same word
+    info = Path("/proc/cpuinfo")  # of Linux; elsewhere the processor's name contains it
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else platform.processor()
     return "AuthenticAMD" in text

@@ -129,3 +129,13 @@ def test_each_arm_learns(script: Script, data: Path, tmp_path: Path, half: bool)
         found = job.run(args)
         assert len(found.curve) == 2
         assert found.peak_mib > 100
+
+
+def test_timms_schedule_is_that_of_our_recipe(script: Script) -> None:
+    """Up to 0.2 after two epochs, at half of it in the middle of the rest, 0 at the end."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
+    scheduler, rates = script("whole_job_arms").cosine(optimizer, 8, 10), []
+    for update in range(1, 81):
+        scheduler.step_update(num_updates=update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert [rates[i] for i in (9, 19, 49, 79)] == pytest.approx([0.1, 0.2, 0.1, 0.0])

@@ -116,6 +116,25 @@ def test_int8(model: TrainedModel, exported: Path, tmp_path: Path) -> None:
     assert float((again.net(batches[0]) - wanted).norm() / wanted.norm()) < 0.1
 
 
+@pytest.mark.works("OpenVINO", "quantize")
+def test_int8_of_a_network_whose_silu_is_a_sigmoid_and_a_product(tmp_path: Path) -> None:
+    """As an ONNX graph, NNCF would make a network of it whose outputs are 0."""
+    torch.manual_seed(0)
+    net = create_model("nf_resnet_nano", num_classes=5, skip_gain=0.7).eval()
+    torch.nn.init.normal_(net.head.weight)
+    batches = torch.randn(32, 3, 32, 32).split(8)
+    report = quantize(net, tmp_path / "a.xml", calibration=batches)
+    assert report.error < 0.1
+    assert report.left_float == 0
+    export(net, tmp_path / "a.onnx", images=batches[0])
+    graph = pytest.importorskip("onnx").load_model(tmp_path / "a.onnx").graph
+    first = next(node.name for node in graph.node if node.op_type == "Conv")
+    kept = quantize(tmp_path / "a.onnx", tmp_path / "b.xml", calibration=batches, keep_float=[first])
+    assert (kept.left_float, kept.quantized) == (1, report.quantized - 1)
+    with pytest.raises(ValueError, match="unknown node in keep_float 'nothing'"):
+        quantize(tmp_path / "a.onnx", tmp_path / "c.xml", calibration=batches, keep_float=["nothing"])
+
+
 @pytest.mark.works("OpenVINO", "export with preprocessing")
 def test_preprocessing_inside_of_the_graph(model: TrainedModel, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.ops.gated_add import add_images, gated_add, spatial_mean
+from normfree.ops.gated_add import add_images, gated_add, kept_images, spatial_mean
 
 B, C, H, W = 3, 4, 5, 6
 GATES = {"one number": (), "an image": (B, 1, 1, 1), "a channel": (B, C, 1, 1)}
