@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normfree.deploy.graph_writers import silence
 from normfree.deploy.openvino_writer import read_onnx_graph, save_openvino
-from normfree.suggest import needs
+from normfree.suggest import needs, unknown
 
 # Convolutions and linear layers, by OpenVINO's names.
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
@@ -40,6 +40,7 @@ def quantize_openvino(
         metadata: text that the file keeps.
 
     Raises:
+        ValueError: OpenVINO has joined a node of `keep_float` with others.
         ModuleNotFoundError: openvino or nncf is not installed.
     """
     # Not of the file: of an ONNX graph whose SiLU is a sigmoid and a product, NNCF 3.4 makes one whose outputs are 0.
@@ -51,7 +52,7 @@ def quantize_openvino(
     size = graph.input(0).partial_shape[0]
     single = size.is_dynamic or size.get_length() == 1
     inputs = [part.numpy() for batch in batches for part in (batch.split(1) if single else [batch])]
-    names = [name for name in map(_name, _weighted(graph)) if _is_named(name, keep_float)]
+    names = [_find(graph, name) for name in keep_float]
     with silence():
         made = nncf.quantize(
             graph, nncf.Dataset(inputs), subset_size=len(inputs),
@@ -68,10 +69,10 @@ def _weighted(graph: Any) -> Iterator[Any]:
     return (node for node in graph.get_ops() if node.get_type_name() in WEIGHTED)
 
 
-def _name(node: Any) -> str:
-    return str(node.get_friendly_name())
-
-
-def _is_named(name: str, given: Sequence[str]) -> bool:
-    """Return True if an operation was made of a node of the ONNX file with one of these names."""
-    return any(name == n or name.startswith(f"{n}/") for n in given)
+def _find(graph: Any, name: str) -> str:
+    """Return OpenVINO's name of the operation that was made of a node of the ONNX file: the same, or with an ending."""
+    names = [str(node.get_friendly_name()) for node in _weighted(graph)]
+    found = next((n for n in names if n == name or n.startswith(f"{name}/")), None)
+    if found is None:
+        raise ValueError(unknown("node in keep_float", name, sorted(n.partition("/")[0] for n in names)))
+    return found
