@@ -15,7 +15,6 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NOISES = 3
 # Kinds of processors, and the ends of the names of their files (`report.suffix`).
 PROCESSORS = {"AVX2": "", "AVX-512": "_avx512", "AVX-512 with bfloat16": "_avx512_bf16"}
-
 # Suites that measure the cases of another one as well.
 WIDER = {"inference": "inference_runtimes"}
 
@@ -115,7 +114,7 @@ def _rows(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
 
 def _first_cell(pick: Pick, results: Path, end: str) -> str:
     """Return the numbers of a pick on one kind of processor, or "" if they were not measured."""
-    suites = (pick.suite, WIDER.get(pick.suite, pick.suite))
+    suites = filter(None, (pick.suite, WIDER.get(pick.suite)))
     return next(filter(None, (_cell(pick, results / f"{suite}{end}.json") for suite in suites)), "")
 
 

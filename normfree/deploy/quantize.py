@@ -91,8 +91,8 @@ def quantize(
         calibration: batches of inputs as the network will see them, float B ..., normalized. A few hundred images in
             batches of 32 are enough.
         keep_float: names of nodes of the ONNX file that stay in float. The default is the first convolution: with few
-            input channels it has little work, and its errors affect all later layers. For OpenVINO it is none: there it
-            costs a tenth of the time.
+            input channels it has little work, and its errors affect all later layers. For OpenVINO it is none, as in
+            NNCF.
 
     Returns:
         Size of the file, and its difference to the float network on the calibration inputs.
@@ -156,7 +156,7 @@ def _quantize_file(
             else:
                 convolutions = [name for name, kind in layers.items() if kind == "Conv"]
                 kept = convolutions[:1] if keep_float is None else keep_float
-                _quantize(prepared, temporary, batches, open_graph(source).input_name, kept)
+                _quantize(prepared, temporary, batches, float_net.input_name, kept)
                 counts = _finish(temporary, metadata, kept)
                 int8_net = open_graph(temporary)
             facts.update(counts._asdict())

@@ -5,7 +5,6 @@ NNCF knows which operations OpenVINO computes in 8 bits, and keeps their results
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +47,6 @@ def quantize_openvino(
     graph = read_onnx_graph(onnx_path)
     with needs("int8 for OpenVINO", install="normfree[openvino]"):
         import nncf
-    logging.getLogger("nncf").setLevel(logging.ERROR)
     size = graph.input(0).partial_shape[0]
     single = size.is_dynamic or size.get_length() == 1
     inputs = [part.numpy() for batch in batches for part in (batch.split(1) if single else [batch])]

@@ -299,11 +299,13 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pooled = spatial_mean(x)
         if not torch.is_autocast_enabled("cpu"):
-            return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]
+            return self._gate(pooled)
         # For one row per image, a CPU takes longer to convert the weights and their gradients than to multiply them.
         with torch.autocast("cpu", enabled=False):
-            pooled = pooled.to(next(self.parameters()).dtype)
-            return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]
+            return self._gate(pooled.to(next(self.parameters()).dtype))
+
+    def _gate(self, pooled: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]
 
 
 class EfficientChannelAttention(nn.Module):

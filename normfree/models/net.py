@@ -33,12 +33,11 @@ from normfree.models.layers import (
 )
 from normfree.models.variant import LARGEST, STEMS, Variant, eca_kernel_size
 from normfree.ops.example_gradients import expanded_number, is_expanded
-from normfree.ops.gated_add import gated_add, kept_images, spatial_mean, take_images
+from normfree.ops.gated_add import gated_add, kept_images, take_images
 from normfree.suggest import problem
 
 # torch.fx records one call for each of these functions, whose control flow depends on the type or shape of a tensor.
 torch.fx.wrap("gated_add")
-torch.fx.wrap("spatial_mean")
 torch.fx.wrap("max_pool")
 
 
@@ -248,9 +247,9 @@ class Block(Region):
 
 # Pooling of the last map to features, by timm's names. "" returns the map.
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "avg": lambda x: spatial_mean(x),
+    "avg": lambda x: x.mean(dim=(2, 3)),
     "max": lambda x: x.amax(dim=(2, 3)),
-    "avgmax": lambda x: 0.5 * (spatial_mean(x) + x.amax(dim=(2, 3))),
+    "avgmax": lambda x: 0.5 * (x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))),
     "": lambda x: x,
 }
 

@@ -23,10 +23,9 @@ from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_g
 # layout at each call, which pays for many pixels only: docs/speed.md has the measured layers.
 MOST_ROWS = 2048
 # Pixels of all outputs up to which patches and products are faster for the gradient of a 3x3 weight, by the kind of
-# processor; without a limit on others.
+# processor; without a limit on others. With 0, no product in float32 is used: each takes twice the time of the
+# same convolution.
 MOST_PATCHES = {"AVX512": 512, "AVX512 AMD": 0}
-# Processors where a product in float32 takes twice the time of the same convolution.
-SLOW_PRODUCTS = frozenset({"AVX512 AMD"})
 
 
 class Geometry(NamedTuple):
@@ -100,7 +99,7 @@ class ProductBackend(TorchBackend):
             and x.device.type == "cpu"
             and x.dtype == weight.dtype
             and (
-                (x.dtype == torch.float32 and processor_kind() not in SLOW_PRODUCTS)
+                (x.dtype == torch.float32 and most_patches() > 0)
                 or (x.dtype == torch.bfloat16 and is_small_product(x, weight, geometry))
             )
             and len(weight) // geometry.groups >= LEAST_FILTERS

@@ -76,11 +76,9 @@ def _is_faster_permuted(x: Tensor) -> bool:
 
 
 def _gelu_erf_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    found: Tensor
     if type(grad) is Tensor and _is_faster_permuted(x):
-        found = torch.ops.aten.gelu_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
-        return found.permute(0, 3, 1, 2)
-    found = torch.ops.aten.gelu_backward(grad, x)
+        return _gelu_erf_gradient(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    found: Tensor = torch.ops.aten.gelu_backward(grad, x)
     return found
 
 
@@ -91,24 +89,19 @@ def _gated(x: Tensor, name: str) -> Tensor:
 
 def _gated_gradient(name: str, x: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient of `x` by a kernel, or by plain operations where it cannot be used or is differentiated."""
-    if (
-        torch.is_grad_enabled()
-        or type(grad) is not Tensor
-        or grad.dtype != x.dtype
-        or not _has_kernel(name, x)
-    ):
-        found: Tensor
-        if name == "gelu":
-            found = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-            return found
-        if not torch.is_grad_enabled() and grad.dtype == x.dtype:
-            found = torch.ops.aten.silu_backward(grad, x)
-            return found
+    found: Tensor
+    alone = not torch.is_grad_enabled() and grad.dtype == x.dtype
+    if alone and type(grad) is Tensor and _has_kernel(name, x):
+        found, grad = torch.empty_like(x), laid_out_as(x, grad)
+        run(f"{name}_backward", x, grad, found, count=x.numel(), elements=x.numel())
+    elif name == "gelu":
+        found = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    elif alone:
+        found = torch.ops.aten.silu_backward(grad, x)
+    else:  # PyTorch has no derivative of `silu_backward`
         gate = torch.sigmoid(x)
-        return grad * gate * (1.0 + x * (1.0 - gate))
-    out, grad = torch.empty_like(x), laid_out_as(x, grad)
-    run(f"{name}_backward", x, grad, out, count=x.numel(), elements=x.numel())
-    return out
+        found = grad * gate * (1.0 + x * (1.0 - gate))
+    return found
 
 
 class _Gated(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """Recomputing the activation in the backward pass changes neither results nor gradients, and saves memory."""
 
-from typing import ClassVar
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,7 +189,9 @@ def test_gradients_under_autocast_are_those_of_float32_to_its_precision(dtype):
 @pytest.mark.parametrize("size", [1, 3])
 def test_under_autocast_a_weight_is_converted_once_in_each_direction(size):
     class Conversions(TorchDispatchMode):
-        shapes: ClassVar[list[torch.Size]] = []
+        def __init__(self):
+            super().__init__()
+            self.shapes = []
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten._to_copy.default:
