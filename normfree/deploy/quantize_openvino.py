@@ -13,10 +13,13 @@ from torch import Tensor
 
 from normfree.deploy.graph_writers import silence
 from normfree.deploy.openvino_writer import read_onnx_graph, save_openvino
-from normfree.suggest import needs, unknown
+from normfree.suggest import needs, problem
 
-# Convolutions and linear layers, by OpenVINO's names.
+# Convolutions and linear layers, by OpenVINO's names, and what it makes of their biases and factors.
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
+AFTER_WEIGHTED = ("Add", "Multiply")
+# Operations whose output has the values of their input: a layer behind them still reads 8 bits.
+MOVES_VALUES = ("Reshape", "Unsqueeze", "Squeeze", "Transpose", "Gather", "Pad", "StridedSlice", "Concat", "Split")
 
 
 class LayerCounts(NamedTuple):
@@ -45,32 +48,56 @@ def quantize_openvino(
     # Not of the file: of an ONNX graph whose SiLU is a sigmoid and a product, NNCF 3.4 makes one whose outputs are 0.
     # `convert_model` makes an operation of it.
     graph = read_onnx_graph(onnx_path)
+    names = [_find(graph, *node) for node in _outputs(onnx_path, keep_float)]
     with needs("int8 for OpenVINO", install="normfree[openvino]"):
         import nncf
+    # Single images where the file accepts them: NNCF keeps statistics for each input, and `subset_size` counts inputs.
     size = graph.input(0).partial_shape[0]
     single = size.is_dynamic or size.get_length() == 1
     inputs = [part.numpy() for batch in batches for part in (batch.split(1) if single else [batch])]
-    names = [_find(graph, name) for name in keep_float]
     with silence():
         made = nncf.quantize(
             graph, nncf.Dataset(inputs), subset_size=len(inputs),
             ignored_scope=nncf.IgnoredScope(names=names) if names else None,
         )  # fmt: skip
     save_openvino(made, path, metadata)
-    layers = list(_weighted(made))
-    quantized = sum(node.input_value(0).get_node().get_type_name() == "FakeQuantize" for node in layers)
+    layers = [node for node in made.get_ops() if node.get_type_name() in WEIGHTED]
+    quantized = sum(map(_reads_8_bits, layers))
     return LayerCounts(quantized, len(layers) - quantized)
 
 
-def _weighted(graph: Any) -> Iterator[Any]:
-    """Yield the convolutions and linear layers of a graph."""
-    return (node for node in graph.get_ops() if node.get_type_name() in WEIGHTED)
+def _outputs(onnx_path: Path, nodes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the names of nodes of an ONNX file, with the names of their outputs."""
+    import onnx
+
+    of_node = {node.name: node.output[0] for node in onnx.load_model(onnx_path).graph.node}
+    return ((name, of_node[name]) for name in nodes)
 
 
-def _find(graph: Any, name: str) -> str:
-    """Return OpenVINO's name of the operation that was made of a node of the ONNX file: the same, or with an ending."""
-    names = [str(node.get_friendly_name()) for node in _weighted(graph)]
-    found = next((n for n in names if n == name or n.startswith(f"{name}/")), None)
-    if found is None:
-        raise ValueError(unknown("node in keep_float", name, sorted(n.partition("/")[0] for n in names)))
-    return found
+def _find(graph: Any, name: str, output: str) -> str:
+    """Return OpenVINO's name of the layer that was made of the ONNX node `name`.
+
+    The names of nodes change in the conversion, those of their outputs stay.
+    """
+    found = next(
+        (node for node in graph.get_ops() for out in node.outputs() if output in out.get_names()), None
+    )
+    while found is not None and found.get_type_name() in AFTER_WEIGHTED:
+        found = found.input_value(0).get_node()
+    if found is None or found.get_type_name() not in WEIGHTED:
+        raise ValueError(
+            problem(
+                f"keep_float has {name!r}, which OpenVINO joins with other operations",
+                allowed="layers that OpenVINO computes alone",
+                fix="leave it out of keep_float, or write an .onnx file",
+            )
+        )
+    return str(found.get_friendly_name())
+
+
+def _reads_8_bits(layer: Any) -> bool:
+    """Return True if the input of a layer of a quantized graph has 8 bits."""
+    source = layer.input_value(0).get_node()
+    while source.get_type_name() in MOVES_VALUES:
+        source = source.input_value(0).get_node()
+    return bool(source.get_type_name() == "FakeQuantize")

@@ -284,7 +284,7 @@ class SqueezeExcite(nn.Module):
 
     It uses a plain ReLU without γ, the reference code's default, which no variant overrides, though [B] appendix C
     writes GELU. Initial weights: normal, truncated at two sigma, with sigma = fan-in ** -0.5 not corrected for the
-    truncation (Haiku's default); biases 0.
+    truncation (Haiku's default); biases 0. Under autocast on a CPU, the gate is computed in float32.
     """
 
     def __init__(self, channels: int, *, hidden: int) -> None:
@@ -298,11 +298,16 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = spatial_mean(x)
-        if not torch.is_autocast_enabled("cpu"):
+        if not (torch.is_autocast_enabled("cpu") and self._is_float32()):
             return self._gate(pooled)
         # For one row per image, a CPU takes longer to convert the weights and their gradients than to multiply them.
         with torch.autocast("cpu", enabled=False):
-            return self._gate(pooled.to(next(self.parameters()).dtype))
+            return self._gate(pooled.float())
+
+    def _is_float32(self) -> bool:
+        # a quantized layer has a method in place of its weight
+        weights = (self.fc0.weight, self.fc1.weight)
+        return all(isinstance(weight, Tensor) and weight.dtype == torch.float32 for weight in weights)
 
     def _gate(self, pooled: Tensor) -> Tensor:
         return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]

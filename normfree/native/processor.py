@@ -14,7 +14,8 @@ def processor_kind() -> str:
 
     The kind, and not a measurement in the process, decides which algorithm is used: the bits of a result must not
     depend on how busy the machine is. AMD's CPUs with AVX-512 are a kind of their own because MKL, which computes
-    PyTorch's matrix products in float32, has no kernels with AVX-512 for them, while oneDNN's convolutions have.
+    PyTorch's matrix products in float32, has no kernels with AVX-512 for them, while oneDNN's convolutions have. One
+    model of each kind was measured (docs/speed.md).
     """
     found = torch.backends.cpu.get_cpu_capability()
     return f"{found} AMD" if found == "AVX512" and _is_amd() else found

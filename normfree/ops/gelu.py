@@ -76,9 +76,11 @@ def _is_faster_permuted(x: Tensor) -> bool:
 
 
 def _gelu_erf_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    found: Tensor
     if type(grad) is Tensor and _is_faster_permuted(x):
-        return _gelu_erf_gradient(x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    found: Tensor = torch.ops.aten.gelu_backward(grad, x)
+        found = torch.ops.aten.gelu_backward(grad.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1))
+        return found.permute(0, 3, 1, 2)
+    found = torch.ops.aten.gelu_backward(grad, x)
     return found
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from normfree.files import UnreadableFileError, read_toml
-from normfree.suggest import closest, problem
+from normfree.suggest import closest, did_you_mean, problem
 from normfree.training.config import Config, ConfigError
 from normfree.training.synonyms import what_to_use
 
@@ -86,7 +86,15 @@ def _problems(error: ValidationError) -> Iterator[str]:
         elif not key:
             yield item["msg"]
         else:
-            yield problem(f"{key}={item['input']!r}", allowed=_allowed(key, item["type"], item["msg"]))
+            given = problem(f"{key}={item['input']!r}") + _similar_choice(key, str(item["input"]))
+            yield problem(given, allowed=_allowed(key, item["type"], item["msg"]))
+
+
+def _similar_choice(key: str, value: str) -> str:
+    """Return a sentence with the value nearest to `value` if a key allows a few names only, else ""."""
+    kind = _field(key).annotation
+    choices = [name for name in get_args(kind) if isinstance(name, str)] if get_origin(kind) is Literal else []
+    return did_you_mean(value.lower(), choices)
 
 
 # Our text for the types of pydantic's errors.

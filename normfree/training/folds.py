@@ -31,6 +31,7 @@ from normfree.training.default_network import with_network
 from normfree.training.distributed.world import World
 from normfree.training.identity import decisive, require_same, with_free_keys
 from normfree.training.loop import train
+from normfree.training.precision import with_precision
 from normfree.training.run_data import located, open_config_data
 from normfree.training.run_folder import TrainResult, check_folder, in_markdown
 from normfree.uncertainty import accuracy_text
@@ -144,7 +145,9 @@ def train_folds(
     """
     out, run_log = Path(out), RunLog(console or Console())
     _check(config, folds)
-    config = with_network(config, World(device=run_device(config.device)), run_log)  # the same for all folds
+    world = World(device=run_device(config.device))
+    config = with_network(config, world, run_log)  # the same for all folds, as is the data type
+    config = with_precision(config, out / CONFIG_FILE, world=world, run_log=run_log)
     _begin(config, out, folds)
     scores: list[FoldScores] = []
     classes: tuple[str, ...] = ()
@@ -238,7 +241,10 @@ def _begin(config: Config, out: Path, folds: int) -> None:
         given = f"{out} contains {known} folds, not {folds}"
         raise ValueError(problem(given, fix=f"normfree train {out}, or choose another --out"))
     else:
-        require_same(out, decisive(load_config(out / CONFIG_FILE)), decisive(config))
+        before = load_config(out / CONFIG_FILE)
+        if before.precision == "auto":  # written by an earlier version
+            before = before.model_copy(update={"precision": config.precision})
+        require_same(out, decisive(before), decisive(config))
     atomic_write_text(out / CONFIG_FILE, to_toml(config))
     if not known:
         _write(out, folds, [], ())

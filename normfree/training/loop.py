@@ -120,7 +120,7 @@ def _run(
         # 3. Start from `config.weights`, with their classifier if it has the same classes, else with a new one.
         # 4. Start from scratch, with random weights that depend on `config.seed`.
         starts = not (out / "checkpoints").exists()
-        config = with_precision(config, out, world=world, run_log=run_log)
+        config = with_precision(config, out / "config.toml", world=world, run_log=run_log)
         with world.all_or_none():
             resolved = resolve(config, starts=starts)
             if world.is_main:  # downloads and audits the data before the other processes open it

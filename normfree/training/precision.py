@@ -7,6 +7,7 @@ are, and other libraries emulate them. The run stores the answer in its config a
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from normfree.training.console import RunLog
 from normfree.training.distributed.world import World
 
 # bfloat16 must be this many times as fast. CPUs that emulate it reach 0.1; with AVX-512 instructions for it (AMD EPYC,
-# family 26, model 2) these layers reach 1.4 to 1.5 and whole training steps 1.1 (the demo's network) to 2.1
+# family 26, model 2) these layers reach 1.4 to 1.5 and whole training steps 1.4 (the demo's network) to 1.8
 # (NF-ResNet-50). A gain below this would not be worth the rounding, and could be noise.
 LEAST_GAIN = 1.2
 # The measured layers: a 3x3 and a 1x1 convolution, at a size that takes a few milliseconds in float32. With 64
@@ -32,6 +33,8 @@ LEAST_GAIN = 1.2
 CHANNELS, SIDE, IMAGES, ROUNDS = 128, 14, 8, 5
 # One image comes first. If bfloat16 takes this many times as long already, a larger batch would only cost time.
 HOPELESS = 2.0
+# The time that the thread computes, without that of other programs. Windows counts it in steps of 16 ms.
+CLOCK = time.perf_counter if os.name == "nt" else time.thread_time
 
 
 class Precision(NamedTuple):
@@ -58,9 +61,8 @@ def native_precision(device: torch.device) -> Precision:
 def cpu_gain() -> float:
     """Return how many times as fast this CPU computes convolutions and their gradients in bfloat16 as in float32.
 
-    Measured on one thread: on a busy machine, threads that wait for each other take longer than the computation. Takes
-    about 0.1 s at the first call, besides what PyTorch loads at the first convolution of any process. It draws no
-    random numbers.
+    Measured on one thread and by its own time, so that other programs on the machine change little. Takes about 0.1 s
+    at the first call, and draws no random numbers.
     """
     gain, threads = 0.0, torch.get_num_threads()
     torch.set_num_threads(1)
@@ -80,7 +82,7 @@ def ratio_of_medians(
     fast: Callable[[], object],
     *,
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = CLOCK,
 ) -> float:
     """Return the median time of `slow` divided by that of `fast`, in alternating calls after one call of each."""
     spent: dict[Callable[[], object], list[float]] = {slow: [], fast: []}
@@ -115,24 +117,25 @@ def _layers(images: int, *, half: bool) -> Callable[[], object]:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 y = conv2d(x, filters, None, act=None, stride=1, groups=1, padding="same")
                 y = conv2d(y, matrix, None, act=None, stride=1, groups=1, padding="same")
-            torch.autograd.grad(y, (x, filters, matrix), torch.ones_like(y))
+            # of a scalar: for other gradients, PyTorch imports its symbolic shapes, in a second
+            torch.autograd.grad(y.square().sum(), (x, filters, matrix))
 
     return run
 
 
-def with_precision(config: Config, out: Path, *, world: World, run_log: RunLog) -> Config:
-    """Return the config of the run in `out` with a data type in place of "auto", the same in all processes.
+def with_precision(config: Config, stored: Path, *, world: World, run_log: RunLog) -> Config:
+    """Return a config with a data type in place of "auto", the same in all processes.
 
-    A run that has begun keeps its data type. The log tells which one it is and why, unless the config names float32.
-    Every process makes the call.
+    A run that has begun keeps its data type: that of the config file `stored`, if there is one. The log tells which one
+    it is and why, unless the config names float32. Every process makes the call.
 
     Raises:
-        ConfigError: the config of the run cannot be read.
+        ConfigError: the file cannot be read.
     """
     chosen = None
     with world.all_or_none():
         if world.is_main:
-            chosen = _chosen(config, out, world.device)
+            chosen = _chosen(config, stored, world.device)
     precision = world.all_gather(chosen)[0]
     assert precision is not None
     if precision.reason:
@@ -147,11 +150,11 @@ def without_auto(config: Config, device: torch.device) -> Config:
     return config.model_copy(update={"precision": native_precision(device).name})
 
 
-def _chosen(config: Config, out: Path, device: torch.device) -> Precision:
+def _chosen(config: Config, stored: Path, device: torch.device) -> Precision:
     """Return the data type of a run, and the reason; the reason is empty if it needs no explanation."""
     name, reasons = config.precision, []
-    if name == "auto" and (out / "config.toml").is_file():
-        name, reasons = load_config(out / "config.toml").precision, [f"as when {out} was started"]
+    if name == "auto" and stored.is_file():
+        name, reasons = load_config(stored).precision, [f"as when {stored.parent} was started"]
     if name == "auto":
         return native_precision(device)
     if name == "bfloat16" and device.type == "cpu" and (gain := cpu_gain()) < 1.0:

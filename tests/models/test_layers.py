@@ -211,3 +211,15 @@ def test_under_autocast_the_gate_of_squeeze_and_excite_is_computed_in_float32():
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), gate, rtol=0.02, atol=0.0)
     torch.testing.assert_close(gate, se.float()(x), rtol=0.02, atol=0.0)
+
+
+def test_squeeze_and_excite_under_autocast_takes_weights_that_are_quantized_or_partly_bfloat16():
+    se, x = SqueezeExcite(32, hidden=8), torch.randn(2, 32, 4, 4)
+    wanted = se(x)
+    int8 = torch.ao.quantization.quantize_dynamic(se, {torch.nn.Linear}, dtype=torch.qint8)
+    mixed = SqueezeExcite(32, hidden=8)
+    mixed.load_state_dict(se.state_dict())
+    mixed.fc1.bfloat16()
+    for net in (int8, mixed):
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(net(x).float(), wanted, rtol=0.05, atol=0.0)

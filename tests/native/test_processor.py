@@ -1,5 +1,6 @@
 """The kind of processor does not change within a process, and its makers are told apart."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from normfree.native import processor
 
 
 @pytest.fixture(autouse=True)
-def forget() -> None:
+def forget() -> Iterator[None]:
+    processor._is_amd.cache_clear()
+    yield
     processor._is_amd.cache_clear()
 
 
@@ -37,4 +40,3 @@ def test_kinds(monkeypatch: pytest.MonkeyPatch, capability: str, maker: str, kin
         processor.platform, "processor", lambda: f"AMD64 Family 25 Model 33 Stepping 2, {maker}"
     )
     assert processor.processor_kind() == kind
-    processor._is_amd.cache_clear()

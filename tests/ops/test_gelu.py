@@ -125,13 +125,18 @@ def test_an_empty_tensor_gives_an_empty_tensor(function: Function, reference: Fu
     assert function(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
 
 
+# Large enough for the permuted form, which has sides of 1 here: such tensors are in both memory formats at once.
+SIDES_OF_1 = [(128, 1024, 1, 1), (1 << 17, 1, 1, 1), (2, 1, 1, 1 << 16), (2, 1, 1 << 16, 1), (2, 1 << 16, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3), *SIDES_OF_1], ids=str)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("function", [gelu_tanh, gelu_erf, silu, torch.tanh, F.elu], ids=lambda f: f.__name__)
 def test_the_gradient_by_a_direct_call_has_the_bits_of_autograd(
-    function: Function, memory_format: torch.memory_format, kind: torch.dtype
+    function: Function, memory_format: torch.memory_format, kind: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    x, up = (torch.randn(2, 5, 4, 3, dtype=kind).contiguous(memory_format=memory_format) for _ in range(2))
+    x, up = (torch.randn(shape, dtype=kind).contiguous(memory_format=memory_format) for _ in range(2))
     (wanted,) = torch.autograd.grad(function(source := x.clone().requires_grad_()), source, up)
     with torch.no_grad():
         found = activation_gradient(function, x, up)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from normfree import adaptive_clip_grad_, create_model
 from normfree.training import loop, run_folder
-from normfree.training.config import Config
+from normfree.training.config import Config, ConfigError
 from normfree.training.config_io import load_config, with_overrides
+from normfree.training.folds import train_folds
 from normfree.training.gradient import BatchGradient
 from normfree.training.precision import LEAST_GAIN, cpu_gain, native_precision, ratio_of_medians
 from normfree.training.recipes import RECIPES
@@ -163,6 +165,30 @@ def test_a_slow_bfloat16_is_obeyed_with_a_warning(tmp_path):
     printed = train(tmp_path / "run", "--length", "1st", precision="bfloat16")
     assert "precision bfloat16: WARNING: it takes 10.0 times as long as float32 on this CPU" in printed
     assert "precision" not in train(tmp_path / "other", "--length", "1st", precision="float32")
+
+
+def test_all_folds_have_the_data_type_of_the_first(tmp_path, monkeypatch):
+    """Also if the others are trained on another machine."""
+    measures(monkeypatch, 2.0)
+    out, console = tmp_path / "folds", Console(quiet=True)
+    train_folds(config("--precision", "auto"), out, folds=2, console=console)
+    shutil.rmtree(out / "fold-2")
+    measures(monkeypatch, 0.1)
+    train_folds(config("--precision", "auto"), out, folds=2, console=console)
+    for file in ("folds.toml", "fold-1/config.toml", "fold-2/config.toml"):
+        assert load_config(out / file).precision == "bfloat16"
+    stored = (out / "folds.toml").read_text(encoding="utf-8")  # of an earlier version
+    (out / "folds.toml").write_text(stored.replace('"bfloat16"', '"auto"'), encoding="utf-8")
+    train_folds(config("--precision", "auto"), out, folds=2, console=console)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [("bf16", "bfloat16"), ("BFLOAT16", "bfloat16"), ("fp32", "float32"), ("float16", "bfloat16")],
+)
+def test_an_unknown_data_type_is_answered_with_the_nearest(given, near):
+    with pytest.raises(ConfigError, match=f"precision='{given}'. Did you mean '{near}'\\? Allowed: 'auto'"):
+        config("--precision", given)
 
 
 def test_the_rule_for_each_device(monkeypatch):
