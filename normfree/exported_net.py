@@ -82,13 +82,18 @@ class ExportedNet(nn.Module):
             want is None or want == have for want, have in zip(self.input_shape, images.shape, strict=True)
         )
         if not fixed:
+            fix = "resize the images, or export the network for their size"
+            if len(images.shape) == len(self.input_shape) - 1:
+                fix = "pass a batch, images[None]"
+            elif images.shape[1:] == self.input_shape[1:]:
+                fix = f"pass batches of {self.input_shape[0]}, or export the network for any batch size"
             names = ["B" if i == 0 else "any" for i in range(len(self.input_shape))]
             wanted = [name if n is None else str(n) for n, name in zip(self.input_shape, names, strict=True)]
             raise ValueError(
                 problem(
                     f"images have the shape {tuple(images.shape)}",
                     allowed=f"{' x '.join(wanted)}, for which the file was exported",
-                    fix="resize the images, or export the network for their size",
+                    fix=fix,
                 )
             )
 

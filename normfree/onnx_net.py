@@ -119,9 +119,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     with needs("an ONNX file", install="normfree[onnx]"):
         import onnx
     if not path.is_file():
-        raise ValueError(
-            problem(f"{str(path)!r} does not exist", allowed="an ONNX file that `normfree export` wrote")
-        )
+        given = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(problem(f"{str(path)!r} {given}", allowed="an ONNX file"))
     content = read_bytes(path, limit=_BYTES)
     try:
         # Always parse protobuf. By default, files with the suffixes .json and .onnxtxt are parsed as text.

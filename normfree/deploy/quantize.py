@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,9 +98,10 @@ def quantize(
         Size of the file, and its difference to the float network on the calibration inputs.
 
     Raises:
-        ValueError: there are no inputs or they have the wrong shape; the file has several inputs, is already quantized
-            or has weights that depend on its input; or the outputs of the quantized file are too different, and then no
-            file is written.
+        TypeError: calibration yields something else than float tensors, or keep_float is no list.
+        ValueError: there are no inputs, they have the wrong shape or are not finite; the file has several inputs, is
+            already quantized or has weights that depend on its input; or the outputs of the quantized file are too
+            different, and then no file is written.
         ModuleNotFoundError: onnx, onnxruntime, openvino or nncf is not installed.
 
     Examples:
@@ -114,10 +115,14 @@ def quantize(
         0.32
     """
     out_path = Path(out_path)
-    batches = [batch.detach().cpu().float().contiguous() for batch in calibration]
-    if not sum(map(len, batches)):
+    batches = list(_checked(calibration))
+    if not batches:
         raise ValueError(
             problem("calibration has no images", allowed="at least one batch B C H W with B at least 1")
+        )
+    if isinstance(keep_float, str):
+        raise TypeError(
+            problem("keep_float is a string", allowed="a list of names", fix=f"keep_float=[{keep_float!r}]")
         )
     if isinstance(model, nn.Module | TrainedModel):
         with tempfile.TemporaryDirectory() as folder:
@@ -126,6 +131,26 @@ def quantize(
             export(model, source, images=images)
             return _quantize_file(source, out_path, batches, keep_float)
     return _quantize_file(Path(model), out_path, batches, keep_float)
+
+
+def _checked(calibration: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches that are not empty, as contiguous float32 tensors on the CPU."""
+    if isinstance(calibration, Tensor):
+        raise TypeError(
+            problem("calibration is a tensor", allowed="batches", fix="calibration=images.split(32)")
+        )
+    for number, batch in enumerate(calibration):
+        given, allowed = f"calibration batch {number}", "float tensors B C H W, normalized"
+        if not isinstance(batch, Tensor):
+            fix = "calibration=(images for images, _ in loader), or torch.from_numpy for arrays"
+            raise TypeError(problem(f"{given} is a {type(batch).__name__}", allowed=allowed, fix=fix))
+        if not batch.is_floating_point():
+            fix = "preprocess the images as for the network"
+            raise TypeError(problem(f"{given} has the type {batch.dtype}", allowed=allowed, fix=fix))
+        if not batch.isfinite().all():
+            raise ValueError(problem(f"{given} has values that are not finite", allowed=allowed))
+        if batch.ndim and len(batch):
+            yield batch.detach().cpu().float().contiguous()
 
 
 def _quantize_file(
@@ -138,6 +163,7 @@ def _quantize_file(
         float_net.check_shape(batch)
     facts: dict[str, Any] = {}
     openvino = out_path.suffix == ".xml"
+    keep_float = None if keep_float is None else list(dict.fromkeys(keep_float))  # each name once
 
     def write(temporary: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +171,7 @@ def _quantize_file(
             layers = _prepare(source, prepared)
             for name in keep_float or ():
                 if name not in layers:
-                    raise ValueError(unknown("node in keep_float", name, sorted(layers)))
+                    raise ValueError(unknown("convolution or linear layer in keep_float", name, layers))
             int8_net: ExportedNet
             if openvino:
                 text = json.dumps(metadata, ensure_ascii=False)
@@ -195,6 +221,10 @@ def _open_float(source: Path, out_path: Path) -> tuple[OnnxNet, dict[str, Any]]:
                 fix=f"use {str(source.with_suffix('.int8.onnx'))!r}",
             )
         )
+    if source.is_dir() or source.suffix == ".xml":
+        kind = "a folder" if source.is_dir() else "an OpenVINO file"
+        fix = "quantize the ONNX file, or the network with normfree.from_pretrained(FOLDER)"
+        raise ValueError(problem(f"{source} is {kind}", allowed="ONNX files and networks", fix=fix))
     graph = read_onnx(source)
     text = metadata_text(graph)
     metadata = {"int8": True} if text is None else parse_metadata(text, source) | {"int8": True}

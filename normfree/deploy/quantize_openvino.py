@@ -15,11 +15,21 @@ from normfree.deploy.graph_writers import silence
 from normfree.deploy.openvino_writer import read_onnx_graph, save_openvino
 from normfree.suggest import needs, problem
 
-# Convolutions and linear layers, by OpenVINO's names, and what it makes of their biases and factors.
+# Convolutions and linear layers, by OpenVINO's names, and what may follow one: bias, factor, the end of the graph.
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
-AFTER_WEIGHTED = ("Add", "Multiply")
+AFTER_WEIGHTED = ("Add", "Multiply", "Result")
 # Operations whose output has the values of their input: a layer behind them still reads 8 bits.
-MOVES_VALUES = ("Reshape", "Unsqueeze", "Squeeze", "Transpose", "Gather", "Pad", "StridedSlice", "Concat", "Split")
+MOVES_VALUES = (
+    "Reshape",
+    "Unsqueeze",
+    "Squeeze",
+    "Transpose",
+    "Gather",
+    "Pad",
+    "StridedSlice",
+    "Concat",
+    "Split",
+)
 
 
 class LayerCounts(NamedTuple):

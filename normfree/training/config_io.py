@@ -93,7 +93,9 @@ def _problems(error: ValidationError) -> Iterator[str]:
 def _similar_choice(key: str, value: str) -> str:
     """Return a sentence with the value nearest to `value` if a key allows a few names only, else ""."""
     kind = _field(key).annotation
-    choices = [name for name in get_args(kind) if isinstance(name, str)] if get_origin(kind) is Literal else []
+    choices = (
+        [name for name in get_args(kind) if isinstance(name, str)] if get_origin(kind) is Literal else []
+    )
     return did_you_mean(value.lower(), choices)
 
 

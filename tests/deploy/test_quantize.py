@@ -149,7 +149,9 @@ def test_named_nodes_stay_in_float(trained: Trained, tmp_path: Path) -> None:
     stored = {t.name for t in graph.initializer}
     assert [n.input[1] in stored for n in graph.node if n.op_type == "Gemm"] == [True] * 11
     assert not [n for n in graph.node if n.op_type == "Conv" and n.input[1] in stored]
-    with pytest.raises(ValueError, match=r"unknown node in keep_float 'nothing'. Allowed: 'node_"):
+    with pytest.raises(
+        ValueError, match=r"unknown convolution or linear layer in keep_float 'nothing'. Allowed: 'node_"
+    ):
         quantize(folder / "float.onnx", tmp_path / "y.onnx", calibration=[train[:32]], keep_float=["nothing"])
 
 
@@ -185,7 +187,46 @@ def test_what_cannot_be_quantized(trained: Trained, int8: QuantizeReport, tmp_pa
         quantize(source, tmp_path / "x.onnx", calibration=[train[:, :, :20, :20]])
     with pytest.raises(ValueError, match=r"is already quantized. Allowed: float files."):
         quantize(int8.path, tmp_path / "x.onnx", calibration=[train])
+    with pytest.raises(ValueError, match=r"Fix: pass a batch, images\[None\]"):
+        quantize(source, tmp_path / "x.onnx", calibration=list(train[:2]))
+    with pytest.raises(ValueError, match=r"is a folder. Allowed: ONNX files and networks. Fix: quantize the"):
+        quantize(folder, tmp_path / "x.onnx", calibration=[train])
+    with pytest.raises(ValueError, match=r"is an OpenVINO file. Allowed: ONNX files and networks"):
+        quantize(folder / "float.xml", tmp_path / "x.onnx", calibration=[train])
+    with pytest.raises(ValueError, match=r"does not exist. Allowed: an ONNX file"):
+        quantize(folder / "none.onnx", tmp_path / "x.onnx", calibration=[train])
+    with pytest.raises(TypeError, match=r"keep_float is a string. Allowed: .* Fix: keep_float=\['head'\]"):
+        quantize(source, tmp_path / "x.onnx", calibration=[train], keep_float="head")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda x: x, TypeError, r"calibration is a tensor. .* Fix: calibration=images.split\(32\)"),
+        (lambda x: [(x, x)], TypeError, "batch 0 is a tuple. .* Fix: calibration=\\(images for images, _ in"),
+        (lambda x: [x, x.numpy()], TypeError, "batch 1 is a ndarray. Allowed: float tensors"),
+        (lambda x: [x.byte()], TypeError, "batch 0 has the type torch.uint8. Allowed: float tensors"),
+        (lambda x: [x / 0], ValueError, "batch 0 has values that are not finite"),
+        (lambda x: [x[:0]], ValueError, "calibration has no images"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_calibration_inputs_that_cannot_be_used(
+    trained: Trained, tmp_path: Path, make: Any, kind: type[Exception], message: str, suffix: str
+) -> None:
+    _, folder, train, _, _ = trained
+    with pytest.raises(kind, match=message):
+        quantize(folder / "float.onnx", tmp_path / f"x{suffix}", calibration=make(train))
+
+
+def test_empty_batches_and_repeated_names_are_counted_once(trained: Trained, tmp_path: Path) -> None:
+    _, folder, train, _, _ = trained
+    source = folder / "float.onnx"
+    name = next(n.name for n in onnx.load_model(source).graph.node if n.op_type == "Conv")
+    batches = [train[:0], train[:16], train[:0]]
+    report = quantize(source, tmp_path / "x.onnx", calibration=batches, keep_float=[name, name])
+    assert (report.images, report.left_float) == (16, 1)
 
 
 @pytest.mark.slow

@@ -128,11 +128,22 @@ def test_int8_of_a_network_whose_silu_is_a_sigmoid_and_a_product(tmp_path: Path)
     assert report.left_float == 0
     export(net, tmp_path / "a.onnx", images=batches[0])
     graph = pytest.importorskip("onnx").load_model(tmp_path / "a.onnx").graph
-    first = next(node.name for node in graph.node if node.op_type == "Conv")
-    kept = quantize(tmp_path / "a.onnx", tmp_path / "b.xml", calibration=batches, keep_float=[first])
-    assert (kept.left_float, kept.quantized) == (1, report.quantized - 1)
-    with pytest.raises(ValueError, match="unknown node in keep_float 'nothing'"):
+    layers = [node.name for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(layers) == report.quantized
+    # OpenVINO names the last layer differently, after the output.
+    for names in ([layers[0]], [layers[-1]], layers[::3]):
+        kept = quantize(tmp_path / "a.onnx", tmp_path / "b.xml", calibration=batches, keep_float=names)
+        assert (kept.left_float, kept.quantized) == (len(names), report.quantized - len(names))
+    with pytest.raises(ValueError, match="unknown convolution or linear layer in keep_float 'nothing'"):
         quantize(tmp_path / "a.onnx", tmp_path / "c.xml", calibration=batches, keep_float=["nothing"])
+
+
+@pytest.mark.works("OpenVINO", "quantize")
+def test_int8_layers_behind_reshapes_are_counted(tmp_path: Path) -> None:
+    """The convolution of channel attention reads 8 bits through an operation that only adds an axis."""
+    net = create_model("timm_eca_nfnet_l0", num_classes=5).eval()
+    report = quantize(net, tmp_path / "a.xml", calibration=torch.randn(2, 3, 64, 64).split(1))
+    assert (report.quantized, report.left_float) == (70, 0)
 
 
 @pytest.mark.works("OpenVINO", "export with preprocessing")

@@ -126,7 +126,13 @@ def test_an_empty_tensor_gives_an_empty_tensor(function: Function, reference: Fu
 
 
 # Large enough for the permuted form, which has sides of 1 here: such tensors are in both memory formats at once.
-SIDES_OF_1 = [(128, 1024, 1, 1), (1 << 17, 1, 1, 1), (2, 1, 1, 1 << 16), (2, 1, 1 << 16, 1), (2, 1 << 16, 1, 1)]
+SIDES_OF_1 = [
+    (128, 1024, 1, 1),
+    (1 << 17, 1, 1, 1),
+    (2, 1, 1, 1 << 16),
+    (2, 1, 1 << 16, 1),
+    (2, 1 << 16, 1, 1),
+]
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4, 3), *SIDES_OF_1], ids=str)
