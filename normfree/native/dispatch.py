@@ -12,12 +12,22 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as _module
 
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
+
 # --- who observes operations -------------------------------------------------------------------------
 
 
 def functorch_is_active() -> bool:
     """Return True inside a transform of `torch.func`, such as `vmap`, `grad` or `jvp`."""
     return torch._C._are_functorch_transforms_active()
+
+
+def batched_gradients_are_active() -> bool:
+    """Return True inside `torch.autograd.grad(..., is_grads_batched=True)`, as in `jacobian(..., vectorize=True)`.
+
+    It uses the vmap that PyTorch had before `torch.func`.
+    """
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
 
 
 def dispatch_mode_is_active() -> bool:
@@ -52,12 +62,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_transformed() -> bool:
-    """Return True inside a transform of `torch.func`, forward-mode AD, or a trace by `torch.fx`.
+    """Return True inside a transform of `torch.func`, batched gradients, forward-mode AD, or a trace by `torch.fx`.
 
     They need PyTorch operations on the parameters of a module: no custom backward pass, and no saved results.
     """
     return not torch.compiler.is_compiling() and (
-        functorch_is_active() or forward_ad_is_active() or fx_is_tracing()
+        functorch_is_active() or batched_gradients_are_active() or forward_ad_is_active() or fx_is_tracing()
     )
 
 

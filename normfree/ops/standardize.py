@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor, laid_out_as
+from normfree.native.dispatch import can_bypass_dispatcher, is_plain_cpu_tensor, is_transformed, laid_out_as
 from normfree.native.library import library, run
 from normfree.native.table import TableEntry, pointer_table
 from normfree.ops.standardize_torch import (
@@ -78,7 +78,8 @@ class _Standardize(torch.autograd.Function):
         weights, gains = ([saved[i + shift] for i, _ in found] for shift in (0, count))
         scales = [ctx.scales[i] for i, _ in found]
         results: list[Tensor | None] = [None] * (2 * count)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated again
+        # create_graph=True: the gradients will be differentiated again; or batched gradients
+        if torch.is_grad_enabled() or is_transformed():
             for (i, grad), weight, gain, scale in zip(found, weights, gains, scales, strict=True):
                 results[i], results[count + i] = _differentiable(weight, gain, grad, scale=scale, eps=ctx.eps)
             return None, None, *results
@@ -103,9 +104,10 @@ def _differentiable(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of weight and gain as functions of weight, gain and `grad` made of plain operations."""
     kind = torch.promote_types(weight.dtype, torch.float32)
-    rows, wide, back = weight.flatten(1).to(kind), gain.to(kind), grad.flatten(1).to(kind)
+    rows, wide = weight.flatten(1).to(kind), gain.to(kind)
+    back = grad.reshape(rows.shape).to(kind)  # batched gradients have no `flatten`
     by_rows, by_gain = closed_form(rows, wide, back, scale=scale, eps=eps)
-    return by_rows.view_as(weight).to(weight.dtype), by_gain.to(gain.dtype)
+    return by_rows.reshape(weight.shape).to(weight.dtype), by_gain.to(gain.dtype)
 
 
 def _run(name: str, columns: Sequence[Sequence[Tensor]], scales: Sequence[float], eps: str) -> None:

@@ -165,6 +165,25 @@ def test_the_jacobian_has_the_gradient_of_each_logit(name):
     torch.testing.assert_close(jacobian[2, 1], wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@every_family
+def test_batched_gradients_are_the_gradients(name, memory_format):
+    """As `torch.autograd.functional.jacobian(..., vectorize=True)` computes them; float32 has compiled kernels."""
+    net = network(name).to(torch.float32, memory_format=memory_format)
+    parameters = list(net.parameters())
+    logits = net(IMAGES.to(torch.float32, memory_format=memory_format)).flatten()
+    batch = torch.eye(len(logits), dtype=logits.dtype)[:2]
+    found = torch.autograd.grad(
+        logits, parameters, batch, is_grads_batched=True, retain_graph=True, allow_unused=True
+    )
+    for number in range(2):
+        wanted = torch.autograd.grad(logits[number], parameters, retain_graph=True, allow_unused=True)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one[number], other, rtol=1e-4, atol=1e-6)
+
+
 @every_family
 def test_vmap_computes_several_networks_at_once(name):
     nets = [network(name), shifted(network(name), direction(network(name)), 0.3)]

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.native.dispatch import (
+    batched_gradients_are_active,
     can_bypass_dispatcher,
     dispatch_mode_is_active,
     eager_training,
@@ -115,6 +116,26 @@ def test_functorch_transforms_are_found() -> None:
     assert in_vmap(functorch_is_active)
     assert not in_vmap(can_bypass_dispatcher)
     assert not in_vmap(eager_training)
+
+
+def test_batched_gradients_are_found() -> None:
+    seen: list[bool] = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            seen.extend((batched_gradients_are_active(), can_bypass_dispatcher()))
+            return 2 * grad
+
+    x = torch.ones(3, requires_grad=True)
+    (found,) = torch.autograd.grad(Double.apply(x), x, torch.eye(3), is_grads_batched=True)
+    assert torch.equal(found, 2 * torch.eye(3))
+    assert seen == [True, False]
+    assert not batched_gradients_are_active()
 
 
 def test_a_tracer_is_found() -> None:
