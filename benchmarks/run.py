@@ -27,17 +27,29 @@ from normfree.training.allocator import keep_freed_memory
 ROOT = Path(__file__).parents[1]
 # Seconds of a suite's budget that are kept for measuring the machine's rates again and for writing.
 RESERVE_S = 5.0
+# Threads of the results in benchmarks/results/, which docs/results.md calls "two cores".
+THREADS = 2
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the suites that `args` name; return 0, 1 if arms disagreed or a suite failed, or 2 for invalid arguments."""
+    """Run the suites that `args` name.
+
+    Returns:
+        0, or 1 if arms disagreed, a suite failed or nothing was measured, or 2 for invalid arguments.
+    """
     options = parse(args)
-    options.no_write |= options.rounds < LEAST
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     error = check(options, device)
     if error:
         print(error, file=sys.stderr)
         return 2
+    options.no_write |= options.rounds < LEAST
+    threads = torch.get_num_threads()
+    if options.out == report.RESULTS and device.type == "cpu" and threads != THREADS and not options.no_write:
+        print(
+            f"Prints only: with {threads} threads. {report.RESULTS.name}/ has results of {THREADS}; see --out."
+        )
+        options.no_write = True
     possible = []
     for name in options.suites or SUITES:
         obstacle = SUITES[name].obstacle(device)
@@ -70,7 +82,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-write", action="store_true", help="print the page, write nothing")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--data", type=Path, help="folder of CIFAR-10, for small_scale on a GPU")
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10: train/ and test/ with JPEG files for whole_job, "
+                        "cifar-10-batches-py/ for small_scale on a GPU")  # fmt: skip
     return parser.parse_args(args)
 
 
@@ -79,6 +92,12 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
     for name in options.suites:
         if name not in SUITES:
             return unknown("suite", name, SUITES)
+        obstacle = SUITES[name].obstacle(device)
+        if obstacle:
+            return f"{name} cannot run: {obstacle}"
+    wrong_data = check_data(options.data, [SUITES[name] for name in options.suites])
+    if wrong_data:
+        return wrong_data
     if options.rounds < 1:
         return problem(
             f"--rounds is {options.rounds}", allowed="1 or more", fix=f"pass {LEAST} to write results"
@@ -95,6 +114,22 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
         for name in options.only:
             if name not in known:
                 return unknown("name", name, known)
+    return ""
+
+
+def check_data(data: Path | None, suites: Sequence[Suite]) -> str:
+    """Return what is wrong with the folder for the named suites, in one line, or ""."""
+    if data is not None and suites and not any(suite.reads_data for suite in suites):
+        readers = [suite.name for suite in SUITES.values() if suite.reads_data]
+        return problem(
+            f"--data for {suites[0].name}, which reads none", allowed=f"with {' or '.join(readers)}"
+        )
+    for suite in suites:
+        missing = [name for name in suite.folders if data is None or not (data / name).is_dir()]
+        if missing:
+            given = f"{suite.name} without --data" if data is None else f"{data} has no {missing[0]}/"
+            needed = " and ".join(f"{name}/" for name in suite.folders)
+            return problem(given, allowed=f"--data FOLDER with {needed}, which have one folder per class")
     return ""
 
 
@@ -143,7 +178,7 @@ def run_here(suite: Suite, options: argparse.Namespace, device: torch.device) ->
     if keep and comparisons:
         suffix = "-".join(["", *options.only])
         print(report.write(replace(result, suite=suite.name + suffix), options.out))
-    return int(wrong)
+    return int(wrong or not comparisons)
 
 
 def settle(suite: Suite, device: torch.device) -> None:

@@ -30,6 +30,8 @@ class Suite:
         options: further arguments of `cases`.
         one_core: whether it runs on a single core.
         by_name: whether it runs on a CPU only if it is named.
+        extra: the extra of normfree that installs what it needs.
+        folders: what the folder of --data must contain, if the suite cannot run without it.
         refuses: returns why it cannot run on a device, or "".
     """
 
@@ -41,6 +43,8 @@ class Suite:
     options: tuple[tuple[str, Any], ...] = ()
     one_core: bool = False
     by_name: bool = False
+    extra: str = "bench"
+    folders: tuple[str, ...] = ()
     refuses: Callable[[torch.device], str] = lambda device: ""
 
     def obstacle(self, device: torch.device) -> str:
@@ -49,8 +53,13 @@ class Suite:
             return f"it has no cases for {device.type}"
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
-            return f"{', '.join(missing)} missing: pip install -e '.[bench]'"
+            return f"{', '.join(missing)} missing: pip install -e '.[{self.extra}]'"
         return self.refuses(device)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether --data means something to the suite."""
+        return "data" in dict(self.options)
 
     def budget(self, device: torch.device) -> float:
         """Return the default time budget in seconds."""
@@ -104,6 +113,7 @@ SUITES: dict[str, Suite] = {
             needs=("timm", "onnxruntime", "openvino", "nncf"),
             options=(("every_runtime", True),),
             by_name=True,
+            extra="interop",
             refuses=_no_compiler,
         ),
         Suite("memory", "memory", 100, 300),
@@ -111,7 +121,15 @@ SUITES: dict[str, Suite] = {
         Suite("small_scale", "small_scale", 70, 540, options=(("data", None),)),
         Suite("startup", "startup", 150, 0),
         Suite("growth", "growth", 900, 0, needs=("timm", "skimage"), by_name=True),
-        Suite("whole_job", "whole_job", 4 * 3600, 0, options=(("data", None),), by_name=True),
+        Suite(
+            "whole_job",
+            "whole_job",
+            4 * 3600,
+            0,
+            options=(("data", None),),
+            by_name=True,
+            folders=("train", "test"),
+        ),
         Suite("convolutions", "convolutions", 150, 400, by_name=True),
         Suite(
             "spectrogram",
@@ -121,6 +139,7 @@ SUITES: dict[str, Suite] = {
             needs=("timm", "onnxruntime", "openvino", "nncf"),
             one_core=True,
             by_name=True,
+            extra="interop",
             refuses=_no_compiler,
         ),
     )

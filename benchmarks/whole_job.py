@@ -98,7 +98,11 @@ def measure(data: Path | None, job: Job, runs: Path, bench: Bench) -> Iterator[C
     if data is None:
         bench.skipped.append("no data; pass a folder with train/ and test/ by --data FOLDER")
         return
-    folder = subset(data, runs / f"data-{job.train}-{job.test}", job)
+    try:
+        folder = subset(data, runs / f"data-{job.train}-{job.test}", job)
+    except ValueError as error:
+        bench.skipped.append(str(error))
+        return
     outcomes: dict[str, list[Outcome]] = {arm: [] for arm in NAMES}
     longest = 0.0
     for seed in range(job.seeds):

@@ -219,11 +219,42 @@ def test_invalid_arguments_give_an_error_of_one_line(
         ),
         (["update", "--rounds", "0"], "--rounds is 0. Allowed: 1 or more."),
         (["update", "--budget-s", "0"], "--budget-s is 0. Allowed: seconds above 0."),
+        (
+            ["update", "--data", "x"],
+            "--data for update, which reads none. Allowed: with small_scale or whole_job.",
+        ),
+        (["whole_job"], "whole_job without --data. Allowed: --data FOLDER with train/ and test/"),
+        (["whole_job", "--data", "none"], "none has no train/. Allowed: --data FOLDER with train/ and test/"),
     ):
         assert run.main([*args, "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert error.startswith(message)
         assert error.count("\n") == 1
+
+
+def test_a_named_suite_whose_packages_are_missing_is_an_error(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, suites = script("run"), script("suites")
+    for name, extra in (("spectrogram", "interop"), ("loading", "bench")):
+        monkeypatch.setitem(suites.SUITES, name, replace(suites.SUITES[name], needs=("no_such_package",)))
+        assert run.main([name, "--only", "zz", "--device", "cpu"]) == 2
+        wanted = f"{name} cannot run: no_such_package missing: pip install -e '.[{extra}]'\n"
+        assert capsys.readouterr().err == wanted
+
+
+def test_results_of_another_number_of_threads_are_only_printed(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = script("run")
+    seen: list[bool] = []
+    monkeypatch.setattr(run, "run_here", lambda suite, options, device: seen.append(options.no_write) or 0)
+    monkeypatch.setattr(run.results_page, "update", lambda: None)
+    for threads in (run.THREADS, run.THREADS + 1):
+        monkeypatch.setattr(run.torch, "get_num_threads", lambda threads=threads: threads)
+        assert run.main(["startup", "--device", "cpu"]) == 0
+    assert seen == [False, True]
+    assert "Prints only: with 3 threads" in capsys.readouterr().out
 
 
 def test_bfloat16_runs_where_training_would_choose_it(
