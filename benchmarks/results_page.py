@@ -50,6 +50,8 @@ PICKS = (
     Pick("inference", "nf_resnet50, 224 px, batch 1", "one image through NF-ResNet-50, 224 px", "normfree, folded"),
     Pick("inference", "nf_resnet50, 224 px, batch 1, onnxruntime", "the same, both sides in onnxruntime",
          "normfree, folded, onnxruntime", "timm, onnxruntime"),
+    Pick("inference", "dm_nfnet_f0, 192 px, batch 1, onnxruntime", "the same, NFNet-F0, 192 px",
+         "normfree, folded, onnxruntime", "timm, onnxruntime"),
     Pick("inference_runtimes", "dm_nfnet_f0, 192 px, batch 1, OpenVINO", "one image through NFNet-F0, both in OpenVINO",
          "normfree, folded, OpenVINO", "timm, OpenVINO"),
     Pick("inference_runtimes", "eca_nfnet_l0, 224 px, batch 1, OpenVINO", "the same, ECA-NFNet-L0",

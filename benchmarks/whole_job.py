@@ -207,11 +207,14 @@ def comparison(outcomes: Mapping[str, Sequence[Outcome]]) -> Comparison:
         }
         timings.append(timing(NAMES[arm], own, base, rng, facts=facts))
     minutes = sum(o.curve[-1][0] for own in outcomes.values() for o in own) / 60
-    notes = [f"to {target:.1f} % top-1; {len(base)} seeds of each arm, {minutes:.0f} minutes in all"]
+    size = f"{len(base)} seeds of each arm, {minutes:.0f} minutes of training in all, also in earlier calls"
+    notes = [f"to {target:.1f} % top-1; {size}"]
     for arm in times.keys() - reached.keys():
         missed = sum(seconds == float("inf") for seconds in times[arm])
+        whole = fmean(o.curve[-1][0] for o in outcomes[arm])
         notes.append(
-            f"{NAMES[arm]}: {missed} of {len(base)} runs stay below the target; {finals[arm]:.1f} % at the end"
+            f"{NAMES[arm]}: {missed} of {len(base)} runs stay below the target; {finals[arm]:.1f} % at the end, after "
+            f"{whole:.0f} s"
         )
     noise = spread([seconds / median(base) for seconds in base], rng)
     return Comparison(TITLE, NAMES[baseline], tuple(timings), noise, len(base), unit="s", notes=tuple(notes))

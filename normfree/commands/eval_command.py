@@ -57,6 +57,7 @@ def eval_(arguments: EvalArguments) -> int:
     """Evaluate the model and print its scores; return 0."""
     from normfree.commands.eval_output import write_answers, write_confusion
     from normfree.data.multilabel import as_multilabel
+    from normfree.exported_net import ExportedNet
     from normfree.inference import evaluate
     from normfree.pretrained import from_pretrained
 
@@ -82,7 +83,8 @@ def eval_(arguments: EvalArguments) -> int:
     if arguments.json:
         print(json.dumps(_as_json(score)))
     else:
-        _print_table(score)
+        exported = isinstance(model.net, ExportedNet)  # which may compute in 8 bits
+        _print_table(score, f"by {arguments.model}" if exported else "in float32")
     return 0
 
 
@@ -221,7 +223,7 @@ def _as_json(score: Evaluation) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _print_table(score: Evaluation) -> None:
+def _print_table(score: Evaluation, how: str) -> None:
     """Print the scores of each class and of all images."""
     from rich.console import Console
     from rich.table import Table
@@ -258,5 +260,5 @@ def _print_table(score: Evaluation) -> None:
         )
     top5 = f", top-5 {score.top5_text()} %" if score.top5_text() else ""
     console.print(
-        f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {number_of(score.count, 'image')}, in float32"
+        f"top-1 {score.top1_text()} %{top5}, loss {score.loss:.4f} on {number_of(score.count, 'image')}, {how}"
     )

@@ -229,6 +229,11 @@ def test_empty_batches_and_repeated_names_are_counted_once(trained: Trained, tmp
     assert (report.images, report.left_float) == (16, 1)
 
 
+def test_eval_names_the_file_that_computes(int8: QuantizeReport, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(int8.path), DATA]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" on 96 images, by {int8.path}")
+
+
 @pytest.mark.slow
 def test_an_unfolded_file_is_quantized_as_well(
     trained: Trained, int8: QuantizeReport, tmp_path: Path
