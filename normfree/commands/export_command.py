@@ -145,6 +145,8 @@ def _quantize(report: ExportReport, model: TrainedModel, images: _Images) -> Non
     small = quantize(report.path if report.format == "onnx" else model, out, calibration=batches)
     print(f"{small.path}: {_megabytes(small.bytes)}, {100 * small.bytes / small.float_bytes:.1f} % of the float file; "
           f"{small.quantized} convolutions and products in 8 bits, {small.left_float} in float")  # fmt: skip
+    if small.images < BATCH:
+        print(f"  only {number_of(small.images, 'image')} set its ranges. Fix: --images with a few hundred")
     print(f"  against the float file on the {small.images} {images.calibrate_name} that set its ranges: median "
           f"relative error {100 * small.error:.1f} %, first class the same on "
           f"{small.top1_agreement:.1f} %")  # fmt: skip

@@ -415,11 +415,12 @@ def _check(model: TrainedModel | nn.Module, path: Path, *, format: str, opset: i
         raise ValueError(unknown("format", format, FORMATS))
     suffix = FORMATS[format]
     if path.suffix != suffix:
+        meant = next((name for name, own in FORMATS.items() if own == path.suffix), "")
         raise ValueError(
             problem(
                 f"path is {str(path)!r} with format={format!r}",
                 allowed=f"names that end in {suffix}",
-                fix=f"use {str(path.with_suffix(suffix))!r}",
+                fix=f"use {str(path.with_suffix(suffix))!r}" + (f", or format={meant!r}" if meant else ""),
             )
         )
     if path.is_dir():

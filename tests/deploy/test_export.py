@@ -286,6 +286,7 @@ def test_graph_facts_of_a_handmade_graph() -> None:
     ("name", "arguments", "message"),
     [
         ("model.onnx", {"format": "onx"}, "unknown format 'onx'. Did you mean 'onnx'? Allowed: 'onnx', 'pt2'"),
+        ("model.xml", {}, "with format='onnx'. Allowed: names that end in .onnx. Fix: use '"),
         ("model.pt", {"format": "pt2"}, "with format='pt2'. Allowed: names that end in .pt2. Fix: use '"),
         ("model.onnx", {"opset": 17}, "opset is 17. Allowed: 18 to 25. Fix: use 18."),
         ("model.onnx", {"opset": 99}, "opset is 99. Allowed: 18 to 25. Fix: use 25."),

@@ -292,6 +292,7 @@ def test_the_command_prints_the_accuracy_of_both_files(
     )
     assert wanted in printed.out
     assert "against the float file on the 256 training images that set its ranges: " in printed.out
+    assert "images set its ranges. Fix" not in printed.out
     assert printed.out.count("images/s at batch ") == 2
 
 
@@ -306,10 +307,9 @@ def test_the_command_reports_missing_labels(
     args = ["export", str(folder / "run" / "model"), "--int8", "--out", str(tmp_path / "m.onnx")]
     args += ["--images", str(tmp_path)]
     assert main(args) == 0
-    assert (
-        "  accuracy not measured, because the images have no labels. Fix: --images FOLDER"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "  accuracy not measured, because the images have no labels. Fix: --images FOLDER" in printed
+    assert "  only 8 images set its ranges. Fix: --images with a few hundred\n" in printed
     for i in range(8):
         (tmp_path / "labelled" / source.classes[source.label(i)]).mkdir(parents=True, exist_ok=True)
         source.image(i).save(tmp_path / "labelled" / source.classes[source.label(i)] / f"{i}.png")
