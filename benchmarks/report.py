@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.machine import Ceilings
 from benchmarks.summary import Comparison, Floor, Timing
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 # Columns for the `facts` of arms: heading and format.
 COLUMNS = {

@@ -21,7 +21,7 @@ from benchmarks import machine, report, results_page
 from benchmarks.harness import LEAST, Bench, Case, GateError, OutOfTimeError
 from benchmarks.suites import SUITES, Suite
 from benchmarks.summary import Comparison
-from normfree.suggest import problem, unknown
+from normfree.suggest import number_of, problem, unknown
 from normfree.training.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     threads = torch.get_num_threads()
     if options.out == report.RESULTS and device.type == "cpu" and threads != THREADS and not options.no_write:
         print(
-            f"Prints only: with {threads} threads. {report.RESULTS.name}/ has results of {THREADS}; see --out."
+            f"Prints only: with {number_of(threads, 'thread')}; {report.RESULTS.name}/ has results of {THREADS}."
         )
         options.no_write = True
     possible = []
@@ -84,7 +84,9 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10: train/ and test/ with JPEG files for whole_job, "
                         "cifar-10-batches-py/ for small_scale on a GPU")  # fmt: skip
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    options.out = options.out.resolve()
+    return options
 
 
 def check(options: argparse.Namespace, device: torch.device) -> str:
@@ -105,6 +107,8 @@ def check(options: argparse.Namespace, device: torch.device) -> str:
     if options.budget_s is not None and options.budget_s <= 0:
         fix = "leave it out for each suite's own budget"
         return problem(f"--budget-s is {options.budget_s:g}", allowed="seconds above 0", fix=fix)
+    if options.out.exists() and not options.out.is_dir():
+        return problem(f"--out is {options.out}", allowed="a folder")
     if options.device == "cuda" and not torch.cuda.is_available():
         return problem("--device is cuda and no GPU is available", allowed="cpu", fix="pass --device cpu")
     if options.only:
@@ -143,7 +147,7 @@ def run_apart(name: str, options: argparse.Namespace, device: torch.device) -> i
     passed = ["--rounds", str(options.rounds), "--out", str(options.out), *["--no-write"] * options.no_write]
     passed += ["--device", device.type]
     passed += [] if options.budget_s is None else ["--budget-s", str(options.budget_s)]
-    passed += [] if options.data is None else ["--data", str(options.data)]
+    passed += [] if options.data is None else ["--data", str(options.data.resolve())]
     passed += ["--only", *options.only] if options.only else []
     if options.only and not set(options.only) & set(_aliases(SUITES[name], device)):
         return 0

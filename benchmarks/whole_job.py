@@ -131,7 +131,10 @@ def subset(data: Path, folder: Path, job: Job) -> Path:
     for part, source, count in (("train", "train", job.train), ("val", "test", job.test)):
         if not (data / source).is_dir():
             raise ValueError(problem(f"{data} has no {source}/", allowed="a folder with train/ and test/"))
-        for of_class in sorted(path for path in (data / source).iterdir() if path.is_dir()):
+        classes = sorted(path for path in (data / source).iterdir() if path.is_dir())
+        if not classes:
+            raise ValueError(problem(f"{data / source} has no folders", allowed="one folder per class"))
+        for of_class in classes:
             images = sorted(walk_images(of_class)[0])[:count]
             if len(images) < count:
                 raise ValueError(problem(f"{of_class} has {len(images)} images", allowed=f"{count} or more"))

@@ -78,14 +78,16 @@ class ExportedNet(nn.Module):
 
     def check_shape(self, images: Tensor) -> None:
         """Raise `ValueError` if the file cannot be run on inputs of this shape."""
-        fixed = len(images.shape) == len(self.input_shape) and all(
-            want is None or want == have for want, have in zip(self.input_shape, images.shape, strict=True)
-        )
-        if not fixed:
+
+        def fits(shape: Sequence[int], wanted: Shape) -> bool:
+            pairs = zip(shape, wanted, strict=False)
+            return len(shape) == len(wanted) and all(want is None or want == have for have, want in pairs)
+
+        if not fits(images.shape, self.input_shape):
             fix = "resize the images, or export the network for their size"
-            if len(images.shape) == len(self.input_shape) - 1:
-                fix = "pass a batch, images[None]"
-            elif images.shape[1:] == self.input_shape[1:]:
+            if fits(images.shape, self.input_shape[1:]):
+                fix = "pass batches, images[None] of one image or images.split(32) of many"
+            elif fits(images.shape[1:], self.input_shape[1:]):
                 fix = f"pass batches of {self.input_shape[0]}, or export the network for any batch size"
             names = ["B" if i == 0 else "any" for i in range(len(self.input_shape))]
             wanted = [name if n is None else str(n) for n, name in zip(self.input_shape, names, strict=True)]

@@ -143,6 +143,13 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return an ONNX file and the files of weights that it refers to."""
+    entries = (entry for tensor in _tensors(read_onnx(path)) for entry in tensor.external_data)
+    names = {entry.value for entry in entries if entry.key == "location"}
+    return [path, *(path.parent / name for name in sorted(names))]
+
+
 def metadata_text(model: onnx.ModelProto) -> str | None:
     """Return the JSON in the metadata of an ONNX file, or None."""
     return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)

@@ -304,7 +304,7 @@ def test_list_and_show(trained, capsys):
         ("list recipe", "no model matches 'recipe'. Did you mean 'recipes'?"),
         (
             "train --data synthetic --precision float16",
-            "precision='float16'. Allowed: 'auto', 'float32' or 'bfloat16'.",
+            "precision='float16'. Did you mean 'bfloat16'? Allowed: 'auto', 'float32' or 'bfloat16'.",
         ),
         (
             "train --input.val_fraction 2",

@@ -84,7 +84,7 @@ def eval_(arguments: EvalArguments) -> int:
         print(json.dumps(_as_json(score)))
     else:
         exported = isinstance(model.net, ExportedNet)  # which may compute in 8 bits
-        _print_table(score, f"by {arguments.model}" if exported else "in float32")
+        _print_table(score, f"computed by {arguments.model}" if exported else "in float32")
     return 0
 
 

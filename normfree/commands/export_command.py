@@ -147,7 +147,7 @@ def _quantize(report: ExportReport, model: TrainedModel, images: _Images) -> Non
           f"{small.quantized} convolutions and products in 8 bits, {small.left_float} in float")  # fmt: skip
     if small.images < BATCH:
         print(f"  only {number_of(small.images, 'image')} set its ranges. Fix: --images with a few hundred")
-    print(f"  against the float file on the {small.images} {images.calibrate_name} that set its ranges: median "
+    print(f"  against the float file on {small.images} {images.calibrate_name} that set its ranges: median "
           f"relative error {100 * small.error:.1f} %, first class the same on "
           f"{small.top1_agreement:.1f} %")  # fmt: skip
     nets = [from_pretrained(path).net for path in (report.path, small.path)]

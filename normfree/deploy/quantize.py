@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from normfree.deploy.openvino_writer import write_two_files
 from normfree.deploy.quantize_openvino import LayerCounts, quantize_openvino
 from normfree.exported_net import IMAGE, METADATA_KEY, ExportedNet, parse_metadata
 from normfree.files import atomic_write
-from normfree.onnx_net import OnnxNet, metadata_text, open_graph, read_onnx
+from normfree.onnx_net import OnnxNet, files_of, metadata_text, open_graph, read_onnx
 from normfree.openvino_net import OpenVinoNet, compile_openvino, read_openvino
 from normfree.pretrained import TrainedModel
 from normfree.suggest import problem, some_names, unknown
@@ -32,9 +32,10 @@ from normfree.suggest import problem, some_names, unknown
 if TYPE_CHECKING:
     import onnx
 
-# The quantized nodes are those with weights. To quantize the nodes between them (gates, sums, pooling) as well would
-# cost accuracy and save no bytes. The -inf padding of a max pool would also make the range of its scale infinite.
-QUANTIZED = ("Conv", "Gemm")
+# The quantized nodes are those with weights: convolutions, and linear layers, which are products in graphs with several
+# rows per image. To quantize the nodes between them (gates, sums, pooling) as well would cost accuracy and save no
+# bytes. The -inf padding of a max pool would also make the range of its scale infinite.
+QUANTIZED = ("Conv", "Gemm", "MatMul")
 # A file whose median relative error of the logits is at least this is rejected. Correct files have about 0.03, files
 # with wrong scales about 1.
 BROKEN = 0.5
@@ -49,7 +50,7 @@ class QuantizeReport:
     Attributes:
         path: the file.
         bytes: size of the file; for OpenVINO, of both files.
-        float_bytes: size of the float ONNX file.
+        float_bytes: size of the float ONNX file, with files of weights beside it.
         quantized: number of convolutions and linear layers that compute in 8 bits.
         left_float: number of convolutions and linear layers that stay in float.
         images: number of calibration images.
@@ -90,7 +91,8 @@ def quantize(
         out_path: the file to write, with the suffix .onnx, or .xml for OpenVINO. An existing file is replaced.
         calibration: batches of inputs as the network will see them, float B ..., normalized. A few hundred images in
             batches of 32 are enough.
-        keep_float: names of nodes of the ONNX file that stay in float. The default is the first convolution: with few
+        keep_float: names of convolutions and linear layers of the ONNX file that stay in float, or of their outputs if
+            the file has no names. The default is the first convolution: with few
             input channels it has little work, and its errors affect all later layers. For OpenVINO it is none, as in
             NNCF.
 
@@ -124,6 +126,8 @@ def quantize(
         raise TypeError(
             problem("keep_float is a string", allowed="a list of names", fix=f"keep_float=[{keep_float!r}]")
         )
+    if not all(isinstance(name, str) for name in keep_float or ()):
+        raise TypeError(problem(f"keep_float is {keep_float!r}", allowed="a list of names of nodes"))
     if isinstance(model, nn.Module | TrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / f"{type(model).__name__}.onnx"
@@ -142,15 +146,18 @@ def _checked(calibration: Iterable[Tensor]) -> Iterator[Tensor]:
     for number, batch in enumerate(calibration):
         given, allowed = f"calibration batch {number}", "float tensors B C H W, normalized"
         if not isinstance(batch, Tensor):
-            fix = "calibration=(images for images, _ in loader), or torch.from_numpy for arrays"
+            fix = "(images for images, _ in loader), or torch.from_numpy(array).split(32)"
             raise TypeError(problem(f"{given} is a {type(batch).__name__}", allowed=allowed, fix=fix))
         if not batch.is_floating_point():
             fix = "preprocess the images as for the network"
             raise TypeError(problem(f"{given} has the type {batch.dtype}", allowed=allowed, fix=fix))
+        if not batch.ndim:
+            raise ValueError(problem(f"{given} is a single number", allowed=allowed))
+        batch = batch.detach().cpu().float().contiguous()
         if not batch.isfinite().all():
-            raise ValueError(problem(f"{given} has values that are not finite", allowed=allowed))
-        if batch.ndim and len(batch):
-            yield batch.detach().cpu().float().contiguous()
+            raise ValueError(problem(f"{given} has values that are not finite in float32", allowed=allowed))
+        if len(batch):
+            yield batch
 
 
 def _quantize_file(
@@ -158,6 +165,7 @@ def _quantize_file(
 ) -> QuantizeReport:
     """Write the 8-bit version of an ONNX file."""
     float_net, metadata = _open_float(source, out_path)
+    float_bytes = sum(file.stat().st_size for file in files_of(source))
     # Fail early if an image has the wrong shape.
     for batch in batches:
         float_net.check_shape(batch)
@@ -182,8 +190,8 @@ def _quantize_file(
             else:
                 convolutions = [name for name, kind in layers.items() if kind == "Conv"]
                 kept = convolutions[:1] if keep_float is None else keep_float
-                _quantize(prepared, temporary, batches, float_net.input_name, kept)
-                counts = _finish(temporary, metadata, kept)
+                _quantize(prepared, temporary, batches, float_net.input_name, layers.keys() - set(kept))
+                counts = _finish(temporary, metadata, layers)
                 int8_net = open_graph(temporary)
             facts.update(counts._asdict())
         facts["error"], facts["top1_agreement"] = _compare(float_net, int8_net, batches, name=out_path.name)
@@ -191,7 +199,7 @@ def _quantize_file(
     (write_two_files if openvino else atomic_write)(out_path, write)
     files = [out_path, out_path.with_suffix(".bin")] if openvino else [out_path]
     return QuantizeReport(
-        path=out_path, bytes=sum(file.stat().st_size for file in files), float_bytes=source.stat().st_size,
+        path=out_path, bytes=sum(file.stat().st_size for file in files), float_bytes=float_bytes,
         images=sum(map(len, batches)), **facts,
     )  # fmt: skip
 
@@ -252,6 +260,8 @@ def _open_float(source: Path, out_path: Path) -> tuple[OnnxNet, dict[str, Any]]:
 def _prepare(source: Path, target: Path) -> dict[str, str]:
     """Write the file as both tools read it; return names and kinds of its convolutions and linear layers.
 
+    Nodes without a name, or with that of another node, get the names of their outputs.
+
     onnxruntime recommends optimization and shape inference before quantization. Symbolic shape inference is not needed,
     because only the batch size is symbolic.
     """
@@ -259,17 +269,31 @@ def _prepare(source: Path, target: Path) -> dict[str, str]:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with silence():
-        quant_pre_process(source, target, skip_symbolic_shape=True)
-    graph = onnx.load_model(target).graph
-    _require_stored_weights(graph, source)
-    return {node.name: node.op_type for node in graph.node if node.op_type in QUANTIZED}
+        whole = target.with_name("whole.onnx")  # with the weights that `source` keeps in other files
+        onnx.save_model(onnx.load_model(source), whole)
+        quant_pre_process(whole, target, skip_symbolic_shape=True)
+    model: onnx.ModelProto = onnx.load_model(target)
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if not node.name or node.name in seen:
+            node.name = next(filter(None, node.output), node.name)
+        seen.add(node.name)
+    onnx.save_model(model, target)
+    weighted = _with_stored_weights(model.graph, source)
+    if not weighted:
+        allowed = "networks with convolutions or linear layers"
+        raise ValueError(problem(f"{source} has no layers with weights", allowed=allowed))
+    return weighted
 
 
 def _quantize(
-    prepared: Path, target: Path, batches: list[Tensor], input_name: str, kept: Sequence[str]
+    prepared: Path, target: Path, batches: list[Tensor], input_name: str, chosen: Collection[str]
 ) -> None:
-    """Quantize the file by onnxruntime; the nodes `kept` stay in float."""
+    """Quantize the nodes `chosen` of a file by onnxruntime."""
+    import onnx
     from onnxruntime import quantization
+
+    others = [node.name for node in onnx.load_model(prepared).graph.node if node.name not in chosen]
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
@@ -282,20 +306,24 @@ def _quantize(
     with silence():
         quantization.quantize_static(
             prepared, target, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-            op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=list(kept),
+            op_types_to_quantize=list(QUANTIZED), nodes_to_exclude=others,
             activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
             calibrate_method=quantization.CalibrationMethod.MinMax,
-            extra_options={"CalibMovingAverage": True, "OpTypesToExcludeOutputQuantization": ["Gemm"]},
+            extra_options={"CalibMovingAverage": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )  # fmt: skip
 
 
-def _require_stored_weights(graph: onnx.GraphProto, source: Path) -> None:
-    """Raise `ValueError` if the weight of a layer is not stored after optimization."""
+def _with_stored_weights(graph: onnx.GraphProto, source: Path) -> dict[str, str]:
+    """Return names and kinds of the convolutions, linear layers and products with a stored weight.
+
+    Raises:
+        ValueError: the weight of a convolution or linear layer is not stored after optimization.
+    """
     stored = {tensor.name for tensor in graph.initializer}
     stored |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
-    computed = [
-        n.name for n in graph.node if n.op_type in QUANTIZED and not stored.intersection(n.input[1:2])
-    ]
+    layers = [node for node in graph.node if node.op_type in QUANTIZED]
+    found = {node.name: node.op_type for node in layers if node.input[1] in stored}
+    computed = [node.name for node in layers if node.name not in found and node.op_type != "MatMul"]
     if computed:
         raise ValueError(
             problem(
@@ -304,10 +332,11 @@ def _require_stored_weights(graph: onnx.GraphProto, source: Path) -> None:
                 fix="export the network after normfree.fold",
             )
         )
+    return found
 
 
-def _finish(path: Path, metadata: dict[str, Any], kept: Sequence[str]) -> LayerCounts:
-    """Write the metadata, remove unused operator sets, and return the numbers of quantized and of float nodes."""
+def _finish(path: Path, metadata: dict[str, Any], layers: Collection[str]) -> LayerCounts:
+    """Write the metadata, remove unused operator sets, and return how many `layers` have weights of 8 bits."""
     import onnx
 
     model: onnx.ModelProto = read_onnx(path)
@@ -318,8 +347,11 @@ def _finish(path: Path, metadata: dict[str, Any], kept: Sequence[str]) -> LayerC
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, ensure_ascii=False))
     onnx.checker.check_model(model)
     onnx.save_model(model, path)
-    weighted = [node.name for node in model.graph.node if node.op_type in QUANTIZED]
-    return LayerCounts(len(weighted) - len(kept), len(kept))
+    of_bytes = {
+        name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output
+    }
+    quantized = sum(node.name in layers and node.input[1] in of_bytes for node in model.graph.node)
+    return LayerCounts(quantized, len(layers) - quantized)
 
 
 def _compare(

@@ -18,18 +18,6 @@ from normfree.suggest import needs, problem
 # Convolutions and linear layers, by OpenVINO's names, and what may follow one: bias, factor, the end of the graph.
 WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
 AFTER_WEIGHTED = ("Add", "Multiply", "Result")
-# Operations whose output has the values of their input: a layer behind them still reads 8 bits.
-MOVES_VALUES = (
-    "Reshape",
-    "Unsqueeze",
-    "Squeeze",
-    "Transpose",
-    "Gather",
-    "Pad",
-    "StridedSlice",
-    "Concat",
-    "Split",
-)
 
 
 class LayerCounts(NamedTuple):
@@ -71,9 +59,8 @@ def quantize_openvino(
             ignored_scope=nncf.IgnoredScope(names=names) if names else None,
         )  # fmt: skip
     save_openvino(made, path, metadata)
-    layers = [node for node in made.get_ops() if node.get_type_name() in WEIGHTED]
-    quantized = sum(map(_reads_8_bits, layers))
-    return LayerCounts(quantized, len(layers) - quantized)
+    in_8_bits = [_in_8_bits(node) for node in made.get_ops() if node.get_type_name() in WEIGHTED]
+    return LayerCounts(in_8_bits.count(True), in_8_bits.count(False))
 
 
 def _outputs(onnx_path: Path, nodes: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -87,8 +74,12 @@ def _outputs(onnx_path: Path, nodes: Sequence[str]) -> Iterator[tuple[str, str]]
 def _find(graph: Any, name: str, output: str) -> str:
     """Return OpenVINO's name of the layer that was made of the ONNX node `name`.
 
-    The names of nodes change in the conversion, those of their outputs stay.
+    It has that name, perhaps with an ending, or else its output has the name of the node's output.
     """
+    layers = [str(node.get_friendly_name()) for node in graph.get_ops() if node.get_type_name() in WEIGHTED]
+    named = [layer for layer in layers if layer == name or layer.startswith(f"{name}/")]
+    if named:
+        return min(named, key=len)
     found = next(
         (node for node in graph.get_ops() for out in node.outputs() if output in out.get_names()), None
     )
@@ -105,9 +96,11 @@ def _find(graph: Any, name: str, output: str) -> str:
     return str(found.get_friendly_name())
 
 
-def _reads_8_bits(layer: Any) -> bool:
-    """Return True if the input of a layer of a quantized graph has 8 bits."""
-    source = layer.input_value(0).get_node()
-    while source.get_type_name() in MOVES_VALUES:
-        source = source.input_value(0).get_node()
-    return bool(source.get_type_name() == "FakeQuantize")
+def _in_8_bits(layer: Any) -> bool | None:
+    """Return whether the weight of a layer of a quantized graph has 8 bits; None for a product of two inputs."""
+    node = layer.input_value(1).get_node()
+    while node.get_input_size() and node.get_type_name() != "FakeQuantize":
+        node = node.input_value(0).get_node()
+    if node.get_type_name() == "Parameter":
+        return None
+    return node.get_type_name() == "FakeQuantize" or node.get_output_element_type(0).get_size() == 1

@@ -305,9 +305,8 @@ class SqueezeExcite(nn.Module):
             return self._gate(pooled.float())
 
     def _is_float32(self) -> bool:
-        # a quantized layer has a method in place of its weight
-        weights = (self.fc0.weight, self.fc1.weight)
-        return all(isinstance(weight, Tensor) and weight.dtype == torch.float32 for weight in weights)
+        weights = list(self.parameters())  # none if the layers are quantized
+        return bool(weights) and all(weight.dtype == torch.float32 for weight in weights)
 
     def _gate(self, pooled: Tensor) -> Tensor:
         return torch.sigmoid(self.fc1(F.relu(self.fc0(pooled))))[:, :, None, None]

@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.native.dispatch import can_bypass_dispatcher, eager_training, is_plain_cpu_tensor
+from normfree.native.dispatch import (
+    can_bypass_dispatcher,
+    eager_training,
+    is_plain_cpu_tensor,
+    is_transformed,
+)
 from normfree.native.processor import processor_kind
 from normfree.ops import winograd
 from normfree.ops.weight_gradient import LEAST_CHANNELS, LEAST_FILTERS, weight_gradient
@@ -217,7 +222,9 @@ def gradients(
     """
     if not grad.dtype == x.dtype == weight.dtype:
         backend, x, weight = TORCH, x.to(grad.dtype), weight.to(grad.dtype)
-    elif backend.bypasses_dispatcher and not (type(grad) is Tensor and can_bypass_dispatcher()):
+    elif is_transformed() or (
+        backend.bypasses_dispatcher and not (type(grad) is Tensor and can_bypass_dispatcher())
+    ):
         backend = TORCH
     if backend is TORCH:  # one call is faster than one for each gradient
         return _convolution_backward(grad, x, weight, geometry, needs)

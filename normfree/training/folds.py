@@ -147,7 +147,7 @@ def train_folds(
     _check(config, folds)
     world = World(device=run_device(config.device))
     config = with_network(config, world, run_log)  # the same for all folds, as is the data type
-    config = with_precision(config, out / CONFIG_FILE, world=world, run_log=run_log)
+    config = with_precision(config, _started(out), world=world, run_log=run_log)
     _begin(config, out, folds)
     scores: list[FoldScores] = []
     classes: tuple[str, ...] = ()
@@ -206,6 +206,12 @@ def load_folds(out: Path) -> Config:
     return located(config, first) if (first / "config.toml").is_file() else config
 
 
+def _started(out: Path) -> Path:
+    """Return the config of the first fold, if it was started, else that of all folds."""
+    first = folder_of(out, 1) / "config.toml"
+    return first if first.is_file() else out / CONFIG_FILE
+
+
 def _check(config: Config, folds: int) -> None:
     """Raise `ValueError` if a config cannot be cross-validated."""
     if not 2 <= folds <= MAX_FOLDS:
@@ -243,7 +249,9 @@ def _begin(config: Config, out: Path, folds: int) -> None:
     else:
         before = load_config(out / CONFIG_FILE)
         if before.precision == "auto":  # written by an earlier version
-            before = before.model_copy(update={"precision": config.precision})
+            first = _started(out)
+            chosen = config if first == out / CONFIG_FILE else load_config(first)
+            before = before.model_copy(update={"precision": chosen.precision})
         require_same(out, decisive(before), decisive(config))
     atomic_write_text(out / CONFIG_FILE, to_toml(config))
     if not known:

@@ -25,7 +25,7 @@ from normfree.training.console import RunLog
 from normfree.training.distributed.world import World
 
 # bfloat16 must be this many times as fast. CPUs that emulate it reach 0.1; with AVX-512 instructions for it (AMD EPYC,
-# family 26, model 2) these layers reach 1.4 to 1.5 and whole training steps 1.4 (the demo's network) to 1.8
+# family 26, model 2) these layers reach 1.4 to 1.5 and whole training steps 1.4 (the demo's network) to 2.0
 # (NF-ResNet-50). A gain below this would not be worth the rounding, and could be noise.
 LEAST_GAIN = 1.2
 # The measured layers: a 3x3 and a 1x1 convolution, at a size that takes a few milliseconds in float32. With 64

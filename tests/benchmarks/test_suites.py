@@ -254,7 +254,7 @@ def test_results_of_another_number_of_threads_are_only_printed(
         monkeypatch.setattr(run.torch, "get_num_threads", lambda threads=threads: threads)
         assert run.main(["startup", "--device", "cpu"]) == 0
     assert seen == [False, True]
-    assert "Prints only: with 3 threads" in capsys.readouterr().out
+    assert "Prints only: with 3 threads; results/ has results of 2." in capsys.readouterr().out
 
 
 def test_bfloat16_runs_where_training_would_choose_it(

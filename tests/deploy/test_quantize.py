@@ -187,7 +187,7 @@ def test_what_cannot_be_quantized(trained: Trained, int8: QuantizeReport, tmp_pa
         quantize(source, tmp_path / "x.onnx", calibration=[train[:, :, :20, :20]])
     with pytest.raises(ValueError, match=r"is already quantized. Allowed: float files."):
         quantize(int8.path, tmp_path / "x.onnx", calibration=[train])
-    with pytest.raises(ValueError, match=r"Fix: pass a batch, images\[None\]"):
+    with pytest.raises(ValueError, match=r"Fix: pass batches, images\[None\] of one"):
         quantize(source, tmp_path / "x.onnx", calibration=list(train[:2]))
     with pytest.raises(ValueError, match=r"is a folder. Allowed: ONNX files and networks. Fix: quantize the"):
         quantize(folder, tmp_path / "x.onnx", calibration=[train])
@@ -204,7 +204,7 @@ def test_what_cannot_be_quantized(trained: Trained, int8: QuantizeReport, tmp_pa
     ("make", "kind", "message"),
     [
         (lambda x: x, TypeError, r"calibration is a tensor. .* Fix: calibration=images.split\(32\)"),
-        (lambda x: [(x, x)], TypeError, "batch 0 is a tuple. .* Fix: calibration=\\(images for images, _ in"),
+        (lambda x: [(x, x)], TypeError, r"batch 0 is a tuple. .* Fix: \(images for images, _ in"),
         (lambda x: [x, x.numpy()], TypeError, "batch 1 is a ndarray. Allowed: float tensors"),
         (lambda x: [x.byte()], TypeError, "batch 0 has the type torch.uint8. Allowed: float tensors"),
         (lambda x: [x / 0], ValueError, "batch 0 has values that are not finite"),
@@ -231,7 +231,7 @@ def test_empty_batches_and_repeated_names_are_counted_once(trained: Trained, tmp
 
 def test_eval_names_the_file_that_computes(int8: QuantizeReport, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(int8.path), DATA]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f" on 96 images, by {int8.path}")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" on 96 images, computed by {int8.path}")
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_the_command_prints_the_accuracy_of_both_files(
         f"top-1 on 96 labeled images: float {shown[0]} %, int8 {shown[1]} %, {after - before:+.2f} points\n"
     )
     assert wanted in printed.out
-    assert "against the float file on the 256 training images that set its ranges: " in printed.out
+    assert "against the float file on 256 training images that set its ranges: " in printed.out
     assert "images set its ranges. Fix" not in printed.out
     assert printed.out.count("images/s at batch ") == 2
 
@@ -315,3 +315,68 @@ def test_the_command_reports_missing_labels(
         source.image(i).save(tmp_path / "labelled" / source.classes[source.label(i)] / f"{i}.png")
     assert main([*args[:-1], str(tmp_path / "labelled")]) == 0
     assert "  top-1 on 8 labeled images: float " in capsys.readouterr().out
+
+
+def test_nodes_without_names_are_quantized(trained: Trained, tmp_path: Path) -> None:
+    """Names are optional in ONNX."""
+    _, folder, train, _, _ = trained
+    named = onnx.load_model(folder / "float.onnx")
+    layers = [node for node in named.graph.node if node.op_type in ("Conv", "Gemm")]
+    head = layers[-1].output[0]
+    for node in named.graph.node:
+        node.name = ""
+    onnx.save_model(named, tmp_path / "float.onnx")
+    batches = train[:64].split(32)
+    report = quantize(tmp_path / "float.onnx", tmp_path / "a.onnx", calibration=batches)
+    assert (report.quantized, report.left_float) == (len(layers) - 1, 1)
+    assert 0 < report.error < 0.2
+    kept = quantize(tmp_path / "float.onnx", tmp_path / "b.onnx", calibration=batches, keep_float=[head])
+    assert (kept.quantized, kept.left_float) == (len(layers) - 1, 1)
+
+
+class Tokens(torch.nn.Module):
+    """A linear layer of every pixel, and a product of two activations, both MatMul in ONNX."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(3, 8, 4, stride=4), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.conv(x).flatten(2).transpose(1, 2)
+        return ((self.linear(tokens) @ tokens.transpose(1, 2)) @ tokens).mean(1)
+
+
+def test_linear_layers_of_tokens_are_quantized_and_products_of_activations_are_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = torch.randn(16, 3, 16, 16).split(8)
+    report = quantize(Tokens().eval(), tmp_path / "a.onnx", calibration=batches, keep_float=[])
+    assert (report.quantized, report.left_float) == (2, 0)
+    assert 0 < report.error < 0.1
+
+
+def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
+    export(torch.nn.ReLU(), tmp_path / "relu.onnx", images=torch.randn(2, 3, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"has no layers with weights. Allowed: networks with convolutions or"
+    ):
+        quantize(tmp_path / "relu.onnx", tmp_path / "x.onnx", calibration=[torch.randn(2, 3, 8, 8)])
+
+
+def test_weights_in_another_file_are_quantized_and_counted(trained: Trained, tmp_path: Path) -> None:
+    """`torch.onnx.export` writes such files."""
+    _, folder, train, _, _ = trained
+    onnx.save_model(
+        onnx.load_model(folder / "float.onnx"), tmp_path / "float.onnx", save_as_external_data=True,
+        location="float.onnx.data", size_threshold=1024,
+    )  # fmt: skip
+    batches = train[:64].split(32)
+    inside, beside = (
+        quantize(path / "float.onnx", tmp_path / f"{number}.onnx", calibration=batches)
+        for number, path in enumerate((folder, tmp_path))
+    )
+    assert (beside.quantized, beside.left_float, beside.error) == (
+        inside.quantized,
+        inside.left_float,
+        inside.error,
+    )
+    assert beside.float_bytes == pytest.approx(inside.float_bytes, rel=0.05)

@@ -216,21 +216,18 @@ def test_under_autocast_the_gate_of_squeeze_and_excite_is_computed_in_float32():
 
 def test_squeeze_and_excite_under_autocast_takes_layers_that_are_not_float32():
     class Quantized(torch.nn.Module):
-        """Like the quantized layers of PyTorch, with a method in place of the weight."""
+        """Like the quantized layers of PyTorch, without parameters."""
 
         def __init__(self, layer):
             super().__init__()
-            self.layer = layer
-
-        def weight(self):
-            return self.layer.weight
+            self.kept = [layer]
 
         def forward(self, x):
-            return self.layer(x)
+            return self.kept[0](x)
 
     se, x = SqueezeExcite(32, hidden=8), torch.randn(2, 32, 4, 4)
     wanted, fc1 = se(x), se.fc1
-    for layer in (Quantized(fc1), deepcopy(fc1).bfloat16()):
+    for layer in (Quantized(fc1), torch.nn.Sequential(fc1), deepcopy(fc1).bfloat16()):
         se.fc1 = layer
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(se(x).float(), wanted, rtol=0.05, atol=0.0)

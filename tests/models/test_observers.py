@@ -20,6 +20,7 @@ from normfree.models.layers import Conv2d, WSConv2d
 from normfree.models.net import Net
 from normfree.models.shared_weights import standardized_once
 from normfree.models.zoo import create_model
+from normfree.ops import conv2d_backends, winograd
 from normfree.optim.named_state import copy_named_
 from normfree.weights.load import load_weights
 
@@ -182,6 +183,25 @@ def test_batched_gradients_are_the_gradients(name, memory_format):
             assert (one is None) == (other is None)
             if one is not None:
                 torch.testing.assert_close(one[number], other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["AVX2", "AVX512", "AVX512 AMD"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["nf_resnet50", "nfnet_f0"])
+def test_batched_gradients_of_large_maps(name, autocast, kind, monkeypatch):
+    """For which each kind of processor has its own algorithms."""
+    for module in (conv2d_backends, winograd):
+        monkeypatch.setattr(module, "processor_kind", lambda: kind)
+    net = network(name, widths=(256, 512)).to(torch.float32, memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+    parameters = list(net.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = net(images).flatten().float()
+    batch = torch.eye(len(logits))[:2]
+    found = torch.autograd.grad(logits, parameters, batch, is_grads_batched=True, retain_graph=True)
+    wanted = torch.autograd.grad(logits[1], parameters)
+    found, wanted = (torch.cat([g.flatten() for g in each]) for each in ([g[1] for g in found], wanted))
+    assert float((found - wanted).norm() / wanted.norm()) < (0.02 if autocast else 1e-4)
 
 
 @every_family

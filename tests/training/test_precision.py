@@ -179,7 +179,12 @@ def test_all_folds_have_the_data_type_of_the_first(tmp_path, monkeypatch):
         assert load_config(out / file).precision == "bfloat16"
     stored = (out / "folds.toml").read_text(encoding="utf-8")  # of an earlier version
     (out / "folds.toml").write_text(stored.replace('"bfloat16"', '"auto"'), encoding="utf-8")
+    shutil.rmtree(out / "fold-2")
     train_folds(config("--precision", "auto"), out, folds=2, console=console)
+    assert load_config(out / "fold-2/config.toml").precision == "bfloat16"
+    (out / "folds.toml").write_text(stored.replace('"bfloat16"', '"auto"'), encoding="utf-8")
+    with pytest.raises(ValueError, match="precision"):
+        train_folds(config("--precision", "float32"), out, folds=2, console=console)
 
 
 @pytest.mark.parametrize(
