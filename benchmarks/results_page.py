@@ -155,8 +155,11 @@ def _processors(results: Path, picks: Sequence[Pick]) -> Iterator[str]:
     for name, end in PROCESSORS.items():
         paths = (results / f"{suite}{end}.json" for suite in dict.fromkeys(pick.suite for pick in picks))
         machines = [report.read(path).machine for path in paths if path.is_file()]
-        if machines:
-            found = sorted({f"{m['cpu']}, torch {m['torch']}, {m['date']}" for m in machines})
+        days: dict[str, set[str]] = {}
+        for m in machines:
+            days.setdefault(f"{m['cpu']}, torch {m['torch']}", set()).add(m["date"])
+        if days:
+            found = (f"{machine}, {' and '.join(sorted(own))}" for machine, own in sorted(days.items()))
             yield f"{name}: {'; '.join(found)}."
 
 
