@@ -78,6 +78,11 @@ class Outcome:
         return next((seconds for seconds, found in self.curve if found >= top1), float("inf"))
 
     @property
+    def seconds(self) -> float:
+        """The time of the whole run."""
+        return self.curve[-1][0]
+
+    @property
     def final(self) -> float:
         """The accuracy after the last epoch."""
         return self.curve[-1][1]
@@ -202,19 +207,19 @@ def comparison(outcomes: Mapping[str, Sequence[Outcome]]) -> Comparison:
     base = reached[baseline]
     timings = []
     for arm, own in reached.items():
-        whole = fmean(o.curve[-1][0] for o in outcomes[arm])
+        whole = fmean(o.seconds for o in outcomes[arm])
         facts = {
             "accuracy": finals[arm],
             "peak_mib": median(o.peak_mib for o in outcomes[arm]),
             "whole_s": whole,
         }
         timings.append(timing(NAMES[arm], own, base, rng, facts=facts))
-    minutes = sum(o.curve[-1][0] for own in outcomes.values() for o in own) / 60
+    minutes = sum(o.seconds for own in outcomes.values() for o in own) / 60
     size = f"{len(base)} seeds of each arm, {minutes:.0f} minutes of training in all, also in earlier calls"
     notes = [f"to {target:.1f} % top-1; {size}"]
     for arm in times.keys() - reached.keys():
         missed = sum(seconds == float("inf") for seconds in times[arm])
-        whole = fmean(o.curve[-1][0] for o in outcomes[arm])
+        whole = fmean(o.seconds for o in outcomes[arm])
         notes.append(
             f"{NAMES[arm]}: {missed} of {len(base)} runs stay below the target; {finals[arm]:.1f} % at the end, after "
             f"{whole:.0f} s"

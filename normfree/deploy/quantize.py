@@ -92,9 +92,8 @@ def quantize(
         calibration: batches of inputs as the network will see them, float B ..., normalized. A few hundred images in
             batches of 32 are enough.
         keep_float: names of convolutions and linear layers of the ONNX file that stay in float, or of their outputs if
-            the file has no names. The default is the first convolution: with few
-            input channels it has little work, and its errors affect all later layers. For OpenVINO it is none, as in
-            NNCF.
+            the file has no names. The default is the first convolution: with few input channels it has little work, and
+            its errors affect all later layers. For OpenVINO it is none, as in NNCF.
 
     Returns:
         Size of the file, and its difference to the float network on the calibration inputs.

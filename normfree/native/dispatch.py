@@ -12,9 +12,8 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as _module
 
-_VMAP_MODE = (
-    torch._C._parse_dispatch_key("VmapMode") or "VmapMode"
-)  # a key; a name is looked up in 1.5 µs at each use
+# A key: a name would be looked up at each use, in 1.5 µs.
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode") or "VmapMode"
 
 # --- who observes operations -------------------------------------------------------------------------
 
